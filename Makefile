@@ -1,0 +1,60 @@
+# Everything is installed into .venv, from the versions in constraints.txt; nothing outside the checkout is touched.
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The first of these that runs and is new enough: a name on the PATH may be an older Python, or a shim for none.
+PYTHON ?= $(shell for python in python3.12 python3; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
+
+# uv installs in a fraction of pip's time; pip does it where uv cannot be had or does not reach the package index.
+REQUIREMENTS = -c constraints.txt -e ".[$(EXTRAS)]"
+INSTALL = if ! $(BIN)/uv pip install --python $(BIN)/python $(REQUIREMENTS); then \
+	$(BIN)/python -m pip install $(REQUIREMENTS); fi
+
+help:
+	@echo "make demo    install, then run the demo"
+	@echo "make test    install, then lint, type checks, import contracts and tests"
+	@echo "make lint    all checks but the tests"
+	@echo "make format  format and sort imports"
+	@echo "make clean   remove caches and builds; .venv stays"
+
+demo: $(VENV)/.installed
+	$(BIN)/ase-uq demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean:
+	rm -rf dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+
+# The stamps: each is written when its step has succeeded, so that a second make installs nothing.
+$(VENV)/.installed: EXTRAS := all
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/.created
+	$(INSTALL)
+	@touch $@
+
+$(VENV)/.installed-dev: EXTRAS := all,dev
+$(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/.created
+	$(INSTALL)
+	@touch $@ $(VENV)/.installed
+
+$(VENV)/.created:
+	@test -n "$(PYTHON)" || { echo "ase_uq needs Python 3.12 or newer, and neither python3.12 nor python3 is one:" \
+		"install it, or name it with 'make PYTHON=/path/to/python3.12 ...'." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt uv || echo "uv cannot be had; pip installs instead."
+	@touch $@

@@ -1,0 +1,231 @@
+"""The protocol of a backend: structures in; mean, features and exact last-layer features out, in one forward."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import chemical_symbols
+
+from ase_uq.errors import InputError, PotentialMismatch
+from ase_uq.evaluation import Evaluation
+
+# Two evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ
+# by about 1e-7; one with another neighbour normalisation by 1e-2.
+PROBE_TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Structures in the form a backend evaluates.
+
+    Args:
+        frames: The structures, untouched.
+        data: What the potential's package makes of them.
+    """
+
+    frames: tuple[Atoms, ...]
+    data: Any
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What binds an uncertainty model to a potential.
+
+    Args:
+        settings: Everything outside the weights that changes predictions or features; JSON values.
+        weights: sha256 of the weights, cast to float32 so that precision does not matter.
+        probe: Features of a fixed structure and what the last layers make of them: tells whether other weights
+            are the same potential rewritten.
+    """
+
+    settings: dict[str, Any]
+    weights: str
+    probe: torch.Tensor
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the weights, the head and the feature recipe."""
+        text = json.dumps(self.settings, sort_keys=True) + self.weights
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Backend(ABC):
+    """A potential, wrapped: one forward pass gives means and features.
+
+    A subclass is final and lives in one file, `backends/<name>.py`, beside three functions that
+    `ase_uq.backends` calls: `accepts(calculator)`, `wrap(calculator)` and `load(prefix, target, ...)`.
+
+    Attributes:
+        name: Name of the backend.
+        calculator: The user's own ASE calculator.
+        info_keys: Entries of `atoms.info` that the potential reads.
+        required_info_keys: Those of them without which it cannot run.
+        elements: Atomic numbers the potential knows.
+        results: ASE's standard results that it gives.
+        direct: Whether forces come from a head of their own, whose fit needs reference forces.
+    """
+
+    name: str
+    calculator: Any  # of the package's own class
+    info_keys: tuple[str, ...] = ()
+    required_info_keys: tuple[str, ...] = ()
+    elements: frozenset[int]
+    results: tuple[str, ...]
+    direct: bool = False
+
+    @abstractmethod
+    def _collate(self, frames: Sequence[Atoms]) -> Any:
+        """The structures as the potential's package wants them; `frames` have been checked."""
+
+    @abstractmethod
+    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+        """One forward pass, one a member where the wrapped calculator is a committee."""
+
+    @abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What the weights do not hold and predictions or features depend on; JSON values."""
+
+    @abstractmethod
+    def _modules(self) -> Sequence[torch.nn.Module]:
+        """The modules whose weights are the potential."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where it runs."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Its precision."""
+
+    @final
+    def collate(self, frames: Sequence[Atoms]) -> Batch:
+        """Checks structures and turns them into a batch; the structures are not changed.
+
+        Raises:
+            InputError: No structure, no atoms, positions or cell that are not finite, an element the
+                potential does not know, or a missing entry of `atoms.info`.
+        """
+        self.check(frames)
+        return Batch(tuple(frames), self._collate(frames))
+
+    @final
+    def check(self, frames: Sequence[Atoms]) -> None:
+        """Raises the `InputError` that `collate` would, without building a batch."""
+        if not frames:
+            raise InputError("there is no structure to evaluate.")
+        for index, atoms in enumerate(frames):
+            self._check(index, atoms)
+
+    @final
+    def evaluate(self, batch: Batch, *, forces: bool = True) -> Evaluation:
+        """One forward pass over a batch.
+
+        Args:
+            batch: From `collate` of this backend.
+            forces: Whether forces and stress are wanted; without them a conservative potential saves
+                its backward pass.
+        """
+        return self._evaluate(batch, forces)
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What an uncertainty model is bound to. The first call evaluates the probe structure."""
+        batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
+        evaluation = self.evaluate(batch)
+        columns = [evaluation.features]
+        # The features do not change with the last layers, the predictions do.
+        for layer in (evaluation.energy_layer, evaluation.force_layer):
+            if layer is not None:
+                columns.append((layer.features @ layer.weights).reshape(len(columns[0]), -1))
+        return Identity(self._settings(), _weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())
+
+    @final
+    def check_identity(self, fitted: Identity) -> str | None:
+        """Compares the potential with the one an uncertainty model was fitted on.
+
+        Returns:
+            None where they are the same; a warning where the weights are stored differently but the
+            probe structure has the same features (other kernels, converted layouts).
+
+        Raises:
+            PotentialMismatch: They differ; the message names the setting, or the deviation of the probe.
+        """
+        here = self.identity
+        advice = "Load the potential it was fitted on, or fit again with `ase-uq fit`."
+        for key in sorted(fitted.settings.keys() | here.settings.keys()):
+            then, now = fitted.settings.get(key), here.settings.get(key)
+            if json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
+                raise PotentialMismatch(
+                    f"the uncertainty model was fitted on another potential: {key} was {then!r}, here it is "
+                    f"{now!r}. {advice}"
+                )
+        if fitted.weights == here.weights:
+            return None
+        deviation = _relative_deviation(here.probe, fitted.probe)
+        if deviation > PROBE_TOLERANCE:
+            raise PotentialMismatch(
+                f"the uncertainty model was fitted on other weights: features of the probe structure differ by "
+                f"{deviation:.1e} (relative; at most {PROBE_TOLERANCE:.0e} is the same potential). {advice}"
+            )
+        return (
+            "the potential's weights are stored differently from when the uncertainty model was fitted, but its "
+            f"features agree to {deviation:.0e}: taken as the same potential in another form"
+        )
+
+    def _check(self, index: int, atoms: Atoms) -> None:
+        which = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
+        if len(atoms) == 0:
+            raise InputError(f"{which} has no atoms.")
+        for what, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
+            if not np.isfinite(values).all():
+                row = int(np.argwhere(~np.isfinite(values))[0][0])
+                raise InputError(
+                    f"{what} of {which} are not finite (row {row}: {values[row]}). The run has probably "
+                    "blown up; go back to the last good frame."
+                )
+        unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
+        if unknown:
+            names = ", ".join(chemical_symbols[z] for z in unknown)
+            known = ", ".join(chemical_symbols[z] for z in sorted(self.elements))
+            raise InputError(f"{which} contains {names}, which the potential does not know. It knows {known}.")
+        missing = [key for key in self.required_info_keys if key not in atoms.info]
+        if missing:
+            raise InputError(
+                f"{which} has no {' and '.join(missing)} in atoms.info, which this potential reads. "
+                f"Set it, for example atoms.info[{missing[0]!r}] = 0."
+            )
+
+
+def probe_structure(elements: frozenset[int], info_keys: Sequence[str]) -> Atoms:
+    """One atom of every element (at most 16) on a jittered grid with 2 Å spacing; the same in every process."""
+    common = (1, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 26, 29, 79)
+    chosen = sorted(elements) if len(elements) <= 16 else sorted(elements & frozenset(common))
+    count = len(chosen)
+    grid = 2.0 * np.array([(i % 3, (i // 3) % 3, i // 9) for i in range(count)], float)
+    jitter = 0.1 * np.sin(np.arange(3 * count)).reshape(count, 3)
+    return Atoms(numbers=chosen, positions=grid + jitter, info=dict.fromkeys(info_keys, 1))
+
+
+def _weights_hash(modules: Sequence[torch.nn.Module]) -> str:
+    digest = hashlib.sha256()
+    for module in modules:
+        for name, weight in sorted(module.named_parameters()):
+            if weight.numel():
+                digest.update(name.replace("_orig_mod.", "").encode())
+                digest.update(np.ascontiguousarray(weight.detach().cpu().float().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
+    if a.shape != b.shape:
+        return float("inf")
+    return float((a - b).norm() / b.norm().clamp(min=1e-30))

@@ -1,0 +1,373 @@
+"""orb-v3 potentials (orb-models 0.7): any `ORBCalculator`, direct or conservative, with D3, charge and spin.
+
+Direct models: F = P(std·(φ_i B + b) + mean) + F_ZBL with φ_i the input of the last linear map of the force head and
+P the projection that takes out the net force and, without a cell, the net torque.
+
+The energy head of orb-v3 acts on the *mean* node feature x̄, so orb's energy is not a sum of atomic energies. The
+per-atom features here are its exact tangent decomposition at x̄,
+
+    φ_i = std·[h(x̄) + J_h(x̄)(x_i - x̄); 1],     Σ_i φ_i = N·std·[h(x̄); 1] = ψ,     w·ψ + base = energy,
+
+a linearised attribution, not a physical energy of an atom. Heads that sum over atoms (orbmol-v2) need none of it.
+"""
+
+import difflib
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator
+from orb_models.common.atoms.batch.graph_batch import AtomGraphs
+from orb_models.common.models import segment_ops
+from orb_models.forcefield import pretrained
+from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
+from orb_models.forcefield.inference.calculator import ORBCalculator
+from orb_models.forcefield.inference.d3_model import D3SumModel
+from orb_models.forcefield.models.conservative_regressor import ConservativeForcefieldRegressor
+from orb_models.forcefield.models.forcefield_heads import ChargeConditionedEnergyHead
+from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force_and_torque
+from torch import Tensor
+
+from ase_uq.artefact import read_artefact, write_artefact
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
+from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
+
+_KIND, _SCHEMA = "orb potential", 1
+_IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
+# The one-hot code has 118 places, the first for no element; orb never refuses what fits in.
+_ALL_ELEMENTS = frozenset(range(1, 118))
+
+
+class OrbBackend(Backend):
+    """An `ORBCalculator` whose node features are kept.
+
+    Args:
+        calculator: The user's calculator. Model, adapter, edge method, device and compilation are used as
+            they are: a compiled backbone stays compiled, and a conservative model is called, not taken apart.
+
+    Raises:
+        PotentialMismatch: `w·ψ + base` does not give the model's energy, or `P(φB) + base` not its forces.
+    """
+
+    name = "orb"
+    elements = _ALL_ELEMENTS
+
+    def __init__(self, calculator: ORBCalculator) -> None:
+        self.calculator = calculator
+        model = calculator.model
+        self._dispersion = model.d3_model if isinstance(model, D3SumModel) else None
+        self._model: Any = model.xc_model if isinstance(model, D3SumModel) else model
+        self._conservative = isinstance(self._model, ConservativeForcefieldRegressor)
+        if calculator.expects_charge_and_spin:
+            self.info_keys = self.required_info_keys = ("charge", "spin")
+        self.direct = not self._conservative
+        stress = ("stress",) if self._model.has_stress else ()
+        self.results = ("energy", "free_energy", "forces", *stress)
+        self._check_last_layer()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.calculator.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self._model.parameters()).dtype
+
+    def _modules(self) -> Sequence[torch.nn.Module]:
+        return [self._model]
+
+    def _settings(self) -> dict[str, Any]:
+        adapter = self.calculator.adapter
+        model = self._model
+        settings = {
+            "package": "orb_models",
+            "class": type(model).__name__,
+            "heads": sorted(model.heads),
+            "radius": float(adapter.radius),
+            "max_num_neighbors": int(self.calculator.max_num_neighbors or adapter.max_num_neighbors),
+            "normalizers": {
+                name: [float(head.normalizer.bn.running_mean), float(head.normalizer.bn.running_var)]
+                for name, head in sorted(model.heads.items())
+                if name in ("energy", "forces")
+            },
+            "node_aggregation": str(getattr(model.heads["energy"], "node_aggregation", "")),
+            "repulsion_aggregation": str(model.pair_repulsion_fn.node_aggregation) if model.pair_repulsion else "",
+            "dispersion": type(self._dispersion).__name__ if self._dispersion is not None else "",
+            "features": "node features; v1",
+        }
+        if "forces" in model.heads:
+            head = model.heads["forces"]
+            settings["projection"] = [head.remove_mean, head.remove_torque_for_nonpbc_systems]
+        return settings
+
+    def _collate(self, frames: Sequence[Atoms]) -> Any:
+        calculator = self.calculator
+        options: dict[str, Any] = {
+            "max_num_neighbors": calculator.max_num_neighbors,
+            "edge_method": calculator.edge_method,
+            "device": self.device,
+            # Left out, both would follow torch's global default dtype and clash with the model's.
+            "output_dtype": self.dtype,
+            "graph_construction_dtype": self.dtype,
+        }
+        readable = [self._readable(atoms) for atoms in frames]
+        if len({tuple(atoms.pbc) for atoms in frames}) == 1 and len(frames) > 1:
+            return calculator.adapter.from_ase_atoms_list(readable, **options)
+        # The list form refuses batches that mix periodic and isolated structures.
+        options["half_supercell"] = calculator.half_supercell
+        graphs = [calculator.adapter.from_ase_atoms(atoms, **options) for atoms in readable]
+        return graphs[0] if len(graphs) == 1 else AtomGraphs.batch(graphs)
+
+    def _readable(self, atoms: Atoms) -> Atoms:
+        """A copy with what orb reads: charge and spin as plain numbers, which extxyz does not give back."""
+        copy = Atoms(
+            numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc, tags=atoms.get_tags()
+        )
+        for key in self.info_keys:
+            value = np.asarray(atoms.info[key])
+            if value.size != 1 or not np.issubdtype(value.dtype, np.number) or not np.isfinite(value):
+                raise InputError(f"atoms.info[{key!r}] is {atoms.info[key]!r}; orb wants one finite number.")
+            copy.info[key] = value.item()
+        return copy
+
+    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+        graph = batch.data
+        out = self._conservative_pass(graph) if self._conservative else self._direct_pass(graph)
+        nodes = out["node_features"]
+        force_layer = self._force_layer(nodes, graph, out) if not self._conservative else None
+        frame_of_atom = torch.repeat_interleave(torch.arange(len(graph.n_node), device=nodes.device), graph.n_node)
+        return Evaluation(
+            numbers=graph.atomic_numbers,
+            positions=graph.positions.detach(),
+            frame_of_atom=frame_of_atom,
+            n_atoms_of_frame=graph.n_node,
+            energy=out["energy"],
+            forces=out["forces"] if forces else None,
+            stress=out.get("stress") if forces else None,
+            features=nodes,
+            energy_layer=self._energy_layer(nodes, graph, out["energy"], frame_of_atom),
+            force_layer=force_layer,
+            edges=Edges(graph.senders, graph.receivers, graph.edge_features["vectors"].detach().norm(dim=-1)),
+            extras={"confidence": out["confidence"]} if "confidence" in out else {},
+        )
+
+    def _direct_pass(self, graph: Any) -> dict[str, Tensor]:
+        """What `DirectForcefieldRegressor.predict` computes, with the node features it drops."""
+        model = self._model
+        nodes = model.model(graph)["node_features"]
+        out = {name: head.predict(nodes, graph) for name, head in model.heads.items() if self._wanted(name)}
+        if model.pair_repulsion:
+            repulsion = model.pair_repulsion_fn(graph)
+            for name in out:
+                addition = model._get_raw_repulsion(name, repulsion)
+                if addition is not None:
+                    out[name] = out[name] + addition
+            out["repulsion"] = repulsion["forces"]
+        self._add_dispersion(out, graph)
+        return {"node_features": nodes.detach()} | {name: value.detach() for name, value in out.items()}
+
+    def _conservative_pass(self, graph: Any) -> dict[str, Tensor]:
+        """What `ConservativeForcefieldRegressor.predict` computes, under ASE's names."""
+        model = self._model
+        raw = model(graph.clone())
+        if "node_features" not in raw:
+            raise PotentialMismatch("this orb-models gives no node features from forward; 0.7 does. Install 0.7.")
+        out = {
+            "energy": model.heads[model.energy_name].absolute_energy(raw[model.energy_name], graph),
+            "forces": raw[model.grad_forces_name],
+        }
+        if model.has_stress:
+            out["stress"] = raw[model.grad_stress_name]
+        if "confidence" in raw:
+            out["confidence"] = torch.softmax(raw["confidence"], dim=-1)
+        self._add_dispersion(out, graph)
+        return {"node_features": raw["node_features"].detach()} | {k: v.detach() for k, v in out.items()}
+
+    def _wanted(self, head: str) -> bool:
+        return "stress" not in head or self._model.has_stress
+
+    def _add_dispersion(self, out: dict[str, Tensor], graph: Any) -> None:
+        if self._dispersion is None:
+            return
+        dispersion = self._dispersion.predict(graph)
+        for key in ("energy", "forces", "stress"):
+            if key in out and key in dispersion:
+                out[key] = out[key] + dispersion[key]
+        out["repulsion"] = out.get("repulsion", 0) + dispersion["forces"]
+
+    def _energy_layer(self, nodes: Tensor, graph: Any, energy: Tensor, frame_of_atom: Tensor) -> EnergyLayer:
+        head = self._model.heads["energy"]
+        hidden, last = _penultimate(head.mlp)
+        std, mean = _scale(head.normalizer)
+        with torch.no_grad():
+            if isinstance(head, ChargeConditionedEnergyHead):
+                inputs = [nodes, self._model.heads["latent_charges"](nodes, graph)]
+                if "latent_spins" in self._model.heads:
+                    inputs.append(self._model.heads["latent_spins"](nodes, graph))
+                activations = hidden(torch.cat(inputs, -1))
+            else:
+                centre = segment_ops.aggregate_nodes(nodes, graph.n_node, reduction="mean")
+                at_centre = centre[frame_of_atom]
+                value_and_tangent = torch.func.jvp(hidden, (at_centre,), (nodes - at_centre,))
+                activations = value_and_tangent[0] + value_and_tangent[1]
+        features = std * torch.cat([activations, torch.ones_like(activations[:, :1])], 1)
+        weights = torch.cat([last.weight[0], last.bias + mean / std]).detach()
+        summed = torch.zeros(len(graph.n_node), dtype=torch.float64, device=nodes.device)
+        summed.index_add_(0, frame_of_atom, features.double() @ weights.double())
+        return EnergyLayer(features, weights, energy.double() - summed)
+
+    def _force_layer(self, nodes: Tensor, graph: Any, out: dict[str, Tensor]) -> ForceLayer:
+        head = self._model.heads["forces"]
+        hidden, last = _penultimate(head.mlp)
+        std, _ = _scale(head.normalizer)
+        with torch.no_grad():
+            features = std * hidden(nodes)
+        no_cell = torch.all(graph.system_features["cell"].reshape(-1, 9) == 0, dim=1)
+        return ForceLayer(
+            features=features,
+            weights=last.weight.detach().T,
+            base=out.get("repulsion", torch.zeros_like(out["forces"])),
+            force_free=head.remove_mean,
+            torque_free=no_cell & head.remove_torque_for_nonpbc_systems,
+        )
+
+    def _check_last_layer(self) -> None:
+        """w·ψ + base = energy, P(φB) + base = forces, on a small structure, with the base computed on its own."""
+        from ase_uq.backends.base import probe_structure
+
+        graph_source = probe_structure(frozenset({1, 6, 7, 8, 14}), self.required_info_keys)
+        batch = self.collate([graph_source])
+        evaluation = self.evaluate(batch)
+        graph, model = batch.data, self._model
+        head = model.heads["energy"]
+        base = head.reference(graph.atomic_numbers, graph.n_node).double()
+        if model.pair_repulsion:
+            base = base + model.pair_repulsion_fn(graph)["energy"].detach().double()
+        if getattr(model, "coulomb_module", None) is not None:
+            charges = model.heads["latent_charges"](evaluation.features, graph)
+            base = base + model.coulomb_module(charges, graph)[0].detach().double()
+        if self._dispersion is not None:
+            base = base + self._dispersion.predict(graph)["energy"].detach().double()
+        layer = evaluation.energy_layer
+        psi = evaluation.sum_over_atoms(layer.features).double()
+        deviation = float((psi @ layer.weights.double() + base.detach() - evaluation.energy.double()).abs().max())
+        force_layer = evaluation.force_layer
+        if force_layer is not None:
+            assert evaluation.forces is not None
+            raw = force_layer.features @ force_layer.weights
+            projected = maybe_remove_net_force_and_torque(
+                graph, raw, force_layer.force_free, bool(force_layer.torque_free.any())
+            )
+            deviation = max(deviation, float((projected + force_layer.base - evaluation.forces).abs().max()))
+        # Random weights and normalisers make energies of any size; the identity holds relative to it.
+        size = max(1.0, float(evaluation.energy.abs().max()), float(psi.abs().max()))
+        if not deviation < _IDENTITY_TOLERANCE[self.dtype] * size:
+            raise PotentialMismatch(
+                f"the last layers of this orb model are not understood: they differ from its energy or forces by "
+                f"{deviation:.1e} eV or eV/Å. The architecture is probably newer than this package."
+            )
+
+
+@contextmanager
+def _process_left_as_it_was() -> Iterator[None]:
+    """Undoes what orb's loaders do to the whole process: torch's default dtype and precision of products."""
+    default_dtype = torch.get_default_dtype()
+    precision = torch.get_float32_matmul_precision()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Setting global torch default dtype|Consider passing 'precision=")
+            yield
+    finally:
+        torch.set_default_dtype(default_dtype)
+        torch.set_float32_matmul_precision(precision)
+
+
+def accepts(calculator: BaseCalculator) -> bool:
+    """Whether this backend wraps the calculator."""
+    return isinstance(calculator, ORBCalculator)
+
+
+def wrap(calculator: BaseCalculator) -> OrbBackend:
+    """The backend of an `ORBCalculator`."""
+    assert isinstance(calculator, ORBCalculator)
+    return OrbBackend(calculator)
+
+
+def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
+    """The calculator that a SPEC names: `orb:FUNCTION[@WEIGHTS]` or `orb:PATH.safetensors`.
+
+    FUNCTION is one of orb's own loader names, for example `orb_v3_direct_20_omat`; `-` may stand for `_`.
+    WEIGHTS is a local checkpoint for it.
+
+    Raises:
+        ValueError: orb-models has no loader of that name.
+        FileNotFoundError: There is no such file.
+    """
+    if target.endswith(".safetensors"):
+        return load_potential(target, device, dtype)
+    name, _, weights = target.partition("@")
+    name = name.replace("-", "_")
+    loaders = pretrained.ORB_PRETRAINED_MODELS
+    known = {loader.replace("-", "_"): function for loader, function in loaders.items()}
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=2)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"orb-models has no loader {name!r}.{hint} It has {', '.join(sorted(known))}.")
+    if weights and not Path(weights).is_file():
+        raise FileNotFoundError(f"there is no orb checkpoint {weights}.")
+    options: dict[str, Any] = {"weights_path": weights} if weights else {}
+    if dtype:
+        options["precision"] = {"float32": "float32-high", "float64": "float64"}[dtype]
+    with _process_left_as_it_was():
+        # orb compiles unless told not to.
+        model, adapter = known[name](device=device or None, compile=False, **options)
+    return ORBCalculator(model, adapter, device=device or None)
+
+
+def save_potential(model: torch.nn.Module, path: str | Path, description: dict[str, Any]) -> None:
+    """Stores an orb-v3-architecture model as safetensors (no pickle).
+
+    Args:
+        model: The model.
+        path: File to write.
+        description: `architecture` (name of a function of `orb_models.forcefield.pretrained`), its `arguments`,
+            and the arguments of the `adapter`.
+    """
+    write_artefact(path, _KIND, _SCHEMA, description, model.state_dict())
+
+
+def load_potential(path: str | Path, device: str = "cpu", dtype: str = "") -> ORBCalculator:
+    """The calculator of a model stored by `save_potential`."""
+    header, tensors = read_artefact(path, _KIND, _SCHEMA)
+    name = header["architecture"]
+    if name not in ("orb_v3_direct_architecture", "orb_v3_conservative_architecture"):
+        raise ArtefactError(f"{path} names the architecture {name!r}, which is not one of orb-v3's.")
+    with _process_left_as_it_was():
+        torch.set_default_dtype(torch.float32)
+        model = getattr(pretrained, name)(device="cpu", **header["arguments"])
+        model.load_state_dict(tensors)
+    if dtype == "float64":
+        model = model.double()
+    model.eval()
+    for weight in model.parameters():
+        weight.requires_grad_(False)
+    return ORBCalculator(model, ForcefieldAtomsAdapter(**header["adapter"]), device=device or "cpu")
+
+
+def _penultimate(mlp: torch.nn.Sequential) -> tuple[torch.nn.Sequential, torch.nn.Linear]:
+    """Everything before the last linear map, and that map."""
+    layers = list(mlp.children())
+    last = max(index for index, layer in enumerate(layers) if isinstance(layer, torch.nn.Linear))
+    linear = layers[last]
+    assert isinstance(linear, torch.nn.Linear)
+    return torch.nn.Sequential(*layers[:last]), linear
+
+
+def _scale(normalizer: Any) -> tuple[Tensor, Tensor]:
+    return normalizer.bn.running_var.sqrt().detach(), normalizer.bn.running_mean.detach()

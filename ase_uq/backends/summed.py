@@ -1,0 +1,148 @@
+"""ASE's `SumCalculator` and its kin: a potential that has a backend, plus corrections that have none.
+
+`mace_mp(dispersion=True)` returns such a sum. The corrections (D3, a pair potential, a delta calculator) are exact
+as far as uncertainty goes: what they add goes into the mean and into the `base` of the last layers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+from ase.calculators.mixing import LinearCombinationCalculator
+from ase.stress import full_3x3_to_voigt_6_stress
+from torch import Tensor
+
+from ase_uq.backends import find_module
+from ase_uq.backends.base import Backend, Batch, Identity
+from ase_uq.evaluation import EnergyLayer, Evaluation, ForceLayer
+from ase_uq.properties import STANDARD
+
+
+class SummedBackend(Backend):
+    """A linear combination of calculators, one of which has a backend.
+
+    Args:
+        calculator: A `SumCalculator`, or another calculator of `ase.calculators.mixing`.
+
+    Raises:
+        TypeError: None of the calculators has a backend, or several have, or they share no energy.
+    """
+
+    name = "summed"
+
+    def __init__(self, calculator: LinearCombinationCalculator) -> None:
+        self.calculator = calculator
+        members = calculator.mixer.calcs
+        known = [index for index, member in enumerate(members) if find_module(member) is not None]
+        names = ", ".join(type(member).__name__ for member in members)
+        if not known:
+            raise TypeError(f"none of the calculators in this {type(calculator).__name__} has a backend: {names}.")
+        if len(known) > 1:
+            raise TypeError(
+                f"{len(known)} of the calculators in this {type(calculator).__name__} ({names}) have a backend of "
+                "their own; one is supported. For a committee, give MACECalculator several models."
+            )
+        self._known = known[0]
+        module = find_module(members[self._known])
+        assert module is not None
+        self._inner: Backend = module.wrap(members[self._known])
+        self.info_keys, self.required_info_keys = self._inner.info_keys, self._inner.required_info_keys
+        self.elements = self._inner.elements
+        common = set(self._inner.results).intersection(*(c.implemented_properties for _, c in self._corrections()))
+        self.results = tuple(key for key in STANDARD if key in common)
+        if "energy" not in common:
+            raise TypeError(f"the calculators in this {type(calculator).__name__} ({names}) have no energy in common.")
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._inner.dtype
+
+    @cached_property
+    def identity(self) -> Identity:
+        """That of the potential, with the names of the corrections; those need not bear the probe structure."""
+        return Identity(self._settings(), self._inner.identity.weights, self._inner.identity.probe)
+
+    def _modules(self) -> Sequence[torch.nn.Module]:
+        return self._inner._modules()
+
+    def _settings(self) -> dict[str, Any]:
+        corrections = [[weight, type(calculator).__name__] for weight, calculator in self._corrections()]
+        return {**self._inner._settings(), "weight_in_sum": self._weight, "added": sorted(corrections, key=str)}
+
+    @property
+    def _weight(self) -> float:
+        return float(self.calculator.mixer.weights[self._known])
+
+    def _corrections(self) -> list[tuple[float, BaseCalculator]]:
+        mixer = self.calculator.mixer
+        pairs = zip(mixer.weights, mixer.calcs, strict=True)
+        return [(float(weight), member) for index, (weight, member) in enumerate(pairs) if index != self._known]
+
+    def _collate(self, frames: Sequence[Atoms]) -> Any:
+        return self._inner._collate(frames)
+
+    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+        own = self._inner._evaluate(batch, forces)
+        added = {key: self._added(key, own, batch) for key in self.results if forces or key in ("energy", "energies")}
+        weight = self._weight
+
+        def total(key: str) -> Tensor | None:
+            value = getattr(own, key)
+            return None if value is None or key not in added else weight * value + added[key]
+
+        energy, energy_layer = total("energy"), own.energy_layer
+        assert energy is not None
+        return replace(
+            own,
+            energy=energy,
+            energies=total("energies"),
+            forces=total("forces"),
+            stress=total("stress"),
+            energy_layer=EnergyLayer(
+                weight * energy_layer.features, energy_layer.weights, weight * energy_layer.base + added["energy"]
+            ),
+            force_layer=_shifted(own.force_layer, weight, added.get("forces")),
+        )
+
+    def _added(self, key: str, own: Evaluation, batch: Batch) -> Tensor:
+        """What the corrections add to one result of the batch."""
+        rows = []
+        for atoms in batch.frames:
+            copy = atoms.copy()  # a calculator may keep or change what it is given
+            rows.append(sum(w * _plain(key, member.get_property(key, copy)) for w, member in self._corrections()))
+        joined = np.concatenate(rows) if key in ("energies", "forces") else np.stack(rows)
+        # Energies of many atoms need double precision, as the potentials' own reference energies do.
+        dtype = own.energy.dtype if key == "energy" else self.dtype
+        return torch.as_tensor(joined, dtype=dtype, device=self.device)
+
+
+def accepts(calculator: BaseCalculator) -> bool:
+    """Whether this backend wraps the calculator."""
+    return isinstance(calculator, LinearCombinationCalculator)
+
+
+def wrap(calculator: BaseCalculator) -> SummedBackend:
+    """The backend of a `SumCalculator`."""
+    assert isinstance(calculator, LinearCombinationCalculator)
+    return SummedBackend(calculator)
+
+
+def _plain(key: str, value: Any) -> np.ndarray:
+    array = np.asarray(value, float)
+    return full_3x3_to_voigt_6_stress(array) if key == "stress" and array.shape == (3, 3) else array
+
+
+def _shifted(layer: ForceLayer | None, weight: float, added: Tensor | None) -> ForceLayer | None:
+    if layer is None:
+        return None
+    base = weight * layer.base
+    return replace(layer, features=weight * layer.features, base=base if added is None else base + added)

@@ -1,0 +1,300 @@
+"""A closed-form potential: the smallest complete backend, for tests and for authors of new ones to copy.
+
+The energy of an atom is linear in the Gaussians of its distances to its neighbours, one set a pair of elements:
+
+    e_i = base_{Z_i} + w·φ_i,    φ_i[p, k] = Σ_j δ(p, {Z_i, Z_j}) exp(-(r_ij - μ_k)² / 2σ²) · f_c(r_ij),
+
+with the weights of a Morse bond for every pair of elements and a little noise, so that molecules hold together.
+The direct variant has a force head of the form of orb's: F = P(φ^F B), with φ^F_i[p, k] = Σ_j (the same) r̂_ij
+and P taking out the net force and, without a cell, the net torque.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.data import atomic_numbers, covalent_radii
+from ase.neighborlist import neighbor_list
+from torch import Tensor
+
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
+
+_CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
+_WIDTH = 0.3  # σ, Å
+_DEPTH, _STIFFNESS = 0.5, 2.0  # of the Morse bonds: eV, 1/Å
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Structures as tensors, in the potential's dtype and on its device."""
+
+    numbers: Tensor  # (n_atoms,)
+    positions: Tensor  # (n_atoms, 3)
+    cell: Tensor  # (n_frames, 3, 3)
+    frame_of_atom: Tensor  # (n_atoms,)
+    n_atoms_of_frame: Tensor  # (n_frames,)
+    source: Tensor  # (n_edges,) the neighbour
+    target: Tensor  # (n_edges,) the atom whose neighbour it is
+    shift: Tensor  # (n_edges, 3) lattice vector to the neighbour's image, Å
+
+
+class ToyPotential(torch.nn.Module):
+    """The potential as a module: `forward` gives everything the calculator and the backend need.
+
+    Args:
+        elements: Symbols of the elements it knows.
+        direct: Whether forces come from a force head of their own instead of the energy's gradient.
+        seed: Of the noise on the weights.
+    """
+
+    cutoff = 4.0
+
+    def __init__(self, elements: Sequence[str] = ("H", "C", "N", "O", "Si"), direct: bool = False, seed: int = 0):
+        super().__init__()
+        self.direct = direct
+        self.numbers = tuple(sorted(atomic_numbers[symbol] for symbol in elements))
+        n_elements = len(self.numbers)
+        # Row of a pair of elements in the table of features, the same for (a, b) and (b, a).
+        first, second = torch.triu_indices(n_elements, n_elements)
+        pair = torch.zeros(n_elements, n_elements, dtype=torch.long)
+        pair[first, second] = pair[second, first] = torch.arange(len(first))
+        self._pair, self._n_pairs = pair, len(first)
+        lengths = torch.tensor([covalent_radii[z] for z in self.numbers], dtype=torch.float64)
+        bond = (lengths[first] + lengths[second])[:, None]
+        stretch = torch.exp(-_STIFFNESS * (_CENTRES - bond))
+        morse = _DEPTH * stretch.clamp(max=6.0) * (stretch.clamp(max=6.0) - 2)
+        slope = 2 * _STIFFNESS * _DEPTH * stretch.clamp(max=6.0) * (1 - stretch.clamp(max=6.0))
+        generator = torch.Generator().manual_seed(seed)
+
+        def noise(*shape: int) -> Tensor:
+            return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        # Half a bond for each of its two atoms; 0.53 = spacing / (σ √2π) makes the Gaussians add up to the curve.
+        weights = 0.53 * 0.5 * morse
+        self.weights = torch.nn.Parameter((weights + noise(*weights.shape)).flatten(), requires_grad=False)
+        base = -torch.tensor(self.numbers, dtype=torch.float64)
+        self.base = torch.nn.Parameter(base, requires_grad=False)
+        if direct:
+            # Along r̂ the slope of the bond; the noise makes the head as little equivariant as orb's.
+            forces = torch.kron(0.53 * slope.reshape(-1, 1), torch.eye(3, dtype=torch.float64))
+            self.force_weights = torch.nn.Parameter(forces + noise(*forces.shape), requires_grad=False)
+
+    def collate(self, frames: Sequence[Atoms]) -> Graph:
+        """Structures as one graph, with the neighbour lists."""
+        like = self.weights
+        sources, targets, shifts, offset = [], [], [], 0
+        for atoms in frames:
+            i, j, lattice = neighbor_list("ijS", atoms, self.cutoff)
+            targets.append(i + offset)
+            sources.append(j + offset)
+            shifts.append(lattice @ atoms.cell.array)
+            offset += len(atoms)
+        counts = torch.tensor([len(atoms) for atoms in frames], device=like.device)
+
+        def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+            return torch.as_tensor(np.concatenate(arrays), dtype=dtype, device=like.device)
+
+        return Graph(
+            numbers=tensor([atoms.numbers for atoms in frames], torch.long),
+            positions=tensor([atoms.positions for atoms in frames], like.dtype),
+            cell=tensor([atoms.cell.array[None] for atoms in frames], like.dtype),
+            frame_of_atom=torch.repeat_interleave(counts),
+            n_atoms_of_frame=counts,
+            source=tensor(sources, torch.long),
+            target=tensor(targets, torch.long),
+            shift=tensor(shifts, like.dtype),
+        )
+
+    def forward(self, graph: Graph, forces: bool = True) -> dict[str, Tensor]:
+        """Energies, forces, stress and features of a graph; all detached."""
+        n_frames = len(graph.n_atoms_of_frame)
+        differentiate = forces and not self.direct
+        strain = torch.zeros(n_frames, 3, 3, dtype=graph.positions.dtype, device=graph.positions.device)
+        positions = graph.positions.clone().requires_grad_(differentiate)
+        strain.requires_grad_(differentiate)
+        with torch.set_grad_enabled(differentiate):
+            vectors = positions[graph.source] - positions[graph.target] + graph.shift
+            deformed = (strain + strain.mT) / 2
+            vectors = vectors + torch.einsum("ex,exy->ey", vectors, deformed[graph.frame_of_atom[graph.target]])
+            distance = vectors.norm(dim=1)
+            phi = self._sum_over_neighbours(graph, distance, torch.ones_like(distance)[:, None])[:, :, 0]
+            kinds = torch.as_tensor(self.numbers, device=phi.device)
+            isolated = self.base[torch.searchsorted(kinds, graph.numbers)]
+            energies = isolated + phi @ self.weights
+            energy = torch.zeros_like(graph.cell[:, 0, 0]).index_add(0, graph.frame_of_atom, energies)
+        base = torch.zeros_like(energy).index_add(0, graph.frame_of_atom, isolated)
+        directions = (vectors / distance[:, None]).detach()
+        arrows = self._sum_over_neighbours(graph, distance.detach(), directions)
+        out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "distance": distance}
+        # The norm of what the neighbours' directions add up to: 0 at the centre of a symmetric surrounding.
+        out["features"] = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
+        if differentiate:
+            slope, virial = torch.autograd.grad(energy.sum(), (positions, strain))
+            volume = torch.linalg.det(graph.cell).abs()
+            # Structures without a volume have no stress.
+            stress = virial / torch.where(volume > 0, volume, torch.inf)[:, None, None]
+            voigt = stress.reshape(n_frames, 9)[:, [0, 4, 8, 5, 2, 1]]
+            out |= {"forces": -slope, "stress": voigt}
+        if self.direct:
+            out["force_phi"] = arrows.flatten(1)
+            out["forces"] = _without_rigid_motion(out["force_phi"] @ self.force_weights, graph)
+        return {name: value.detach() for name, value in out.items()}
+
+    def _sum_over_neighbours(self, graph: Graph, distance: Tensor, values: Tensor) -> Tensor:
+        """(n_edges, m) → (n_atoms, n_pairs * n_centres, m): Σ_j of the Gaussians times the values."""
+        centres = _CENTRES.to(distance)
+        envelope = 0.5 * (1 + torch.cos(torch.pi * (distance / self.cutoff).clamp(max=1)))
+        gaussians = torch.exp(-((distance[:, None] - centres) ** 2) / (2 * _WIDTH**2)) * envelope[:, None]
+        kinds = torch.as_tensor(self.numbers, device=distance.device)
+        kind = torch.searchsorted(kinds, graph.numbers)
+        row = graph.target * self._n_pairs + self._pair.to(distance.device)[kind[graph.target], kind[graph.source]]
+        shape = (len(graph.numbers) * self._n_pairs, len(centres), values.shape[1])
+        total = torch.zeros(shape, dtype=distance.dtype, device=distance.device)
+        total = total.index_add(0, row, gaussians[:, :, None] * values[:, None, :])
+        return total.reshape(len(graph.numbers), self._n_pairs * len(centres), values.shape[1])
+
+
+class ToyCalculator(Calculator):
+    """ASE calculator of a `ToyPotential`.
+
+    Args:
+        elements: As in `ToyPotential`.
+        direct: As in `ToyPotential`. A direct model has no stress.
+        seed: As in `ToyPotential`.
+        device: Where to run.
+        dtype: `float64` or `float32`.
+    """
+
+    def __init__(
+        self,
+        elements: Sequence[str] = ("H", "C", "N", "O", "Si"),
+        *,
+        direct: bool = False,
+        seed: int = 0,
+        device: str = "cpu",
+        dtype: str = "float64",
+    ) -> None:
+        super().__init__()
+        self.potential = ToyPotential(elements, direct, seed).to(device, getattr(torch, dtype))
+        self.implemented_properties = ["energy", "free_energy", "energies", "forces"] + ["stress"] * (not direct)
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """Fills `results` for one structure."""
+        super().calculate(atoms, list(properties), list(system_changes))
+        assert self.atoms is not None  # the copy that ASE just made
+        out = self.potential(self.potential.collate([self.atoms]))
+        energy = float(out["energy"])
+        self.results = {"energy": energy, "free_energy": energy}
+        self.results |= {key: out[key].cpu().numpy() for key in ("energies", "forces")}
+        if not self.potential.direct:
+            self.results["stress"] = out["stress"][0].cpu().numpy()
+
+
+class ToyBackend(Backend):
+    """A `ToyCalculator` whose features are kept."""
+
+    name = "toy"
+
+    def __init__(self, calculator: ToyCalculator) -> None:
+        self.calculator = calculator
+        self._potential = calculator.potential
+        self.elements = frozenset(self._potential.numbers)
+        self.results = tuple(calculator.implemented_properties)
+
+    @property
+    def device(self) -> torch.device:
+        return self._potential.weights.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._potential.weights.dtype
+
+    def _modules(self) -> Sequence[torch.nn.Module]:
+        return [self._potential]
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "package": "toy",
+            "elements": sorted(self.elements),
+            "direct": self._potential.direct,
+            "cutoff": self._potential.cutoff,
+            "features": "Gaussians, norm of the directions; v1",
+        }
+
+    def _collate(self, frames: Sequence[Atoms]) -> Graph:
+        return self._potential.collate(frames)
+
+    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+        graph: Graph = batch.data
+        out = self._potential(graph, forces=forces)
+        return Evaluation(
+            numbers=graph.numbers,
+            positions=graph.positions,
+            frame_of_atom=graph.frame_of_atom,
+            n_atoms_of_frame=graph.n_atoms_of_frame,
+            energy=out["energy"],
+            energies=out["energies"],
+            forces=out.get("forces") if forces else None,
+            stress=out.get("stress"),
+            features=out["features"],
+            energy_layer=EnergyLayer(out["phi"], self._potential.weights.detach(), out["base"]),
+            force_layer=self._force_layer(graph, out) if self._potential.direct else None,
+            edges=Edges(graph.source, graph.target, out["distance"]),
+        )
+
+    def _force_layer(self, graph: Graph, out: dict[str, Tensor]) -> ForceLayer:
+        return ForceLayer(
+            features=out["force_phi"],
+            weights=self._potential.force_weights.detach(),
+            base=torch.zeros_like(graph.positions),
+            force_free=True,
+            torque_free=_without_cell(graph),
+        )
+
+
+def accepts(calculator: BaseCalculator) -> bool:
+    """Whether this backend wraps the calculator."""
+    return isinstance(calculator, ToyCalculator)
+
+
+def wrap(calculator: BaseCalculator) -> ToyBackend:
+    """The backend of a `ToyCalculator`."""
+    assert isinstance(calculator, ToyCalculator)
+    return ToyBackend(calculator)
+
+
+def load(prefix: str, target: str, device: str, dtype: str) -> ToyCalculator:
+    """The calculator that a SPEC names: `toy:` or `toy:direct`."""
+    if target not in ("", "direct"):
+        raise ValueError(f"there is no toy potential {target!r}. Use toy: or toy:direct.")
+    return ToyCalculator(direct=target == "direct", device=device or "cpu", dtype=dtype or "float64")
+
+
+def _without_cell(graph: Graph) -> Tensor:
+    return (graph.cell == 0).all(dim=(1, 2))
+
+
+def _without_rigid_motion(forces: Tensor, graph: Graph) -> Tensor:
+    """P: takes out the net force of every structure and the net torque of those without a cell."""
+    forces = forces.clone()
+    for frame, no_cell in enumerate(_without_cell(graph).tolist()):
+        own = graph.frame_of_atom == frame
+        forces[own] -= forces[own].mean(0)
+        if no_cell:
+            arms = graph.positions[own] - graph.positions[own].mean(0)
+            inertia = (arms**2).sum() * torch.eye(3).to(arms) - arms.T @ arms
+            torque = torch.linalg.cross(arms, forces[own]).sum(0)
+            # Pseudo-inverse: a linear molecule does not turn about its axis, an atom not at all.
+            rotation = torch.linalg.pinv(inertia, rtol=1e-6, hermitian=True) @ torque
+            forces[own] -= torch.linalg.cross(rotation.expand_as(arms), arms)
+    return forces

@@ -1,0 +1,60 @@
+"""The protocol of a calibrator, and the likelihood that all of them are fitted by."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+# Scores are means of squares of order one on the training rows; this is their zero.
+SMALLEST_SCORE = 1e-12
+
+
+@dataclass(frozen=True)
+class Residuals:
+    """Scores of calibration rows beside the residuals they should explain.
+
+    Args:
+        scores: (n, n_scores) raw, variance-like, non-negative.
+        squares: (n,) Σ_c r_c² over the components of a row, in squared ASE units.
+        components: Components of a row: 3 for an isotropic force score, 1 otherwise.
+        groups: (n,) index of the frame (or block of frames) a row belongs to; rows of one are not independent.
+    """
+
+    scores: np.ndarray
+    squares: np.ndarray
+    components: int
+    groups: np.ndarray
+
+    def only(self, chosen: np.ndarray) -> "Residuals":
+        """The chosen rows."""
+        return Residuals(self.scores[chosen], self.squares[chosen], self.components, self.groups[chosen])
+
+
+class Calibrator(ABC):
+    """Turns scores into variances. Immutable; `settings` says all of it."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """JSON values that make it again."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, settings: dict[str, Any]) -> "Calibrator":
+        """The calibrator with these settings."""
+
+    @abstractmethod
+    def variance(self, scores: Tensor) -> Tensor:
+        """(..., n_scores) → (...): the variance of one component, in squared ASE units."""
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The formula with its numbers, for people."""
+
+
+def mean_nll(variance: np.ndarray, residuals: Residuals) -> float:
+    """Mean negative log-likelihood of a component: ½[log 2πσ² + (Σ_c r_c²/K)/σ²], natural logarithm."""
+    mean_square = residuals.squares / residuals.components
+    return float(np.mean(0.5 * (np.log(2 * np.pi * variance) + mean_square / variance)))

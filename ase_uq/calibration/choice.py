@@ -1,0 +1,72 @@
+"""Which form of calibrator: the one that predicts left-out calibration frames better."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ase_uq.calibration.affine import fit_affine
+from ase_uq.calibration.base import Calibrator, Residuals, mean_nll
+from ase_uq.calibration.power import fit_power
+
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A calibrator, and what spoke for it.
+
+    Args:
+        calibrator: Fitted on all rows.
+        nll: Cross-validated mean negative log-likelihood a component of each form.
+        constant_nll: The same for one constant variance: what the score is worth is the difference.
+        n_rows: Rows it was fitted on.
+        n_groups: Frames or blocks they come from.
+    """
+
+    calibrator: Calibrator
+    nll: dict[str, float]
+    constant_nll: float
+    n_rows: int
+    n_groups: int
+
+
+def fit_calibrator(residuals: Residuals) -> Choice:
+    """Fits the affine form on each score and the power law on all; keeps the better by cross-validated likelihood.
+
+    Folds are contiguous in the groups: frames that stand together may be neighbours of one trajectory, and
+    neither of two neighbours tells anything new about the other.
+
+    Raises:
+        ValueError: Fewer groups than folds.
+    """
+    groups = np.unique(residuals.groups)
+    if len(groups) < _FOLDS:
+        raise ValueError(f"calibration needs at least {_FOLDS} frames, {len(groups)} were given.")
+    fold_of_group = np.arange(len(groups)) * _FOLDS // len(groups)
+    fold = fold_of_group[np.searchsorted(groups, residuals.groups)]
+    forms: dict[str, Callable[[Residuals], Calibrator]] = {"power": fit_power}
+    for column in range(residuals.scores.shape[1]):
+        forms[f"affine[{column}]"] = lambda rows, column=column: fit_affine(rows, column)
+    nll = {name: _cross_validated(fit, residuals, fold) for name, fit in forms.items()}
+    best = min(nll, key=lambda name: nll[name])
+    return Choice(forms[best](residuals), nll, _constant_nll(residuals, fold), len(residuals.squares), len(groups))
+
+
+def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residuals, fold: np.ndarray) -> float:
+    total = 0.0
+    for k in range(_FOLDS):
+        left_out = residuals.only(fold == k)
+        variance = fit(residuals.only(fold != k)).variance(torch.from_numpy(left_out.scores)).numpy()
+        total += mean_nll(variance, left_out) * len(left_out.squares)
+    return total / len(residuals.squares)
+
+
+def _constant_nll(residuals: Residuals, fold: np.ndarray) -> float:
+    total = 0.0
+    for k in range(_FOLDS):
+        variance = residuals.squares[fold != k].mean() / residuals.components
+        left_out = residuals.only(fold == k)
+        total += mean_nll(np.full(len(left_out.squares), max(variance, 1e-300)), left_out) * len(left_out.squares)
+    return total / len(residuals.squares)

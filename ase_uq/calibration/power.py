@@ -1,0 +1,75 @@
+"""σ² = e^c · Π_k u_k^p_k with p_k ≥ 0: a convex fit in (c, p)."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
+
+
+@dataclass(frozen=True)
+class PowerCalibrator(Calibrator):
+    """log σ² = constant + Σ_k power_k · log score_k.
+
+    Args:
+        constant: c, logarithm of squared ASE units.
+        powers: p_k ≥ 0. One leverage with p = 1 is the Bayesian form without a floor; p < 1 is what errors of
+            trained potentials ask for.
+        boundary: `"useless"` where all powers are zero, else empty.
+    """
+
+    constant: float
+    powers: tuple[float, ...]
+    boundary: str = ""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"kind": "power", "constant": self.constant, "powers": list(self.powers), "boundary": self.boundary}
+
+    @classmethod
+    def load(cls, settings: dict[str, Any]) -> "PowerCalibrator":
+        return cls(settings["constant"], tuple(settings["powers"]), settings["boundary"])
+
+    def variance(self, scores: Tensor) -> Tensor:
+        powers = torch.tensor(self.powers, dtype=scores.dtype, device=scores.device)
+        return torch.exp(self.constant + scores.clamp(min=SMALLEST_SCORE).log() @ powers)
+
+    def describe(self) -> str:
+        powers = "·".join(f"u[{k}]^{p:.2f}" for k, p in enumerate(self.powers) if p > 1e-3)
+        return f"σ² = {np.exp(self.constant):.3g}·{powers or '1'}"
+
+
+def fit_power(residuals: Residuals) -> PowerCalibrator:
+    """The maximum-likelihood (c, p) with p ≥ 0.
+
+    The mean of ½[η + (q/K)·e^(-η)] is convex in η = c + Σ p_k log u_k, hence in (c, p): one optimum. At it
+    mean[(q/K)/σ²] = 1 exactly (derivative by c).
+    """
+    logs = np.log(np.maximum(residuals.scores, SMALLEST_SCORE))
+    centre = logs.mean(0)
+    logs = logs - centre
+    mean_square = residuals.squares / residuals.components
+    scale = max(float(mean_square.mean()), 1e-300)
+    y = mean_square / scale
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        eta = x[0] + logs @ x[1:]
+        ratio = y * np.exp(-eta)
+        slope = 0.5 * (1 - ratio)
+        return float(np.mean(0.5 * (eta + ratio))), np.concatenate([[slope.mean()], logs.T @ slope / len(y)])
+
+    count = logs.shape[1]
+    start = np.concatenate([[0.0], np.full(count, 1 / (2 * count))])
+    bounds = [(None, None)] + [(0.0, 20.0)] * count
+    found = minimize(
+        loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 2000}
+    )
+    powers = found.x[1:]
+    # The optimum over c alone is closed, so the first-order identity holds to rounding and not to `gtol`.
+    constant = np.log(np.mean(y * np.exp(-(logs @ powers)))) + np.log(scale) - centre @ powers
+    boundary = "useless" if powers.max() < 1e-3 else ""
+    return PowerCalibrator(float(constant), tuple(float(p) for p in powers), boundary)

@@ -1,0 +1,204 @@
+"""Actions: what happens when a level is reached.
+
+An action is any callable that takes one `Event`. Those here, and your own function, can be mixed in a list; they run
+in order, and an exception from one ends the run there.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+from ase import Atoms
+from ase.optimize.optimize import BaseDynamics
+from ase.optimize.sciopt import Converged, SciPyGradientlessOptimizer, SciPyOptimizer
+
+from ase_uq.dynamics.rules import Level
+from ase_uq.errors import UncertaintyHalt
+from ase_uq.frames import annotated, write_frames
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Event:
+    """One judged step of a run.
+
+    Args:
+        level: `"ok"`, `"flag"` or `"halt"`.
+        step: Step number; it goes on where a restored run was left.
+        time_fs: Simulated time, fs; None in an optimiser.
+        reading: Reduced force uncertainty, eV/Å.
+        threshold: Threshold of the rule that triggered, eV/Å; at level `"ok"` the lowest one of the monitor.
+        reason: What triggered, for people: the rule, the worst atom and its element; empty at level `"ok"`.
+        atoms: The running structure itself, with its calculator; copy it to keep it.
+        dynamics: The run.
+    """
+
+    level: Level
+    step: int
+    time_fs: float | None
+    reading: float
+    threshold: float
+    reason: str
+    atoms: Atoms
+    dynamics: BaseDynamics
+
+
+Action = Callable[[Event], Any]
+
+
+@dataclass(frozen=True)
+class Halt:
+    """Ends the run at this step, which stays whole: `run()` goes on from it.
+
+    Args:
+        mode: `"raise"` raises `UncertaintyHalt` out of `run()`; `"stop"` lets `run()` return as if its steps were
+            done. A dynamics with a loop of its own that cannot be told to stop, such as SwitchLangevin, raises in
+            either mode.
+
+    Raises:
+        ValueError: Another mode.
+    """
+
+    mode: Literal["raise", "stop"] = "raise"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("raise", "stop"):
+            raise ValueError(f"Halt knows the modes 'raise' and 'stop', not {self.mode!r}.")
+
+    def __call__(self, event: Event) -> None:
+        dynamics = event.dynamics
+        if self.mode == "stop":
+            # SciPy owns the loop of these; ASE gives this exception to leave it quietly.
+            if isinstance(dynamics, SciPyOptimizer | SciPyGradientlessOptimizer):
+                raise Converged
+            # Only a loop that never looks at max_steps can have run past it.
+            if dynamics.nsteps <= dynamics.max_steps:
+                dynamics.max_steps = dynamics.nsteps
+                return
+        when = "" if event.time_fs is None else f" ({event.time_fs:.6g} fs)"
+        raise UncertaintyHalt(
+            f"halted at step {event.step}{when}: {event.reason}. run() goes on from this step.",
+            step=event.step,
+            reading=event.reading,
+            threshold=event.threshold,
+        )
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Appends the frame to an extended XYZ file, on the disk before the run goes on.
+
+    The frame carries every result, and `flag_reason`, `flag_level`, `flag_step`, `flag_time_fs` (not in an
+    optimiser), `flag_reading` and `flag_threshold` in its info.
+
+    Args:
+        path: File; what an earlier run left in it stays.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+
+    path: str | os.PathLike[str]
+
+    def __post_init__(self) -> None:
+        _check_writable(self.path)
+
+    def __call__(self, event: Event) -> None:
+        frame = annotated(
+            event.atoms,
+            flag_reason=event.reason,
+            flag_level=event.level,
+            flag_step=event.step,
+            flag_time_fs=event.time_fs,
+            flag_reading=event.reading,
+            flag_threshold=event.threshold,
+        )
+        if event.time_fs is None:
+            del frame.info["flag_time_fs"]
+        write_frames(self.path, [frame], append=True)
+
+
+@dataclass(frozen=True)
+class Log:
+    """Writes one line of CSV an event: step, time in fs, reading in eV/Å, level.
+
+    Args:
+        target: File to append to, an open text stream, or `"-"` for standard output.
+
+    Raises:
+        ValueError: The file cannot be written.
+    """
+
+    target: str | os.PathLike[str] | TextIO
+
+    def __post_init__(self) -> None:
+        if isinstance(self.target, str | os.PathLike) and self.target != "-":
+            _check_writable(self.target)
+            path = Path(self.target)
+            if path.exists() and path.stat().st_size > 0:
+                return
+        self._write("step,time_fs,reading,level\n")
+
+    def __call__(self, event: Event) -> None:
+        time = "" if event.time_fs is None else f"{event.time_fs:.10g}"
+        self._write(f"{event.step},{time},{event.reading:.6g},{event.level}\n")
+
+    def _write(self, line: str) -> None:
+        if self.target == "-":
+            print(line, end="", file=sys.stdout, flush=True)
+        elif isinstance(self.target, str | os.PathLike):
+            with open(self.target, "a") as file:
+                file.write(line)
+        else:
+            self.target.write(line)
+            self.target.flush()
+
+
+@dataclass(frozen=True)
+class Call:
+    """Calls a function with the event.
+
+    Args:
+        function: Takes the `Event`; what it returns is ignored.
+
+    Raises:
+        TypeError: `function` cannot be called.
+    """
+
+    function: Callable[[Event], Any]
+
+    def __post_init__(self) -> None:
+        if not callable(self.function):
+            raise TypeError(f"Call takes a function of one event, not {self.function!r}.")
+
+    def __call__(self, event: Event) -> None:
+        self.function(event)
+
+
+def as_actions(actions: Action | Sequence[Action] | None) -> tuple[Action, ...]:
+    """One action, several or None as a tuple; raises TypeError for what cannot be called."""
+    chosen = () if actions is None else (actions,) if callable(actions) else tuple(actions)
+    for action in chosen:
+        if not callable(action):
+            raise TypeError(
+                f"an action is a callable that takes one Event, such as Halt() or Log('log.csv'), not {action!r}."
+            )
+    return chosen
+
+
+def _check_writable(path: str | os.PathLike[str]) -> None:
+    """Opens the file for appending now, so that a bad path does not cost the hours before the first event."""
+    path = Path(path)
+    existed = path.exists()
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}). Give a file in a folder that exists and is writable."
+        ) from error
+    if not existed:
+        # An empty file would look like a run that flagged something.
+        path.unlink()

@@ -1,0 +1,64 @@
+"""The exceptions a caller may want to catch. Everything else is a `ValueError` or a `TypeError`.
+
+UQError
+ ├─ MissingDependency      a potential's package is not installed; the message has the pip line
+ ├─ ArtefactError          a file is not ours, newer than this package, truncated or altered
+ ├─ PotentialMismatch      an uncertainty model meets a potential it was not fitted on
+ ├─ LabelError             frames without labels, with labels that are not finite, or too few of them
+ ├─ InputError             atoms that no potential can take: no atoms, NaN positions, a missing charge
+ └─ UncertaintyHalt        raised out of a run by `Halt`; carries the step, the reading and the threshold
+"""
+
+
+class UQWarning(UserWarning):
+    """Something the user should look at, though the work went on."""
+
+
+class UQError(Exception):
+    """Base of every error that `ase_uq` raises on purpose and names itself."""
+
+
+class MissingDependency(UQError, ImportError):
+    """The package of a potential is not installed."""
+
+
+class ArtefactError(UQError):
+    """A file cannot be read as what it should be."""
+
+
+class PotentialMismatch(UQError):
+    """An uncertainty model was fitted on another potential."""
+
+
+class LabelError(UQError, ValueError):
+    """Frames cannot serve for fitting or calibration."""
+
+
+class InputError(UQError, ValueError):
+    """Atoms cannot be evaluated."""
+
+
+class UncertaintyHalt(UQError):
+    """A run was halted because the uncertainty passed its threshold.
+
+    Args:
+        message: What happened, for people.
+        step: Step of the run at which it was halted.
+        reading: The reduced force uncertainty of that step, eV/Å.
+        threshold: The halting threshold, eV/Å.
+    """
+
+    def __init__(self, message: str, *, step: int, reading: float, threshold: float) -> None:
+        super().__init__(message)
+        self.step = step
+        self.reading = reading
+        self.threshold = threshold
+
+    def __reduce__(self):
+        # Keyword-only fields would be lost on the way back from a worker process.
+        arguments = {"step": self.step, "reading": self.reading, "threshold": self.threshold}
+        return _halt_from, (self.args[0], arguments)
+
+
+def _halt_from(message: str, arguments: dict) -> UncertaintyHalt:
+    return UncertaintyHalt(message, **arguments)

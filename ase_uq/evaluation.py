@@ -1,0 +1,121 @@
+"""What one forward pass of a potential gave for one batch of structures: the torch side of the package.
+
+Every tensor is detached and on the potential's device. `n_atoms` counts the atoms of the whole batch,
+`n_frames` its structures; `frame_of_atom` joins the two.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Edges:
+    """The potential's own neighbour list.
+
+    Args:
+        source: (n_edges,) index of the neighbour.
+        target: (n_edges,) index of the atom whose neighbour it is.
+        distance: (n_edges,) Å.
+    """
+
+    source: Tensor
+    target: Tensor
+    distance: Tensor
+
+
+@dataclass(frozen=True)
+class EnergyLayer:
+    """The last layer of the energy, linear in its weights: energy_s = weights · Σ_{i in s} features_i + base_s.
+
+    Args:
+        features: (n_atoms, n_last) φ_i, eV for unit-less weights.
+        weights: (n_last,) the trained weights w.
+        base: (n_frames,) what the last layer does not produce: isolated atoms, shifts, repulsion; eV.
+    """
+
+    features: Tensor
+    weights: Tensor
+    base: Tensor
+
+
+@dataclass(frozen=True)
+class ForceLayer:
+    """The last layer of a direct force head: forces = P(features @ weights) + base.
+
+    P removes the net force of every structure and, where `torque_free`, its net torque.
+
+    Args:
+        features: (n_atoms, n_last) φ_i, eV/Å for unit-less weights.
+        weights: (n_last, 3).
+        base: (n_atoms, 3) forces that the head does not produce (pair repulsion, dispersion), eV/Å.
+        force_free: Whether the net force is removed.
+        torque_free: (n_frames,) whether the net torque is removed as well.
+    """
+
+    features: Tensor
+    weights: Tensor
+    base: Tensor
+    force_free: bool
+    torque_free: Tensor
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means and features of a batch, all from the same forward pass.
+
+    Args:
+        numbers: (n_atoms,) atomic numbers.
+        positions: (n_atoms, 3) Å, as the potential saw them.
+        frame_of_atom: (n_atoms,) index of the structure an atom belongs to.
+        n_atoms_of_frame: (n_frames,) atoms a structure.
+        energy: (n_frames,) eV.
+        features: (n_atoms, n_features) invariants of all layers and norms of the equivariant channels.
+        energy_layer: Exact last-layer features of the energy.
+        edges: The potential's neighbour list.
+        forces: (n_atoms, 3) eV/Å, or None where they were not asked for.
+        stress: (n_frames, 6) eV/Å³ in Voigt order, or None.
+        energies: (n_atoms,) eV, or None where the potential has none.
+        force_layer: Last layer of a direct force head, or None for conservative forces.
+        extras: Per-atom results that the wrapped calculator has beside the standard ones.
+    """
+
+    numbers: Tensor
+    positions: Tensor
+    frame_of_atom: Tensor
+    n_atoms_of_frame: Tensor
+    energy: Tensor
+    features: Tensor
+    energy_layer: EnergyLayer
+    edges: Edges
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+    energies: Tensor | None = None
+    force_layer: ForceLayer | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def n_frames(self) -> int:
+        """Structures in the batch."""
+        return len(self.n_atoms_of_frame)
+
+    def sum_over_atoms(self, values: Tensor) -> Tensor:
+        """(n_atoms, ...) → (n_frames, ...): the sum over the atoms of every structure."""
+        total = torch.zeros((self.n_frames, *values.shape[1:]), dtype=values.dtype, device=values.device)
+        return total.index_add_(0, self.frame_of_atom, values)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """Reference values of a batch; None where the frames carry none.
+
+    Args:
+        energy: (n_frames,) eV.
+        forces: (n_atoms, 3) eV/Å.
+        stress: (n_frames, 6) eV/Å³, Voigt; NaN rows for frames without.
+    """
+
+    energy: Tensor | None = None
+    forces: Tensor | None = None
+    stress: Tensor | None = None

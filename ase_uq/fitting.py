@@ -1,0 +1,308 @@
+"""Labelled frames in, uncertainty model out: fit on training frames, calibrate on held-out frames."""
+
+import hashlib
+import importlib.metadata
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.data import chemical_symbols
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.calibration import Choice, Residuals, fit_affine, fit_calibrator, fit_edges
+from ase_uq.communicator import Communicator, Serial
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.frames import Frames, labels_of, read_frames
+from ase_uq.methods import Method, make_method
+from ase_uq.methods.base import Head, Raw
+from ase_uq.stream import LabelledStream, batches_of, targets_of
+from ase_uq.uncertainty_model import CalibrationRecord, FittedMethod, UncertaintyModel
+
+_FEWEST_FRAMES = 10
+# Residuals this many times the forces themselves mean other units, another potential or other atoms.
+_SUSPICIOUS_RATIO = 10.0
+
+
+def fit(
+    calculator: Calculator | Backend | str,
+    train: Frames,
+    calibration: Frames,
+    *,
+    methods: Sequence[str | Method] = ("bll",),
+    label_keys: tuple[str, str, str] | None = None,
+    batch_atoms: int = 1000,
+    communicator: Communicator | None = None,
+    progress: bool = True,
+) -> UncertaintyModel:
+    """Fits what a potential does not know.
+
+    Args:
+        calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
+        train: Frames the potential was trained on, or frames like them: path or list. Energies are used where
+            they are labelled; direct force heads need forces.
+        calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale.
+        methods: Names or `Method` instances; the first is the primary one.
+        label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
+            `REF_forces`, `REF_stress`, else the results of a calculator attached to the frames.
+        batch_atoms: Most atoms evaluated together.
+        communicator: Ranks to share the fit with; one process by default.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The uncertainty model; `.save(path)` writes it, `.summary()` describes it.
+
+    Raises:
+        LabelError: Empty files, frames without labels or with labels that are not finite, too few frames, or
+            calibration frames that are training frames.
+        InputError: A frame that the potential cannot evaluate.
+    """
+    communicator = communicator or Serial()
+    makers = [make_method(method) if isinstance(method, str) else method for method in methods]
+    if not makers:
+        raise ValueError("no method was given; available_methods() lists them.")
+    backend = load_backend(calculator)
+    train_frames = _molecules(read_frames(train, name="training frames"))
+    calibration_frames = _molecules(read_frames(calibration, name="calibration frames"))
+    _check_labels("training", train_frames, label_keys, forces=False)
+    _check_labels("calibration", calibration_frames, label_keys, forces=True)
+    _refuse_overlap(train_frames, calibration_frames)
+    _check_first_frames(backend, train_frames, calibration_frames, label_keys)
+    options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
+    bar = "fit" if progress else ""
+    stream = LabelledStream(backend, train_frames, communicator, forces=False, title=bar, **options)
+    heads = {method.name: method.fit(stream, communicator).to(backend.device) for method in makers}
+    bar = "calibrate" if progress else ""
+    held_out = LabelledStream(backend, calibration_frames, Serial(), forces=True, title=bar, **options)
+    observed = _observe(heads, held_out)
+    fitted = {name: _calibrated(name, head, observed) for name, head in heads.items()}
+    primary = makers[0].name
+    elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
+    return UncertaintyModel(
+        identity=backend.identity,
+        methods=fitted,
+        primary=primary,
+        edges=fit_edges(observed.raw[primary].distance, observed.numbers, elements),
+        record=observed.record(fitted[primary], observed.raw[primary]),
+        provenance=_provenance(train_frames, calibration_frames),
+    )
+
+
+@dataclass(frozen=True)
+class _RawArrays:
+    """`Raw` of all calibration frames as float64 arrays."""
+
+    forces: np.ndarray
+    energy: np.ndarray
+    energies: np.ndarray
+    stress: np.ndarray
+    distance: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Observed:
+    """Raw scores of every head on the calibration frames, beside the residuals.
+
+    Args:
+        raw: By method.
+        forces: (n_atoms, 3) residuals, eV/Å.
+        energy: (n_frames,) residuals per atom, eV, or None.
+        stress: (n_frames, 6) residuals, eV/Å³, NaN rows for frames without; or None.
+        numbers: (n_atoms,).
+        n_atoms_of_frame: (n_frames,).
+    """
+
+    raw: dict[str, _RawArrays]
+    forces: np.ndarray
+    energy: np.ndarray | None
+    stress: np.ndarray | None
+    numbers: np.ndarray
+    n_atoms_of_frame: np.ndarray
+
+    @property
+    def frame_of_atom(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.n_atoms_of_frame)), self.n_atoms_of_frame)
+
+    def record(self, fitted: FittedMethod, raw: _RawArrays) -> CalibrationRecord:
+        variance = fitted.calibrators["forces"].variance(torch.from_numpy(raw.forces)).numpy()
+        norms = np.sqrt(np.broadcast_to(variance, self.forces.shape).sum(1))
+        errors = np.linalg.norm(self.forces, axis=1)
+        counts = self.n_atoms_of_frame.astype(np.int32)
+        return CalibrationRecord(
+            norms.astype(np.float32), errors.astype(np.float32), self.numbers.astype(np.uint8), counts
+        )
+
+
+def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
+    raws: dict[str, list[Raw]] = {name: [] for name in heads}
+    forces, energy, stress, numbers, counts = [], [], [], [], []
+    for evaluation, targets in stream:
+        assert evaluation.forces is not None
+        assert targets.forces is not None
+        with torch.no_grad():
+            for name, head in heads.items():
+                raws[name].append(head(evaluation))
+        forces.append(targets.forces - evaluation.forces.double())
+        if targets.energy is not None:
+            energy.append((targets.energy - evaluation.energy.double()) / evaluation.n_atoms_of_frame)
+        if evaluation.stress is not None and targets.stress is not None:
+            stress.append(targets.stress - evaluation.stress.double())
+        elif evaluation.stress is not None:
+            stress.append(torch.full_like(evaluation.stress, torch.nan, dtype=torch.float64))
+        numbers.append(evaluation.numbers)
+        counts.append(evaluation.n_atoms_of_frame)
+
+    def joined(parts: list[torch.Tensor]) -> np.ndarray:
+        return torch.cat(parts).cpu().numpy()
+
+    fields = ("forces", "energy", "energies", "stress", "distance")
+    n_frames = sum(len(c) for c in counts)
+    all_stress = joined(stress) if stress else None
+    return _Observed(
+        raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
+        forces=joined(forces),
+        energy=joined(energy) if sum(len(e) for e in energy) == n_frames else None,
+        stress=all_stress if all_stress is not None and np.isfinite(all_stress).any() else None,
+        numbers=joined(numbers),
+        n_atoms_of_frame=joined(counts),
+    )
+
+
+def _calibrated(name: str, head: Head, observed: _Observed) -> FittedMethod:
+    """Calibrators of a head, separately for forces, energy and stress."""
+    raw = observed.raw[name]
+    frames = np.arange(len(observed.n_atoms_of_frame))
+    choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
+    calibrators = {"forces": choices["forces"].calibrator}
+    if observed.energy is not None:
+        rows = Residuals(raw.energy, observed.energy**2, 1, frames)
+        choices["energy"] = fit_calibrator(rows)
+        calibrators["energy"] = choices["energy"].calibrator
+        # Atoms have no reference energies: theirs is the posterior variance on the scale of the total energy.
+        calibrators["energies"] = fit_affine(rows, column=0)
+    if observed.stress is not None:
+        labelled = np.isfinite(observed.stress).all(1)
+        if labelled.sum() >= _FEWEST_FRAMES:
+            squares = (observed.stress[labelled] ** 2).sum(1)
+            choices["stress"] = fit_calibrator(Residuals(raw.stress[labelled], squares, 6, frames[labelled]))
+            calibrators["stress"] = choices["stress"].calibrator
+    for quantity, choice in choices.items():
+        _warn_at_boundaries(name, quantity, choice)
+    likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
+    return FittedMethod(head, calibrators, likelihoods)
+
+
+def _force_residuals(scores: np.ndarray, observed: _Observed) -> Residuals:
+    squares = observed.forces**2
+    if scores.shape[1] == 1:
+        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom)
+    groups = np.repeat(observed.frame_of_atom, 3)
+    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups)
+
+
+def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:
+    boundary = choice.calibrator.settings["boundary"]
+    if boundary == "useless" or min(choice.nll.values()) >= choice.constant_nll:
+        warnings.warn(
+            f"{name} tells nothing about the {quantity} errors of the calibration frames: a constant standard "
+            "deviation does as well. Calibrate on frames whose errors differ more.",
+            UQWarning,
+            stacklevel=4,
+        )
+    elif boundary == "bare":
+        warnings.warn(
+            f"{name}: the calibrated {quantity} variance has no floor (a = 0): it vanishes with the distance from "
+            "the training frames. More or more varied calibration frames would settle it.",
+            UQWarning,
+            stacklevel=4,
+        )
+
+
+def _molecules(frames: list[Atoms]) -> list[Atoms]:
+    """The frames without the isolated atoms that training sets carry for their energies."""
+    return [atoms for atoms in frames if atoms.info.get("config_type") != "IsolatedAtom"]
+
+
+def _check_labels(what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool) -> None:
+    if len(frames) < _FEWEST_FRAMES:
+        raise LabelError(
+            f"there are {len(frames)} {what} frames; at least {_FEWEST_FRAMES} are needed, a few hundred are good."
+        )
+    for index, atoms in enumerate(frames):
+        labels = labels_of(atoms, keys)
+        if labels.forces is None and (forces or labels.energy is None):
+            wanted = "forces" if forces else "energy or forces"
+            names = ", ".join(keys) if keys else "REF_energy and REF_forces, or energy and forces"
+            raise LabelError(
+                f"{what} frame {index} has no reference {wanted}. Looked for {names}; its info has "
+                f"{sorted(atoms.info)}, its arrays {sorted(atoms.arrays)}."
+            )
+        if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
+            raise LabelError(
+                f"{what} frame {index} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want "
+                f"({len(atoms)}, 3)."
+            )
+        for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
+            if value is not None and not np.isfinite(value).all():
+                raise LabelError(f"{what} frame {index} has a reference {kind} that is not finite. Remove the frame.")
+
+
+def _refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
+    seen = {_digest(atoms) for atoms in train}
+    shared = [index for index, atoms in enumerate(calibration) if _digest(atoms) in seen]
+    if shared:
+        raise LabelError(
+            f"{len(shared)} of {len(calibration)} calibration frames are training frames (the first is frame "
+            f"{shared[0]}). Errors on training frames are too small to calibrate on: hold frames out."
+        )
+
+
+def _check_first_frames(
+    backend: Backend, train: list[Atoms], calibration: list[Atoms], keys: tuple[str, str, str] | None
+) -> None:
+    """Finds bad structures and wrong units before minutes are spent on all frames."""
+    for frames in (train, calibration):
+        for batch in batches_of(frames, 100_000):
+            backend.check(batch)
+    first = calibration[:4]
+    evaluation = backend.evaluate(backend.collate(first))
+    targets = targets_of([labels_of(atoms, keys) for atoms in first], evaluation)
+    assert evaluation.forces is not None
+    assert targets.forces is not None
+    if backend.direct and labels_of(train[0], keys).forces is None:
+        raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
+    forces = evaluation.forces.double()
+    residual = float((targets.forces - forces).square().mean().sqrt())
+    smaller = min(float(targets.forces.square().mean().sqrt()), float(forces.square().mean().sqrt()))
+    if residual > _SUSPICIOUS_RATIO * smaller:
+        warnings.warn(
+            f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "
+            f"({smaller:.3g} eV/Å): the labels are probably in other units than eV and Å, or belong to another "
+            "potential.",
+            UQWarning,
+            stacklevel=3,
+        )
+
+
+def _digest(atoms: Atoms) -> str:
+    # Files round positions: five digits tell frames apart and survive a round trip.
+    parts = (atoms.numbers.astype(np.int32), atoms.positions.round(5) + 0.0, atoms.cell.array.round(5) + 0.0)
+    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+
+
+def _provenance(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any]:
+    def described(frames: list[Atoms]) -> dict[str, Any]:
+        numbers, counts = np.unique(np.concatenate([atoms.numbers for atoms in frames]), return_counts=True)
+        elements = {chemical_symbols[int(z)]: int(n) for z, n in zip(numbers, counts, strict=True)}
+        digest = hashlib.sha256("".join(sorted(_digest(atoms) for atoms in frames)).encode()).hexdigest()
+        return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
+
+    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models")
+    installed = {d.name for d in importlib.metadata.distributions()}
+    versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
+    return {"train": described(train), "calibration": described(calibration), "versions": versions}

@@ -1,0 +1,203 @@
+"""Reading, writing and labels of frames. A frame is an `ase.Atoms`; several are a list or a file.
+
+ASE drops results keys it does not know from extxyz and `.traj` without a word. `write_frames` therefore carries
+ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_frames` brings them back into
+`atoms.calc.results`. ASE's global lists are not touched.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import iread, write
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from ase_uq.errors import LabelError
+from ase_uq.properties import STANDARD, UNCERTAINTIES, find_property
+
+Frames = str | os.PathLike[str] | Sequence[Atoms]
+
+# (energy, forces, stress) of the reference, in the order they are looked for; the last are those of `atoms.calc`.
+LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Reference values of one frame, in ASE's units.
+
+    Args:
+        energy: eV, or None.
+        forces: (n_atoms, 3) eV/Å, or None.
+        stress: (6,) eV/Å³, Voigt, or None.
+    """
+
+    energy: float | None
+    forces: np.ndarray | None
+    stress: np.ndarray | None
+
+
+class _StoredResults(SinglePointCalculator):
+    """A `SinglePointCalculator` that also holds keys ASE does not know."""
+
+    name = "stored"
+
+    def __init__(self, atoms: Atoms, results: Mapping[str, Any]) -> None:
+        super().__init__(atoms, **{key: value for key, value in results.items() if key in STANDARD})
+        self.results.update(results)
+
+
+def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
+    """The structures of a file that ASE can read, with uncertainties back in `atoms.calc.results`.
+
+    Args:
+        frames: A path, or a list of structures, which is returned as it is.
+        name: What to call them in an error.
+
+    Raises:
+        LabelError: The file is missing, has no structures, or cannot be read to its end.
+    """
+    if not isinstance(frames, str | os.PathLike):
+        checked = list(frames)
+        if not checked:
+            raise LabelError(f"{name}: the list has no structures.")
+        return checked
+    path = Path(frames)
+    if not path.is_file():
+        raise LabelError(f"{name}: there is no file {path}.")
+    read: list[Atoms] = []
+    try:
+        for atoms in iread(path, ":"):
+            read.append(_with_results(atoms))
+    except Exception as error:  # ASE's readers raise anything from KeyError to UnknownFileTypeError
+        if path.stat().st_size == 0:
+            raise LabelError(f"{name}: the file {path} is empty.") from error
+        raise LabelError(
+            f"{name}: {path} cannot be read after structure {len(read)} ({type(error).__name__}: {error}). "
+            "It is truncated or not in a format that ASE knows."
+        ) from error
+    if not read:
+        raise LabelError(f"{name}: the file {path} has no structures.")
+    return read
+
+
+def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: Any) -> Atoms:
+    """A copy that carries results where files keep them.
+
+    Args:
+        atoms: Structure; its constraints, velocities and info are copied.
+        results: Results to carry; None takes those of `atoms.calc` if they belong to these positions.
+        info: Further entries of `atoms.info`, for example the reason a frame was flagged.
+
+    Returns:
+        A structure whose standard results stand in a calculator of stored values and whose uncertainties
+        stand in `info` and `arrays` as well.
+    """
+    stale = results is None and _is_stale(atoms)
+    if results is None:
+        results = _current_results(atoms)
+    copy = atoms.copy()
+    known = {key: value for key, value in results.items() if find_property(key) is not None}
+    if stale or any(key not in STANDARD for key in known):
+        # What a file or an earlier calculation left in info and arrays would pass for this calculation's.
+        _drop_uncertainties(copy)
+    if known:
+        copy.calc = _StoredResults(copy, known)
+    for key, value in known.items():
+        entry = find_property(key)
+        assert entry is not None
+        if key in STANDARD:
+            continue
+        if entry.per_atom:
+            copy.set_array(key, np.asarray(value, float))
+        else:
+            copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
+    copy.info.update(info)
+    return copy
+
+
+def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, append: bool = False) -> None:
+    """Writes structures with all their results, uncertainties included, as extended XYZ.
+
+    Every frame goes to the disk whole before this returns, so a run that dies loses none.
+
+    Args:
+        path: File to write.
+        frames: Structures; results are taken from their calculators.
+        append: Whether to add to an existing file.
+    """
+    buffer = io.StringIO()
+    write(buffer, [_writable(atoms) for atoms in frames], format="extxyz")
+    with open(path, "a" if append else "w") as file:
+        file.write(buffer.getvalue())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
+    """Reference values of a frame.
+
+    Args:
+        atoms: Frame with `REF_energy` in info, `REF_forces` in arrays and `REF_stress` in info, or with the
+            results of a reference calculator attached.
+        keys: Names of energy, forces and stress to use instead.
+    """
+    for energy_key, forces_key, stress_key in (keys,) if keys else LABEL_KEYS:
+        results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
+        energy = atoms.info.get(energy_key, results.get(energy_key))
+        forces = atoms.arrays.get(forces_key, results.get(forces_key))
+        stress = atoms.info.get(stress_key, results.get(stress_key))
+        if energy is not None or forces is not None:
+            return Labels(
+                None if energy is None else float(energy),
+                None if forces is None else np.asarray(forces, float),
+                None if stress is None else _voigt(stress),
+            )
+    return Labels(None, None, None)
+
+
+def _voigt(stress: Any) -> np.ndarray:
+    stress = np.asarray(stress, float)
+    return stress if stress.shape == (6,) else full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+
+
+def _is_stale(atoms: Atoms) -> bool:
+    # Results of a shared calculator, or of positions before the last step, are not this structure's.
+    return isinstance(atoms.calc, Calculator) and bool(atoms.calc.check_state(atoms))
+
+
+def _current_results(atoms: Atoms) -> Mapping[str, Any]:
+    return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
+
+
+def _drop_uncertainties(atoms: Atoms) -> None:
+    for store in (atoms.info, atoms.arrays):
+        for key in [key for key in store if key not in STANDARD and find_property(key) is not None]:
+            del store[key]
+
+
+def _writable(atoms: Atoms) -> Atoms:
+    copy = annotated(atoms)
+    if isinstance(copy.calc, _StoredResults):
+        copy.calc.results = {key: value for key, value in copy.calc.results.items() if key in STANDARD}
+    return copy
+
+
+def _with_results(atoms: Atoms) -> Atoms:
+    """Puts uncertainties found in info and arrays into the stored results."""
+    found = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
+    for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
+        for key, value in store.items():
+            entry = find_property(key)
+            # Somebody's own info entry named like `gamma_only` is not an array over atoms.
+            if key.startswith(UNCERTAINTIES) and entry is not None and entry.per_atom == per_atom:
+                found[key] = value
+    if any(key not in STANDARD for key in found):
+        atoms.calc = _StoredResults(atoms, {k: v for k, v in found.items() if find_property(k) is not None})
+    return atoms

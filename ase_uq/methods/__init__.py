@@ -1,0 +1,47 @@
+"""Methods: how uncertainty is fitted. One file each; found by name, also through the entry points `ase_uq.methods`.
+
+A module of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from importlib.metadata import entry_points
+from types import ModuleType
+from typing import Any
+
+from ase_uq.methods.base import Head, Method, Raw
+
+__all__ = ["Head", "Method", "Raw", "available_methods", "make_method", "method_class"]
+
+_GROUP = "ase_uq.methods"
+
+
+def available_methods() -> tuple[str, ...]:
+    """Names that `fit(..., methods=...)` takes."""
+    own = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.name.startswith("_")]
+    return tuple(sorted({*own, *(point.name for point in entry_points(group=_GROUP))}))
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        ValueError: No method has this name.
+    """
+    if name not in available_methods():
+        raise ValueError(f"there is no method {name!r}. There are: {', '.join(available_methods())}.")
+    points = {point.name: point for point in entry_points(group=_GROUP)}
+    module = points[name].load() if name in points else importlib.import_module(f"{__name__}.{name}")
+    return _only_method(module)
+
+
+def make_method(name: str, **hyper_parameters: Any) -> Method:
+    """A method with its hyper-parameters, which are the fields of its dataclass."""
+    return method_class(name)(**hyper_parameters)
+
+
+def _only_method(module: ModuleType) -> type[Method]:
+    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
+    (found,) = [c for c in classes if issubclass(c, Method)]
+    return found

@@ -1,0 +1,72 @@
+"""The protocol of a method: labelled, evaluated batches in; a fitted head out; and what a head gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.evaluation import Evaluation, Targets
+
+Batches = Iterable[tuple[Evaluation, Targets]]
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Uncalibrated, variance-like scores of a batch: non-negative, larger means less certain.
+
+    Several scores of the same quantity stand in the last axis; a calibrator combines them.
+
+    Args:
+        forces: (n_atoms, n_components, n_scores) with one component for an isotropic method, three otherwise.
+        energy: (n_frames, n_scores) of the energy per atom of a structure.
+        energies: (n_atoms,) of the energy of each atom, on the scale of the first score of `energy`.
+        stress: (n_frames, n_scores).
+        distance: (n_atoms,) scale-free distance from the fitted atoms, mean 1 over them.
+    """
+
+    forces: Tensor
+    energy: Tensor
+    energies: Tensor
+    stress: Tensor
+    distance: Tensor
+
+
+class Head(torch.nn.Module, ABC):
+    """A fitted method. Its tensors are buffers, so that saving, loading and moving need no code of its own."""
+
+    @property
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with the buffers, make the head again."""
+
+    @abstractmethod
+    def forward(self, evaluation: Evaluation) -> Raw:
+        """Raw uncertainties of a batch; no further forward or backward pass of the potential."""
+
+
+class Method(ABC):
+    """How to fit. A subclass is a frozen dataclass of hyper-parameters in one file, `methods/<name>.py`.
+
+    Attributes:
+        name: What users call it, and the suffix of its results keys.
+    """
+
+    name: str
+
+    @abstractmethod
+    def fit(self, batches: Batches, communicator: Communicator) -> Head:
+        """Fits on the training frames, streaming: no more than one batch is held.
+
+        Args:
+            batches: This rank's evaluated batches with their reference values.
+            communicator: Sums over the ranks.
+        """
+
+    @classmethod
+    @abstractmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+        """The head with these settings and buffers."""

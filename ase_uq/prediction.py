@@ -1,0 +1,32 @@
+"""What the user sees: the results of one structure as numpy arrays, keyed as in `properties`."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ase_uq.properties import STANDARD
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Results of one structure in ASE's units.
+
+    Args:
+        results: Arrays and floats by results key; the keys and shapes of `properties`, and what the wrapped
+            calculator has beside them.
+    """
+
+    results: dict[str, Any]
+
+    def __getitem__(self, key: str) -> Any:
+        return self.results[key]
+
+    def standard(self) -> dict[str, Any]:
+        """The results that ASE knows: safe for `SinglePointCalculator`."""
+        return {key: value for key, value in self.results.items() if key in STANDARD}
+
+    @property
+    def atom_uncertainty(self) -> np.ndarray:
+        """(n_atoms,) ε_i = sqrt(Σ_c σ_ic²), eV/Å."""
+        return np.linalg.norm(self.results["forces_uncertainty"], axis=1)

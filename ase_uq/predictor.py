@@ -1,0 +1,92 @@
+"""The waist of the package: the one road from structures to numbers. Torch on one side, numpy on the other."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from ase import Atoms
+from ase.data import chemical_symbols
+from torch import Tensor
+
+from ase_uq.backends.base import Backend
+from ase_uq.errors import UQWarning
+from ase_uq.evaluation import Evaluation
+from ase_uq.prediction import Prediction
+from ase_uq.properties import find_property
+from ase_uq.uncertainty_model import UncertaintyModel
+
+
+class Predictor:
+    """Means and uncertainties of structures from one forward pass.
+
+    Args:
+        backend: The potential.
+        uncertainty_model: What was fitted for it.
+
+    Raises:
+        PotentialMismatch: The uncertainty model was fitted on another potential.
+    """
+
+    def __init__(self, backend: Backend, uncertainty_model: UncertaintyModel) -> None:
+        warning = backend.check_identity(uncertainty_model.identity)
+        if warning:
+            warnings.warn(warning, UQWarning, stacklevel=3)
+        self.backend = backend
+        self.uncertainty_model = uncertainty_model.to(backend.device)
+        self._named: set[int] = set()
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Results keys that every prediction has."""
+        return (*self.backend.results, *self.uncertainty_model.results)
+
+    def predict(self, frames: Sequence[Atoms]) -> list[Prediction]:
+        """Predictions of structures, evaluated together as one batch.
+
+        Args:
+            frames: Structures; not changed.
+
+        Raises:
+            InputError: A structure cannot be evaluated.
+        """
+        evaluation = self.backend.evaluate(self.backend.collate(frames))
+        uncertainties = self.uncertainty_model.apply(evaluation)
+        self._name_unseen(frames)
+        return _split(evaluation, uncertainties)
+
+    def _name_unseen(self, frames: Sequence[Atoms]) -> None:
+        present = {int(z) for atoms in frames for z in np.unique(atoms.numbers)}
+        unseen = present - self.uncertainty_model.edges.elements - self._named
+        if unseen:
+            self._named |= unseen
+            names = ", ".join(chemical_symbols[z] for z in sorted(unseen))
+            warnings.warn(
+                f"the uncertainty model was fitted without {names}: gamma is inf for these atoms and their "
+                "uncertainties are guesses. Fit again with frames that contain them.",
+                UQWarning,
+                stacklevel=3,
+            )
+
+
+def _split(evaluation: Evaluation, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:
+    own = {
+        "energy": evaluation.energy,
+        "free_energy": evaluation.energy,
+        "energies": evaluation.energies,
+        "forces": evaluation.forces,
+        "stress": evaluation.stress,
+    }
+    values = {key: value for key, value in (own | dict(uncertainties)).items() if value is not None}
+    arrays = {key: value.cpu().numpy() for key, value in (values | evaluation.extras).items()}
+    ends = np.cumsum(evaluation.n_atoms_of_frame.cpu().numpy())
+    starts = ends - evaluation.n_atoms_of_frame.cpu().numpy()
+    predictions = []
+    for frame, (start, end) in enumerate(zip(starts, ends, strict=True)):
+        results = {}
+        for key, array in arrays.items():
+            entry = find_property(key)
+            per_atom = entry is None or entry.per_atom  # extras are per atom
+            part = array[start:end].copy() if per_atom else array[frame]
+            results[key] = float(part) if part.ndim == 0 else np.array(part)
+        predictions.append(Prediction(results))
+    return predictions

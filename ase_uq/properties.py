@@ -1,0 +1,47 @@
+"""Every results key once: its shape, its unit, its meaning. A table; it has no behaviour but look-up."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Property:
+    """One results key.
+
+    Args:
+        name: Key in `calc.results`, `atoms.info` or `atoms.arrays`.
+        per_atom: Whether the leading axis counts atoms.
+        shape: Shape after the leading atom axis, if any.
+        unit: ASE unit.
+        meaning: One line for people.
+    """
+
+    name: str
+    per_atom: bool
+    shape: tuple[int, ...]
+    unit: str
+    meaning: str
+
+
+_TABLE = (
+    Property("energy", False, (), "eV", "total energy of the potential"),
+    Property("free_energy", False, (), "eV", "the same number, under the name ASE's optimisers ask for"),
+    Property("energies", True, (), "eV", "the potential's own energy of each atom"),
+    Property("forces", True, (3,), "eV/Å", "forces of the potential, unchanged"),
+    Property("stress", False, (6,), "eV/Å³", "stress of the potential in Voigt order, unchanged"),
+    Property("energy_uncertainty", False, (), "eV", "standard deviation of the total energy"),
+    Property("energies_uncertainty", True, (), "eV", "standard deviation of each atom's energy"),
+    Property("forces_uncertainty", True, (3,), "eV/Å", "standard deviation of each force component"),
+    Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, Voigt"),
+    Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
+)
+PROPERTIES = {entry.name: entry for entry in _TABLE}
+STANDARD = ("energy", "free_energy", "energies", "forces", "stress")
+UNCERTAINTIES = tuple(entry.name for entry in _TABLE if entry.name not in STANDARD)
+
+
+def find_property(key: str) -> Property | None:
+    """The entry of a key, also of `<key>_<method>`, the same quantity from one method alone; else None."""
+    if key in PROPERTIES:
+        return PROPERTIES[key]
+    owners = [name for name in UNCERTAINTIES if key.startswith(name + "_")]
+    return PROPERTIES[max(owners, key=len)] if owners else None

@@ -1,0 +1,86 @@
+"""Labelled frames → this rank's evaluated batches."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from ase import Atoms
+from torch import Tensor
+from tqdm import tqdm
+
+from ase_uq.backends.base import Backend
+from ase_uq.communicator import Communicator, shard
+from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.frames import Labels, labels_of
+
+
+def batches_of(frames: Sequence[Atoms], batch_atoms: int) -> list[list[Atoms]]:
+    """Consecutive frames in batches of at most `batch_atoms` atoms; a larger frame stands alone."""
+    batches: list[list[Atoms]] = []
+    filled = 0
+    for atoms in frames:
+        if not batches or filled + len(atoms) > batch_atoms:
+            batches.append([])
+            filled = 0
+        batches[-1].append(atoms)
+        filled += len(atoms)
+    return batches
+
+
+class LabelledStream:
+    """Evaluates labelled frames batch by batch; may be iterated again.
+
+    Args:
+        backend: The potential.
+        frames: All ranks' frames.
+        communicator: Decides which batches are this rank's.
+        batch_atoms: Most atoms a batch.
+        forces: Whether the potential's forces are wanted, or features and energies do.
+        keys: Names of the labels, as in `frames.labels_of`.
+        title: What the progress bar says; empty for none.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        frames: Sequence[Atoms],
+        communicator: Communicator,
+        *,
+        batch_atoms: int,
+        forces: bool,
+        keys: tuple[str, str, str] | None = None,
+        title: str = "",
+    ) -> None:
+        self._backend = backend
+        self._batches = shard(batches_of(frames, batch_atoms), communicator)
+        self._forces = forces
+        self._keys = keys
+        self._title = title if communicator.rank == 0 else ""
+
+    def __iter__(self) -> Iterator[tuple[Evaluation, Targets]]:
+        total = sum(len(batch) for batch in self._batches)
+        with tqdm(total=total, desc=self._title, unit="frame", disable=not self._title, leave=False) as bar:
+            for frames in self._batches:
+                evaluation = self._backend.evaluate(self._backend.collate(frames), forces=self._forces)
+                yield evaluation, targets_of([labels_of(atoms, self._keys) for atoms in frames], evaluation)
+                bar.update(len(frames))
+
+
+def targets_of(labels: Sequence[Labels], evaluation: Evaluation) -> Targets:
+    """Reference values of a batch as float64 tensors beside its evaluation; a kind that a frame lacks is None.
+
+    Stress rows of frames without one are NaN.
+    """
+    device = evaluation.energy.device
+
+    def tensor(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+    energies = [label.energy for label in labels]
+    forces = [label.forces for label in labels]
+    stresses = [np.full(6, np.nan) if label.stress is None else label.stress for label in labels]
+    return Targets(
+        energy=None if None in energies else tensor(np.array(energies, float)),
+        forces=None if any(f is None for f in forces) else tensor(np.concatenate([f for f in forces if f is not None])),
+        stress=None if all(label.stress is None for label in labels) else tensor(np.stack(stresses)),
+    )

@@ -1,0 +1,553 @@
+"""`BackendContract`: what a backend must do, whoever wrote it."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from ase.calculators import calculator as ase_calculator
+from ase.calculators.calculator import BaseCalculator
+from ase.neighborlist import neighbor_list
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.errors import InputError, PotentialMismatch
+from ase_uq.evaluation import Evaluation, ForceLayer
+
+# Rounding of one forward pass in another order of summation, relative to the largest value.
+ROUNDING = {torch.float32: 2e-4, torch.float64: 1e-9}
+# Step in Å (and in strain) of finite differences, and how far they may be off, relative to the largest value.
+DIFFERENCES = {torch.float32: (2e-2, 3e-2), torch.float64: (1e-4, 1e-5)}
+
+
+class BackendContract:
+    """Laws of a backend.
+
+    Subclass it in a test file and say how the calculator is made:
+
+        class TestMyBackend(BackendContract):
+            def make_calculator(self, dtype="float64"):
+                return MyCalculator(seed=0, dtype=dtype)
+
+            def last_layer(self, calculator):
+                return [calculator.model.readout.weight]
+
+    Attributes:
+        dtype: Precision of the calculator under test.
+        dtypes: Precisions that the potential can be had in; its fingerprint is the same in all.
+        mean_tolerance: By how much the mean may differ from the calculator's own (eV, eV/Å); 0 is bit equality.
+        conservative: Whether forces are the gradient of the energy.
+        is_equivariant: Whether turning a structure leaves its features as they are and turns the forces.
+        symmetric_edges: Whether the neighbour list holds every pair of neighbours in both directions.
+        n_forwards: Model forwards a call: one, or one a member of a committee.
+    """
+
+    dtype: str = "float64"
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    mean_tolerance: float = 0.0
+    conservative: bool = True
+    is_equivariant: bool = True
+    symmetric_edges: bool = True
+    n_forwards: int = 1
+
+    # What a subclass says.
+
+    def make_calculator(self, dtype: str = "float64") -> BaseCalculator:
+        """A new calculator, the same at every call, that shares no weights with an earlier one."""
+        raise NotImplementedError("say in make_calculator how the calculator under test is made")
+
+    def last_layer(self, calculator: Any) -> Sequence[Tensor]:
+        """The trained tensors of a calculator that enter `weights` of the last layers and nothing else."""
+        raise NotImplementedError("say in last_layer which of the calculator's parameters the last layers hold")
+
+    def make_frames(self) -> list[Atoms]:
+        """Structures to test with: a molecule first, of another size than the others, one of them periodic."""
+        return standard_frames()
+
+    def forward_modules(self, backend: Backend) -> Sequence[torch.nn.Module]:
+        """The modules each of which is called once in a forward pass of the potential."""
+        return backend._modules()
+
+    # The laws.
+
+    @pytest.fixture
+    def frames(self) -> list[Atoms]:
+        return self.make_frames()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls) -> Backend:
+        return load_backend(cls().make_calculator(cls.dtype))
+
+    def test_mean_is_the_calculators_own(self, backend: Backend, frames: list[Atoms]):
+        calculator = self.make_calculator(self.dtype)
+        assert set(backend.results) <= set(calculator.implemented_properties)
+        for atoms in frames:
+            evaluation = _evaluate(backend, [atoms])
+            for key in backend.results:
+                own = np.asarray(calculator.get_property(key, atoms.copy()))
+                found = getattr(evaluation, "energy" if key == "free_energy" else key)
+                found = found.cpu().numpy().reshape(own.shape)
+                np.testing.assert_allclose(found, own, rtol=0, atol=self.mean_tolerance, err_msg=f"{key} of {atoms}")
+
+    def test_results_are_those_it_claims(self, backend: Backend, frames: list[Atoms]):
+        evaluation = _evaluate(backend, frames)
+        assert {"energy", "free_energy"} <= set(backend.results)
+        for key in ("energies", "forces", "stress"):
+            assert (getattr(evaluation, key) is not None) == (key in backend.results), key
+        assert (evaluation.force_layer is None) == self.conservative
+
+    def test_shapes_of_a_mixed_batch(self, backend: Backend, frames: list[Atoms]):
+        e = _evaluate(backend, frames)
+        counts = [len(atoms) for atoms in frames]
+        assert 1 in counts, "make_frames should give a structure of one atom"
+        assert any(atoms.pbc.all() for atoms in frames), "make_frames should give a periodic structure"
+        assert not all(atoms.pbc.any() for atoms in frames), "make_frames should give one that is not periodic"
+        assert e.n_frames == len(frames)
+        assert e.n_atoms_of_frame.tolist() == counts
+        assert e.frame_of_atom.tolist() == np.repeat(np.arange(len(frames)), counts).tolist()
+        assert e.numbers.tolist() == np.concatenate([atoms.numbers for atoms in frames]).tolist()
+        n_atoms, n_frames = sum(counts), len(frames)
+        assert e.positions.shape == (n_atoms, 3)
+        assert e.energy.shape == e.energy_layer.base.shape == (n_frames,)
+        assert e.features.shape[0] == e.energy_layer.features.shape[0] == n_atoms
+        assert e.features.ndim == e.energy_layer.features.ndim == 2
+        assert e.energy_layer.weights.shape == e.energy_layer.features.shape[1:]
+        if e.forces is not None:
+            assert e.forces.shape == (n_atoms, 3)
+        if e.stress is not None:
+            assert e.stress.shape == (n_frames, 6)
+        if e.energies is not None:
+            assert e.energies.shape == (n_atoms,)
+        if e.force_layer is not None:
+            assert e.force_layer.features.shape[0] == n_atoms
+            assert e.force_layer.weights.shape == (e.force_layer.features.shape[1], 3)
+            assert e.force_layer.base.shape == (n_atoms, 3)
+            assert e.force_layer.torque_free.shape == (n_frames,)
+        for name, values in e.extras.items():
+            assert len(values) == n_atoms, name
+
+    def test_batch_equals_singles_in_any_order(self, backend: Backend, frames: list[Atoms]):
+        batch = _evaluate(backend, frames)
+        order = np.roll(np.arange(len(frames))[::-1], 1)
+        shuffled = _evaluate(backend, [frames[i] for i in order])
+        for index, atoms in enumerate(frames):
+            single = _evaluate(backend, [atoms])
+            _assert_same(_frame(batch, index), _frame(single, 0), backend)
+            _assert_same(_frame(shuffled, order.tolist().index(index)), _frame(single, 0), backend)
+
+    def test_same_structure_twice_gives_the_same_bits(self, backend: Backend, frames: list[Atoms]):
+        first, second = _evaluate(backend, frames[:1]), _evaluate(backend, frames[:1])
+        for name, value in _tensors(first):
+            assert torch.equal(value, dict(_tensors(second))[name]), name
+
+    def test_one_forward_a_call(self, backend: Backend, frames: list[Atoms]):
+        modules = self.forward_modules(backend)
+        for forces in (True, False):
+            batch = backend.collate(frames)
+            with count_forwards(modules) as count:
+                backend.evaluate(batch, forces=forces)
+            assert count() == self.n_forwards
+
+    def test_no_hook_is_left_on_the_model(self, backend: Backend, frames: list[Atoms]):
+        _evaluate(backend, frames)
+        for root in backend._modules():
+            for module in root.modules():
+                assert not module._forward_hooks
+                assert not module._forward_pre_hooks
+
+    def test_without_forces_the_rest_is_the_same(self, backend: Backend, frames: list[Atoms]):
+        full = _evaluate(backend, frames)
+        short = backend.evaluate(backend.collate(frames), forces=False)
+        assert short.forces is None
+        for name in ("energy", "features", "energy_layer.features", "energy_layer.base", "edges.distance"):
+            _assert_close(dict(_tensors(short))[name], dict(_tensors(full))[name], backend, name)
+
+    def test_forces_are_the_gradient_of_the_energy(self, backend: Backend, frames: list[Atoms]):
+        if not self.conservative or "forces" not in backend.results:
+            return  # a direct head; test_forces_are_those_of_the_last_layer is its law
+        step, tolerance = DIFFERENCES[backend.dtype]
+        random = np.random.default_rng(0)
+        for atoms in (frames[0], _periodic(frames)):
+            directions = random.normal(size=(3, len(atoms), 3))
+            moved = []
+            for direction in directions:
+                for sign in (1, -1):
+                    moved.append(atoms.copy())
+                    moved[-1].positions += sign * step * direction
+            energies = _evaluate(backend, moved).energy.cpu().double().numpy().reshape(3, 2)
+            forces = _array(_evaluate(backend, [atoms]).forces)
+            differences = -(energies[:, 0] - energies[:, 1]) / (2 * step)
+            expected = (directions * forces).sum((1, 2))
+            np.testing.assert_allclose(differences, expected, rtol=0, atol=tolerance * _scale(expected, forces))
+
+    def test_stress_is_the_derivative_by_strain(self, backend: Backend, frames: list[Atoms]):
+        if not self.conservative or "stress" not in backend.results:
+            return  # a direct head predicts it like anything else
+        step, tolerance = DIFFERENCES[backend.dtype]
+        atoms = _periodic(frames)
+        strains, moved = [], []
+        for x, y in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
+            for sign in (1, -1):
+                strain = np.zeros((3, 3))
+                strain[x, y] += sign * step / 2
+                strain[y, x] += sign * step / 2
+                moved.append(atoms.copy())
+                moved[-1].set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+                strains.append(strain)
+        energies = _evaluate(backend, moved).energy.cpu().double().numpy().reshape(6, 2)
+        # d/dε of ε (e_x e_yᵀ + e_y e_xᵀ) / 2 is the stress component itself.
+        differences = (energies[:, 0] - energies[:, 1]) / (2 * step * atoms.get_volume())
+        stress = _array(_evaluate(backend, [atoms]).stress)[0]
+        np.testing.assert_allclose(differences, stress, rtol=0, atol=tolerance * _scale(stress))
+
+    def test_energy_is_that_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
+        e = _evaluate(backend, frames)
+        layer = e.energy_layer
+        summed = e.sum_over_atoms(layer.features.double() @ layer.weights.double()) + layer.base
+        _assert_close(summed, e.energy, backend, "w·Σφ + base")
+
+    def test_forces_are_those_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
+        e = _evaluate(backend, frames)
+        if e.force_layer is None:
+            return  # conservative; test_forces_are_the_gradient_of_the_energy is its law
+        layer = e.force_layer
+        projected = _project(layer.features.double() @ layer.weights.double(), layer, e)
+        _assert_close(projected + layer.base, e.forces, backend, "P(φB) + base")
+
+    def test_last_layers_are_linear_in_the_trained_weights(self, backend: Backend, frames: list[Atoms]):
+        """Other last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
+        calculator = self.make_calculator(self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.last_layer(calculator):
+                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight += 0.1 * noise.to(weight) * weight.abs().mean()
+        other = _evaluate(load_backend(calculator), frames)
+        own = _evaluate(backend, frames)
+        change = (other.energy_layer.weights - own.energy_layer.weights).double()
+        assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
+        _assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
+        moved = own.sum_over_atoms(own.energy_layer.features.double() @ change)
+        size = torch.cat([own.energy, other.energy]).abs().max().double()
+        _assert_close(other.energy - own.energy, moved, backend, "change of the energy", size)
+        if own.force_layer is not None and other.force_layer is not None:
+            layer = own.force_layer
+            moved = layer.features.double() @ (other.force_layer.weights - layer.weights).double()
+            assert own.forces is not None
+            assert other.forces is not None
+            _assert_close(other.forces - own.forces, _project(moved, layer, own), backend, "change of the forces")
+
+    def test_moving_a_structure_changes_nothing(self, backend: Backend, frames: list[Atoms]):
+        moved = [atoms.copy() for atoms in frames]
+        for atoms in moved:
+            atoms.positions += (1.3, -0.7, 0.4)
+        before, after = _evaluate(backend, frames), _evaluate(backend, moved)
+        for index in range(len(frames)):
+            _assert_same(_frame(after, index), _frame(before, index), backend)
+
+    def test_order_of_atoms_does_not_matter(self, backend: Backend, frames: list[Atoms]):
+        orders = [np.random.default_rng(1).permutation(len(atoms)) for atoms in frames]
+        before = _evaluate(backend, frames)
+        after = _evaluate(backend, [atoms[order] for atoms, order in zip(frames, orders, strict=True)])
+        for index, order in enumerate(orders):
+            expected = _frame(before, index)
+            for key in PER_ATOM:
+                expected[key] = None if expected[key] is None else expected[key][order]
+            _assert_same(_frame(after, index), expected, backend)
+
+    def test_turning_a_structure_turns_its_forces(self, backend: Backend, frames: list[Atoms]):
+        if not self.is_equivariant:
+            return
+        rotation = np.linalg.qr(np.random.default_rng(2).normal(size=(3, 3)))[0]
+        rotation *= np.sign(np.linalg.det(rotation))
+        turned = [atoms.copy() for atoms in frames]
+        for atoms in turned:
+            atoms.set_cell(atoms.cell.array @ rotation.T)
+            atoms.positions = atoms.positions @ rotation.T
+        before, after = _evaluate(backend, frames), _evaluate(backend, turned)
+        for index in range(len(frames)):
+            expected = _frame(before, index) | {"stress": None}
+            if expected["forces"] is not None:
+                expected["forces"] = expected["forces"] @ rotation.T
+            _assert_same(_frame(after, index) | {"stress": None}, expected, backend)
+
+    def test_inputs_are_not_changed(self, backend: Backend, frames: list[Atoms]):
+        for atoms in frames:
+            atoms.info["note"] = "kept"
+            atoms.set_array("mark", np.arange(len(atoms)))
+        before = [_state(atoms) for atoms in frames]
+        _evaluate(backend, frames)
+        _evaluate(backend, frames[:1])
+        for atoms, state in zip(frames, before, strict=True):
+            now = _state(atoms)
+            assert now.keys() == state.keys()
+            for key, value in state.items():
+                np.testing.assert_array_equal(now[key], value, err_msg=key)
+
+    def test_outputs_are_detached_finite_and_on_the_device(self, backend: Backend, frames: list[Atoms]):
+        for name, value in _tensors(_evaluate(backend, frames)):
+            assert not value.requires_grad, name
+            assert value.device.type == backend.device.type, name
+            assert bool(torch.isfinite(value).all()), name
+
+    def test_outputs_live_on_after_the_next_call(self, backend: Backend, frames: list[Atoms]):
+        first = _evaluate(backend, frames[:1])
+        kept = {name: value.clone() for name, value in _tensors(first)}
+        moved = frames[0].copy()
+        moved.positions *= 1.05
+        _evaluate(backend, [moved])
+        for name, value in _tensors(first):
+            assert torch.equal(value, kept[name]), name
+
+    def test_edges_are_neighbours(self, backend: Backend, frames: list[Atoms]):
+        e = _evaluate(backend, frames)
+        source, target, distance = (_array(x) for x in (e.edges.source, e.edges.target, e.edges.distance))
+        frame = _array(e.frame_of_atom)
+        assert ((source >= 0) & (source < len(frame)) & (target >= 0) & (target < len(frame))).all()
+        assert (frame[source] == frame[target]).all()
+        edges = sorted(zip(target, source, np.round(distance, 2), strict=True))
+        if self.symmetric_edges:
+            assert edges == sorted(zip(source, target, np.round(distance, 2), strict=True))
+        start = 0
+        for index, atoms in enumerate(frames):
+            mine = frame[source] == index
+            if mine.any():
+                i, j, d = neighbor_list("ijd", atoms, float(distance[mine].max()) + 0.01)
+                for a, b, length in zip(target[mine] - start, source[mine] - start, distance[mine], strict=True):
+                    assert np.abs(d[(i == a) & (j == b)] - length).min() < 1e-3, (atoms, a, b, length)
+            start += len(atoms)
+
+    def test_fingerprint_is_that_of_the_weights(self, backend: Backend):
+        own = backend.identity.fingerprint
+        for dtype in self.dtypes:
+            assert load_backend(self.make_calculator(dtype)).identity.fingerprint == own, dtype
+        assert load_backend(self._with_other_weights()).identity.fingerprint != own
+
+    def test_identity_accepts_itself_and_no_other(self, backend: Backend):
+        assert backend.check_identity(load_backend(self.make_calculator(self.dtype)).identity) is None
+        with pytest.raises(PotentialMismatch, match="fitted on other weights"):
+            backend.check_identity(load_backend(self._with_other_weights()).identity)
+
+    def test_identity_depends_on_the_last_layer(self, backend: Backend):
+        calculator = self.make_calculator(self.dtype)
+        with torch.no_grad():
+            for weight in self.last_layer(calculator):
+                weight *= 1.1
+        with pytest.raises(PotentialMismatch, match="fitted on other weights"):
+            backend.check_identity(load_backend(calculator).identity)
+
+    def test_bad_structures_are_refused(self, backend: Backend, frames: list[Atoms]):
+        def refused(change: Callable[[Atoms], Any], match: str) -> None:
+            bad = _periodic(frames).copy()
+            bad = change(bad) or bad
+            with pytest.raises(InputError, match=match):
+                backend.collate([frames[0], bad])
+
+        def unknown(atoms: Atoms) -> None:
+            atoms.numbers[0] = min(set(range(119)) - backend.elements)
+
+        refused(lambda atoms: atoms.positions.__setitem__((1, 2), np.nan), "positions of structure 1 .* not finite")
+        refused(lambda atoms: atoms.cell.array.__setitem__((0, 0), np.inf), "cell of structure 1 .* not finite")
+        refused(lambda atoms: atoms[:0], "structure 1 .* has no atoms")
+        refused(unknown, "the potential does not know")
+        for key in backend.required_info_keys:
+            refused(lambda atoms, key=key: atoms.info.pop(key), f"has no {key} in atoms.info")
+        with pytest.raises(InputError, match="there is no structure"):
+            backend.collate([])
+
+    def test_the_process_stays_as_it_was(self, frames: list[Atoms]):
+        calculator = self.make_calculator(self.dtype)
+        before = process_state()
+        backend = load_backend(calculator)
+        _evaluate(backend, frames)
+        assert backend.identity.fingerprint
+        assert process_state() == before
+
+    def test_torchs_default_dtype_does_not_matter(self, backend: Backend, frames: list[Atoms]):
+        expected = _evaluate(backend, frames)
+        for dtype in (torch.float32, torch.float64):
+            with _default_dtype(dtype):
+                found = _evaluate(backend, frames)
+            for name, value in _tensors(expected):
+                assert dict(_tensors(found))[name].dtype == value.dtype, name
+                _assert_close(dict(_tensors(found))[name], value, backend, name)
+
+    def _with_other_weights(self) -> BaseCalculator:
+        calculator = self.make_calculator(self.dtype)
+        with torch.no_grad():
+            for module in load_backend(calculator)._modules():
+                for weight in module.parameters():
+                    weight *= 1.1
+        return calculator
+
+
+# Tensors of one structure that count its atoms; the others count structures.
+PER_ATOM = ("numbers", "forces", "energies", "features", "phi", "force_phi")
+
+
+def standard_frames() -> list[Atoms]:
+    """A methanol molecule, a box of water, linear CO2, an oxygen atom and a periodic hydrogen; H, C and O."""
+    methanol = molecule("CH3OH")
+    methanol.rattle(0.05, seed=1)
+    water = molecule("H2O", cell=[3.1] * 3, pbc=True)
+    water.center()
+    water = water.repeat((2, 2, 1))
+    water.rattle(0.05, seed=2)
+    oxygen = Atoms("O", [(0.3, 0.2, 0.1)])
+    hydrogen = Atoms("H", [(0.1, 0.2, 0.3)], cell=np.diag([2.9, 3.1, 3.3]) + 0.2, pbc=True)
+    return [methanol, water, molecule("CO2"), oxygen, hydrogen]
+
+
+@contextmanager
+def count_forwards(modules: Sequence[torch.nn.Module]) -> Iterator[Callable[[], int]]:
+    """Counts the calls of the modules' forward; the context gives a function that returns the count so far."""
+    count = 0
+
+    def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            return forward(*arguments, **options)
+
+        return call
+
+    try:
+        for module in modules:
+            module.forward = counted(module.forward)  # shadows the class's, on this object only
+        yield lambda: count
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def process_state() -> dict[str, Any]:
+    """What the whole process shares and a backend must leave alone."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "random state": torch.random.get_rng_state().tolist(),
+        "numpy's random state": str(np.random.get_state()),  # noqa: NPY002 (the global one is what must not change)
+        "environment": dict(os.environ),
+        "ASE's all_properties": list(ase_calculator.all_properties),
+        "ASE's implemented_properties": list(BaseCalculator.implemented_properties),
+    }
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _evaluate(backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
+    return backend.evaluate(backend.collate(frames))
+
+
+def _array(value: Tensor | None) -> np.ndarray:
+    assert value is not None
+    return value.cpu().numpy()
+
+
+def _periodic(frames: Sequence[Atoms]) -> Atoms:
+    return next(atoms for atoms in frames if atoms.pbc.all() and len(atoms) > 1)
+
+
+def _scale(*values: Any) -> float:
+    return max(float(np.abs(value).max()) for value in values) + 1e-12
+
+
+def _tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of an evaluation with its dotted name."""
+    for entry in fields(value):
+        inner = getattr(value, entry.name)
+        if isinstance(inner, Tensor):
+            yield prefix + entry.name, inner
+        elif is_dataclass(inner):
+            yield from _tensors(inner, f"{prefix}{entry.name}.")
+        elif isinstance(inner, dict):
+            yield from ((f"{prefix}{entry.name}.{key}", tensor) for key, tensor in inner.items())
+
+
+def _frame(e: Evaluation, index: int) -> dict[str, Any]:
+    """What a batch says about one of its structures, as float64 arrays; None for what it has not."""
+    own = (e.frame_of_atom == index).cpu()
+    per_atom = {
+        "numbers": e.numbers,
+        "forces": e.forces,
+        "energies": e.energies,
+        "features": e.features,
+        "phi": e.energy_layer.features,
+        "force_phi": None if e.force_layer is None else e.force_layer.features,
+    }
+    per_frame = {
+        "energy": e.energy,
+        "stress": e.stress,
+        "base": e.energy_layer.base,
+        "torque_free": None if e.force_layer is None else e.force_layer.torque_free,
+    }
+    edges = own[e.edges.target.cpu()]
+    found = {key: None if value is None else value.cpu()[own].double().numpy() for key, value in per_atom.items()}
+    found |= {key: None if value is None else value[index].cpu().double().numpy() for key, value in per_frame.items()}
+    return found | {"distances": np.sort(e.edges.distance.cpu()[edges].double().numpy())}
+
+
+def _assert_same(found: dict[str, Any], expected: dict[str, Any], backend: Backend) -> None:
+    for key, value in expected.items():
+        if value is None:
+            assert found[key] is None, key
+            continue
+        assert found[key].shape == value.shape, key
+        if value.size:
+            atol = ROUNDING[backend.dtype] * max(1.0, _scale(value))
+            np.testing.assert_allclose(found[key], value, rtol=0, atol=atol, err_msg=key)
+
+
+def _assert_close(
+    found: Tensor, expected: Tensor | None, backend: Backend, what: str, size: Tensor | None = None
+) -> None:
+    assert expected is not None
+    assert found.shape == expected.shape, what
+    if expected.numel():
+        largest = float((expected if size is None else size).abs().max())
+        deviation = float((found.double() - expected.double()).abs().max())
+        assert deviation <= ROUNDING[backend.dtype] * max(1.0, largest), f"{what} is off by {deviation}"
+
+
+def _project(forces: Tensor, layer: ForceLayer, e: Evaluation) -> Tensor:
+    """P by its definition: the least-squares remainder after rigid motions."""
+    remainder = forces.clone()
+    for index, torque_free in enumerate(layer.torque_free.tolist()):
+        own = e.frame_of_atom == index
+        x = e.positions[own].double()
+        x = x - x.mean(0)
+        n_atoms = len(x)
+        shifts = torch.eye(3, dtype=x.dtype).repeat(n_atoms, 1)  # (3 n_atoms, 3)
+        turns = torch.stack([torch.linalg.cross(axis.expand_as(x), x).reshape(-1) for axis in torch.eye(3).to(x)], 1)
+        modes = [shifts] * layer.force_free + [turns] * torque_free
+        if modes:
+            span = torch.cat([mode.to(x) for mode in modes], 1)
+            left, values, _ = torch.linalg.svd(span, full_matrices=False)
+            left = left[:, values > 1e-6 * values.max()]  # a linear molecule has one rotation less
+            flat = remainder[own].reshape(-1)
+            remainder[own] = (flat - left @ (left.T @ flat)).reshape(-1, 3)
+    return remainder
+
+
+def _state(atoms: Atoms) -> dict[str, Any]:
+    arrays = {f"array {key}": value.copy() for key, value in atoms.arrays.items()}
+    info = {f"info {key}": np.array(value) for key, value in atoms.info.items()}
+    return {"cell": atoms.cell.array.copy(), "pbc": atoms.pbc.copy(), **arrays, **info}

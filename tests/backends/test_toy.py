@@ -1,0 +1,82 @@
+"""The toy potential keeps the contract, direct or not."""
+
+import numpy as np
+import pytest
+import torch
+from ase.build import bulk, molecule
+from ase.calculators.fd import calculate_numerical_forces, calculate_numerical_stress
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import InputError
+from ase_uq.testing.backends import BackendContract
+
+
+class TestToy(BackendContract):
+    def make_calculator(self, dtype="float64"):
+        return ToyCalculator(dtype=dtype)
+
+    def last_layer(self, calculator):
+        return [calculator.potential.weights]
+
+
+class TestToyFloat32(TestToy):
+    dtype = "float32"
+
+
+class TestToyDirect(BackendContract):
+    conservative = False
+    is_equivariant = False
+
+    def make_calculator(self, dtype="float64"):
+        return ToyCalculator(direct=True, dtype=dtype)
+
+    def last_layer(self, calculator):
+        return [calculator.potential.weights, calculator.potential.force_weights]
+
+
+def test_calculator_agrees_with_finite_differences():
+    silicon = bulk("Si").repeat(2)
+    silicon.rattle(0.05, seed=0)
+    silicon.calc = ToyCalculator()
+    np.testing.assert_allclose(silicon.get_forces(), calculate_numerical_forces(silicon, eps=1e-4), atol=1e-6)
+    np.testing.assert_allclose(silicon.get_stress(), calculate_numerical_stress(silicon, eps=1e-4), atol=1e-6)
+
+
+def test_a_molecule_has_no_stress():
+    atoms = molecule("H2O", calculator=ToyCalculator())
+    np.testing.assert_array_equal(atoms.get_stress(), np.zeros(6))
+
+
+def test_seed_sets_the_weights_and_nothing_else():
+    before = torch.random.get_rng_state()
+    same, other = ToyCalculator(seed=3), ToyCalculator(seed=4)
+    assert torch.equal(same.potential.weights, ToyCalculator(seed=3).potential.weights)
+    assert not torch.equal(same.potential.weights, other.potential.weights)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_it_knows_the_elements_it_was_made_with():
+    backend = load_backend(ToyCalculator(elements=("Cu", "H")))
+    assert backend.elements == {1, 29}
+    with pytest.raises(InputError, match=r"contains O, which the potential does not know\. It knows H, Cu"):
+        backend.collate([molecule("H2O")])
+
+
+def test_direct_forces_have_no_net_force_and_no_net_torque_without_a_cell():
+    calculator = ToyCalculator(direct=True)
+    for name in ("CH3CH2OH", "CO2", "H"):
+        atoms = molecule(name, calculator=calculator)
+        forces = atoms.get_forces()
+        np.testing.assert_allclose(forces.sum(0), 0, atol=1e-12)
+        np.testing.assert_allclose(np.cross(atoms.positions, forces).sum(0), 0, atol=1e-12)
+    boxed = molecule("CH3CH2OH", calculator=calculator, cell=[12] * 3, pbc=True)
+    assert np.abs(np.cross(boxed.positions, boxed.get_forces()).sum(0)).max() > 1e-3
+
+
+def test_molecules_hold_together():
+    from ase.optimize import BFGS
+
+    atoms = molecule("CH3CH2OH", calculator=ToyCalculator())
+    assert BFGS(atoms, logfile=None).run(fmax=0.02, steps=200)
+    assert atoms.get_all_distances().max() < 5

@@ -1,0 +1,521 @@
+"""The monitor in real runs of ASE, on a potential whose uncertainty grows with the distance from where it began."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
+from ase.filters import FrechetCellFilter
+from ase.mep import NEB
+from ase.md.langevin import Langevin
+from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
+from ase.md.verlet import VelocityVerlet
+from ase.optimize import BFGS, FIRE
+from ase.optimize.sciopt import SciPyFminBFGS, SciPyFminCG
+from ase.units import fs
+
+from ase_uq.dynamics import Call, Flag, Halt, Log, Patience, Threshold, UncertaintyMonitor
+from ase_uq.errors import UncertaintyHalt
+from ase_uq.frames import read_frames
+from ase_uq.thresholds import Quantile
+
+EXTRA = ["energy_uncertainty", "forces_uncertainty", "gamma"]
+
+
+class Uncertain(EMT):
+    """EMT; σ of each force component is 1 eV/Å² times how far the atom is from where it began, or scripted.
+
+    Args:
+        atoms: Where σ is zero.
+        script: Largest ε of each call, one after the other, in eV/Å; the last goes on for ever.
+        skipped: Calls that give no uncertainty.
+    """
+
+    implemented_properties = [*EMT.implemented_properties, *EXTRA]  # noqa: RUF012
+
+    def __init__(self, atoms, script=None, skipped=()):
+        super().__init__()
+        self.origin = atoms.positions.copy()
+        self.script = script
+        self.skipped = skipped
+        self.gamma = np.ones(len(atoms))
+        self.n_calls = 0
+        self.asked = []
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=("positions",)):
+        super().calculate(atoms, properties, list(system_changes))
+        sigma = np.abs(atoms.positions - self.origin)
+        if self.script is not None:
+            sigma = np.zeros_like(sigma)
+            sigma[1, 2] = self.script[min(self.n_calls, len(self.script) - 1)]
+        if self.n_calls not in self.skipped:
+            self.results |= {"energy_uncertainty": 0.1, "forces_uncertainty": sigma, "gamma": self.gamma}
+        self.n_calls += 1
+
+    def threshold(self, meaning, reduction):
+        self.asked.append((meaning, reduction))
+        return meaning.resolve(np.linspace(0, 1, 101))
+
+
+def crystal(script=None, **options):
+    atoms = bulk("Cu", cubic=True)
+    atoms.symbols[1] = "Al"
+    MaxwellBoltzmannDistribution(atoms, temperature_K=600, rng=np.random.default_rng(0))
+    atoms.calc = Uncertain(atoms, script, **options)
+    return atoms
+
+
+def verlet(atoms, dt=2.0):
+    return VelocityVerlet(atoms, dt * fs)
+
+
+def langevin(atoms):
+    return Langevin(atoms, 2 * fs, temperature_K=600, friction=0.01 / fs, rng=np.random.default_rng(1))
+
+
+def rattled(atoms):
+    atoms.rattle(0.3, seed=1)
+    return atoms
+
+
+RUNS = {
+    "VelocityVerlet": verlet,
+    "Langevin": langevin,
+    "BFGS": lambda atoms: BFGS(rattled(atoms), logfile=None),
+    "FIRE": lambda atoms: FIRE(rattled(atoms), logfile=None),
+    "BFGS on a cell": lambda atoms: BFGS(FrechetCellFilter(rattled(atoms)), logfile=None),
+}
+SCIPY = {
+    "SciPyFminCG": lambda atoms: SciPyFminCG(rattled(atoms), logfile=None),
+    "SciPyFminBFGS": lambda atoms: SciPyFminBFGS(rattled(atoms), logfile=None),
+}
+
+
+def run(dynamics, steps):
+    # A force limit of zero is never reached, so optimisers make all their steps too.
+    return dynamics.run(steps) if isinstance(dynamics, VelocityVerlet | Langevin) else dynamics.run(0.0, steps)
+
+
+def attached(dynamics, interval=1, **options):
+    monitor = UncertaintyMonitor(dynamics, **options)
+    dynamics.attach(monitor, interval=interval)
+    return monitor
+
+
+# --- halting and resuming -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", RUNS.values(), ids=RUNS)
+def test_halt_raises_at_the_right_step_and_the_run_goes_on_from_it(make, tmp_path):
+    # The optimisers and MD of ASE all make one new calculation a step here, so call 4 is step 4.
+    dynamics = make(crystal([0.1] * 4 + [0.8, 0.1]))
+    monitor = attached(dynamics, halt=0.5, frames=tmp_path / "a.xyz")
+    with pytest.raises(UncertaintyHalt, match=r"halted at step 4.*reached halt at 0.5 eV/A.*atom 1 \(Al") as caught:
+        run(dynamics, 20)
+    assert (dynamics.nsteps, caught.value.step) == (4, 4)
+    assert (caught.value.reading, caught.value.threshold) == (0.8, 0.5)
+    assert len(read_frames(tmp_path / "a.xyz")) == 1
+    run(dynamics, 5)
+    assert dynamics.nsteps == 9
+    assert (monitor.n_flagged, monitor.n_halted) == (0, 1)
+    assert len(read_frames(tmp_path / "a.xyz")) == 1
+
+
+@pytest.mark.parametrize("make", RUNS.values(), ids=RUNS)
+def test_halt_can_end_the_run_quietly(make):
+    dynamics = make(crystal([0.1] * 4 + [0.8, 0.1]))
+    attached(dynamics, halt=0.5, on_halt=Halt(mode="stop"))
+    run(dynamics, 20)
+    assert dynamics.nsteps == 4
+    run(dynamics, 5)
+    assert dynamics.nsteps == 9
+
+
+@pytest.mark.parametrize("make", SCIPY.values(), ids=SCIPY)
+def test_halt_works_in_optimisers_that_scipy_runs(make):
+    # Line searches make several calls a step.
+    atoms = crystal()
+    dynamics = make(atoms)
+    readings = []
+    attached(dynamics, flag=1e-9, on_flag=Call(lambda event: readings.append(event.reading)))
+    run(dynamics, 3)
+    assert len(readings) == 4
+    for mode in ("stop", "raise"):
+        atoms = crystal()
+        dynamics = make(atoms)
+        atoms.calc.origin = None
+        atoms.calc.origin = atoms.positions.copy()
+        monitor = attached(dynamics, halt=1e-9, on_halt=Halt(mode=mode))
+        if mode == "stop":
+            assert run(dynamics, 20) is False
+        else:
+            with pytest.raises(UncertaintyHalt):
+                run(dynamics, 20)
+        assert dynamics.nsteps == monitor.last.step == 1
+
+
+@pytest.mark.parametrize("mode", ["raise", "stop"])
+def test_a_run_halted_at_its_first_step_is_not_stuck_there(mode, tmp_path):
+    dynamics = verlet(crystal([0.8, 0.1]))
+    monitor = attached(dynamics, halt=0.5, frames=tmp_path / "a.xyz", on_halt=Halt(mode=mode))
+    if mode == "raise":
+        with pytest.raises(UncertaintyHalt):
+            dynamics.run(5)
+    else:
+        dynamics.run(5)
+    assert dynamics.nsteps == 0
+    dynamics.run(5)  # ASE shows step 0 to the observers again
+    assert dynamics.nsteps == 5
+    assert monitor.n_halted == 1
+    assert len(read_frames(tmp_path / "a.xyz")) == 1
+
+
+def test_a_resumed_run_halts_again_while_the_cause_is_there():
+    dynamics = verlet(crystal([0.1, 0.8]))
+    attached(dynamics, halt=0.5)
+    for step in (1, 2, 3):
+        with pytest.raises(UncertaintyHalt):
+            dynamics.run(10)
+        assert dynamics.nsteps == step
+
+
+def test_a_first_structure_that_was_changed_is_judged_again():
+    atoms = crystal([0.8])
+    dynamics = verlet(atoms)
+    attached(dynamics, halt=0.5)
+    for _ in range(2):
+        with pytest.raises(UncertaintyHalt):
+            dynamics.run(5)
+        atoms.positions[0] += 0.01
+    assert dynamics.nsteps == 0
+
+
+def test_a_new_calculator_is_picked_up_with_its_own_thresholds():
+    atoms = crystal([0.1, 0.8])
+    dynamics = verlet(atoms)
+    monitor = attached(dynamics, halt=Quantile(0.7))
+    assert monitor.halt.threshold == pytest.approx(0.7)
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(5)
+    atoms.calc = Uncertain(atoms, [0.8])
+    atoms.calc.threshold = lambda meaning, reduction: 0.9
+    dynamics.run(5)
+    assert dynamics.nsteps == 6
+    assert monitor.halt == Threshold(0.9)
+    atoms.calc = EMT()
+    with pytest.raises(ValueError, match=r"EMT gives no forces_uncertainty"):
+        dynamics.run(5)
+
+
+# --- what it costs, and that it changes nothing ----------------------------------------------------
+
+
+@pytest.mark.parametrize("make", (RUNS | SCIPY).values(), ids=RUNS | SCIPY)
+def test_watching_costs_no_call_and_moves_no_atom(make, tmp_path):
+    ends = []
+    for watched in (False, True):
+        atoms = crystal()
+        dynamics = make(atoms)
+        if watched:
+            monitor = attached(dynamics, flag=1e-6, halt=1e6, frames=tmp_path / "a.xyz", log=tmp_path / "log.csv")
+        run(dynamics, 6)
+        ends.append((atoms.calc.n_calls, atoms.positions, atoms.cell.array, atoms.get_velocities()))
+    assert monitor.n_flagged > 0
+    for bare, watched in zip(*ends, strict=True):
+        np.testing.assert_array_equal(bare, watched)
+
+
+def test_constraints_are_no_obstacle():
+    atoms = crystal()
+    atoms.set_constraint(FixAtoms([0]))
+    dynamics = BFGS(rattled(atoms), logfile=None)
+    monitor = attached(dynamics, flag=1e-6, indices=[0])
+    run(dynamics, 3)
+    assert monitor.n_flagged == 0  # the fixed atom has not moved
+    assert monitor.last.step == 3
+
+
+def test_a_step_without_uncertainty_is_passed_over_without_a_call():
+    atoms = crystal([0.8], skipped=(1, 2, 4))
+    dynamics = verlet(atoms)
+    steps = []
+    attached(dynamics, flag=0.5, on_flag=lambda event: steps.append(event.step))
+    dynamics.run(5)
+    assert steps == [0, 3, 5]
+    assert atoms.calc.n_calls == 6
+
+
+# --- readings --------------------------------------------------------------------------------------
+
+
+def test_an_element_never_seen_reads_infinity():
+    atoms = crystal()
+    atoms.calc.gamma = np.array([1.0, math.inf, 1.0, 1.0])
+    dynamics = verlet(atoms)
+    attached(dynamics, halt=1e6)
+    with pytest.raises(UncertaintyHalt, match=r"worst atom 1 \(Al, inf eV/A\)") as caught:
+        dynamics.run(5)
+    assert caught.value.reading == math.inf
+
+
+def test_nan_halts_even_where_patience_would_wait():
+    dynamics = verlet(crystal([0.1, 0.1, math.nan]))
+    attached(dynamics, halt=0.5, patience=1000)
+    with pytest.raises(UncertaintyHalt, match=r"step 2 .*uncertainty nan") as caught:
+        dynamics.run(5)
+    assert math.isnan(caught.value.reading)
+
+
+def test_broken_positions_halt_without_a_call():
+    atoms = crystal()
+    monitor = UncertaintyMonitor(verlet(atoms), halt=0.5)
+    atoms.positions[2] = math.nan
+    with pytest.raises(UncertaintyHalt):
+        monitor()
+    assert atoms.calc.n_calls == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "reading", "worst"),
+    [
+        ({}, 0.8, "worst atom 1 (Al, 0.8 eV/A)"),
+        ({"reduce": "mean"}, 0.2, "worst atom 1 (Al"),
+        ({"reduce": "top3"}, 0.8 / 3, "worst atom 1 (Al"),
+        ({"reduce": 0.5}, 0.0, None),
+        ({"elements": ["Al"]}, 0.8, "worst atom 1 (Al"),
+        ({"elements": "Al"}, 0.8, "worst atom 1 (Al"),
+        ({"elements": ("Cu",)}, 0.0, None),
+        ({"indices": (1, 2), "reduce": "mean"}, 0.4, "worst atom 1 (Al"),
+        ({"indices": np.array([-3])}, 0.8, "worst atom 1 (Al"),
+        ({"indices": (0, 1), "elements": ["Cu"]}, 0.0, None),
+    ],
+)
+def test_the_reading_is_reduced_over_the_chosen_atoms(options, reading, worst):
+    dynamics = verlet(crystal([0.8]))
+    monitor = attached(dynamics, flag=0.1, **options)
+    dynamics.run(0)
+    assert monitor.last.reading == pytest.approx(reading)
+    assert (worst is None) == (monitor.last.level == "ok")
+    assert (worst or "") in monitor.last.reason
+
+
+def test_meanings_are_asked_of_the_calculator_for_the_same_reduction():
+    atoms = crystal()
+    monitor = UncertaintyMonitor(verlet(atoms), flag=Quantile(0.5), halt=Patience(Quantile(0.9), fs=3), elements=["Al"])
+    assert monitor.flag.threshold == pytest.approx(0.5)
+    assert monitor.halt == Patience(pytest.approx(0.9), fs=3)
+    assert [(asked.q, reduction.elements) for asked, reduction in atoms.calc.asked] == [(0.5, ("Al",)), (0.9, ("Al",))]
+
+
+# --- levels and time -------------------------------------------------------------------------------
+
+
+def test_flagged_frames_carry_everything_and_are_on_the_disk_at_once(tmp_path):
+    path = tmp_path / "flagged.xyz"
+    atoms = crystal([0.1, 0.4, 0.1, 0.35, 0.9])
+    dynamics = verlet(atoms)
+    seen = []
+    monitor = attached(
+        dynamics, halt=0.5, flag=0.3, frames=path, on_flag=[Call(lambda event: seen.append(len(read_frames(path))))]
+    )
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(10)
+    assert seen == [1, 2]
+    frames = read_frames(path)
+    assert [frame.info["flag_step"] for frame in frames] == [1, 3, 4]
+    assert [frame.info["flag_level"] for frame in frames] == ["flag", "flag", "halt"]
+    assert [frame.info["flag_reading"] for frame in frames] == [0.4, 0.35, 0.9]
+    assert [frame.info["flag_threshold"] for frame in frames] == [0.3, 0.3, 0.5]
+    np.testing.assert_allclose([frame.info["flag_time_fs"] for frame in frames], [2, 6, 8])
+    assert "Threshold(value=0.3); worst atom 1 (Al" in frames[0].info["flag_reason"]
+    assert set(frames[2].calc.results) >= {"energy", "forces", "stress", *EXTRA}
+    np.testing.assert_allclose(frames[2].calc.results["forces"], atoms.calc.results["forces"], atol=1e-8)
+    np.testing.assert_allclose(frames[2].get_momenta(), atoms.get_momenta(), atol=1e-8)
+    assert (monitor.n_flagged, monitor.n_halted) == (2, 1)
+    assert "flag_reason" not in atoms.info
+    assert "gamma" not in atoms.arrays
+
+
+def test_an_earlier_run_is_added_to(tmp_path):
+    for _ in range(2):
+        dynamics = verlet(crystal([0.4, 0.1]))
+        attached(dynamics, flag=0.3, frames=tmp_path / "a.xyz")
+        dynamics.run(2)
+    assert [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")] == [0, 0]
+
+
+def test_a_flag_level_alone_only_counts():
+    dynamics = verlet(crystal([0.4]))
+    monitor = attached(dynamics, flag=0.3)
+    dynamics.run(4)
+    assert (monitor.n_flagged, monitor.n_halted, monitor.halt) == (5, 0, None)
+
+
+def test_actions_run_in_order_after_the_frame_is_kept_and_replace_the_halt(tmp_path):
+    dynamics = verlet(crystal([0.8]))
+    done = []
+    attached(dynamics, halt=0.5, frames=tmp_path / "a.xyz", on_halt=(lambda event: done.append(1), Call(done.append)))
+    dynamics.run(1)
+    assert [type(item).__name__ for item in done] == ["int", "Event", "int", "Event"]
+    assert len(read_frames(tmp_path / "a.xyz")) == 2
+
+
+def test_the_log_has_one_line_a_step(tmp_path):
+    dynamics = verlet(crystal([0.1, 0.4, 0.9]))
+    attached(dynamics, halt=0.5, flag=0.3, log=tmp_path / "log.csv")
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(10)
+    lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert lines == ["step,time_fs,reading,level", "0,0,0.1,ok", "1,2,0.4,flag", "2,4,0.9,halt"]
+
+
+@pytest.mark.parametrize(("dt", "interval", "step"), [(2.0, 1, 13), (1.0, 1, 23), (2.0, 5, 15), (0.5, 3, 45)])
+def test_patience_is_simulated_time_whatever_the_step_and_the_interval(dt, interval, step):
+    # Above from step 3 on; 20 fs later, at the next step that is looked at, the run is halted.
+    dynamics = verlet(crystal([0.1] * 3 + [0.8]), dt)
+    monitor = attached(dynamics, interval, halt=0.5, flag=0.3, patience=20)
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(100)
+    assert dynamics.nsteps == step
+    assert monitor.n_flagged > 0  # the flag did not wait
+
+
+def test_raising_the_threshold_never_halts_earlier():
+    steps = []
+    for halt in (0.05, 0.1, 0.2, 0.3):
+        dynamics = langevin(crystal())
+        attached(dynamics, halt=halt, on_halt=Halt(mode="stop"))
+        dynamics.run(60)
+        steps.append(dynamics.nsteps)
+    assert steps == sorted(steps)
+    assert steps[0] < steps[-1]
+
+
+# --- restarting ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("own_count", [False, True])
+def test_a_restored_monitor_goes_on_as_if_the_run_had_not_ended(tmp_path, own_count):
+    script = [0.1] * 3 + [0.8]
+    dynamics = verlet(crystal(script))
+    monitor = attached(dynamics, halt=0.5, flag=0.3, patience=20, frames=tmp_path / "a.xyz")
+    dynamics.run(8)
+    state = json.loads(json.dumps(monitor.state()))
+
+    dynamics = verlet(crystal([0.8]))
+    if own_count:
+        dynamics.nsteps = 8
+    monitor = UncertaintyMonitor(dynamics, halt=0.5, flag=0.3, patience=20, frames=tmp_path / "a.xyz")
+    monitor.restore(state)
+    assert monitor.state() == state
+    dynamics.attach(monitor)
+    with pytest.raises(UncertaintyHalt, match=r"step 13 \(26 fs\)"):
+        dynamics.run(100)
+    steps = [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")]
+    assert steps == list(range(3, 14))
+    assert (monitor.n_flagged, monitor.n_halted) == (10, 1)
+
+
+def test_only_a_state_of_the_same_levels_is_taken():
+    monitor = UncertaintyMonitor(verlet(crystal()), halt=0.5)
+    with pytest.raises(ValueError, match=r"no state of an UncertaintyMonitor: it lacks 'step'"):
+        monitor.restore({})
+    other = UncertaintyMonitor(verlet(crystal()), halt=0.5, flag=0.3)
+    with pytest.raises(ValueError, match=r"levels \['halt'\], this monitor \['flag', 'halt'\]"):
+        other.restore(monitor.state())
+
+
+def test_an_optimiser_restores_without_time():
+    dynamics = BFGS(rattled(crystal([0.4])), logfile=None)
+    monitor = attached(dynamics, flag=0.3)
+    run(dynamics, 3)
+    state = json.loads(json.dumps(monitor.state()))
+    assert state["time_fs"] is None
+    monitor.restore(state)
+    assert monitor.state() == state
+
+
+# --- mistakes, told at once ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({}, ValueError, r"nothing to watch for. Give halt, flag or both"),
+        ({"halt": 0}, ValueError, r"positive number in eV/Å, not 0"),
+        ({"halt": 0.5, "flag": -1}, ValueError, r"positive number in eV/Å, not -1"),
+        ({"halt": math.nan}, ValueError, r"positive number in eV/Å, not nan"),
+        ({"halt": "0.5"}, TypeError, r"a number in eV/Å or a meaning"),
+        ({"halt": 0.5, "flag": 0.5}, ValueError, r"flag is 0.5 eV/Å and halt is 0.5 eV/Å.*Give a flag below"),
+        ({"halt": Quantile(0.2), "flag": 0.5}, ValueError, r"flag is 0.5 eV/Å and halt is 0.2 eV/Å"),
+        ({"halt": 0.5, "patience": 0}, ValueError, r"patience is a positive time in fs, not 0"),
+        ({"flag": 0.5, "patience": 5}, ValueError, r"patience belongs to halt"),
+        ({"halt": Patience(1, 2), "patience": 5}, ValueError, r"halt is already a rule"),
+        ({"halt": 0.5, "on_flag": Halt()}, ValueError, r"on_flag is given but flag is not"),
+        ({"flag": 0.5, "on_halt": Halt()}, ValueError, r"on_halt is given but halt is not"),
+        ({"halt": 0.5, "on_halt": "stop"}, TypeError, r"a callable that takes one Event"),
+        ({"halt": 0.5, "reduce": "median"}, ValueError, r"a reduction is 'max'"),
+        ({"halt": 0.5, "elements": ["Fe"]}, ValueError, r"no atom of \w+ is looked at with elements=\['Fe'\]"),
+        ({"halt": 0.5, "indices": []}, ValueError, r"no atom of \w+ is looked at"),
+        ({"halt": 0.5, "indices": [7]}, IndexError, r"atom index 7 is beyond the frame's 4 atoms"),
+        ({"halt": 0.5, "frames": "/no/such/folder/a.xyz"}, ValueError, r"cannot be written"),
+        ({"halt": 0.5, "log": "/no/such/folder/log"}, ValueError, r"cannot be written"),
+    ],
+)
+def test_mistakes_are_told_when_the_monitor_is_made(options, error, message):
+    with pytest.raises(error, match=message):
+        UncertaintyMonitor(verlet(crystal()), **options)
+
+
+@pytest.mark.parametrize("optimiser", [BFGS, FIRE])  # FIRE has a `dt`, which is no time
+def test_patience_in_an_optimiser_is_refused(optimiser):
+    with pytest.raises(ValueError, match=r"fs of simulated time, and an optimiser has none"):
+        UncertaintyMonitor(optimiser(crystal(), logfile=None), halt=0.5, patience=20)
+
+
+def test_calculators_without_uncertainty_are_refused():
+    atoms = molecule("H2O")
+    dynamics = verlet(atoms)
+    with pytest.raises(ValueError, match=r"the structure has no calculator. Set atoms.calc = UncertainCalculator"):
+        UncertaintyMonitor(dynamics, halt=0.5)
+    atoms.calc = LennardJones()
+    with pytest.raises(ValueError, match=r"LennardJones gives no forces_uncertainty.*Wrap it"):
+        UncertaintyMonitor(dynamics, halt=0.5)
+
+
+def test_a_calculator_that_breaks_its_promise_is_refused_at_the_first_step():
+    dynamics = verlet(crystal([0.1], skipped=range(10)))
+    attached(dynamics, halt=0.5)
+    with pytest.raises(ValueError, match=r"Uncertain promises forces_uncertainty but its results at step 0 have none"):
+        dynamics.run(5)
+
+
+def test_meanings_need_a_calculator_that_knows_its_calibration_data():
+    class Bare(EMT):
+        implemented_properties = ["energy", "forces", "forces_uncertainty"]  # noqa: RUF012
+
+    atoms = crystal()
+    atoms.calc = Bare()
+    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn Quantile\(q=0.9\) into a number"):
+        UncertaintyMonitor(verlet(atoms), halt=Quantile(0.9))
+
+
+def test_several_structures_at_once_are_refused():
+    images = [crystal() for _ in range(3)]
+    with pytest.raises(ValueError, match=r"BFGS moves a NEB, not one structure"):
+        UncertaintyMonitor(BFGS(NEB(images), logfile=None), halt=0.5)
+
+
+def test_two_monitors_watch_one_run(tmp_path):
+    dynamics = verlet(crystal([0.1, 0.4, 0.9]))
+    attached(dynamics, flag=0.3, on_flag=[Flag(tmp_path / "a.xyz"), Log(tmp_path / "a.csv")])
+    monitor = attached(dynamics, halt=0.5)
+    dynamics.attach(monitor)  # twice by mistake: a step is judged once all the same
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(10)
+    assert [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")] == [1, 2]
+    assert sum(monitor.state()["counts"].values()) == 3

@@ -1,0 +1,249 @@
+"""Frames on disk keep every key, and nothing that is not theirs."""
+
+import math
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.io import read, write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from ase_uq.errors import LabelError
+from ase_uq.frames import annotated, labels_of, read_frames, write_frames
+from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
+
+KEYS = (*PROPERTIES, *(f"{key}_bll" for key in UNCERTAINTIES))
+
+
+def results_of(n_atoms: int, seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    results = {}
+    for key in KEYS:
+        entry = find_property(key)
+        shape = (n_atoms, *entry.shape) if entry.per_atom else entry.shape
+        results[key] = rng.uniform(0.001, 2, shape) if shape else float(rng.uniform(0.001, 2))
+    results["gamma"][0] = math.inf
+    return results
+
+
+def assert_results(found, expected):
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        assert np.shape(found[key]) == np.shape(value), key
+        # extxyz writes arrays with eight decimals.
+        np.testing.assert_allclose(found[key], value, atol=1e-8, err_msg=key)
+
+
+@pytest.mark.parametrize("atoms", [molecule("CH4"), Atoms("Ar"), bulk("Cu") * 2], ids=["molecule", "atom", "crystal"])
+def test_every_key_comes_back(tmp_path, atoms):
+    results = results_of(len(atoms))
+    write_frames(tmp_path / "a.xyz", [annotated(atoms, results, origin="here", run=3)])
+    (back,) = read_frames(tmp_path / "a.xyz")
+    assert_results(back.calc.results, results)
+    assert (back.info["origin"], back.info["run"]) == ("here", 3)
+    np.testing.assert_allclose(back.positions, atoms.positions, atol=1e-8)
+    assert_results(read_frames(str(tmp_path / "a.xyz"))[0].calc.results, results)
+
+
+def test_every_key_survives_a_second_round(tmp_path):
+    atoms = molecule("CH4")
+    write_frames(tmp_path / "a.xyz", [annotated(atoms, results_of(5))])
+    write_frames(tmp_path / "b.xyz", read_frames(tmp_path / "a.xyz"))
+    assert (tmp_path / "a.xyz").read_text() == (tmp_path / "b.xyz").read_text()
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    sigma=st.integers(1, 6).flatmap(lambda n: arrays(float, (n, 3), elements=st.floats(0, 1e3))),
+    energy=st.floats(0, 1e6),
+    stress=arrays(float, 6, elements=st.floats(0, 10)),
+)
+def test_any_numbers_come_back(tmp_path, sigma, energy, stress):
+    atoms = Atoms(f"H{len(sigma)}", np.arange(3.0 * len(sigma)).reshape(-1, 3))
+    results = {"forces_uncertainty": sigma, "energy_uncertainty": energy, "stress_uncertainty": stress}
+    write_frames(tmp_path / "a.xyz", [annotated(atoms, results)])
+    assert_results(read_frames(tmp_path / "a.xyz")[0].calc.results, results)
+
+
+def test_other_programs_of_ase_read_what_they_know(tmp_path):
+    results = results_of(5)
+    write_frames(tmp_path / "a.xyz", [annotated(molecule("CH4"), results)] * 2)
+    images = read(tmp_path / "a.xyz", ":")
+    assert len(images) == 2
+    assert images[0].get_potential_energy() == pytest.approx(results["energy"])
+    np.testing.assert_allclose(images[0].get_forces(), results["forces"], atol=1e-8)
+    np.testing.assert_allclose(images[0].arrays["forces_uncertainty"], results["forces_uncertainty"], atol=1e-8)
+
+
+@pytest.mark.parametrize("suffix", ["xyz", "traj", "json", "cif"])
+def test_the_writers_of_ase_are_not_broken_by_keys_they_do_not_know(tmp_path, suffix):
+    frame = annotated(bulk("Cu", cubic=True), results_of(4))
+    write(tmp_path / f"a.{suffix}", frame)
+    np.testing.assert_allclose(read(tmp_path / f"a.{suffix}").cell, frame.cell, atol=1e-6)
+
+
+def test_results_of_a_live_calculator_are_carried():
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = EMT()
+    atoms.get_forces()
+    frame = annotated(atoms)
+    assert frame.get_potential_energy() == atoms.get_potential_energy()
+    assert frame.calc is not atoms.calc
+
+
+def test_the_structure_itself_is_not_touched():
+    atoms = molecule("CH4")
+    atoms.info["mine"] = 1
+    frame = annotated(atoms, results_of(5), flag_step=3)
+    frame.positions += 1
+    assert atoms.info == {"mine": 1}
+    assert atoms.calc is None
+    assert set(atoms.arrays) == {"numbers", "positions"}
+    np.testing.assert_array_equal(atoms.positions, molecule("CH4").positions)
+
+
+def moved_after_reading(path):
+    write_frames(path, [annotated(molecule("CH4"), results_of(5))])
+    (atoms,) = read_frames(path)
+    atoms.positions += 0.1
+    return atoms
+
+
+def moved_after_calculating(path):
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = EMT()
+    atoms.get_forces()
+    atoms.positions[0] += 0.1
+    return atoms
+
+
+@pytest.mark.parametrize("moved", [moved_after_reading, moved_after_calculating])
+def test_results_of_other_positions_are_not_written(tmp_path, moved):
+    write_frames(tmp_path / "a.xyz", [moved(tmp_path / "before.xyz")])
+    (back,) = read_frames(tmp_path / "a.xyz")
+    assert back.calc is None
+    assert not set(back.info) & set(KEYS)
+    assert not set(back.arrays) & set(KEYS)
+
+
+def test_new_results_replace_all_the_old_ones():
+    old = annotated(molecule("CH4"), results_of(5))
+    new = annotated(old, {"energy": 1.0, "energy_uncertainty": 0.5})
+    assert new.calc.results == {"energy": 1.0, "energy_uncertainty": 0.5}
+    assert new.info["energy_uncertainty"] == 0.5
+    assert "forces_uncertainty" not in new.arrays  # it belonged to the old results
+    assert "stress_uncertainty_bll" not in new.info
+
+
+def test_annotations_without_a_calculator_stay(tmp_path):
+    frame = annotated(molecule("CH4"), results_of(5))
+    frame.calc = None
+    write_frames(tmp_path / "a.xyz", [frame])
+    assert set(UNCERTAINTIES) <= set(read_frames(tmp_path / "a.xyz")[0].calc.results)
+
+
+def test_entries_that_only_sound_like_ours_are_left_alone(tmp_path):
+    atoms = molecule("CH4")
+    atoms.info |= {"gamma_only": True, "energy_uncertainty_bll": 0.5}
+    write_frames(tmp_path / "a.xyz", [atoms])
+    back = read_frames(tmp_path / "a.xyz")
+    write_frames(tmp_path / "b.xyz", back)
+    assert back[0].calc.results == {"energy_uncertainty_bll": 0.5}
+    assert back[0].info["gamma_only"]
+
+
+def test_appending_keeps_what_is_there_and_writing_does_not(tmp_path):
+    path = tmp_path / "a.xyz"
+    write_frames(path, [molecule("CH4")], append=True)
+    write_frames(path, [molecule("H2O"), molecule("NH3")], append=True)
+    assert [str(atoms.symbols) for atoms in read_frames(path)] == ["CH4", "OH2", "NH3"]
+    write_frames(path, [molecule("H2O")])
+    assert len(read_frames(path)) == 1
+
+
+def test_frames_in_a_list_are_frames():
+    frames = (molecule("CH4"), molecule("H2O"))
+    assert read_frames(frames) == list(frames)
+    assert read_frames(frames)[0] is frames[0]
+    with pytest.raises(LabelError, match=r"train: the list has no structures"):
+        read_frames([], name="train")
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(LabelError, match=r"train: there is no file .*nowhere.xyz"):
+        read_frames(tmp_path / "nowhere.xyz", name="train")
+
+
+def test_an_empty_file_is_told(tmp_path):
+    (tmp_path / "a.xyz").touch()
+    with pytest.raises(LabelError, match=r"frames: the file .*a.xyz is empty"):
+        read_frames(tmp_path / "a.xyz")
+
+
+def test_a_truncated_file_is_told_with_how_far_it_goes(tmp_path):
+    path = tmp_path / "a.xyz"
+    write_frames(path, [annotated(molecule("CH4"), results_of(5))] * 3)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:-2]))
+    with pytest.raises(LabelError, match=r"a.xyz cannot be read after structure \d .*truncated"):
+        read_frames(path)
+
+
+def test_a_file_of_something_else_is_told(tmp_path):
+    (tmp_path / "a.xyz").write_text("these are not the frames\nyou are looking for\n")
+    with pytest.raises(LabelError, match=r"cannot be read after structure 0 .*not in a format that ASE knows"):
+        read_frames(tmp_path / "a.xyz")
+
+
+VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # xx, yy, zz, yz, xz, xy
+MATRIX = np.array([[1.0, 6.0, 5.0], [6.0, 2.0, 4.0], [5.0, 4.0, 3.0]])
+
+
+@pytest.mark.parametrize("stress", [VOIGT, MATRIX, MATRIX.ravel(), MATRIX.tolist()], ids=["voigt", "3x3", "9", "lists"])
+def test_labels_from_info_and_arrays(stress):
+    atoms = molecule("CH4")
+    forces = np.arange(15.0).reshape(5, 3)
+    atoms.info |= {"REF_energy": -1, "REF_stress": stress}
+    atoms.arrays["REF_forces"] = forces
+    atoms.calc = SinglePointCalculator(atoms, energy=99.0, forces=np.zeros((5, 3)))  # not the reference
+    labels = labels_of(atoms)
+    assert labels.energy == -1.0
+    np.testing.assert_array_equal(labels.forces, forces)
+    np.testing.assert_array_equal(labels.stress, VOIGT)
+
+
+def test_labels_survive_a_file(tmp_path):
+    atoms = molecule("CH4")
+    atoms.info |= {"REF_energy": -1.5, "REF_stress": MATRIX}
+    atoms.set_array("REF_forces", np.arange(15.0).reshape(5, 3))
+    write(tmp_path / "a.xyz", atoms)
+    labels = labels_of(read_frames(tmp_path / "a.xyz")[0])
+    assert labels.energy == -1.5
+    np.testing.assert_array_equal(labels.forces, np.arange(15.0).reshape(5, 3))
+    np.testing.assert_array_equal(labels.stress, VOIGT)
+
+
+def test_labels_from_the_results_of_a_reference_calculator():
+    atoms = bulk("Cu", cubic=True)
+    atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=np.ones((4, 3)), stress=VOIGT)
+    labels = labels_of(atoms)
+    assert labels.energy == -2.0
+    np.testing.assert_array_equal(labels.forces, np.ones((4, 3)))
+    np.testing.assert_array_equal(labels.stress, VOIGT)
+
+
+def test_labels_by_other_names_and_labels_that_are_not_all_there():
+    atoms = molecule("CH4")
+    assert labels_of(atoms) == labels_of(Atoms())
+    atoms.info["dft_energy"] = -3.0
+    labels = labels_of(atoms, ("dft_energy", "dft_forces", "dft_stress"))
+    assert (labels.energy, labels.forces, labels.stress) == (-3.0, None, None)
+    assert labels_of(atoms).energy is None
+    atoms.arrays["REF_forces"] = np.ones((5, 3))
+    assert labels_of(atoms).energy is None
+    np.testing.assert_array_equal(labels_of(atoms).forces, np.ones((5, 3)))
