@@ -74,7 +74,7 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
     read: list[Atoms] = []
     try:
         for atoms in iread(path, ":"):
-            read.append(_with_results(atoms))
+            read.append(_with_results(atoms))  # noqa: PERF401  (what was read before an error is counted)
     except Exception as error:  # ASE's readers raise anything from KeyError to UnknownFileTypeError
         if path.stat().st_size == 0:
             raise LabelError(f"{name}: the file {path} is empty.") from error

@@ -44,7 +44,7 @@ def build(kind: str, frames: list[Atoms]) -> torch.nn.Module:
     reference = np.linalg.lstsq(counts, energies, rcond=None)[0]
     residual = (energies - counts @ reference) / counts.sum(1)
     head = model.heads["energy"]
-    head.reference.linear.weight.data = torch.tensor(reference[None], dtype=torch.float32)
+    head.reference.linear.weight.data = torch.tensor(reference, dtype=torch.float32)
     head.reference.linear.weight.requires_grad_(False)
     energy_std = float(residual.std())
     if kind == "conservative":

@@ -185,6 +185,12 @@ def test_an_empty_file_is_told(tmp_path):
         read_frames(tmp_path / "a.xyz")
 
 
+def test_a_file_without_structures_is_told(tmp_path):
+    (tmp_path / "a.xyz").write_text("\n\n")
+    with pytest.raises(LabelError, match=r"frames: the file .*a.xyz has no structures"):
+        read_frames(tmp_path / "a.xyz")
+
+
 def test_a_truncated_file_is_told_with_how_far_it_goes(tmp_path):
     path = tmp_path / "a.xyz"
     write_frames(path, [annotated(molecule("CH4"), results_of(5))] * 3)

@@ -26,18 +26,16 @@ READERS_FILES = {
 }
 MAKE_MODEL = """
 import torch
-from ase_uq import embedded
-from ase_uq.backends.mace import load_potential
-torch.save(load_potential(embedded.path("mace.safetensors")), "my.model")
+from ase_uq.backends import load_backend
+torch.save(load_backend("embedded:mace", device="cpu").calculator.models[0], "my.model")
 """
 # A run of the README may end by halting, and is as long as the reader likes.
 SHORTER = {"dyn.run(100_000)": "dyn.run(50)", "--steps 100000": "--steps 50"}
 # Pretrained weights would have to be fetched: orb's loader gives the embedded potential instead.
 OFFLINE_ORB = """
 from orb_models.forcefield import pretrained as _pretrained
-from ase_uq import embedded as _embedded
-from ase_uq.backends.orb import load_potential as _load
-_orb = _load(_embedded.path("orb-conservative.safetensors"))
+from ase_uq.backends import load_backend as _load
+_orb = _load("embedded:orb-conservative", device="cpu").calculator
 _pretrained.orb_v3_conservative_inf_omat = lambda device: (_orb.model, _orb.adapter)
 """
 

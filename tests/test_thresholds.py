@@ -33,7 +33,9 @@ def test_frames_without_a_reading_are_left_out():
 @pytest.mark.parametrize(("q", "needed"), [(0.5, 2), (0.9, 10), (0.99, 100), (0.999, 1000)])
 def test_too_few_frames_to_know_the_quantile_are_refused(q, needed):
     Quantile(q).resolve(np.arange(float(needed)))
-    with pytest.raises(ValueError, match=rf"Quantile\({q}\) needs at least {needed} calibration frames.*has {needed - 1}"):
+    with pytest.raises(
+        ValueError, match=rf"Quantile\({q}\) needs at least {needed} calibration frames.*has {needed - 1}"
+    ):
         Quantile(q).resolve(np.arange(needed - 1.0))
 
 

@@ -17,7 +17,7 @@ from ase.optimize.sciopt import Converged, SciPyGradientlessOptimizer, SciPyOpti
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import annotated, write_frames
+from ase_uq.frames import LABEL_KEYS, annotated, write_frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -91,7 +91,8 @@ class Flag:
     """Appends the frame to an extended XYZ file, on the disk before the run goes on.
 
     The frame carries every result, and `flag_reason`, `flag_level`, `flag_step`, `flag_time_fs` (not in an
-    optimiser), `flag_reading` and `flag_threshold` in its info.
+    optimiser), `flag_reading` and `flag_threshold` in its info. `REF_*` labels of the structure that the run began
+    with are left out: they are not this frame's.
 
     Args:
         path: File; what an earlier run left in it stays.
@@ -117,6 +118,10 @@ class Flag:
         )
         if event.time_fs is None:
             del frame.info["flag_time_fs"]
+        # Reference values of the structure that the run began with would label this one wrongly.
+        for key in LABEL_KEYS[0]:
+            frame.info.pop(key, None)
+            frame.arrays.pop(key, None)
         write_frames(self.path, [frame], append=True)
 
 

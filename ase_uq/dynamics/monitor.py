@@ -3,28 +3,19 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, TextIO
 
 import numpy as np
 from ase import Atoms, units
-from ase.calculators.calculator import BaseCalculator
 from ase.filters import Filter
 from ase.md.md import MolecularDynamics
 from ase.optimize.optimize import BaseDynamics
 
 from ase_uq.dynamics.actions import Action, Event, Flag, Halt, Log, as_actions
-from ase_uq.dynamics.rules import Level, Meaning, Rule, rules_of_levels
+from ase_uq.dynamics.rules import Level, Meaning, Rule, rules_of_levels, settled
 from ase_uq.readings import Reduction, atom_norms
 
 _KEY = "forces_uncertainty"
-
-
-@runtime_checkable
-class _Calibrated(Protocol):
-    """A calculator that knows its calibration data, as `UncertainCalculator` does."""
-
-    def threshold(self, meaning: Meaning, reduction: Reduction) -> float: ...
 
 
 class UncertaintyMonitor:
@@ -196,17 +187,8 @@ class UncertaintyMonitor:
                 f"{type(calculator).__name__} gives no {_KEY}, so there is nothing to watch. Wrap it: "
                 "atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
             )
-        resolve = partial(_resolve, calculator, self.reduction)
-        rules: dict[Level, Rule] = {level: rule.resolved(resolve) for level, rule in self._asked.items()}
-        if len(rules) == 2 and rules["flag"].threshold >= rules["halt"].threshold:
-            raise ValueError(
-                f"flag is {rules['flag'].threshold:.4g} eV/Å and halt is {rules['halt'].threshold:.4g} eV/Å, so no "
-                "frame could be flagged before the run is halted. Give a flag below the halt."
-            )
-        for rule in rules.values():
-            # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
-            rule.judge(None, 0.0, self._time())
-        self._calculator, self._rules = calculator, rules
+        self._rules = settled(self._asked, calculator, self.reduction, self._time())
+        self._calculator = calculator
 
     def _step(self) -> int:
         return self.dynamics.nsteps + self._step_offset
@@ -268,7 +250,7 @@ class UncertaintyMonitor:
         chosen = _looked_at(self.reduction, self.atoms)
         worst = chosen[np.argmax(norms[chosen])]
         return (
-            f"{self.reduction.kind} force uncertainty {reading:.4g} eV/A reached {level} at "
+            f"force uncertainty ({self.reduction.kind}) {reading:.4g} eV/A reached {level} at "
             f"{self._rules[level].threshold:.4g} eV/A by {self._asked[level]}; "
             f"worst atom {worst} ({self.atoms[worst].symbol}, {norms[worst]:.4g} eV/A)"
         )
@@ -301,15 +283,6 @@ def _reduction(
             f"indices={indices!r}, so the monitor could never trigger."
         )
     return reduction
-
-
-def _resolve(calculator: BaseCalculator, reduction: Reduction, meaning: Meaning) -> float:
-    if not isinstance(calculator, _Calibrated):
-        raise ValueError(
-            f"{type(calculator).__name__} knows no calibration data to turn {meaning} into a number. "
-            "Use UncertainCalculator, or give the threshold in eV/Å."
-        )
-    return float(calculator.threshold(meaning, reduction))
 
 
 def _looked_at(reduction: Reduction, atoms: Atoms) -> np.ndarray:

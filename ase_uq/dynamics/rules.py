@@ -6,11 +6,14 @@ hands back, so that the same readings give the same alarms and a run can be rest
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, SupportsFloat, runtime_checkable
 
 import numpy as np
+from ase.calculators.calculator import BaseCalculator
+
+from ase_uq.readings import Reduction
 
 Level = Literal["ok", "flag", "halt"]
 
@@ -25,6 +28,13 @@ class Meaning(Protocol):
     def resolve(self, readings: np.ndarray) -> float:
         """(n_frames,) readings of the calibration frames → the threshold, both in eV/Å."""
         ...
+
+
+@runtime_checkable
+class _Calibrated(Protocol):
+    """A calculator that knows its calibration data, as `UncertainCalculator` does."""
+
+    def threshold(self, meaning: Meaning, reduction: Reduction) -> float: ...
 
 
 class Rule(ABC):
@@ -152,6 +162,42 @@ def rules_of_levels(
             raise ValueError(f"halt is already a rule, {halt}. Leave patience out, or give halt as a number.")
         asked["halt"] = Patience(halt, patience)
     return asked
+
+
+def settled(
+    asked: Mapping[Level, Rule], calculator: BaseCalculator, reduction: Reduction, time: float | None
+) -> dict[Level, Rule]:
+    """The rules with numbers in place of meanings, by the calibration data of a calculator.
+
+    Args:
+        asked: Rules of the levels.
+        calculator: Asked for `threshold(meaning, reduction)`.
+        reduction: How readings are made.
+        time: Time of the run now, fs; None if it has none.
+
+    Raises:
+        ValueError: The calculator cannot say what a meaning means, the flag is not below the halt, or a rule needs
+            a time that the run does not have.
+    """
+
+    def resolve(meaning: Meaning) -> float:
+        if not isinstance(calculator, _Calibrated):
+            raise ValueError(
+                f"{type(calculator).__name__} knows no calibration data to turn {meaning} into a number. "
+                "Use UncertainCalculator, or give the threshold in eV/Å."
+            )
+        return float(calculator.threshold(meaning, reduction))
+
+    rules: dict[Level, Rule] = {level: rule.resolved(resolve) for level, rule in asked.items()}
+    if len(rules) == 2 and rules["flag"].threshold >= rules["halt"].threshold:
+        raise ValueError(
+            f"flag is {rules['flag'].threshold:.4g} eV/Å and halt is {rules['halt'].threshold:.4g} eV/Å, so no frame "
+            "could be flagged before the run is halted. Give a flag below the halt."
+        )
+    for rule in rules.values():
+        # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
+        rule.judge(None, 0.0, time)
+    return rules
 
 
 def _reaches(reading: float, threshold: float) -> bool:

@@ -346,8 +346,9 @@ class BackendContract:
 
     def test_bad_structures_are_refused(self, backend: Backend, frames: list[Atoms]):
         def refused(change: Callable[[Atoms], Any], match: str) -> None:
-            bad = _periodic(frames).copy()
-            bad = change(bad) or bad
+            original = _periodic(frames).copy()
+            changed = change(original)
+            bad = changed if isinstance(changed, Atoms) else original
             with pytest.raises(InputError, match=match):
                 backend.collate([frames[0], bad])
 
@@ -522,7 +523,7 @@ def _assert_close(
     assert expected is not None
     assert found.shape == expected.shape, what
     if expected.numel():
-        largest = float((expected if size is None else size).abs().max())
+        largest = float((expected if size is None else size).double().abs().max())
         deviation = float((found.double() - expected.double()).abs().max())
         assert deviation <= ROUNDING[backend.dtype] * max(1.0, largest), f"{what} is off by {deviation}"
 

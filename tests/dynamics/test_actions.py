@@ -16,7 +16,7 @@ from ase_uq.dynamics.actions import as_actions
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.frames import annotated, read_frames
 
-REASON = 'max force uncertainty 0.7 eV/A reached flag at 0.5 eV/A by Threshold(value=0.5); worst atom 1 (H, "0.7")'
+REASON = 'force uncertainty (max) 0.7 eV/A reached flag at 0.5 eV/A by Threshold(value=0.5); worst atom 1 (H, "0.7")'
 
 
 def frame():
@@ -47,7 +47,9 @@ def event(**changes) -> Event:
 
 
 def test_halt_raises_with_step_reading_and_threshold():
-    with pytest.raises(UncertaintyHalt, match=r"halted at step 12 \(6 fs\): max force .*goes on from this") as caught:
+    with pytest.raises(
+        UncertaintyHalt, match=r"halted at step 12 \(6 fs\): force uncertainty .*goes on from this"
+    ) as caught:
         Halt()(event())
     assert (caught.value.step, caught.value.reading, caught.value.threshold) == (12, 0.7, 0.5)
     assert pickle.loads(pickle.dumps(caught.value)).step == 12
@@ -107,6 +109,18 @@ def test_flag_has_no_time_in_an_optimiser(tmp_path):
     Flag(tmp_path / "a.xyz")(event(atoms=atoms, time_fs=None, dynamics=BFGS(atoms, logfile=None)))
     assert "flag_time_fs" not in read_frames(tmp_path / "a.xyz")[0].info
     assert atoms.info["flag_time_fs"] == 3.0
+
+
+def test_flag_does_not_pass_on_the_labels_of_the_first_structure(tmp_path):
+    atoms = frame()
+    atoms.info |= {"REF_energy": -1.0, "REF_stress": np.zeros(6), "run": "a"}
+    atoms.set_array("REF_forces", np.zeros((3, 3)))
+    Flag(tmp_path / "a.xyz")(event(atoms=atoms))
+    (read,) = read_frames(tmp_path / "a.xyz")
+    assert not [key for key in (*read.info, *read.arrays) if key.startswith("REF_")]
+    assert read.info["run"] == "a"
+    assert atoms.info["REF_energy"] == -1.0
+    assert atoms.has("REF_forces")
 
 
 def test_flag_does_not_write_results_of_other_positions(tmp_path):

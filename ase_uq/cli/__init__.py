@@ -1,0 +1,56 @@
+"""The command line: `ase-uq VERB`. A verb turns arguments into one library call and prints what came of it.
+
+Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage, 3 a run was halted by its
+uncertainty.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from ase_uq.cli.console import ErrorsAsLines
+from ase_uq.cli.demo import demo
+from ase_uq.cli.fit import fit
+from ase_uq.cli.info import info
+from ase_uq.cli.md import md
+from ase_uq.cli.predict import predict
+
+app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
+for verb in (fit, info, predict, md, demo):
+    app.command()(verb)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line and exits.
+
+    Args:
+        arguments: Words after `ase-uq`; by default those of the process.
+
+    Raises:
+        SystemExit: Always, with the exit code.
+    """
+    app(None if arguments is None else list(arguments), prog_name="ase-uq")
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from ase_uq import __version__
+
+        typer.echo(f"ase-uq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Calibrated uncertainties for MACE and orb potentials, from the same forward pass as the forces.
+
+    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found. Then [bold]md[/] runs
+    dynamics that stop where the potential no longer knows, and [bold]predict[/] scores finished frames.
+
+    New here? [bold]ase-uq demo[/] shows it all on a small molecule in under a minute.
+    """

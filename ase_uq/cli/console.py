@@ -1,0 +1,85 @@
+"""What the terminal shows: our errors as one line, our warnings as one line, and nobody else's noise."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import typer
+from typer.core import TyperGroup
+
+_LOUDER_THAN_ANY = logging.CRITICAL + 1
+
+
+class ErrorsAsLines(TyperGroup):
+    """The group of all verbs: what we or the file system refuse is a line on stderr and exit code 1, no traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb; errors nobody foresaw keep their traceback, for the bug report."""
+        from ase_uq.errors import UQError
+
+        with only_our_warnings():
+            try:
+                return super().invoke(ctx)
+            except (UQError, ValueError, OSError) as error:
+                _stop(error)
+            except RuntimeError as error:
+                if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not be imported here
+                    raise
+                _stop(f"the device is out of memory. Give a smaller --batch-atoms. ({str(error).splitlines()[0]})")
+
+
+@contextmanager
+def only_our_warnings() -> Iterator[None]:
+    """Prints our warnings as one line on stderr each, and hides those of other packages, which tell users nothing."""
+    from ase_uq.errors import UQWarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if issubclass(category, UQWarning):
+            typer.echo(f"warning: {message}", err=True)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UQWarning)
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    """Swallows everything written to stdout and stderr, also by C++ code: banners of packages being imported."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    before = logging.root.manager.disable
+    logging.disable(_LOUDER_THAN_ANY)
+    kept = [os.dup(number) for number in (1, 2)]
+    streams = sys.stdout, sys.stderr
+    try:
+        with open(os.devnull, "w") as nowhere:
+            for number in (1, 2):
+                os.dup2(nowhere.fileno(), number)
+            sys.stdout = sys.stderr = nowhere
+            try:
+                yield
+            finally:
+                sys.stdout, sys.stderr = streams
+    finally:
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        logging.disable(before)
+
+
+def _stop(error: object) -> None:
+    typer.echo(f"error: {error}", err=True)
+    raise typer.Exit(1)

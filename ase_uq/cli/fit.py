@@ -1,0 +1,80 @@
+"""`ase-uq fit`: labelled frames in, uncertainty model out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_uq.cli.options import BatchAtoms, Device, DType, Model, Seed
+
+
+class Features(StrEnum):
+    """What the leverage of an atom looks at."""
+
+    latent = "latent"
+    last_layer = "last_layer"
+
+
+def fit(
+    model: Model,
+    train: Annotated[
+        Path, typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or like them.")
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Labelled frames that it has never seen, from runs of their own: they set the scale.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write, for example my.uq.safetensors.")],
+    features: Annotated[
+        Features,
+        typer.Option("--features", help="What distances are measured in: invariants of all layers, or the last one."),
+    ] = Features.latent,
+    energy_key: Annotated[
+        str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
+    ] = None,
+    forces_key: Annotated[
+        str | None, typer.Option("--forces-key", show_default="REF_forces, else forces", help="Forces in arrays.")
+    ] = None,
+    stress_key: Annotated[
+        str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
+    ] = None,
+    device: Device = "",
+    dtype: DType = "",
+    batch_atoms: BatchAtoms = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Fit what a potential does not know, once, into one small file.
+
+    Training frames say what it has seen; calibration frames, which it has not, turn that into eV and eV/Å. A few
+    hundred of each are good. Energies and stresses are calibrated where the frames have them.
+
+    [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
+    """
+    from ase_uq.artefact import check_writable
+    from ase_uq.cli.potential import load_potential, seed_all
+    from ase_uq.fitting import fit as fit_model
+    from ase_uq.frames import LABEL_KEYS, read_frames
+    from ase_uq.methods import make_method
+
+    check_writable(out)
+    train_frames = read_frames(train, name="training frames")
+    calibration_frames = read_frames(calibration, name="calibration frames")
+    seed_all(seed)
+    given = (energy_key, forces_key, stress_key)
+    keys = tuple(key or default for key, default in zip(given, LABEL_KEYS[0], strict=True)) if any(given) else None
+    fitted = fit_model(
+        load_potential(model, device, dtype),
+        train_frames,
+        calibration_frames,
+        methods=[make_method("bll", features=features.value)],
+        label_keys=keys,
+        batch_atoms=batch_atoms,
+    )
+    fitted.save(out)
+    typer.echo(fitted.summary())
+    typer.echo(f"written to {out}; next: ase-uq predict or ase-uq md with --model {model} --uq {out}")

@@ -1,0 +1,30 @@
+"""Options that verbs share: one name, one meaning, one text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+_SPEC_HELP = (
+    "The potential: mace:PATH, mace-mp:NAME, mace-off:NAME, orb:FUNCTION, orb:FUNCTION@WEIGHTS, "
+    "FILE.py:FUNCTION that returns an ASE calculator, or embedded:mace, embedded:orb-direct, "
+    "embedded:orb-conservative to try things on."
+)
+
+Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=_SPEC_HELP)]
+UQ = Annotated[
+    Path | None,
+    typer.Option(
+        "--uq", metavar="FILE", help="What `ase-uq fit` made for this potential. May be left out for embedded ones."
+    ),
+]
+Device = Annotated[
+    str, typer.Option("--device", show_default="a GPU if there is one", help="Where to run, for example cpu or cuda:1.")
+]
+DType = Annotated[
+    str, typer.Option("--dtype", show_default="the potential's own", help="Precision: float32 or float64.")
+]
+BatchAtoms = Annotated[
+    int, typer.Option("--batch-atoms", min=1, help="Most atoms evaluated together. Lower it where memory runs out.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]

@@ -1,0 +1,74 @@
+"""From the shared options to the calculator of a verb. Imports the heavy packages, silently."""
+
+import importlib
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from ase_uq.cli.console import silence
+
+if TYPE_CHECKING:
+    from numpy.random import Generator
+
+    from ase_uq.backends import Backend
+    from ase_uq.calculator import UncertainCalculator
+
+_NOISY = ("mace", "orb")  # backends whose packages print banners and warnings when they are imported
+
+
+def seed_all(seed: int) -> "Generator":
+    """A generator for what the verb draws; numpy and torch are seeded for what a user's own calculator may draw."""
+    import numpy as np
+    import torch
+
+    np.random.seed(seed)  # noqa: NPY002 (the global generator is the point)
+    torch.manual_seed(seed)
+    return np.random.default_rng(seed)
+
+
+def import_silently(name: str) -> None:
+    """Imports the package of a potential without its banners.
+
+    Args:
+        name: A SPEC, or the name of an embedded potential.
+    """
+    for package in _NOISY:
+        if name.startswith(package):
+            # If this fails, loading fails again, with the message that helps.
+            with silence(), suppress(Exception):
+                importlib.import_module(f"ase_uq.backends.{package}")
+
+
+def load_potential(model: str, device: str, dtype: str) -> "Backend":
+    """The backend that `--model`, `--device` and `--dtype` name.
+
+    Raises:
+        ValueError: As `load_backend`, also where the function of a SPEC does not return a known calculator.
+    """
+    from ase_uq.backends import load_backend
+
+    import_silently(model.removeprefix("embedded:"))
+    try:
+        return load_backend(model, device=device, dtype=dtype)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+
+
+def load_calculator(model: str, uq: Path | None, device: str, dtype: str) -> "UncertainCalculator":
+    """The potential with the uncertainty model of `--uq`, or with the one that ships with an embedded potential."""
+    from ase_uq.calculator import UncertainCalculator
+    from ase_uq.uncertainty_model import UncertaintyModel
+
+    embedded_name = model.removeprefix("embedded:") if model.startswith("embedded:") else ""
+    if uq is None and not embedded_name:
+        raise typer.BadParameter("give the file that `ase-uq fit` made for this potential.", param_hint="'--uq'")
+    # Before the potential, which takes seconds: a wrong file name is told at once.
+    fitted = None if uq is None else UncertaintyModel.load(uq)
+    backend = load_potential(model, device, dtype)
+    if fitted is None:
+        from ase_uq import embedded
+
+        fitted = UncertaintyModel.load(embedded.path(f"{embedded_name.replace('-', '_')}.uq.safetensors"))
+    return UncertainCalculator(backend, fitted)
