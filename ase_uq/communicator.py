@@ -40,15 +40,19 @@ class Distributed:
     """
 
     def __init__(self) -> None:
-        if not dist.is_initialized():
+        if not (dist.is_available() and dist.is_initialized()):
             raise RuntimeError("torch.distributed is not initialised: call init_process_group first.")
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
+        # NCCL sums on GPUs only, and a rank without frames has its empty statistics on the CPU.
+        self._device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
 
     def sum(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # One flat message: many small ones cost more than they carry.
         flat = torch.cat([statistics[name].reshape(-1) for name in sorted(statistics)])
+        home, flat = flat.device, flat.to(self._device, copy=True)
         dist.all_reduce(flat)
+        flat = flat.to(home)
         summed, start = {}, 0
         for name in sorted(statistics):
             shape = statistics[name].shape

@@ -108,12 +108,12 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Targets:
-    """Reference values of a batch; None where the frames carry none.
+    """Reference values of a batch; None where no frame carries one, NaN for the frames that do not.
 
     Args:
         energy: (n_frames,) eV.
         forces: (n_atoms, 3) eV/Å.
-        stress: (n_frames, 6) eV/Å³, Voigt; NaN rows for frames without.
+        stress: (n_frames, 6) eV/Å³, Voigt.
     """
 
     energy: Tensor | None = None

@@ -111,15 +111,15 @@ class _Observed:
     Args:
         raw: By method.
         forces: (n_atoms, 3) residuals, eV/Å.
-        energy: (n_frames,) residuals per atom, eV, or None.
-        stress: (n_frames, 6) residuals, eV/Å³, NaN rows for frames without; or None.
+        energy: (n_frames, 1) residuals per atom, eV; NaN for frames without a label.
+        stress: (n_frames, 6) residuals, eV/Å³, likewise; None for a potential without stress.
         numbers: (n_atoms,).
         n_atoms_of_frame: (n_frames,).
     """
 
     raw: dict[str, _RawArrays]
     forces: np.ndarray
-    energy: np.ndarray | None
+    energy: np.ndarray
     stress: np.ndarray | None
     numbers: np.ndarray
     n_atoms_of_frame: np.ndarray
@@ -148,12 +148,9 @@ def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
             for name, head in heads.items():
                 raws[name].append(head(evaluation))
         forces.append(targets.forces - evaluation.forces.double())
-        if targets.energy is not None:
-            energy.append((targets.energy - evaluation.energy.double()) / evaluation.n_atoms_of_frame)
-        if evaluation.stress is not None and targets.stress is not None:
-            stress.append(targets.stress - evaluation.stress.double())
-        elif evaluation.stress is not None:
-            stress.append(torch.full_like(evaluation.stress, torch.nan, dtype=torch.float64))
+        energy.append(_residuals(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
+        if evaluation.stress is not None:
+            stress.append(_residuals(targets.stress, evaluation.stress))
         numbers.append(evaluation.numbers)
         counts.append(evaluation.n_atoms_of_frame)
 
@@ -161,36 +158,34 @@ def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
         return torch.cat(parts).cpu().numpy()
 
     fields = ("forces", "energy", "energies", "stress", "distance")
-    n_frames = sum(len(c) for c in counts)
-    all_stress = joined(stress) if stress else None
     return _Observed(
         raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
         forces=joined(forces),
-        energy=joined(energy) if sum(len(e) for e in energy) == n_frames else None,
-        stress=all_stress if all_stress is not None and np.isfinite(all_stress).any() else None,
+        energy=joined(energy)[:, None],
+        stress=joined(stress) if stress else None,
         numbers=joined(numbers),
         n_atoms_of_frame=joined(counts),
     )
 
 
+def _residuals(reference: torch.Tensor | None, predicted: torch.Tensor) -> torch.Tensor:
+    """Label less prediction in float64; NaN where there is no label."""
+    return (torch.full_like(predicted, torch.nan) if reference is None else reference) - predicted.double()
+
+
 def _calibrated(name: str, head: Head, observed: _Observed) -> FittedMethod:
     """Calibrators of a head, separately for forces, energy and stress."""
     raw = observed.raw[name]
-    frames = np.arange(len(observed.n_atoms_of_frame))
     choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
     calibrators = {"forces": choices["forces"].calibrator}
-    if observed.energy is not None:
-        rows = Residuals(raw.energy, observed.energy**2, 1, frames)
+    if (rows := _frame_residuals(raw.energy, observed.energy)) is not None:
         choices["energy"] = fit_calibrator(rows)
         calibrators["energy"] = choices["energy"].calibrator
         # Atoms have no reference energies: theirs is the posterior variance on the scale of the total energy.
         calibrators["energies"] = fit_affine(rows, column=0)
-    if observed.stress is not None:
-        labelled = np.isfinite(observed.stress).all(1)
-        if labelled.sum() >= _FEWEST_FRAMES:
-            squares = (observed.stress[labelled] ** 2).sum(1)
-            choices["stress"] = fit_calibrator(Residuals(raw.stress[labelled], squares, 6, frames[labelled]))
-            calibrators["stress"] = choices["stress"].calibrator
+    if observed.stress is not None and (rows := _frame_residuals(raw.stress, observed.stress)) is not None:
+        choices["stress"] = fit_calibrator(rows)
+        calibrators["stress"] = choices["stress"].calibrator
     for quantity, choice in choices.items():
         _warn_at_boundaries(name, quantity, choice)
     likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
@@ -203,6 +198,14 @@ def _force_residuals(scores: np.ndarray, observed: _Observed) -> Residuals:
         return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom)
     groups = np.repeat(observed.frame_of_atom, 3)
     return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups)
+
+
+def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
+    """Rows of the frames that have a label; None if they are too few to calibrate on."""
+    (labelled,) = np.nonzero(np.isfinite(residuals).all(1))
+    if len(labelled) < _FEWEST_FRAMES:
+        return None
+    return Residuals(scores[labelled], (residuals[labelled] ** 2).sum(1), residuals.shape[1], labelled)
 
 
 def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:

@@ -67,20 +67,21 @@ class LabelledStream:
 
 
 def targets_of(labels: Sequence[Labels], evaluation: Evaluation) -> Targets:
-    """Reference values of a batch as float64 tensors beside its evaluation; a kind that a frame lacks is None.
-
-    Stress rows of frames without one are NaN.
-    """
-    device = evaluation.energy.device
-
-    def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-    energies = [label.energy for label in labels]
-    forces = [label.forces for label in labels]
-    stresses = [np.full(6, np.nan) if label.stress is None else label.stress for label in labels]
+    """Reference values of a batch as float64 tensors beside its evaluation."""
+    counts = evaluation.n_atoms_of_frame.tolist()
     return Targets(
-        energy=None if None in energies else tensor(np.array(energies, float)),
-        forces=None if any(f is None for f in forces) else tensor(np.concatenate([f for f in forces if f is not None])),
-        stress=None if all(label.stress is None for label in labels) else tensor(np.stack(stresses)),
+        energy=_joined([label.energy for label in labels], [()] * len(counts), evaluation),
+        forces=_joined([label.forces for label in labels], [(count, 3) for count in counts], evaluation),
+        stress=_joined([label.stress for label in labels], [(6,)] * len(counts), evaluation),
     )
+
+
+def _joined(
+    values: Sequence[np.ndarray | float | None], shapes: Sequence[tuple[int, ...]], evaluation: Evaluation
+) -> Tensor | None:
+    """One tensor of all frames' values, NaN for those without; None where all are without."""
+    if all(value is None for value in values):
+        return None
+    filled = [np.full(shape, np.nan if v is None else v) for v, shape in zip(values, shapes, strict=True)]
+    joined = np.concatenate(filled) if len(shapes[0]) == 2 else np.stack(filled)
+    return torch.from_numpy(joined).to(evaluation.energy.device)

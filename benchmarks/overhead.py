@@ -164,11 +164,11 @@ def table(results: dict) -> str:
         "| potential | atoms | plain step (ms) | with uncertainties / plain | quartiles | pairs |",
         "|---|---:|---:|---:|---|---:|",
     ]
-    for row in results["rows"]:
-        lines.append(
-            f"| {row['potential']} | {row['atoms']} | {row['plain_ms']:.1f} | {row['ratio']:.3f} | "
-            f"{row['ratio_25']:.3f} to {row['ratio_75']:.3f} | {row['pairs']} |"
-        )
+    lines += [
+        f"| {row['potential']} | {row['atoms']} | {row['plain_ms']:.1f} | {row['ratio']:.3f} | "
+        f"{row['ratio_25']:.3f} to {row['ratio_75']:.3f} | {row['pairs']} |"
+        for row in results["rows"]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,8 +1,8 @@
 """Trains the embedded MACE on the 300 K training frames and stores it as safetensors (no pickle).
 
-    python potentials/train_mace.py [OUT]      (default: ase_uq/embedded/mace.safetensors; a quarter of an hour on one core)
+    python potentials/train_mace.py [OUT]      (default: ase_uq/embedded/mace.safetensors)
 
-MACE's own command does the training; this script fixes its arguments.
+MACE's own command does the training, half an hour on one core; this script fixes its arguments.
 """
 
 import subprocess

@@ -40,6 +40,7 @@ def _process_left_as_it_was() -> Iterator[None]:
     switch = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
     properties = list(BaseCalculator.implemented_properties)
     default_dtype = torch.get_default_dtype()
+    random_state = torch.random.get_rng_state()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # e3nn and torch.jit speak to mace's authors, not to our users
@@ -47,6 +48,7 @@ def _process_left_as_it_was() -> Iterator[None]:
     finally:
         BaseCalculator.implemented_properties[:] = properties
         torch.set_default_dtype(default_dtype)
+        torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
         if switch is None:
             os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
         else:
@@ -116,7 +118,13 @@ class MACEBackend(Backend):
         if getattr(_plain(calculator.models[0]), "joint_embedding", None) is not None:
             self.required_info_keys = tuple(key for key in ("charge", "spin") if key in self.info_keys)
         self._readout = _resolve_readout(_plain(calculator.models[0]), str(calculator.head))
-        self._check_last_layer()
+        if calculator.use_compile:
+            # The probe structure must not be compiled for, nor set the size that real structures are padded to.
+            with self._uncompiled():
+                self._check_last_layer()
+                _ = self.identity  # kept from here on
+        else:
+            self._check_last_layer()
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +196,7 @@ class MACEBackend(Backend):
         frame_of_atom = data["batch"][:n_atoms]
         phi = self._last_layer(features) * energy_unit
         weights = self._readout.weights.to(phi)
-        own_energy = outputs[0]["energy"].detach()[:n_frames].double() * energy_unit
+        energy = mean("energy", n_frames, energy_unit)
         summed = torch.zeros(n_frames, dtype=torch.float64, device=phi.device)
         summed.index_add_(0, frame_of_atom, (phi @ weights).double())
         return Evaluation(
@@ -196,14 +204,27 @@ class MACEBackend(Backend):
             positions=data["positions"].detach()[:n_atoms] * length_unit,
             frame_of_atom=frame_of_atom,
             n_atoms_of_frame=torch.tensor([len(a) for a in batch.frames], device=phi.device),
-            energy=mean("energy", n_frames, energy_unit),
+            energy=energy,
             energies=mean("node_energy", n_atoms, energy_unit),
             forces=mean("forces", n_atoms, energy_unit / length_unit) if forces else None,
             stress=_voigt(mean("stress", n_frames, energy_unit / length_unit**3)) if forces else None,
             features=self._latent(features),
-            energy_layer=EnergyLayer(phi, weights, own_energy - summed),
+            energy_layer=EnergyLayer(phi, weights, energy.double() - summed),
             edges=_edges(data, n_atoms, length_unit),
         )
+
+    @contextmanager
+    def _uncompiled(self) -> Iterator[None]:
+        calculator = self.calculator
+        names = ("models", "use_compile", "pad_num_atoms", "pad_num_edges", "_padding_initialized")
+        before = {name: getattr(calculator, name) for name in names}
+        calculator.models = [_plain(model) for model in calculator.models]
+        calculator.use_compile = False
+        try:
+            yield
+        finally:
+            for name, value in before.items():
+                setattr(calculator, name, value)
 
     def _inputs(self, data: Any, model: torch.nn.Module) -> dict[str, Tensor]:
         batch = self.calculator._clone_batch(data)

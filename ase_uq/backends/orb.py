@@ -278,6 +278,7 @@ class OrbBackend(Backend):
 def _process_left_as_it_was() -> Iterator[None]:
     """Undoes what orb's loaders do to the whole process: torch's default dtype and precision of products."""
     default_dtype = torch.get_default_dtype()
+    random_state = torch.random.get_rng_state()
     precision = torch.get_float32_matmul_precision()
     try:
         with warnings.catch_warnings():
@@ -285,6 +286,7 @@ def _process_left_as_it_was() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(default_dtype)
+        torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
         torch.set_float32_matmul_precision(precision)
 
 

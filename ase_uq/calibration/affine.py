@@ -80,4 +80,4 @@ def fit_affine(residuals: Residuals, column: int = 0) -> AffineCalibrator:
     ratio = np.exp(log_ratio) / mean_u
     a = float(np.mean(q / (1 + ratio * u)) / components)
     floor = _SMALLEST_SHARE * float(q.mean()) / components
-    return AffineCalibrator(max(a, floor), ratio * a, column, boundary)
+    return AffineCalibrator(max(a, floor), float(ratio) * a, column, boundary)

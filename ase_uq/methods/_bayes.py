@@ -9,13 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import minimize_scalar
+from scipy.optimize import brentq
 from torch import Tensor
 
 from ase_uq.methods._linalg import cholesky
 
 # The evidence may be largest at no prior or at a prior that forbids everything; neither is an error.
 _LOG_PRECISION = (-30.0, 30.0)
+# Nats a row: evidences that differ by less are the same, far out where a larger prior changes nothing any more.
+_FLAT = 1e-9
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ class Evidence:
         prior_precision: λ of Λ_0 = λI.
         noise: σ² of Σ_e = σ²I, the only form compatible with rotation.
         effective: γ = Σ_d s_d/(s_d + λ), the effective number of parameters.
-        boundary: `"prior"` or `"data"` where the optimum lies at the bound of large or small λ, else empty.
+        boundary: `"prior"` or `"data"` where no prior precision has more evidence than the largest or the
+            smallest that was allowed, else empty.
     """
 
     prior_precision: float
@@ -106,12 +109,18 @@ class Evidence:
     boundary: str
 
 
-def maximise_evidence(statistics: Statistics) -> Evidence:
+def maximise_evidence(statistics: Statistics, smallest: float = 0.0) -> Evidence:
     """Largest evidence over a scalar prior precision, noise profiled out: one eigendecomposition, then O(d) a step.
 
     L(λ) = NK/2·log σ²(λ) + K/2·Σ_d log((s_d + λ)/λ),   σ²(λ) = tr M(λ)/(NK),   s = eig(A)
+    2 dL/dlog λ = λ·tr(BᵀB)/σ² - K·γ
 
     Source: the evidence framework of MacKay (1992), in the form of `Statistics`.
+
+    Args:
+        statistics: Of the regression.
+        smallest: Bound on λ from below. Data without noise have the largest evidence without a prior, and the
+            posterior is then as good as the rounding of the gram matrix in directions without data.
     """
     eigenvalues, vectors = torch.linalg.eigh((statistics.gram + statistics.gram.T) / 2)
     s = eigenvalues.clamp(min=0).cpu().numpy()
@@ -127,10 +136,22 @@ def maximise_evidence(statistics: Statistics) -> Evidence:
         precision = np.exp(log_precision)
         return rows / 2 * np.log(noise(precision)) + outputs / 2 * float(np.log1p(s / precision).sum())
 
-    grid = np.linspace(*_LOG_PRECISION, 121)
+    lowest, highest = max(_LOG_PRECISION[0], np.log(max(smallest, 1e-300))), _LOG_PRECISION[1]
+
+    def slope(log_precision: float) -> float:
+        precision = np.exp(log_precision)
+        shrunk = precision * float((rotated / (s + precision) ** 2).sum()) / noise(precision)
+        return (shrunk - outputs * float((s / (s + precision)).sum())) / 2
+
+    grid = np.linspace(lowest, highest, 121)
     best = int(np.argmin([loss(x) for x in grid]))
-    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = float(minimize_scalar(loss, bounds=bounds, method="bounded", options={"xatol": 1e-8}).x)
+    left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
+    # The root of the slope is known to rounding; the minimum of the loss only to the root of it, and then the order
+    # in which frames are summed would show in the sixth digit.
+    inside = slope(left) < 0 < slope(right)
+    found = float(brentq(slope, left, right, xtol=1e-13) if inside else grid[best])
+    flat = loss(found) + _FLAT * rows
+    boundary = "prior" if loss(highest) <= flat else "data" if loss(lowest) <= flat else ""
+    found = {"prior": highest, "data": lowest}.get(boundary, found)
     precision = float(np.exp(found))
-    boundary = "data" if best == 0 else "prior" if best == len(grid) - 1 else ""
     return Evidence(precision, noise(precision), float((s / (s + precision)).sum()), boundary)

@@ -70,6 +70,22 @@ class Moments:
         return self.scatter + self.count * torch.outer(self.mean, self.mean)
 
 
+def reduced(moments: Moments | None, communicator: Communicator) -> Moments | None:
+    """The moments of the rows of all ranks, or None where no rank has any.
+
+    A rank without rows takes part with None: it learns their width from the others.
+    """
+    width = 0 if moments is None or not moments.count else len(moments.mean)
+    device = torch.device("cpu") if moments is None else moments.mean.device
+    message = torch.tensor([float(width), float(width > 0)], dtype=torch.float64, device=device)
+    widths, ranks = communicator.sum({"width": message})["width"].tolist()
+    if not ranks:
+        return None
+    if moments is None or not width:
+        moments = Moments.empty(round(widths / ranks), device)
+    return moments.reduced(communicator)
+
+
 def cholesky(matrix: Tensor) -> tuple[Tensor, float]:
     """Lower Cholesky factor of a symmetric matrix and the relative jitter that it took.
 

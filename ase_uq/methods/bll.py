@@ -14,16 +14,17 @@ The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Cho
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
 from ase_uq.evaluation import Edges, Evaluation, ForceLayer, Targets
 from ase_uq.methods._bayes import Statistics, maximise_evidence
-from ase_uq.methods._linalg import Moments, whitener
+from ase_uq.methods._linalg import Moments, reduced, whitener
 from ase_uq.methods.base import Batches, Head, Method, Raw
 
 # A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
@@ -39,7 +40,8 @@ class BLL(Method):
         features: What the leverage of an atom looks at: `"latent"`, invariants of all layers and norms of the
             equivariant channels, or `"last_layer"`, the exact features of the energy's last layer.
         ridge: Prior precision of the leverage, relative to the unit variance of the standardised features.
-            Of 1e-3 to 1e-11, smaller ones ranked force errors better on acetylacetone.
+            Of 1e-3 to 1e-11, smaller ones ranked force errors better on acetylacetone. The priors of the last
+            layers, which the evidence sets, are not smaller either.
         radii: Å; leverage is summed over the sites within each of them, beside the atom's own.
     """
 
@@ -53,12 +55,16 @@ class BLL(Method):
             raise ValueError(f"features are 'latent' or 'last_layer', not {self.features!r}.")
         if not 0 < self.ridge < 1:
             raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
+        if not all(radius > 0 for radius in self.radii):
+            raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
 
     def fit(self, batches: Batches, communicator: Communicator) -> "BLLHead":
         sums = _Sums()
         for evaluation, targets in batches:
             sums.add(evaluation, targets, self.features)
-        atoms = sums.atoms.reduced(communicator)
+        atoms = reduced(sums.atoms, communicator)
+        if atoms is None:
+            raise LabelError("there are no training frames.")
         settings: dict[str, Any] = {"features": self.features, "ridge": self.ridge, "radii": list(self.radii)}
         tensors = {}
         spread = (atoms.scatter.diagonal() / atoms.count).clamp(min=0).sqrt()
@@ -70,9 +76,10 @@ class BLL(Method):
         tensors["centre"] = atoms.mean
         tensors["atom_root"] = root / scale[:, None] / effective**0.5
         settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
-        for name, moments in (("energy", sums.energy), ("force", sums.force)):
+        for name, own in (("energy", sums.energy), ("force", sums.force)):
+            moments = reduced(own, communicator)
             if moments is not None:
-                tensors[f"{name}_root"], settings[name] = _posterior_root(moments.reduced(communicator), name)
+                tensors[f"{name}_root"], settings[name] = _posterior_root(moments, name, self.ridge)
         return BLLHead(settings, tensors)
 
     @classmethod
@@ -85,8 +92,8 @@ class BLLHead(Head):
 
     Args:
         settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: `centre` (n_features,), and roots R with ũ = ‖φR‖²: `atom_root`, `energy_root`, and for direct
-            heads `force_root`; float64.
+        tensors: `centre` (n_features,), and roots R with ũ = ‖φR‖²: `atom_root`; where energies were labelled
+            `energy_root`; for direct heads `force_root`; float64.
     """
 
     centre: Tensor
@@ -117,14 +124,12 @@ class BLLHead(Head):
         counts = evaluation.n_atoms_of_frame.double()[:, None]
         mean_distance = evaluation.sum_over_atoms(distance[:, None]) / counts
         phi = evaluation.energy_layer.features.double()
-        structure = (evaluation.sum_over_atoms(phi) / counts @ self.energy_root).square().sum(1, keepdim=True)
-        return Raw(
-            forces=forces,
-            energy=torch.cat([structure, mean_distance], 1),
-            energies=(phi @ self.energy_root).square().sum(1),
-            stress=mean_distance,
-            distance=distance,
-        )
+        energy, energies = mean_distance, distance
+        if "energy" in self._settings:
+            structure = (evaluation.sum_over_atoms(phi) / counts @ self.energy_root).square().sum(1, keepdim=True)
+            energy = torch.cat([structure, mean_distance], 1)
+            energies = (phi @ self.energy_root).square().sum(1)
+        return Raw(forces=forces, energy=energy, energies=energies, stress=mean_distance, distance=distance)
 
 
 def sum_over_sites(values: Tensor, edges: Edges, radius: float) -> Tensor:
@@ -167,28 +172,32 @@ def projected_leverage(layer: ForceLayer, root: Tensor, evaluation: Evaluation) 
 
 @dataclass
 class _Sums:
-    """What one pass over the training frames accumulates."""
+    """What one pass over the training frames accumulates; None where there was nothing to add."""
 
-    atoms: Moments = field(default_factory=lambda: Moments.empty(0, torch.device("cpu")))
+    atoms: Moments | None = None
     energy: Moments | None = None
     force: Moments | None = None
 
     def add(self, evaluation: Evaluation, targets: Targets, features: str) -> None:
-        rows = Moments.of(_atom_features(evaluation, features))
-        self.atoms = rows if self.atoms.count == 0 else self.atoms + rows
+        self.atoms = _added(self.atoms, _atom_features(evaluation, features))
         counts = evaluation.n_atoms_of_frame.double()[:, None]
         psi = evaluation.sum_over_atoms(evaluation.energy_layer.features.double()) / counts
         if targets.energy is not None:
             target = (targets.energy.double() - evaluation.energy_layer.base.double())[:, None] / counts
-            self.energy = _added(self.energy, torch.cat([psi, target], 1))
+            self.energy = _added(self.energy, _labelled(psi, target))
         if evaluation.force_layer is not None and targets.forces is not None:
             layer = evaluation.force_layer
             target = targets.forces.double() - layer.base.double()
-            self.force = _added(self.force, torch.cat([_removed_mean(layer, evaluation), target], 1))
+            self.force = _added(self.force, _labelled(_removed_mean(layer, evaluation), target))
 
 
 def _added(moments: Moments | None, rows: Tensor) -> Moments:
     return Moments.of(rows) if moments is None else moments + Moments.of(rows)
+
+
+def _labelled(features: Tensor, target: Tensor) -> Tensor:
+    """Features beside their targets, without the rows of frames that have no label."""
+    return torch.cat([features, target], 1)[target.isfinite().all(1)]
 
 
 def _atom_features(evaluation: Evaluation, features: str) -> Tensor:
@@ -207,7 +216,7 @@ def _removed_mean(layer: ForceLayer, evaluation: Evaluation) -> Tensor:
     return features - (evaluation.sum_over_atoms(features) / counts)[evaluation.frame_of_atom]
 
 
-def _posterior_root(moments: Moments, name: str) -> tuple[Tensor, dict[str, Any]]:
+def _posterior_root(moments: Moments, name: str, ridge: float) -> tuple[Tensor, dict[str, Any]]:
     """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took."""
     outputs = 3 if name == "force" else 1
     width = len(moments.mean) - outputs
@@ -220,7 +229,7 @@ def _posterior_root(moments: Moments, name: str) -> tuple[Tensor, dict[str, Any]
         square=joint[width:, width:],
         count=moments.count,
     )
-    evidence = maximise_evidence(statistics)
+    evidence = maximise_evidence(statistics, smallest=ridge * moments.count)
     eye = torch.eye(width, dtype=scale.dtype, device=scale.device)
     root, jitter = whitener((statistics.gram + evidence.prior_precision * eye) / moments.count)
     found = {

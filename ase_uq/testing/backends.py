@@ -250,8 +250,11 @@ class BackendContract:
         for atoms in moved:
             atoms.positions += (1.3, -0.7, 0.4)
         before, after = _evaluate(backend, frames), _evaluate(backend, moved)
-        for index in range(len(frames)):
-            _assert_same(_frame(after, index), _frame(before, index), backend)
+        for index, atoms in enumerate(frames):
+            expected = _frame(before, index)
+            if atoms.cell.rank < 3:
+                expected.pop("stress")  # of no meaning without a volume, so the package may give anything
+            _assert_same(_frame(after, index), expected, backend)
 
     def test_order_of_atoms_does_not_matter(self, backend: Backend, frames: list[Atoms]):
         orders = [np.random.default_rng(1).permutation(len(atoms)) for atoms in frames]

@@ -86,7 +86,7 @@ class MethodContract:
     @classmethod
     def unseen(cls, backend: Backend) -> Evaluation:
         """A batch of structures that were not fitted, from one atom to a periodic box."""
-        frames = labelled_frames(6, seed=2) + [Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=3, cell=5.0)]
+        frames = [*labelled_frames(6, seed=2), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=3, cell=5.0)]
         return evaluate(backend, frames)
 
     def test_name_finds_the_method(self):
@@ -108,9 +108,7 @@ class MethodContract:
             assert values.dtype == torch.float64, name
             assert not values.requires_grad, name
 
-    def test_distance_is_one_on_average_over_the_fitted_atoms(
-        self, head: Head, backend: Backend, frames: list[Atoms]
-    ):
+    def test_distance_is_one_on_average_over_the_fitted_atoms(self, head: Head, backend: Backend, frames: list[Atoms]):
         distance = head(evaluate(backend, frames)).distance
         # Rounding of a solve in which features that hardly vary are scaled up.
         assert float(distance.mean()) == pytest.approx(1.0, rel=1e-5)
@@ -137,12 +135,10 @@ class MethodContract:
             _assert_close(getattr(together, name), joined, 1e-8, name)
 
     @pytest.mark.parametrize("batch_atoms", [1, 17, 10_000])
-    @pytest.mark.parametrize("order", ["as they come", "shuffled"])
     def test_batches_of_any_size_and_order_give_the_same_head(
-        self, head: Head, backend: Backend, frames: list[Atoms], unseen: Evaluation, batch_atoms: int, order: str
+        self, head: Head, backend: Backend, frames: list[Atoms], unseen: Evaluation, batch_atoms: int
     ):
-        indices = np.arange(len(frames)) if order == "as they come" else np.random.default_rng(0).permutation(40)
-        shuffled = [frames[i] for i in indices if i < len(frames)]
+        shuffled = [frames[i] for i in np.random.default_rng(batch_atoms).permutation(len(frames))]
         other = fit_head(self.make_method(), backend, shuffled, batch_atoms=batch_atoms)
         self._assert_same(head(unseen), other(unseen))
 
@@ -159,7 +155,6 @@ class MethodContract:
     def test_ranks_give_the_head_of_one_process(
         self, head: Head, backend: Backend, frames: list[Atoms], unseen: Evaluation, size: int
     ):
-        # Batches of 150 atoms: with seven ranks some have none.
         heads = on_ranks(
             size, lambda ranks: fit_head(self.make_method(), backend, frames, batch_atoms=50, communicator=ranks)
         )
@@ -199,6 +194,7 @@ class MethodContract:
         for name in RAW_FIELDS:
             assert torch.equal(getattr(first, name), getattr(second, name)), name
 
+    @pytest.mark.filterwarnings("ignore:.*tells nothing about:ase_uq.errors.UQWarning")  # so few frames may not
     def test_a_saved_model_gives_the_same_bits(self, frames: list[Atoms], unseen: Evaluation, tmp_path: Path):
         calibration = labelled_frames(20, seed=4)
         model = fit(self.make_calculator(), frames, calibration, methods=[self.make_method()], progress=False)
@@ -242,14 +238,19 @@ def labelled_frames(
 
 
 def with_labels(frames: Sequence[Atoms], seed: int = 1) -> list[Atoms]:
-    """The frames themselves, with labels of the toy potential of this seed."""
+    """The frames themselves, with labels of the toy potential of this seed and a little noise.
+
+    Without the noise, labels would be exactly linear in the last layer's features, as those of no reference are.
+    """
+    random = np.random.default_rng(seed)
     evaluation = evaluate(load_backend(ToyCalculator(ELEMENTS, seed=seed)), list(frames))
     assert evaluation.forces is not None
     assert evaluation.stress is not None
     energies, forces, stresses = (x.numpy() for x in (evaluation.energy, evaluation.forces, evaluation.stress))
     for index, atoms in enumerate(frames):
-        atoms.info["REF_energy"] = float(energies[index])
-        atoms.set_array("REF_forces", forces[evaluation.frame_of_atom == index])
+        own = forces[evaluation.frame_of_atom == index]
+        atoms.info["REF_energy"] = float(energies[index] + random.normal(scale=0.005 * len(atoms)))
+        atoms.set_array("REF_forces", own + random.normal(scale=0.02, size=own.shape))
         if atoms.cell.rank == 3:
             atoms.info["REF_stress"] = stresses[index].copy()
     return list(frames)

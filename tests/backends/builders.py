@@ -11,6 +11,7 @@ from ase.build import molecule
 from ase_uq.backends import mace as mace_backend  # before e3nn, which the mace package patches
 from ase_uq.testing.backends import standard_frames
 
+ORB_SIZES = {"latent_dim": 32, "base_mlp_hidden_dim": 32, "head_mlp_hidden_dim": 32, "num_message_passing_steps": 2}
 _OMOL = {
     "total_charge": {
         "type": "categorical", "per": "graph", "num_classes": 201, "offset": 100, "in_dim": 1, "emb_dim": 8
@@ -36,6 +37,7 @@ def make_mace(
     **options: Any,
 ) -> torch.nn.Module:
     """A ScaleShiftMACE in float64."""
+    import e3nn
     from e3nn import o3
 
     modules = mace_backend.mace_modules
@@ -44,6 +46,8 @@ def make_mace(
     with _default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn builds with a deprecated part of torch
         torch.manual_seed(seed)
+        # Scripting takes most of the time; the trained models, which the tests load as well, are scripted.
+        e3nn.set_optimization_defaults(jit_script_fx=False)
         model = modules.ScaleShiftMACE(
             atomic_inter_scale=[0.8 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.8,
             atomic_inter_shift=[0.1 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.1,
@@ -68,6 +72,7 @@ def make_mace(
             readout_cls=modules.readout_classes[readout],
             **options,
         )
+    e3nn.set_optimization_defaults(jit_script_fx=True)
     return model.eval()
 
 
@@ -96,16 +101,15 @@ def make_orb(kind: str, dtype: str = "float32", seed: int = 0, **options: Any) -
         "direct": pretrained.orb_v3_direct_architecture,
         "conservative": pretrained.orb_v3_conservative_architecture,
     }[kind]
-    sizes = {"latent_dim": 32, "base_mlp_hidden_dim": 32, "head_mlp_hidden_dim": 32, "num_message_passing_steps": 2}
     with _default_dtype(torch.float32), torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = build(device="cpu", **(sizes | options))
+        model = build(device="cpu", **(ORB_SIZES | options))
         for module in model.modules():
             if type(module).__name__ == "ScalarNormalizer":
                 module.bn.running_var.fill_(0.49)
                 module.bn.running_mean.fill_(0.02)
         energy = model.heads["energy"]
-        energy.reference.linear.weight.copy_(-torch.linspace(1, 20, 118)[None])
+        energy.reference.linear.weight.data.copy_(-torch.linspace(1, 20, 118))
     model = model.to(getattr(torch, dtype)).eval()
     model.prepare_for_inference()
     for weight in model.parameters():
@@ -133,7 +137,7 @@ def water() -> Atoms:
     return atoms
 
 
-class _default_dtype:  # noqa: N801 (reads as a statement)
+class _default_dtype:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 

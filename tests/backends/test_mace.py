@@ -1,8 +1,6 @@
 """Every variant of the MACE architecture keeps the contract, and trained models give the calculator's own bits."""
 
-import copy
-import functools
-import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,24 +11,22 @@ import torch
 from ase import Atoms
 from ase.io import read
 
-from ase_uq.backends import load_backend
+from ase_uq.artefact import read_artefact, write_artefact
+from ase_uq.backends import calculator_from_spec, load_backend
+from ase_uq.backends.base import Backend
 from ase_uq.backends.mace import MACECalculator, load_potential, save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.testing.backends import BackendContract, count_forwards, standard_frames
+from ase_uq.evaluation import Evaluation
+from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
 from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, water
-
-
-@functools.cache
-def _built(build: Callable[..., torch.nn.Module], *arguments: tuple[str, Any]) -> torch.nn.Module:
-    return build(**dict(arguments))
 
 
 def calculator_of(
     build: Callable[..., torch.nn.Module] = make_mace, dtype: str = "float64", head: str = "", **arguments: Any
 ) -> MACECalculator:
     """A calculator with a model of its own; equal arguments give equal weights."""
-    model = copy.deepcopy(_built(build, *sorted(arguments.items())))
+    model = build(**arguments)
     return MACECalculator(models=model, device="cpu", default_dtype=dtype, **({"head": head} if head else {}))
 
 
@@ -61,6 +57,11 @@ class TestMACEFloat32(MACEContract):
 
 class TestRepulsion(MACEContract):
     arguments = {"repulsion": True}  # noqa: RUF012
+
+    # MACE makes some constants of its repulsion in torch's default dtype: forces differ by 1e-8 eV/Å, as do those
+    # of the bare calculator.
+    def test_torchs_default_dtype_does_not_matter(self):
+        pass
 
 
 class TestOneLayerOfScalars(MACEContract):
@@ -98,31 +99,273 @@ class TestOMolLike(MACEContract):
         return charged_frames()
 
 
-class TestUnits(MACEContract):
-    """A model in kcal/mol and Bohr."""
-
-    def make_calculator(self, dtype="float64"):
-        calculator = calculator_of(dtype=dtype)
-        calculator.energy_units_to_eV, calculator.length_units_to_A = 0.0434, 0.529
-        return calculator
-
-    # MACECalculator scales the strain derivative by its own rule and leaves positions in model units.
-    def test_stress_is_the_derivative_by_strain(self):
-        pass
-
-    def test_forces_are_the_gradient_of_the_energy(self):
-        pass
-
-
 class TestCommittee(MACEContract):
     n_forwards = 3
 
     def make_calculator(self, dtype="float64"):
-        models = [copy.deepcopy(_built(make_mace, ("seed", seed))) for seed in range(3)]
+        models = [make_mace(seed=seed) for seed in range(3)]
         return MACECalculator(models=models, device="cpu", default_dtype=dtype)
 
-    def last_layer(self, calculator):
-        pytest.skip("the mean is the committee's, the last layer the first member's")
+    # The energy is the committee's, the last layer the first member's.
+    def test_last_layers_are_linear_in_the_trained_weights(self):
+        pass
 
     def test_identity_depends_on_the_last_layer(self):
         pass
+
+
+def evaluate(backend: Backend, *frames: Atoms) -> Evaluation:
+    return backend.evaluate(backend.collate(frames))
+
+
+class TestTrained:
+    """A trained model, scripted as MACE saves it."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def calculator(cls, trained_models: Path) -> MACECalculator:
+        calculator = calculator_from_spec(f"mace:{trained_models / 'mace_acac.model'}", device="cpu")
+        assert isinstance(calculator, MACECalculator)
+        return calculator
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def frames(cls, shared_data: Path) -> list[Atoms]:
+        return read(shared_data / "acac" / "test_id_300K.xyz", ":3")  # pyright: ignore[reportReturnType]
+
+    def test_bits_are_the_calculators(self, calculator: MACECalculator, frames: list[Atoms]):
+        backend = load_backend(calculator)
+        for atoms in frames:
+            e = evaluate(backend, atoms)
+            bare = atoms.copy()
+            bare.calc = calculator
+            assert float(e.energy[0]) == bare.get_potential_energy()
+            np.testing.assert_array_equal(e.forces, bare.get_forces())
+            np.testing.assert_array_equal(e.stress[0], bare.get_stress())
+            np.testing.assert_array_equal(e.energies, bare.get_potential_energies())
+
+    def test_features_explain_the_energies_of_atoms(self, calculator: MACECalculator, frames: list[Atoms]):
+        """Across frames e_i - w·φ_i is one constant an element: E0 and the shift."""
+        e = evaluate(load_backend(calculator), *frames)
+        rest = e.energies - e.energy_layer.features @ e.energy_layer.weights
+        for number in e.numbers.unique():
+            assert float(rest[e.numbers == number].std()) < 1e-9
+
+    def test_stored_potential_is_the_same_potential(
+        self, calculator: MACECalculator, frames: list[Atoms], tmp_path: Path
+    ):
+        path = tmp_path / "acac.safetensors"
+        save_potential(calculator.models[0], path)
+        stored = load_backend(f"mace:{path}", device="cpu", dtype="float64")
+        own = load_backend(calculator)
+        assert own.check_identity(stored.identity) is None
+        # Weights are stored in float32.
+        np.testing.assert_allclose(evaluate(stored, *frames).forces, evaluate(own, *frames).forces, atol=1e-5)
+
+    def test_committee_of_a_pattern_is_sorted(self, trained_models: Path, frames: list[Atoms]):
+        backend = load_backend(f"mace:{trained_models / 'mace_acac_committee_[23].model'}", device="cpu")
+        assert backend.identity.settings["members"] == 2
+        bare = frames[0].copy()
+        bare.calc = backend.calculator
+        assert float(evaluate(backend, frames[0]).energy[0]) == bare.get_potential_energy()
+        first = load_backend(f"mace:{trained_models / 'mace_acac_committee_2.model'}", device="cpu")
+        features = evaluate(backend, frames[0]).features
+        np.testing.assert_array_equal(features, evaluate(first, frames[0]).features)
+
+    def test_loading_leaves_the_process_alone(self, trained_models: Path):
+        before = process_state()
+        load_backend(f"mace:{trained_models / 'mace_si.model'}", device="cpu")
+        assert process_state() == before
+
+    @pytest.mark.parametrize("prefix", ["mace-mp", "mace-off", "mace-omol"])
+    def test_loaders_of_pretrained_models_take_a_file(self, prefix: str, trained_models: Path, capsys, tmp_path: Path):
+        model = trained_models / "mace_acac.model"
+        if prefix == "mace-omol":  # its loader asks for the head of that name
+            model = tmp_path / "omol.model"
+            with quiet():
+                torch.save(make_mace(heads=("omol",)), model)
+        before = process_state()
+        backend = load_backend(f"{prefix}:{model}", device="cpu", dtype="float32")
+        assert process_state() == before
+        assert backend.dtype == torch.float32
+        assert float(evaluate(backend, water()).energy) < 0
+        assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("prefix", "close"), [("mace-mp", "medium"), ("mace-off", "medium"), ("mace-omol", "extra_")])
+def test_unknown_name_of_a_pretrained_model(prefix: str, close: str):
+    with pytest.raises(ValueError, match=rf"{prefix} has no model .*Did you mean .*{close}"):
+        load_backend(f"{prefix}:{close}m")
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"there is no MACE model file my\.model"):
+        load_backend("mace:my.model")
+
+
+def test_head_of_the_atoms_must_exist():
+    backend = load_backend(calculator_of(heads=("one", "two"), head="two"))
+    atoms = water()
+    atoms.info["head"] = "three"
+    with pytest.raises(InputError, match=r"info\['head'\] is 'three'; the model has \['one', 'two'\]"):
+        backend.collate([atoms])
+
+
+def test_heads_are_different_potentials():
+    backends = [load_backend(calculator_of(heads=("one", "two"), head=head)) for head in ("one", "two")]
+    with pytest.raises(PotentialMismatch, match="head was 'two', here it is 'one'"):
+        backends[0].check_identity(backends[1].identity)
+    phis = [evaluate(backend, water()).energy_layer.features for backend in backends]
+    assert not torch.allclose(phis[0], phis[1])
+
+
+def test_settings_outside_the_weights_are_part_of_the_identity():
+    own, other = calculator_of(), calculator_of()
+    other.models[0].interactions[0].avg_num_neighbors = 12.0
+    with pytest.raises(PotentialMismatch, match="avg_num_neighbors was"):
+        load_backend(own).check_identity(load_backend(other).identity)
+
+
+def test_missing_charge_and_spin():
+    backend = load_backend(calculator_of(make_omol_like))
+    with pytest.raises(InputError, match=r"has no charge and spin in atoms\.info"):
+        backend.collate([water()])
+    atoms = water()
+    atoms.info.update(charge=np.int64(1), spin=np.int64(2))
+    charged = evaluate(backend, atoms)
+    atoms.info.update(charge=0, spin=1)
+    assert float((charged.energy - evaluate(backend, atoms).energy).abs()) > 1e-6
+
+
+def test_other_units_scale_energies_and_forces():
+    calculator, plain = calculator_of(), load_backend(calculator_of())
+    calculator.energy_units_to_eV, calculator.length_units_to_A = 0.0434, 0.529
+    backend = load_backend(calculator)
+    atoms = standard_frames()[1]
+    found, expected = evaluate(backend, atoms), evaluate(plain, atoms)
+    assert float(found.energy) == calculator.get_property("energy", atoms)
+    np.testing.assert_array_equal(found.forces, calculator.get_property("forces", atoms))
+    np.testing.assert_allclose(found.stress[0], calculator.get_property("stress", atoms), rtol=1e-12)
+    np.testing.assert_allclose(found.energy_layer.features, 0.0434 * expected.energy_layer.features, rtol=1e-12)
+    np.testing.assert_allclose(found.edges.distance, 0.529 * expected.edges.distance, rtol=1e-12)
+    layer = found.energy_layer
+    np.testing.assert_allclose((layer.features @ layer.weights).sum() + layer.base, found.energy, rtol=1e-12)
+    with pytest.raises(PotentialMismatch, match="units was"):
+        plain.check_identity(backend.identity)
+
+
+def test_models_without_an_energy_readout_are_refused():
+    calculator = calculator_of()
+    calculator.model_type = "DipoleMACE"
+    with pytest.raises(TypeError, match="'DipoleMACE' are not supported"):
+        load_backend(calculator)
+
+
+def test_a_readout_that_is_not_understood_is_refused():
+    calculator = calculator_of()
+    block: Any = calculator.models[0].readouts[-1]
+    block.non_linearity = torch.nn.Tanh()
+    inner = block.forward
+    block.forward = lambda x, heads=None: inner(x, heads) + 0.1 * x[:, :1] ** 2
+    with pytest.raises(PotentialMismatch, match=r"last layer of this MACE model is not understood: .* eV"):
+        load_backend(calculator)
+
+
+def test_stored_potential_round_trip(tmp_path: Path):
+    model = make_mace(repulsion=True)
+    path = tmp_path / "potential.safetensors"
+    save_potential(model, path)
+    before = process_state()
+    loaded = load_potential(path)
+    assert process_state() == before
+    own = load_backend(MACECalculator(models=model, device="cpu", default_dtype="float32"))
+    stored = load_backend(MACECalculator(models=loaded, device="cpu", default_dtype="float32"))
+    assert own.identity.fingerprint == stored.identity.fingerprint
+    np.testing.assert_allclose(evaluate(own, water()).forces, evaluate(stored, water()).forces, atol=1e-6)
+
+
+def test_stored_potential_of_another_architecture(tmp_path: Path):
+    path = tmp_path / "potential.safetensors"
+    save_potential(make_mace(), path)
+    header, tensors = read_artefact(path, "MACE potential", 1)
+    tensors.pop(next(iter(tensors)))
+    write_artefact(path, "MACE potential", 1, header, tensors)
+    with pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its header"):
+        load_potential(path)
+    shutil.copy(path, tmp_path / "other.safetensors")
+    with pytest.raises(ArtefactError, match="an ase_uq MACE potential; an ase_uq orb potential was expected"):
+        load_backend(f"orb:{tmp_path / 'other.safetensors'}")
+
+
+def test_only_what_can_be_rebuilt_is_stored(tmp_path: Path):
+    with pytest.raises(TypeError, match="only ScaleShiftMACE models can be stored"):
+        save_potential(torch.nn.Linear(1, 1), tmp_path / "x.safetensors")
+
+
+class TestCompiled:
+    """`torch.compile` as MACECalculator does it, with a backend that compiles nothing."""
+
+    @pytest.fixture
+    def graphs(self) -> list[int]:
+        return []
+
+    @pytest.fixture
+    def calculator(self, graphs: list[int]) -> Iterator[MACECalculator]:
+        from mace.tools.compile import configure_autograd_for_compile, prepare
+        from mace.tools.scripts_utils import extract_model
+
+        def backend(module: Any, inputs: Any) -> Any:
+            graphs.append(len(inputs))
+            return module.forward
+
+        with quiet(), torch._dynamo.config.patch():  # pyright: ignore[reportAttributeAccessIssue]
+            configure_autograd_for_compile(allow_autograd=True)
+            # MACE builds the copy in torch's default dtype.
+            torch.set_default_dtype(torch.float64)
+            try:
+                model = prepare(extract_model)(model=make_mace(), map_location="cpu")
+            finally:
+                torch.set_default_dtype(torch.float32)
+            calculator = MACECalculator(models=model, device="cpu", default_dtype="float64")
+            calculator.models = [torch.compile(model, backend=backend, fullgraph=True)]
+            calculator.use_compile = True
+            yield calculator
+        torch._dynamo.reset()
+
+    def test_same_numbers_without_padding_rows(self, calculator: MACECalculator, graphs: list[int]):
+        backend, eager = load_backend(calculator), load_backend(calculator_of())
+        assert graphs == [], "wrapping compiled the probe structure"
+        assert not calculator._padding_initialized
+        assert backend.identity.fingerprint == eager.identity.fingerprint
+        atoms = standard_frames()[1]
+        for shift in (0.0, 0.01):
+            atoms.positions[0, 0] += shift
+            found, expected = evaluate(backend, atoms), evaluate(eager, atoms)
+            np.testing.assert_allclose(found.energy, expected.energy, atol=1e-9)
+            np.testing.assert_allclose(found.forces, expected.forces, atol=1e-9)
+            np.testing.assert_allclose(found.stress, expected.stress, atol=1e-9)
+            np.testing.assert_allclose(found.energies, expected.energies, atol=1e-9)
+            np.testing.assert_allclose(found.features, expected.features, atol=1e-9)
+            np.testing.assert_allclose(found.energy_layer.features, expected.energy_layer.features, atol=1e-9)
+            assert len(found.edges.distance) == len(expected.edges.distance)
+        assert len(graphs) == 1, "a second step of the same structure compiled again"
+        assert calculator.pad_num_edges > len(found.edges.distance)
+        np.testing.assert_array_equal(found.forces, calculator.get_property("forces", atoms))
+
+    def test_batches(self, calculator: MACECalculator):
+        backend, eager = load_backend(calculator), load_backend(calculator_of())
+        frames = standard_frames()[:3]
+        found, expected = evaluate(backend, *frames), evaluate(eager, *frames)
+        np.testing.assert_allclose(found.forces, expected.forces, atol=1e-9)
+        np.testing.assert_allclose(found.features, expected.features, atol=1e-9)
+
+
+def test_an_architecture_of_the_size_of_mace_mp_medium():
+    """128 channels of order 0 and 1."""
+    backend = load_backend(
+        calculator_of(channels=128, elements=(1, 6, 8, 14), r_max=6.0, correlation=3, dtype="float32")
+    )
+    e = evaluate(backend, *standard_frames())
+    assert e.energy_layer.features.shape[1] == 128 + 8
+    assert e.features.shape[1] == 128 + 128 + 128
+    assert bool(torch.isfinite(e.forces).all())

@@ -1,0 +1,179 @@
+"""Figures: data in, `Axes` out; each draws into the axes it is given, or into a new figure.
+
+ax = plots.error_against_uncertainty(errors, uncertainties)
+ax.figure.savefig("errors.png", dpi=200)
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import gammaincinv, ndtri
+
+from ase_uq import metrics
+from ase_uq.errors import MissingDependency
+
+try:
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+except ImportError as error:
+    raise MissingDependency(
+        'figures need matplotlib, which is not installed. Run: pip install "ase-uq[report]"'
+    ) from error
+
+# Okabe and Ito: told apart by every eye, and in print.
+BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
+
+
+def run(
+    time: ArrayLike,
+    readings: ArrayLike,
+    *,
+    flag: float | None = None,
+    halt: float | None = None,
+    errors: ArrayLike | None = None,
+    temperature: ArrayLike | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Uncertainty along a run, with its thresholds, flagged frames and true errors.
+
+    Args:
+        time: (n,) fs.
+        readings: (n,) force uncertainty of each step, eV/Å; gaps (NaN, inf) are left out.
+        flag: Threshold, eV/Å; readings from it on are marked.
+        halt: Threshold, eV/Å.
+        errors: (n,) true error of the same kind as the readings, eV/Å; NaN where it is not known.
+        temperature: (n,) K, on an axis of its own at the right.
+        ax: Where to draw.
+
+    Returns:
+        The axes of the uncertainty; those of the temperature are the next in `ax.figure.axes`.
+    """
+    time, readings = _equal(time=time, readings=readings)
+    readings = np.where(np.isfinite(readings), readings, np.nan)
+    ax = _axes(ax, (6.4, 3.4))
+    handles = []
+    if temperature is not None:
+        _, kelvin = _equal(time=time, temperature=temperature)
+        right = ax.twinx()
+        handles += right.plot(time, kelvin, color=GREY, lw=0.8, alpha=0.45, label="temperature")
+        right.set(ylabel="temperature (K)", ylim=(0, 1.08 * np.nanmax(kelvin)))
+        right.spines["top"].set_visible(False)
+        right.tick_params(colors=GREY)
+        right.yaxis.label.set_color(GREY)
+        # The uncertainty is the subject: it stands in front.
+        ax.set_zorder(right.get_zorder() + 1)
+        ax.patch.set_visible(False)
+    handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2)
+    if flag is not None:
+        ax.axhline(flag, color=ORANGE, lw=1, ls="--")
+        above = readings >= flag
+        if above.any():
+            handles += ax.plot(time[above], readings[above], "o", ms=2, color=ORANGE, label="flagged frame")
+    if halt is not None:
+        ax.axhline(halt, color=RED, lw=1, ls="--")
+    for name, level, color in (("flag", flag, ORANGE), ("halt", halt, RED)):
+        if level is not None:
+            ax.annotate(name, (0.006, level), (0, 2), ax.get_yaxis_transform(), "offset points", color=color, size=8)
+    if errors is not None:
+        _, known = _equal(time=time, errors=errors)
+        shown = np.isfinite(known)
+        style = {"ms": 4.5, "mfc": "white", "mec": "black", "mew": 0.9}
+        handles += ax.plot(time[shown], known[shown], "D", label="true error", **style)
+    ax.set(xlabel="time (fs)", ylabel="force uncertainty, error (eV/Å)" if errors is not None else _UNCERTAINTY)
+    ax.set_ylim(bottom=0)
+    ax.margins(x=0.01)
+    # Above the axes: a run that heats up fills all of them.
+    ax.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))
+    return ax
+
+
+def error_against_uncertainty(
+    errors: ArrayLike, uncertainties: ArrayLike, *, components: int = 3, unit: str = "eV/Å", ax: Axes | None = None
+) -> Axes:
+    """True errors against predicted uncertainties on logarithmic axes, with what calibration would look like.
+
+    The bands hold 68 and 95 % of the errors where they are Gaussian with the predicted standard deviations: quantiles
+    of ‖e‖/ε, which is distributed as χ/√components. The line with markers is the root mean square error in bins
+    of equal count; calibrated, it lies on the diagonal.
+
+    Args:
+        errors: (n,) ‖F_ref - F‖ of atoms, or |error| of scalars.
+        uncertainties: (n,) ε = sqrt(Σ_c σ_c²) of the same.
+        components: Components of an error: 3 for force vectors, 1 for scalars.
+        unit: Of both.
+        ax: Where to draw.
+    """
+    errors, uncertainties = _equal(errors=np.abs(np.asarray(errors, float)), uncertainties=uncertainties)
+    usable = (errors > 0) & (uncertainties > 0) & np.isfinite(errors) & np.isfinite(uncertainties)
+    errors, uncertainties = errors[usable], uncertainties[usable]
+    if not len(errors):
+        raise ValueError("no error and uncertainty are both positive and finite: there is nothing to draw.")
+    ax = _axes(ax, (4.6, 4.2))
+    ax.set(xscale="log", yscale="log")
+    low, high = uncertainties.min() / 1.2, uncertainties.max() * 1.2
+    line = np.array([low, high])
+    for level, alpha in ((0.95, 0.12), (0.68, 0.22)):
+        below, above = (
+            np.sqrt(2 * gammaincinv(components / 2, q) / components) for q in (0.5 - level / 2, 0.5 + level / 2)
+        )
+        ax.fill_between(
+            line, below * line, above * line, color=BLUE, alpha=alpha, lw=0, label=f"{level:.0%}, calibrated"
+        )
+    ax.plot(line, line, color="black", lw=0.9)
+    faint = float(np.clip(300 / len(errors), 0.05, 0.6))
+    ax.plot(uncertainties, errors, ".", ms=3, mew=0, color="black", alpha=faint, rasterized=True, zorder=2)
+    bins = np.array_split(np.argsort(uncertainties), int(np.clip(len(errors) // 20, 1, 12)))
+    rms = np.array([[np.sqrt(np.mean(values[chosen] ** 2)) for values in (uncertainties, errors)] for chosen in bins])
+    ax.plot(*rms.T, "o-", color=RED, ms=4, lw=1.2, label="root mean square in bins", zorder=3)
+    correlation = metrics.spearman(errors, uncertainties)
+    ax.text(0.97, 0.04, f"Spearman {correlation:.2f}", transform=ax.transAxes, ha="right", size=8)
+    ax.set(xlabel=f"predicted uncertainty ({unit})", ylabel=f"true error ({unit})", xlim=(low, high))
+    ax.set_ylim(max(float(np.quantile(errors, 0.002)), errors.max() / 1e4), errors.max() * 1.5)
+    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    return ax
+
+
+def reliability(residuals: ArrayLike, std: ArrayLike, *, label: str = "", ax: Axes | None = None) -> Axes:
+    """How many components fall into the central interval of a level, against that level.
+
+    Below the diagonal the model is too sure of itself, above it too careful.
+
+    Args:
+        residuals: Of any shape, reference - prediction.
+        std: Standard deviations of the same shape, or one for all.
+        label: Name of the curve, for example "before calibration".
+        ax: Where to draw; several curves may share one.
+    """
+    levels = np.linspace(0, 1, 101)
+    zeros = np.zeros(np.shape(residuals))
+    area = metrics.miscalibration_area(residuals, zeros, std)
+    z = np.abs(np.asarray(residuals, float) / np.asarray(std, float))
+    observed = np.searchsorted(np.sort(z, axis=None), ndtri(0.5 + levels / 2), side="right") / z.size
+    is_new = ax is None or not ax.lines
+    ax = _axes(ax, (4.2, 4.0))
+    if is_new:
+        ax.plot([0, 1], [0, 1], color="black", lw=0.9, ls="--")
+        ax.text(0.97, 0.04, "too sure", ha="right", size=8, color=GREY)
+        ax.text(0.03, 0.96, "too careful", va="top", size=8, color=GREY)
+    (curve,) = ax.plot(levels, observed, lw=1.6, label=f"{label or 'model'}, area {area:.3f}")
+    ax.fill_between(levels, levels, observed, color=curve.get_color(), alpha=0.12, lw=0)
+    ax.set(xlabel="expected fraction", ylabel="observed fraction", xlim=(0, 1), ylim=(0, 1), aspect="equal")
+    ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.07))
+    return ax
+
+
+_UNCERTAINTY = "force uncertainty (eV/Å)"
+
+
+def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
+    if ax is None:
+        _, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _equal(**named: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Two sequences as flat arrays of equal length."""
+    (a, b), (name_a, name_b) = (np.asarray(values, float).ravel() for values in named.values()), named
+    if a.shape != b.shape:
+        raise ValueError(f"{name_a} has {len(a)} values, {name_b} {len(b)}; they belong together one by one.")
+    return a, b

@@ -1,0 +1,18 @@
+"""What the tests of the backends share."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+# The models are tiny: with two threads on a busy machine they wait for each other ten times as long as they work.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def trained_models() -> Path:
+    """The trained MACE models that lie beside the checkout; they are too large for the repository."""
+    folder = Path(__file__).resolve().parents[3] / "shared" / "models"
+    if not folder.is_dir():
+        pytest.fail(f"the trained test models are not there: put them in {folder}.", pytrace=False)
+    return folder

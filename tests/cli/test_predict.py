@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from ase.io import read, write
+
+from ase_uq import UncertainCalculator, UncertaintyModel, read_frames
+
+
+@pytest.fixture
+def predict(run, files):
+    def predict(*words, frames=files.test, out="out.xyz"):
+        return run("predict", frames, "--model", "toy:", "--uq", files.uq, "--out", out, *words)
+
+    return predict
+
+
+def test_frames_come_back_with_the_calculators_results(predict, files, tmp_path):
+    result = predict("--batch-atoms", 20)
+    assert result.exit_code == 0
+    scored, frames = read_frames("out.xyz"), read(files.test, ":")
+    assert len(scored) == len(frames)
+    calculator = UncertainCalculator("toy:", files.uq)
+    for atoms, original in zip(scored, frames, strict=True):
+        calculator.calculate(original)
+        for key in ("energy", "forces", "energy_uncertainty", "forces_uncertainty", "gamma"):
+            np.testing.assert_allclose(atoms.calc.results[key], calculator.results[key], rtol=1e-7, atol=1e-8)
+        np.testing.assert_allclose(atoms.arrays["REF_forces"], original.arrays["REF_forces"], atol=1e-8)
+    assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]
+
+
+def test_the_summary_names_the_worst_atom(predict):
+    result = predict()
+    norms = [np.linalg.norm(atoms.arrays["forces_uncertainty"], axis=1) for atoms in read("out.xyz", ":")]
+    worst = int(np.argmax([values.max() for values in norms]))
+    assert result.stdout.startswith("25 frames, 225 atoms in ")
+    assert f"{norms[worst].max():.3g} eV/Å in frame {worst}, atom {norms[worst].argmax()} (" in result.stdout
+    assert len(result.stdout.splitlines()) == 1
+
+
+def test_any_format_of_ase_is_read(predict, files):
+    write("in.traj", read(files.test, ":3"))
+    assert predict(frames="in.traj").exit_code == 0
+    assert len(read("out.xyz", ":")) == 3
+
+
+def test_an_existing_file_is_kept_unless_told(predict, tmp_path):
+    (tmp_path / "out.xyz").write_text("precious")
+    refused = predict()
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: out.xyz exists. Give another name, or --overwrite to replace it.\n",
+    )
+    assert (tmp_path / "out.xyz").read_text() == "precious"
+    assert predict("--overwrite").exit_code == 0
+    assert len(read("out.xyz", ":")) == 25
+
+
+def test_what_was_interrupted_does_not_look_finished(predict, files, tmp_path):
+    text = files.test.read_text()
+    (tmp_path / "in.xyz").write_text(text[: len(text) // 2])
+    result = predict("--batch-atoms", 9, frames="in.xyz")
+    assert result.exit_code == 1
+    assert "in.xyz cannot be read after frame 12" in result.stderr
+    assert "stopped early: the first 11 frames are in out.xyz.part" in result.stderr
+    assert not (tmp_path / "out.xyz").exists()
+    assert len(read(tmp_path / "out.xyz.part", ":", format="extxyz")) == 11
+
+
+def test_a_structure_that_cannot_be_evaluated(predict, files, tmp_path):
+    frames = read(files.test, ":2")
+    frames[0].numbers[0] = 79
+    write("in.xyz", frames)
+    result = predict(frames="in.xyz")
+    assert result.exit_code == 1
+    assert "which the potential does not know" in result.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"in.xyz"}
+
+
+def test_an_element_that_was_not_fitted_is_one_warning(predict, files):
+    frames = read(files.test, ":3")
+    for atoms in frames:
+        atoms.symbols[0] = "Si"
+    write("in.xyz", frames)
+    result = predict("--batch-atoms", 9, frames="in.xyz")
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: the uncertainty model was fitted without Si") == 1
+    assert np.isinf(read("out.xyz", "0").arrays["gamma"][0])
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        ({"frames": "no.xyz"}, 1, "error: there is no file no.xyz."),
+        ({"frames": "empty.xyz"}, 1, "empty.xyz"),
+        ({"out": "no/out.xyz"}, 1, "error: cannot write no/out.xyz"),
+        ({"out": "out.traj"}, 2, "ends in .xyz"),
+    ],
+)
+def test_bad_files(predict, tmp_path, words, code, part):
+    (tmp_path / "empty.xyz").touch()
+    result = predict(**words)
+    assert result.exit_code == code
+    assert part in " ".join(result.stderr.split())
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.xyz"}
+
+
+def test_uq_is_needed_unless_embedded(run, files):
+    result = run("predict", files.test, "--model", "toy:", "--out", "out.xyz")
+    assert result.exit_code == 2
+    assert "--uq" in result.stderr
+
+
+def test_another_potential_is_refused(run, files):
+    result = run("predict", files.test, "--model", "toy:direct", "--uq", files.uq, "--out", "out.xyz")
+    assert result.exit_code == 1
+    assert "the uncertainty model was fitted on another potential: direct was False, here it is True" in result.stderr
+
+
+def test_a_function_that_returns_a_calculator(run, files, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "from ase_uq.backends.toy import ToyCalculator\n\ndef toy(device, dtype='float64'):\n"
+        "    return ToyCalculator(device=device, dtype=dtype)\n"
+    )
+    words = ["predict", files.test, "--model", "mine.py:toy", "--uq", files.uq, "--device", "cpu"]
+    assert run(*words, "--out", "out.xyz").exit_code == 0
+    assert run(*words, "--dtype", "float32", "--out", "single.xyz").exit_code == 0
+    double, single = (read(name, "0").arrays["forces_uncertainty"] for name in ("out.xyz", "single.xyz"))
+    np.testing.assert_allclose(single, double, rtol=1e-3)
+
+
+def test_the_model_of_the_file_is_used(predict, files):
+    assert predict().exit_code == 0
+    std = read("out.xyz", "0").info["energy_uncertainty"]
+    assert std > 0
+    assert "energy" in UncertaintyModel.load(files.uq).methods["bll"].calibrators

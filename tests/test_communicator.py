@@ -1,0 +1,100 @@
+"""Sums over ranks: one process, simulated ranks, and two real ones."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.communicator import Distributed, Serial, shard
+from ase_uq.methods.bll import BLL
+from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, evaluate, fit_head, labelled_frames
+
+WORKER = """
+import sys
+import torch
+import torch.distributed as dist
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.communicator import Distributed
+from ase_uq.methods.bll import BLL
+from ase_uq.testing.methods import ELEMENTS, fit_head, labelled_frames
+
+torch.set_num_threads(1)
+rank, folder, batch_atoms = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+store = f"file://{folder}/store"
+dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+ranks = Distributed()
+assert (ranks.rank, ranks.size) == (rank, 2)
+mine = {"b": torch.full((2, 3), rank + 1.0, dtype=torch.float64), "a": torch.tensor([0.1 * rank])}
+summed = ranks.sum({"b": mine["b"]}) | ranks.sum({"a": mine["a"]})
+assert torch.equal(summed["b"], torch.full((2, 3), 3.0, dtype=torch.float64)), summed
+assert torch.equal(mine["b"], torch.full((2, 3), rank + 1.0, dtype=torch.float64)), "the statistics were changed"
+assert summed["a"].shape == (1,)
+backend = load_backend(ToyCalculator(ELEMENTS, direct=True))
+head = fit_head(BLL(ridge=1e-4), backend, labelled_frames(30, seed=1), batch_atoms=batch_atoms, communicator=ranks)
+torch.save([head.settings, head.state_dict()], f"{folder}/head_{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+class OneOf:
+    """Rank and size alone, for `shard`."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def sum(self, statistics):
+        raise NotImplementedError
+
+
+def test_one_process_sums_to_what_it_has():
+    statistics = {"a": torch.ones(2)}
+    assert Serial().sum(statistics) == statistics
+    assert (Serial.rank, Serial.size) == (0, 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_shards_are_every_item_once(size: int):
+    items = list(range(5))
+    parts = [list(shard(items, OneOf(rank, size))) for rank in range(size)]
+    assert sorted(item for part in parts for item in part) == items
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+def test_ranks_without_a_process_group_are_refused():
+    with pytest.raises(RuntimeError, match="not initialised: call init_process_group first"):
+        Distributed()
+
+
+# Batches of 40 atoms give the ranks unequal shards; all frames in one batch leave the second rank without any.
+@pytest.mark.parametrize("batch_atoms", [40, 100_000])
+def test_two_processes_fit_the_head_of_one(tmp_path: Path, batch_atoms: int):
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), str(batch_atoms)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=120)
+        assert worker.returncode == 0, errors
+    backend = load_backend(ToyCalculator(ELEMENTS, direct=True))
+    serial = fit_head(BLL(ridge=1e-4), backend, labelled_frames(30, seed=1))
+    batch = evaluate(backend, labelled_frames(5, seed=2))
+    expected = serial(batch)
+    for rank in range(2):
+        settings, buffers = torch.load(tmp_path / f"head_{rank}.pt", weights_only=True)
+        assert settings["atoms"]["rows"] == serial.settings["atoms"]["rows"]
+        assert settings["force"]["rows"] == serial.settings["force"]["rows"]
+        found = BLL.load(settings, buffers)(batch)
+        for name in RAW_FIELDS:
+            largest = float(getattr(expected, name).max())
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-10 * largest)
