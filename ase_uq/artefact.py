@@ -38,7 +38,7 @@ def write_artefact(
     """
     path = Path(path)
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    text = json.dumps(header, sort_keys=True)
+    text = json.dumps(header)
     envelope = {"kind": kind, "schema": schema, "digest": _digest(kind, schema, text, stored), "header": text}
     handle = None
     try:
@@ -112,7 +112,7 @@ def _envelope(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, A
     try:
         envelope = json.loads(metadata[_KEY])
         found = envelope["kind"]
-        complete = {"schema", "digest", "header"} <= envelope.keys()
+        complete = {"digest", "header"} <= envelope.keys() and isinstance(envelope["schema"], int)
     except (KeyError, TypeError, ValueError):
         found, complete, envelope = None, False, {}
     if found != kind or not complete:

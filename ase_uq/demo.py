@@ -32,7 +32,7 @@ from ase_uq.uncertainty_model import UncertaintyModel
 COLD, HOT = 300.0, 2000.0  # K
 TIMESTEP = 0.5  # fs; the transferring proton wants a short step
 FLAG = Quantile(0.99)
-HALT = 1.0  # eV/Å
+HALT_BY_FLAG = 3.0  # halted at this many times the flag
 PROTON, DONOR, ACCEPTOR = 5, 0, 4  # atoms of the hydrogen bond
 _MOST_LABELS, _COLD_LABELS, _ROWS = 40, 6, 8
 
@@ -105,9 +105,9 @@ def run_demo(
     potential: str = "mace",
     *,
     seed: int = 0,
-    cold_steps: int = 300,
-    heating_steps: int = 1500,
-    halt: float = HALT,
+    cold_steps: int = 200,
+    heating_steps: int = 1200,
+    halt: float | None = None,
     tell: Callable[[str], None] = print,
     progress: bool = True,
 ) -> DemoResult:
@@ -119,7 +119,7 @@ def run_demo(
         seed: Of velocities and thermostat.
         cold_steps: Steps at 300 K.
         heating_steps: Steps in which 2000 K would be reached.
-        halt: Uncertainty at which the run is halted, eV/Å.
+        halt: Uncertainty at which the run is halted, eV/Å; by default three times the flag.
         tell: Gets a line at a time.
         progress: Whether to show a progress bar.
 
@@ -142,7 +142,9 @@ def run_demo(
     start = read(embedded.path("malonaldehyde.xyz"))
     assert isinstance(start, Atoms)
     atoms = Atoms(start.numbers, start.positions, calculator=calculator)  # without the labels of the file
-    run, cold_frames = _heat(atoms, cold_steps, heating_steps, halt, flagged, seed, progress)
+    flag = calculator.threshold(FLAG)
+    thresholds = (flag, HALT_BY_FLAG * flag if halt is None else halt)
+    run, cold_frames = _heat(atoms, cold_steps, heating_steps, thresholds, flagged, seed, progress)
     flagged_frames = read_frames(flagged) if flagged.exists() else []
     tell(f"  {run.halted or f'not halted within {heating_steps * TIMESTEP:.0f} fs of heating'}")
     tell(f"  {len(flagged_frames)} frames above {run.flag:.3f} eV/Å (99 % of the calibration frames stay below it)")
@@ -163,15 +165,22 @@ def _check_installed() -> None:
 
 
 def _heat(
-    atoms: Atoms, cold_steps: int, heating_steps: int, halt: float, flagged: Path, seed: int, progress: bool
+    atoms: Atoms,
+    cold_steps: int,
+    heating_steps: int,
+    thresholds: tuple[float, float],
+    flagged: Path,
+    seed: int,
+    progress: bool,
 ) -> tuple[Run, list[Atoms]]:
-    """The run, and frames of its cold part."""
+    """The run, and frames of its cold part that were not flagged."""
+    flag, halt = thresholds
     rng = np.random.default_rng(seed)
     MaxwellBoltzmannDistribution(atoms, temperature_K=COLD, rng=rng)
     Stationary(atoms)
     ZeroRotation(atoms)
     dynamics = Langevin(atoms, TIMESTEP * units.fs, temperature_K=COLD, friction=0.02 / units.fs, fixcm=False, rng=rng)
-    monitor = UncertaintyMonitor(dynamics, flag=FLAG, halt=halt, frames=flagged)
+    monitor = UncertaintyMonitor(dynamics, flag=flag, halt=halt, frames=flagged)
     rows: list[tuple[float, float, float]] = []
     cold_frames: list[Atoms] = []
 
@@ -198,11 +207,8 @@ def _heat(
                 f"{stop.reading:.2f} eV/Å, halt at {stop.threshold:.2f} eV/Å"
             )
     time, temperature, readings = np.array(rows).T
-    assert monitor.flag is not None
-    assert monitor.halt is not None
-    run = Run(time, temperature, readings, monitor.flag.threshold, monitor.halt.threshold, halted)
-    # Only the frames that were not flagged: those are labelled as such.
-    return run, [frame for frame in cold_frames if atom_norms(_stored_std(frame)).max() < run.flag]
+    run = Run(time, temperature, readings, flag, halt, halted)
+    return run, [frame for frame in cold_frames if atom_norms(_stored_std(frame)).max() < flag]
 
 
 def _spread(frames: Sequence[Atoms], most: int) -> list[Atoms]:

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,12 @@ class UncertaintyModel:
 
         Raises:
             ValueError: The calibration data cannot support the meaning.
+            TypeError: It is neither a number nor a meaning.
         """
-        if isinstance(meaning, int | float):
+        if isinstance(meaning, Real):
             return float(meaning)
+        if not isinstance(meaning, Quantile):
+            raise TypeError(f"a threshold is a number in eV/Å or a meaning such as Quantile(0.99), not {meaning!r}.")
         return meaning.resolve(self.record.readings(reduction or Reduction()))
 
     def save(self, path: str | os.PathLike[str]) -> None:

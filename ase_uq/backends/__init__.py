@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from ase.calculators.calculator import BaseCalculator
@@ -100,6 +99,7 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         TypeError: The function of the SPEC does not return a calculator.
         MissingDependency: The package of the potential is not installed.
     """
+    asked = {"device": device, "dtype": dtype}
     device, dtype = _checked_device(device), _checked_dtype(dtype)
     prefix, colon, target = spec.partition(":")
     if not colon:
@@ -111,9 +111,9 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         return _import(loaders[prefix]).load(prefix, target, device, dtype)
     place, _, function = spec.rpartition(":")
     if place.endswith(".py"):
-        return _call(_run_file(Path(place)), function, spec, device, dtype)
+        return _call(_run_file(Path(place)), function, spec, asked)
     if _importable(place):
-        return _call(importlib.import_module(place), function, spec, device, dtype)
+        return _call(importlib.import_module(place), function, spec, asked)
     raise ValueError(
         f"{prefix!r} in {spec!r} is neither a SPEC prefix nor an importable module."
         f"{_close(prefix, [*loaders, 'embedded'])} Prefixes here: {', '.join(sorted([*loaders, 'embedded']))}."
@@ -244,8 +244,8 @@ def _run_file(path: Path) -> ModuleType:
     return module
 
 
-def _call(module: ModuleType, name: str, spec: str, device: str, dtype: str) -> BaseCalculator:
-    """Calls the function of a SPEC; `device` and `dtype` are handed to parameters of these names."""
+def _call(module: ModuleType, name: str, spec: str, asked: dict[str, str]) -> BaseCalculator:
+    """Calls the function of a SPEC; a device and dtype that were asked for go to parameters of these names."""
     function = getattr(module, name, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
@@ -253,13 +253,14 @@ def _call(module: ModuleType, name: str, spec: str, device: str, dtype: str) -> 
             f"{spec!r}: there is no function {name!r} in that module.{_close(name, callables)} "
             "A function that returns an ASE calculator is expected."
         )
+    arguments = {what: value for what, value in asked.items() if value}
     takes = inspect.signature(function).parameters
-    arguments: dict[str, Any] = {k: v for k, v in (("device", device), ("dtype", dtype)) if v and k in takes}
-    if dtype and "dtype" not in takes:
-        raise ValueError(
-            f"{spec!r} takes no dtype, but {dtype} was asked for. Give the function a parameter `dtype`, or leave "
-            "it out."
-        )
+    for what, value in arguments.items():
+        if what not in takes:
+            raise ValueError(
+                f"{spec!r} takes no {what}, but {value} was asked for. Give the function a parameter of that name, "
+                "or leave it out."
+            )
     calculator = function(**arguments)
     if not isinstance(calculator, BaseCalculator):
         raise TypeError(f"{spec!r} returned {type(calculator).__name__}; an ASE calculator was expected.")

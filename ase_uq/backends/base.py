@@ -134,7 +134,9 @@ class Backend(ABC):
             forces: Whether forces and stress are wanted; without them a conservative potential saves
                 its backward pass.
         """
-        return self._evaluate(batch, forces)
+        # A conservative potential takes gradients, whatever the caller has switched off.
+        with torch.enable_grad():
+            return self._evaluate(batch, forces)
 
     @cached_property
     def identity(self) -> Identity:

@@ -60,6 +60,7 @@ with _process_left_as_it_was():
     from mace import data as mace_data
     from mace import modules as mace_modules
     from mace.calculators import MACECalculator, foundations_models
+    from mace.modules.wrapper_ops import get_layout
     from mace.tools import torch_geometric, torch_tools
     from mace.tools.scripts_utils import extract_config_mace_model
 
@@ -86,6 +87,7 @@ class _Readout:
     shift: float
     head: int
     n_heads: int
+    components_first: bool  # cuEquivariance kernels order (2l+1, channels), e3nn (channels, 2l+1)
 
 
 class MACEBackend(Backend):
@@ -256,8 +258,11 @@ class MACEBackend(Backend):
             start, order = n_scalars, 1
             while start < block.shape[1]:
                 width = n_scalars * (2 * order + 1)
-                channels = block[:, start : start + width].reshape(len(block), n_scalars, 2 * order + 1)
-                norms.append(channels.norm(dim=-1))
+                channels = block[:, start : start + width]
+                if self._readout.components_first:
+                    norms.append(channels.reshape(len(block), 2 * order + 1, n_scalars).norm(dim=1))
+                else:
+                    norms.append(channels.reshape(len(block), n_scalars, 2 * order + 1).norm(dim=2))
                 start, order = start + width, order + 1
         return torch.cat([*scalars, *norms], 1)
 
@@ -481,7 +486,18 @@ def _resolve_readout(model: Any, head_name: str) -> _Readout:
     shift = float(torch.atleast_1d(model.scale_shift.shift)[head]) if has_scale else 0.0
     weights = torch.cat([*linear_weights, *hidden_weights]).detach().clone()
     return _Readout(
-        dims, n_scalars, tuple(hidden), tuple(linear), tuple(kept), weights, intercept, scale, shift, head, len(heads)
+        layer_dims=dims,
+        n_scalars=n_scalars,
+        hidden=tuple(hidden),
+        linear=tuple(linear),
+        kept=tuple(kept),
+        weights=weights,
+        intercept=intercept,
+        scale=scale,
+        shift=shift,
+        head=head,
+        n_heads=len(heads),
+        components_first=get_layout(getattr(model.products[0], "cueq_config", None)) == "ir_mul",
     )
 
 

@@ -69,7 +69,8 @@ class OrbBackend(Backend):
         self.direct = not self._conservative
         stress = ("stress",) if self._model.has_stress else ()
         self.results = ("energy", "free_energy", "forces", *stress)
-        self._check_last_layer()
+        with _default_dtype(self.dtype):
+            self._check_last_layer()
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +139,8 @@ class OrbBackend(Backend):
 
     def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
         graph = batch.data
-        out = self._conservative_pass(graph) if self._conservative else self._direct_pass(graph)
+        with _default_dtype(self.dtype):
+            out = self._conservative_pass(graph) if self._conservative else self._direct_pass(graph)
         nodes = out["node_features"]
         force_layer = self._force_layer(nodes, graph, out) if not self._conservative else None
         frame_of_atom = torch.repeat_interleave(torch.arange(len(graph.n_node), device=nodes.device), graph.n_node)
@@ -272,6 +274,17 @@ class OrbBackend(Backend):
                 f"the last layers of this orb model are not understood: they differ from its energy or forces by "
                 f"{deviation:.1e} eV or eV/Å. The architecture is probably newer than this package."
             )
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype, in which orb makes some of its constants: the model's, as orb's loaders leave it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

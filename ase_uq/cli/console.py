@@ -11,8 +11,6 @@ from typing import Any, TextIO
 import typer
 from typer.core import TyperGroup
 
-_LOUDER_THAN_ANY = logging.CRITICAL + 1
-
 
 class ErrorsAsLines(TyperGroup):
     """The group of all verbs: what we or the file system refuse is a line on stderr and exit code 1, no traceback."""
@@ -21,7 +19,7 @@ class ErrorsAsLines(TyperGroup):
         """Runs the verb; errors nobody foresaw keep their traceback, for the bug report."""
         from ase_uq.errors import UQError
 
-        with only_our_warnings():
+        with only_our_messages():
             try:
                 return super().invoke(ctx)
             except (UQError, ValueError, OSError) as error:
@@ -33,8 +31,11 @@ class ErrorsAsLines(TyperGroup):
 
 
 @contextmanager
-def only_our_warnings() -> Iterator[None]:
-    """Prints our warnings as one line on stderr each, and hides those of other packages, which tell users nothing."""
+def only_our_messages() -> Iterator[None]:
+    """Prints our warnings as one line on stderr each; hides those of other packages, and what they log.
+
+    Whose default dtype does not match whose model is for the authors of these packages, not for our users.
+    """
     from ase_uq.errors import UQWarning
 
     def show(
@@ -52,7 +53,8 @@ def only_our_warnings() -> Iterator[None]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UQWarning)
         warnings.showwarning = show
-        yield
+        with _logging_disabled(logging.WARNING):
+            yield
 
 
 @contextmanager
@@ -60,12 +62,10 @@ def silence() -> Iterator[None]:
     """Swallows everything written to stdout and stderr, also by C++ code: banners of packages being imported."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    before = logging.root.manager.disable
-    logging.disable(_LOUDER_THAN_ANY)
     kept = [os.dup(number) for number in (1, 2)]
     streams = sys.stdout, sys.stderr
     try:
-        with open(os.devnull, "w") as nowhere:
+        with open(os.devnull, "w") as nowhere, _logging_disabled(logging.CRITICAL):
             for number in (1, 2):
                 os.dup2(nowhere.fileno(), number)
             sys.stdout = sys.stderr = nowhere
@@ -77,6 +77,16 @@ def silence() -> Iterator[None]:
         for number, copy in zip((1, 2), kept, strict=True):
             os.dup2(copy, number)
             os.close(copy)
+
+
+@contextmanager
+def _logging_disabled(level: int) -> Iterator[None]:
+    """Drops records up to a level."""
+    before = logging.root.manager.disable
+    logging.disable(max(level, before))
+    try:
+        yield
+    finally:
         logging.disable(before)
 
 

@@ -1,6 +1,7 @@
 """From the shared options to the calculator of a verb. Imports the heavy packages, silently."""
 
 import importlib
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +40,8 @@ def import_silently(name: str) -> None:
             # If this fails, loading fails again, with the message that helps.
             with silence(), suppress(Exception):
                 importlib.import_module(f"ase_uq.backends.{package}")
+    if "warp" in sys.modules:  # of orb: prints a line for every kernel that it loads
+        sys.modules["warp"].config.quiet = True
 
 
 def load_potential(model: str, device: str, dtype: str) -> "Backend":

@@ -213,11 +213,11 @@ class MethodContract:
 def labelled_frames(
     count: int, *, seed: int = 0, cell: float | None = None, spread: tuple[float, float] = (0.02, 0.12)
 ) -> list[Atoms]:
-    """Small molecules of H, C and O off their equilibrium, labelled by a toy potential of other weights.
+    """Small molecules of H, C and O off their equilibrium, labelled; errors grow with the displacements.
 
     Args:
         count: How many.
-        seed: Of the choice of molecules and of their displacements.
+        seed: Of the choice of molecules, of their displacements and of the noise on their labels.
         cell: Edge of a periodic cubic cell in Å, for labels with a stress; None for free molecules.
         spread: Å; every frame draws the standard deviation of its displacements from this range.
 
@@ -225,34 +225,42 @@ def labelled_frames(
         Frames with `REF_energy`, `REF_forces` and, in a cell, `REF_stress`.
     """
     random = np.random.default_rng(seed)
-    frames = []
+    frames, noise = [], []
     for _ in range(count):
         atoms = molecule(str(random.choice(["H2O", "CH3OH", "CO2", "C2H4"])))
-        atoms.positions += random.normal(scale=random.uniform(*spread), size=(len(atoms), 3))
+        scale = random.uniform(*spread)
+        atoms.positions += random.normal(scale=scale, size=(len(atoms), 3))
         if cell is not None:
             atoms.set_cell([cell] * 3)
             atoms.pbc = True
             atoms.center()
         frames.append(atoms)
-    return with_labels(frames)
+        noise.append(4 * scale)
+    return with_labels(frames, noise=noise, seed=seed)
 
 
-def with_labels(frames: Sequence[Atoms], seed: int = 1) -> list[Atoms]:
-    """The frames themselves, with labels of the toy potential of this seed and a little noise.
+def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1, seed: int = 0) -> list[Atoms]:
+    """The frames themselves, with labels of a toy potential of other weights and noise.
 
     Without the noise, labels would be exactly linear in the last layer's features, as those of no reference are.
+
+    Args:
+        frames: Structures of H, C and O.
+        noise: eV/Å; standard deviation on a force component, for each frame or for all. A tenth of it, in eV, is
+            that on the energy per atom, and a hundredth, in eV/Å³, that on the stress.
+        seed: Of the noise.
     """
     random = np.random.default_rng(seed)
-    evaluation = evaluate(load_backend(ToyCalculator(ELEMENTS, seed=seed)), list(frames))
+    evaluation = evaluate(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
     assert evaluation.forces is not None
     assert evaluation.stress is not None
     energies, forces, stresses = (x.numpy() for x in (evaluation.energy, evaluation.forces, evaluation.stress))
-    for index, atoms in enumerate(frames):
+    for index, (atoms, scale) in enumerate(zip(frames, np.broadcast_to(noise, len(frames)), strict=True)):
         own = forces[evaluation.frame_of_atom == index]
-        atoms.info["REF_energy"] = float(energies[index] + random.normal(scale=0.005 * len(atoms)))
-        atoms.set_array("REF_forces", own + random.normal(scale=0.02, size=own.shape))
+        atoms.info["REF_energy"] = float(energies[index] + random.normal(scale=0.1 * scale * len(atoms)))
+        atoms.set_array("REF_forces", own + random.normal(scale=scale, size=own.shape))
         if atoms.cell.rank == 3:
-            atoms.info["REF_stress"] = stresses[index].copy()
+            atoms.info["REF_stress"] = stresses[index] + random.normal(scale=0.01 * scale, size=6)
     return list(frames)
 
 

@@ -43,7 +43,7 @@ def make_mace(
     modules = mace_backend.mace_modules
     n_heads = len(heads)
     isolated = np.linspace(-10, -20, len(elements))
-    with _default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
+    with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn builds with a deprecated part of torch
         torch.manual_seed(seed)
         # Scripting takes most of the time; the trained models, which the tests load as well, are scripted.
@@ -101,7 +101,7 @@ def make_orb(kind: str, dtype: str = "float32", seed: int = 0, **options: Any) -
         "direct": pretrained.orb_v3_direct_architecture,
         "conservative": pretrained.orb_v3_conservative_architecture,
     }[kind]
-    with _default_dtype(torch.float32), torch.random.fork_rng():
+    with default_dtype(torch.float32), torch.random.fork_rng():
         torch.manual_seed(seed)
         model = build(device="cpu", **(ORB_SIZES | options))
         for module in model.modules():
@@ -137,7 +137,7 @@ def water() -> Atoms:
     return atoms
 
 
-class _default_dtype:
+class default_dtype:
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
 

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 from ase_uq.cli import app, main
-from ase_uq.cli.console import ErrorsAsLines, only_our_warnings, silence
+from ase_uq.cli.console import ErrorsAsLines, only_our_messages, silence
 from ase_uq.errors import UQWarning
 
 VERBS = ("fit", "info", "predict", "md", "demo")
@@ -81,10 +81,11 @@ def test_unexpected_errors_keep_their_traceback(error: Exception):
     assert result.exception is error
 
 
-def test_only_our_warnings_are_shown(capsys: pytest.CaptureFixture[str]):
+def test_only_our_messages_are_shown(capsys: pytest.CaptureFixture[str]):
     filters = list(warnings.filters)
-    with only_our_warnings():
+    with only_our_messages():
         warnings.warn("of torch", FutureWarning, stacklevel=1)
+        logging.getLogger("theirs").warning("of mace")
         warnings.warn("of ours", UQWarning, stacklevel=1)
     assert capsys.readouterr().err == "warning: of ours\n"
     assert list(warnings.filters) == filters

@@ -46,12 +46,12 @@ def test_nothing_of_the_start_stands_beside_later_positions(md, files):
 def test_a_halted_run(md, files, tmp_path):
     start = read(files.start)
     words = ["--trajectory", "run.xyz", "--interval", 7, "--frames", "flagged.xyz", "--log", "run.csv"]
-    result = md("--flag", "q0.5", "--halt", "q0.99", *words, "--temperature-end", 20000, steps=2000)
+    result = md("--flag", "q0.5", "--halt", "q0.99", *words, temperature=3000, steps=500)
     assert result.exit_code == 3
     assert result.stdout == ""
     log, frames, flagged = rows("run.csv"), read_frames("run.xyz"), read_frames("flagged.xyz")
     step = int(log[-1]["step"])
-    assert step < 2000
+    assert 0 < step < 500
     assert log[-1]["level"] == "halt"
     halt = UncertaintyModel.load(files.uq).threshold(Quantile(0.99))
     message = next(line for line in result.stderr.splitlines() if line.startswith("halted"))
@@ -98,13 +98,12 @@ def test_velocities_of_the_start_are_used(md, files):
 
 
 def test_the_thermostat_follows_the_ramp(md, files):
-    assert (
-        md("--halt", 1e9, "--trajectory", "run.xyz", "--friction", 0.2, "--temperature-end", 5000, steps=400).exit_code
-        == 0
-    )
+    # A friction of 1/fs makes the atoms follow within a few steps.
+    words = ["--trajectory", "run.xyz", "--interval", 1, "--friction", 1, "--temperature-end", 5000]
+    assert md("--halt", 1e9, *words, steps=80).exit_code == 0
     kelvin = [atoms.get_temperature() for atoms in read("run.xyz", ":")]
-    assert kelvin[-1] > 1500
-    assert kelvin[-1] > 3 * kelvin[1]
+    assert np.mean(kelvin[:20]) < 1500
+    assert np.mean(kelvin[-20:]) > 2500
 
 
 def test_patience_and_reduction_reach_the_monitor(md):

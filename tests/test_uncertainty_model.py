@@ -1,0 +1,333 @@
+"""The artefact: bit-identical round trips, the potential it belongs to, damaged files, thresholds, one old file."""
+
+import dataclasses
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase.build import molecule
+from safetensors.torch import load_file, save_file
+
+from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, fit
+from ase_uq.artefact import write_artefact
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import ArtefactError, PotentialMismatch, UQWarning
+from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
+from ase_uq.methods.bll import BLL
+from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+
+FITTED = Path(__file__).parent / "fitted"
+# Sixty toy frames: energies whose errors the distance does not order.
+pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the energy:ase_uq.errors.UQWarning")
+
+
+@pytest.fixture(scope="module")
+def calculator() -> ToyCalculator:
+    return ToyCalculator(ELEMENTS, direct=True)
+
+
+@pytest.fixture(scope="module")
+def model(calculator: ToyCalculator) -> UncertaintyModel:
+    return fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+
+
+@pytest.fixture
+def path(model: UncertaintyModel, tmp_path: Path) -> Path:
+    model.save(tmp_path / "a.uq.safetensors")
+    return tmp_path / "a.uq.safetensors"
+
+
+class TestRoundTrip:
+    def test_results_are_the_same_bits(self, model: UncertaintyModel, calculator: ToyCalculator, path: Path):
+        batch = evaluate(load_backend(calculator), labelled_frames(6, seed=3))
+        again = UncertaintyModel.load(path)
+        found, expected = again.apply(batch), model.apply(batch)
+        assert list(found) == list(expected)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
+
+    def test_all_else_is_the_same(self, model: UncertaintyModel, path: Path):
+        again = UncertaintyModel.load(path)
+        assert again.summary() == model.summary()
+        assert again.results == model.results
+        assert again.provenance == model.provenance
+        assert again.primary == model.primary
+        assert again.identity.fingerprint == model.identity.fingerprint
+        assert torch.equal(again.identity.probe, model.identity.probe)
+        assert (again.edges.counts, again.edges.inherited) == (model.edges.counts, model.edges.inherited)
+        torch.testing.assert_close(again.edges.edges, model.edges.edges, rtol=0, atol=0, equal_nan=True)
+        for name, values in vars(model.record).items():
+            np.testing.assert_array_equal(getattr(again.record, name), values)
+        assert again.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
+
+    def test_saving_what_was_loaded_gives_the_same_file(self, path: Path, tmp_path: Path):
+        UncertaintyModel.load(path).save(tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == path.read_bytes()
+
+    def test_two_methods_keep_their_results_apart(self, calculator: ToyCalculator, tmp_path: Path):
+        """Two methods would be two classes; here one of them is the other under a second name."""
+        plain = fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+        both = dataclasses.replace(plain, methods={"bll": plain.methods["bll"], "second": plain.methods["bll"]})
+        batch = evaluate(load_backend(calculator), labelled_frames(3, seed=3))
+        found = both.apply(batch)
+        assert set(found) == set(both.results)
+        assert torch.equal(found["forces_uncertainty_second"], found["forces_uncertainty"])
+        assert "gamma_bll" not in found
+
+    def test_nothing_in_the_file_is_executed(self, path: Path, monkeypatch: pytest.MonkeyPatch):
+        def forbidden(*_: Any, **__: Any):
+            raise AssertionError("something was unpickled")
+
+        for owner, name in ((pickle, "Unpickler"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
+            monkeypatch.setattr(owner, name, forbidden)
+        UncertaintyModel.load(path)
+
+    def test_loading_needs_no_potential_package(self, path: Path):
+        assert load_file(path)["record/numbers"].dtype == torch.uint8
+
+
+class TestPotential:
+    def test_its_own_is_accepted(self, model: UncertaintyModel):
+        Predictor(load_backend(ToyCalculator(ELEMENTS, direct=True)), model)
+
+    def test_its_own_in_another_precision_is_accepted(self, model: UncertaintyModel):
+        Predictor(load_backend(ToyCalculator(ELEMENTS, direct=True, dtype="float32")), model)
+
+    def test_other_weights_are_refused_with_the_deviation(self, model: UncertaintyModel):
+        other = load_backend(ToyCalculator(ELEMENTS, direct=True, seed=5))
+        with pytest.raises(PotentialMismatch, match=r"other weights: .* differ by \d\.\de[-+]\d\d \(relative"):
+            Predictor(other, model)
+
+    def test_another_setting_is_refused_by_name(self, model: UncertaintyModel):
+        with pytest.raises(PotentialMismatch, match="direct was True, here it is False"):
+            Predictor(load_backend(ToyCalculator(ELEMENTS)), model)
+        with pytest.raises(PotentialMismatch, match=r"elements was \[1, 6, 8\], here it is \[1, 6\]"):
+            Predictor(load_backend(ToyCalculator(("H", "C"), direct=True)), model)
+
+    def test_the_same_weights_in_another_form_are_accepted_with_a_warning(self, model: UncertaintyModel):
+        rewritten = dataclasses.replace(model, identity=dataclasses.replace(model.identity, weights="0" * 64))
+        with pytest.warns(UQWarning, match="weights are stored differently"):
+            Predictor(load_backend(ToyCalculator(ELEMENTS, direct=True)), rewritten)
+
+    def test_it_survives_the_file(self, path: Path):
+        with pytest.raises(PotentialMismatch, match="fitted on other weights"):
+            Predictor(load_backend(ToyCalculator(ELEMENTS, direct=True, seed=5)), UncertaintyModel.load(path))
+
+
+class TestDamage:
+    """The layers below are tested in test_artefact; here that nothing gets past them."""
+
+    def test_any_flipped_byte_is_found(self, path: Path):
+        data = path.read_bytes()
+        random = np.random.default_rng(0)
+        for offset in random.integers(0, len(data), 50):
+            flipped = bytearray(data)
+            flipped[offset] ^= 0xFF
+            path.write_bytes(flipped)
+            with pytest.raises(ArtefactError):  # which of the messages depends on the byte
+                UncertaintyModel.load(path)
+
+    def test_any_flipped_bit_of_the_header_is_found(self, path: Path):
+        data = path.read_bytes()
+        random = np.random.default_rng(1)
+        header = 8 + int.from_bytes(data[:8], "little")
+        for offset in random.integers(0, header, 100):
+            flipped = bytearray(data)
+            flipped[offset] ^= 1 << int(random.integers(8))
+            path.write_bytes(flipped)
+            with pytest.raises(ArtefactError):
+                UncertaintyModel.load(path)
+
+    @pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.9, 0.9999])
+    def test_a_truncated_file_is_refused(self, path: Path, share: float):
+        data = path.read_bytes()
+        path.write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ArtefactError, match="truncated, damaged, or another kind of file"):
+            UncertaintyModel.load(path)
+
+    def test_a_newer_file_is_refused(self, tmp_path: Path):
+        write_artefact(tmp_path / "b", "uncertainty model", 99, {}, {})
+        with pytest.raises(ArtefactError, match="newer ase_uq: its uncertainty model layout is version 99"):
+            UncertaintyModel.load(tmp_path / "b")
+
+    def test_a_file_of_another_kind_is_refused(self, tmp_path: Path):
+        write_artefact(tmp_path / "b", "potential", 1, {}, {})
+        with pytest.raises(ArtefactError, match="is an ase_uq potential; an ase_uq uncertainty model was expected"):
+            UncertaintyModel.load(tmp_path / "b")
+
+    def test_files_that_are_not_ours_are_refused(self, tmp_path: Path):
+        save_file({"weight": torch.ones(3)}, tmp_path / "a")
+        (tmp_path / "b").write_text("an extended xyz, perhaps")
+        (tmp_path / "c").write_bytes(pickle.dumps(np.ones(100)))
+        for name, match in (("a", "not a file that ase_uq wrote"), ("b", "cannot be read"), ("c", "cannot be read")):
+            with pytest.raises(ArtefactError, match=match):
+                UncertaintyModel.load(tmp_path / name)
+
+    def test_a_missing_file_is_named(self, tmp_path: Path):
+        with pytest.raises(ArtefactError, match=r"there is no file .*nowhere\.uq\.safetensors"):
+            UncertaintyModel.load(tmp_path / "nowhere.uq.safetensors")
+
+    def test_a_method_that_is_not_installed_is_named(self, model: UncertaintyModel, tmp_path: Path):
+        foreign = dataclasses.replace(model, methods={"theirs": model.methods["bll"]}, primary="theirs")
+        foreign.save(tmp_path / "a")
+        with pytest.raises(ValueError, match=r"there is no method 'theirs'"):
+            UncertaintyModel.load(tmp_path / "a")
+
+
+class TestSaving:
+    def test_a_missing_folder_is_refused(self, model: UncertaintyModel, tmp_path: Path):
+        with pytest.raises(ArtefactError, match=r"cannot write .* Choose a folder that exists"):
+            model.save(tmp_path / "missing" / "a.uq.safetensors")
+        assert os.listdir(tmp_path) == []
+
+    def test_a_full_disk_leaves_nothing_behind(
+        self, model: UncertaintyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ):
+        def full(*_: Any, **__: Any):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr("ase_uq.artefact.save_file", full)
+        with pytest.raises(ArtefactError, match="No space left on device"):
+            model.save(tmp_path / "a.uq.safetensors")
+        assert os.listdir(tmp_path) == []
+
+
+class TestSummary:
+    def test_it_says_what_was_fitted_and_found(self, model: UncertaintyModel):
+        text = model.summary()
+        assert "toy potential" in text
+        assert model.identity.fingerprint[:12] in text
+        assert "fitted on      60 frames" in text
+        assert "calibrated on  60 frames" in text
+        for quantity, calibrator in model.methods["bll"].calibrators.items():
+            assert f"{quantity:8s} {calibrator.describe()}" in text
+        assert "mean z² 1.0" in text
+        for symbol, z in (("H", 1), ("C", 6), ("O", 8)):
+            assert f"{symbol} {model.edges.counts[z]}" in text
+
+    def test_rare_elements_are_marked(self, model: UncertaintyModel):
+        rare = dataclasses.replace(model, edges=dataclasses.replace(model.edges, inherited=(8,)))
+        assert f"O {model.edges.counts[8]} (edge inherited)" in rare.summary()
+
+
+class TestThreshold:
+    def test_a_number_is_itself(self, model: UncertaintyModel):
+        assert model.threshold(0.3) == 0.3
+        assert model.threshold(1) == 1.0
+        assert model.threshold(np.float32(0.25)) == 0.25  # pyright: ignore
+        assert isinstance(model.threshold(np.float64(0.3)), float)
+
+    def test_a_quantile_is_that_of_the_readings(self, model: UncertaintyModel):
+        readings = model.record.readings(Reduction("mean"))
+        assert len(readings) == 60
+        assert model.threshold(Quantile(0.8), Reduction("mean")) == np.quantile(readings, 0.8)
+        assert model.threshold(Quantile(0.5)) == np.quantile(model.record.readings(Reduction("max")), 0.5)
+
+    def test_readings_are_those_of_a_prediction(self, model: UncertaintyModel, calculator: ToyCalculator):
+        predictor = Predictor(load_backend(calculator), model)
+        frames = labelled_frames(60, seed=2)
+        expected = [prediction.atom_uncertainty.max() for prediction in predictor.predict(frames)]
+        # The record is kept in single precision.
+        np.testing.assert_allclose(model.record.readings(Reduction()), expected, rtol=1e-6)
+
+    def test_too_few_frames_for_a_quantile_are_refused(self, model: UncertaintyModel):
+        with pytest.raises(ValueError, match=r"Quantile\(0\.99\) needs at least 100 calibration frames, .* has 60"):
+            model.threshold(Quantile(0.99))
+
+    def test_a_meaning_that_is_none_is_refused(self, model: UncertaintyModel):
+        with pytest.raises(TypeError, match=r"a threshold is a number in eV/Å or a meaning .* not '0\.3'"):
+            model.threshold("0.3")  # pyright: ignore
+
+
+class TestResults:
+    def test_standard_deviations_are_positive_and_in_their_shapes(
+        self, model: UncertaintyModel, calculator: ToyCalculator
+    ):
+        batch = evaluate(load_backend(calculator), labelled_frames(5, seed=3))
+        found = model.apply(batch)
+        n_atoms = len(batch.numbers)
+        shapes = {
+            "forces_uncertainty": (n_atoms, 3),
+            "energy_uncertainty": (5,),
+            "energies_uncertainty": (n_atoms,),
+            "gamma": (n_atoms,),
+        }
+        assert {key: tuple(value.shape) for key, value in found.items()} == shapes
+        assert set(model.results) == set(shapes)
+        assert all(bool((value > 0).all()) for value in found.values())
+
+    def test_energy_uncertainty_is_that_of_the_total(self, model: UncertaintyModel, calculator: ToyCalculator):
+        batch = evaluate(load_backend(calculator), labelled_frames(5, seed=3))
+        fitted = model.methods["bll"]
+        per_atom = fitted.calibrators["energy"].variance(fitted.head(batch).energy).sqrt()
+        torch.testing.assert_close(model.apply(batch)["energy_uncertainty"], per_atom * batch.n_atoms_of_frame)
+
+    def test_an_isotropic_method_gives_three_equal_numbers(self):
+        calculator = ToyCalculator(ELEMENTS)
+        model = fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+        found = model.apply(evaluate(load_backend(calculator), [molecule("CH3OH")]))["forces_uncertainty"]
+        assert found.shape == (6, 3)
+        assert torch.equal(found[:, 0], found[:, 2])
+
+    def test_it_follows_the_dtype_of_nothing(self, model: UncertaintyModel):
+        """A potential in single precision still has its uncertainties in double."""
+        single = load_backend(ToyCalculator(ELEMENTS, direct=True, dtype="float32"))
+        double = load_backend(ToyCalculator(ELEMENTS, direct=True))
+        frames = labelled_frames(5, seed=3)
+        found, expected = model.apply(evaluate(single, frames)), model.apply(evaluate(double, frames))
+        for key, value in expected.items():
+            assert found[key].dtype == torch.float64
+            # Single-precision features, standardised, through a solve of condition number 1e9.
+            torch.testing.assert_close(found[key], value, rtol=0.02, atol=0)
+
+
+class TestOldFile:
+    """A file of format 1 is read and says the same for ever; see fitted/make_v1.py."""
+
+    @pytest.fixture
+    def stored(self) -> dict[str, torch.Tensor]:
+        return load_file(FITTED / "v1_expected.safetensors")
+
+    def test_it_gives_the_numbers_of_the_day_it_was_written(self, stored: dict[str, torch.Tensor]):
+        found = UncertaintyModel.load(FITTED / "v1.uq.safetensors").apply(_evaluation(stored))
+        expected = {name.removeprefix("out/"): value for name, value in stored.items() if name.startswith("out/")}
+        assert (
+            set(found)
+            == set(expected)
+            == {
+                "forces_uncertainty",
+                "energy_uncertainty",
+                "energies_uncertainty",
+                "gamma",
+            }
+        )
+        for key, value in expected.items():
+            # Other versions of the linear algebra behind torch sum in another order.
+            torch.testing.assert_close(found[key], value, rtol=1e-6, atol=0)
+
+    def test_its_provenance_is_read(self):
+        model = UncertaintyModel.load(FITTED / "v1.uq.safetensors")
+        assert model.provenance["train"]["frames"] == 80
+        assert model.provenance["train"]["elements"].keys() == {"H", "O"}
+        assert model.methods["bll"].head.settings["features"] == BLL().features
+        assert "fitted on      80 frames" in model.summary()
+        assert model.threshold(Quantile(0.9)) == pytest.approx(1.4, abs=0.1)
+
+
+def _evaluation(stored: dict[str, torch.Tensor]) -> Evaluation:
+    given = {name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")}
+
+    def parts(prefix: str) -> dict[str, torch.Tensor]:
+        return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+
+    return Evaluation(
+        **{name: value for name, value in given.items() if "." not in name},
+        edges=Edges(**parts("edges.")),
+        energy_layer=EnergyLayer(**parts("energy_layer.")),
+        force_layer=ForceLayer(**parts("force_layer."), force_free=True),
+    )
