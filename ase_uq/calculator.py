@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
@@ -41,7 +42,7 @@ class UncertainCalculator(Calculator):
 
     def __init__(
         self,
-        calculator: Calculator | Backend | str,
+        calculator: BaseCalculator | Backend | str,
         uncertainty_model: UncertaintyModel | str | os.PathLike[str],
     ) -> None:
         super().__init__()
@@ -63,6 +64,9 @@ class UncertainCalculator(Calculator):
         """One forward pass; every result is set, whichever was asked for."""
         super().calculate(atoms, list(properties), list(system_changes))
         assert self.atoms is not None
+        # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
+        keys = self.predictor.backend.info_keys
+        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
         self.results = self.predictor.predict([self.atoms])[0].results
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:

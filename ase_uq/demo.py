@@ -15,7 +15,7 @@ from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.io import read
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+from ase.md.velocitydistribution import Stationary, ZeroRotation
 from tqdm import tqdm
 
 from ase_uq import embedded
@@ -176,7 +176,9 @@ def _heat(
     """The run, and frames of its cold part that were not flagged."""
     flag, halt = thresholds
     rng = np.random.default_rng(seed)
-    MaxwellBoltzmannDistribution(atoms, temperature_K=COLD, rng=rng)
+    # Maxwell and Boltzmann's; ASE's own function has another name since 3.29.
+    spread = np.sqrt(atoms.get_masses() * units.kB * COLD)
+    atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))
     Stationary(atoms)
     ZeroRotation(atoms)
     dynamics = Langevin(atoms, TIMESTEP * units.fs, temperature_K=COLD, friction=0.02 / units.fs, fixcm=False, rng=rng)
@@ -298,7 +300,6 @@ def _draw(run: Run, comparisons: Sequence[Comparison], path: Path) -> None:
     for row in comparisons:
         errors[np.argmin(np.abs(run.time - row.time))] = row.largest_error
     ax = plots.run(run.time, run.readings, flag=run.flag, halt=run.halt, errors=errors, temperature=run.temperature)
-    ax.set_ylabel("largest force uncertainty, error (eV/Å)")
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.savefig(path, dpi=200)

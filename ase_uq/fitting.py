@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator
+from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
 
 from ase_uq.backends import load_backend
@@ -27,10 +27,12 @@ from ase_uq.uncertainty_model import CalibrationRecord, FittedMethod, Uncertaint
 _FEWEST_FRAMES = 10
 # Residuals this many times the forces themselves mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
+# Residuals this small are rounding.
+_OWN_RATIO = 1e-5
 
 
 def fit(
-    calculator: Calculator | Backend | str,
+    calculator: BaseCalculator | Backend | str,
     train: Frames,
     calibration: Frames,
     *,
@@ -273,15 +275,20 @@ def _check_first_frames(
         for batch in batches_of(frames, 100_000):
             backend.check(batch)
     first = calibration[:4]
+    if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
+        raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
     evaluation = backend.evaluate(backend.collate(first))
     targets = targets_of([labels_of(atoms, keys) for atoms in first], evaluation)
     assert evaluation.forces is not None
     assert targets.forces is not None
-    if backend.direct and labels_of(train[0], keys).forces is None:
-        raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
     forces = evaluation.forces.double()
     residual = float((targets.forces - forces).square().mean().sqrt())
     smaller = min(float(targets.forces.square().mean().sqrt()), float(forces.square().mean().sqrt()))
+    if residual < _OWN_RATIO * smaller:
+        raise LabelError(
+            f"the calibration labels are the potential's own forces (they agree to {residual / smaller:.0e}): there "
+            "are no errors to calibrate on. Give the reference that the potential was trained on, such as DFT."
+        )
     if residual > _SUSPICIOUS_RATIO * smaller:
         warnings.warn(
             f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "
@@ -293,9 +300,12 @@ def _check_first_frames(
 
 
 def _digest(atoms: Atoms) -> str:
-    # Files round positions: five digits tell frames apart and survive a round trip.
-    parts = (atoms.numbers.astype(np.int32), atoms.positions.round(5) + 0.0, atoms.cell.array.round(5) + 0.0)
-    return hashlib.sha256(b"".join(np.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
+    # Files round coordinates to eight digits. Rounding each here, however coarsely, would cut some coordinate of a
+    # large frame the other way than its file; three sums over all of them say the same and are cut very rarely.
+    coordinates = np.concatenate([atoms.positions.ravel(), atoms.cell.array.ravel()])
+    waves = np.cos(np.outer([1.0, 2.0, 3.0], np.arange(len(coordinates))))
+    sums = (waves @ coordinates).round(4) + 0.0
+    return hashlib.sha256(atoms.numbers.astype(np.int32).tobytes() + sums.tobytes()).hexdigest()
 
 
 def _provenance(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any]:

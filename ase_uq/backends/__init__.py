@@ -18,6 +18,7 @@ from types import ModuleType
 import torch
 from ase.calculators.calculator import BaseCalculator
 
+from ase_uq import embedded
 from ase_uq.backends.base import Backend
 from ase_uq.errors import MissingDependency
 
@@ -47,7 +48,6 @@ _EMBEDDED = {
     "orb-direct": ("orb", "orb_direct.safetensors"),
     "orb-conservative": ("orb", "orb_conservative.safetensors"),
 }
-_EMBEDDED_FOLDER = Path(__file__).parent.parent / "embedded"
 
 
 def load_backend(calculator: BaseCalculator | str | Backend, *, device: str = "", dtype: str = "") -> Backend:
@@ -203,10 +203,10 @@ def _embedded(name: str) -> tuple[str, str]:
             f"The package carries {', '.join(_EMBEDDED)}."
         )
     prefix, file = _EMBEDDED[name]
-    path = _EMBEDDED_FOLDER / file
-    if not path.is_file():
-        raise FileNotFoundError(f"this installation lacks {file} of embedded:{name}. Install ase-uq again.")
-    return prefix, str(path)
+    try:
+        return prefix, str(embedded.path(file))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"this installation lacks {file} of embedded:{name}. Install ase-uq again.") from error
 
 
 def _suggestion(spec: str) -> str:

@@ -208,6 +208,7 @@ class ToyBackend(Backend):
     def __init__(self, calculator: ToyCalculator) -> None:
         self.calculator = calculator
         self._potential = calculator.potential
+        self.direct = self._potential.direct
         self.elements = frozenset(self._potential.numbers)
         self.results = tuple(calculator.implemented_properties)
 

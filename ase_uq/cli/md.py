@@ -143,7 +143,9 @@ def _check_arguments(
 
 def _start(path: Path, temperature: float, rng: Any) -> "Atoms":
     """The last frame of a file, with its own velocities or those of a temperature."""
-    from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
+    import numpy as np
+    from ase import units
+    from ase.md.velocitydistribution import Stationary, ZeroRotation
 
     from ase_uq.frames import read_frames
 
@@ -151,7 +153,9 @@ def _start(path: Path, temperature: float, rng: Any) -> "Atoms":
     for name in set(atoms.arrays) - _KEPT_ARRAYS:
         del atoms.arrays[name]
     if not atoms.has("momenta"):
-        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=rng)
+        # Maxwell and Boltzmann's; ASE's own function has another name since 3.29.
+        spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
+        atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))
         Stationary(atoms)
         if not atoms.pbc.any():
             ZeroRotation(atoms)

@@ -4,7 +4,7 @@ import importlib
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -40,8 +40,10 @@ def import_silently(name: str) -> None:
             # If this fails, loading fails again, with the message that helps.
             with silence(), suppress(Exception):
                 importlib.import_module(f"ase_uq.backends.{package}")
-    if "warp" in sys.modules:  # of orb: prints a line for every kernel that it loads
-        sys.modules["warp"].config.quiet = True
+    warp: Any = sys.modules.get("warp")  # of orb: prints a line for every kernel that it loads
+    if warp is not None:
+        warp.config.quiet = True
+        warp.config.log_level = getattr(warp, "LOG_WARNING", None)  # its later name
 
 
 def load_potential(model: str, device: str, dtype: str) -> "Backend":

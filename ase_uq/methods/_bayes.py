@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.optimize import brentq
+from scipy.optimize import root_scalar
 from torch import Tensor
 
 from ase_uq.methods._linalg import cholesky
@@ -149,7 +149,7 @@ def maximise_evidence(statistics: Statistics, smallest: float = 0.0) -> Evidence
     # The root of the slope is known to rounding; the minimum of the loss only to the root of it, and then the order
     # in which frames are summed would show in the sixth digit.
     inside = slope(left) < 0 < slope(right)
-    found = float(brentq(slope, left, right, xtol=1e-13) if inside else grid[best])
+    found = float(root_scalar(slope, bracket=(left, right), xtol=1e-13).root if inside else grid[best])
     flat = loss(found) + _FLAT * rows
     boundary = "prior" if loss(highest) <= flat else "data" if loss(lowest) <= flat else ""
     found = {"prior": highest, "data": lowest}.get(boundary, found)

@@ -103,6 +103,7 @@ class BackendContract:
         for key in ("energies", "forces", "stress"):
             assert (getattr(evaluation, key) is not None) == (key in backend.results), key
         assert (evaluation.force_layer is None) == self.conservative
+        assert backend.direct == (not self.conservative)
 
     def test_shapes_of_a_mixed_batch(self, backend: Backend, frames: list[Atoms]):
         e = _evaluate(backend, frames)

@@ -80,10 +80,6 @@ class TestLastReadoutOnly(MACEContract):
     arguments = {"use_last_readout_only": True}  # noqa: RUF012
 
 
-class TestBiasedReadout(MACEContract):
-    arguments = {"readout": "NonLinearBiasReadoutBlock"}  # noqa: RUF012
-
-
 class TestSecondOfThreeHeads(MACEContract):
     arguments = {"heads": ("one", "two", "three"), "head": "two"}  # noqa: RUF012
 
@@ -217,6 +213,27 @@ def test_heads_are_different_potentials():
         backends[0].check_identity(backends[1].identity)
     phis = [evaluate(backend, water()).energy_layer.features for backend in backends]
     assert not torch.allclose(phis[0], phis[1])
+
+
+@pytest.mark.parametrize("head", ["one", "two", "three"])
+@pytest.mark.parametrize("readout", ["NonLinearReadoutBlock", "NonLinearBiasReadoutBlock"])
+def test_every_head_has_its_own_last_layer(head: str, readout: str):
+    calculator = calculator_of(heads=("one", "two", "three"), head=head, readout=readout)
+    e = evaluate(load_backend(calculator), water())
+    np.testing.assert_array_equal(e.energies, calculator.get_property("energies", water()))
+    rest = e.energies - e.energy_layer.features @ e.energy_layer.weights
+    assert float(rest[1]) == pytest.approx(float(rest[2]), abs=1e-12), "what is left is one constant an element"
+
+
+def test_padding_of_the_user_is_cut_off():
+    calculator, plain = calculator_of(), load_backend(calculator_of())
+    calculator.pad_num_atoms, calculator.pad_num_edges, calculator._padding_initialized = 20, 400, True
+    backend = load_backend(calculator)
+    found, expected = evaluate(backend, water()), evaluate(plain, water())
+    for name in ("energy", "forces", "stress", "energies", "features", "numbers", "positions", "frame_of_atom"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-12, err_msg=name)
+    np.testing.assert_allclose(found.edges.distance, expected.edges.distance, atol=1e-12)
+    assert calculator.pad_num_atoms == 20
 
 
 def test_settings_outside_the_weights_are_part_of_the_identity():

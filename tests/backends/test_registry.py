@@ -1,6 +1,5 @@
 """Finding the backend of a calculator, building the calculator of a SPEC, and saying what is wrong with one."""
 
-import importlib.metadata
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +7,14 @@ from types import ModuleType
 
 import pytest
 import torch
+from ase import Atoms
 from ase.calculators.emt import EMT
+from ase.io import read
 
-from ase_uq import backends
+from ase_uq import backends, embedded
 from ase_uq.backends import available_backends, calculator_from_spec, load_backend
-from ase_uq.backends.mace import MACECalculator, save_potential
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import MissingDependency
-
-from .builders import make_mace
 
 PLUGIN = """
 from ase.calculators.emt import EMT
@@ -50,7 +48,6 @@ def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
     (metadata / "entry_points.txt").write_text("[ase_uq.backends]\nplugin = some_plugin\n")
     monkeypatch.syspath_prepend(tmp_path)
-    importlib.metadata.MetadataPathFinder.invalidate_caches()
     monkeypatch.delitem(sys.modules, "some_plugin", raising=False)
     return "some_plugin"
 
@@ -151,13 +148,20 @@ def test_unknown_prefix():
         load_backend("maze:x")
 
 
-def test_embedded_potentials(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "_EMBEDDED_FOLDER", tmp_path)
+@pytest.mark.parametrize("name", ["mace", "orb-direct"])
+def test_embedded_potentials(name: str):
+    backend = load_backend(f"embedded:{name}", device="cpu")
+    atoms = read(embedded.path("malonaldehyde.xyz"))
+    assert isinstance(atoms, Atoms)
+    forces = backend.evaluate(backend.collate([atoms])).forces
+    assert forces is not None
+    assert 0 < float(forces.abs().max()) < 10
+
+
+def test_embedded_potentials_that_are_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(embedded, "_FOLDER", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"this installation lacks mace\.safetensors of embedded:mace"):
         load_backend("embedded:mace")
-    save_potential(make_mace(), tmp_path / "mace.safetensors")
-    calculator = calculator_from_spec("embedded:mace")
-    assert isinstance(calculator, MACECalculator)
     with pytest.raises(
         ValueError, match=r"no embedded potential 'orb-directs'\. Did you mean orb-direct.* carries mace"
     ):
@@ -231,13 +235,13 @@ class TestPlugins:
         assert load_backend("plugin:").name == "plugin"
 
     def test_calculator_that_no_plugin_takes(self, plugin: str):
-        with pytest.raises(TypeError, match="no backend knows EMT .* Backends here: mace, orb, plugin, toy"):
+        with pytest.raises(TypeError, match=r"no backend knows EMT .* Backends here: mace, orb, plugin, toy"):
             load_backend(EMT())
 
     def test_missing_package(self, plugin: str, tmp_path: Path):
         (tmp_path / "some_plugin.py").write_text("import not_installed_anywhere")
         with pytest.raises(
-            MissingDependency, match="plugin backend cannot be imported .*pip install --upgrade some-plu"
+            MissingDependency, match=r"plugin backend cannot be imported .*pip install --upgrade some-plu"
         ):
             load_backend("plugin:")
         with pytest.raises(TypeError, match=r"Plugins that could not be asked: the plugin backend cannot be imported"):

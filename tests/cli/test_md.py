@@ -46,14 +46,14 @@ def test_nothing_of_the_start_stands_beside_later_positions(md, files):
 def test_a_halted_run(md, files, tmp_path):
     start = read(files.start)
     words = ["--trajectory", "run.xyz", "--interval", 7, "--frames", "flagged.xyz", "--log", "run.csv"]
-    result = md("--flag", "q0.5", "--halt", "q0.99", *words, temperature=3000, steps=500)
+    result = md("--flag", "q0.5", "--halt", "q0.9", *words, temperature=3000, steps=500)
     assert result.exit_code == 3
     assert result.stdout == ""
     log, frames, flagged = rows("run.csv"), read_frames("run.xyz"), read_frames("flagged.xyz")
     step = int(log[-1]["step"])
     assert 0 < step < 500
     assert log[-1]["level"] == "halt"
-    halt = UncertaintyModel.load(files.uq).threshold(Quantile(0.99))
+    halt = UncertaintyModel.load(files.uq).threshold(Quantile(0.9))
     message = next(line for line in result.stderr.splitlines() if line.startswith("halted"))
     assert message.startswith(f"halted at step {step}, {step * 0.25:.6g} fs: ")
     assert f"reached halt at {halt:.4g} eV/A" in message

@@ -1,0 +1,138 @@
+"""What the figures show, read back from their axes; how they look is for eyes."""
+
+import importlib
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+mpl.use("Agg")
+
+from matplotlib import pyplot as plt
+from scipy import stats
+
+from ase_uq import metrics
+from ase_uq.errors import MissingDependency
+from ase_uq.report import plots
+
+
+@pytest.fixture(autouse=True)
+def _closed_figures():
+    yield
+    plt.close("all")
+
+
+def line(ax, label):
+    (found,) = [line for line in ax.lines if line.get_label().startswith(label)]
+    return found.get_xydata()
+
+
+def labels(ax):
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+# Along a run
+
+
+def test_run_shows_readings_thresholds_and_what_is_above():
+    time, readings = np.arange(5) / 2, [0.1, 0.3, np.inf, 0.2, 0.6]
+    ax = plots.run(time, readings, flag=0.2, halt=0.5)
+    np.testing.assert_allclose(line(ax, "predicted")[:, 0], time)
+    np.testing.assert_array_equal(line(ax, "predicted")[:, 1], [0.1, 0.3, np.nan, 0.2, 0.6])
+    np.testing.assert_allclose(line(ax, "flagged"), [[0.5, 0.3], [1.5, 0.2], [2, 0.6]])
+    assert [text.get_text() for text in ax.texts] == ["flag", "halt"]
+    assert labels(ax) == ["predicted uncertainty", "flagged frame"]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (fs)", "force uncertainty (eV/Å)")
+
+
+def test_run_shows_errors_where_they_are_known():
+    ax = plots.run([0, 1, 2], [0.1, 0.1, 0.1], errors=[np.nan, 0.3, np.nan])
+    np.testing.assert_allclose(line(ax, "true error"), [[1, 0.3]])
+    assert ax.get_ylabel() == "force uncertainty, error (eV/Å)"
+
+
+def test_run_has_the_temperature_on_its_own_axis():
+    ax = plots.run([0, 1, 2], [0.1, 0.1, 0.1], temperature=[300, 400, 500])
+    _, right = ax.figure.axes
+    np.testing.assert_allclose(line(right, "temperature")[:, 1], [300, 400, 500])
+    assert right.get_ylabel() == "temperature (K)"
+    assert ax.get_zorder() > right.get_zorder()
+    assert labels(ax) == ["temperature", "predicted uncertainty"]
+
+
+# Errors against uncertainties
+
+
+@pytest.mark.parametrize("components", [1, 3])
+def test_bands_hold_their_share_of_calibrated_errors(components):
+    rng = np.random.default_rng(0)
+    std = np.exp(rng.normal(size=20000))
+    errors = np.linalg.norm(std[:, None] * rng.normal(size=(20000, components)), axis=1)
+    uncertainties = std * np.sqrt(components)
+    ax = plots.error_against_uncertainty(errors, uncertainties, components=components)
+    for band, level in zip(ax.collections, (0.95, 0.68), strict=True):
+        corners = band.get_paths()[0].vertices
+        ratios = corners[:, 1] / corners[:, 0]
+        low, high = ratios.min(), ratios.max()
+        quantiles = stats.chi(components).ppf([0.5 - level / 2, 0.5 + level / 2]) / np.sqrt(components)
+        np.testing.assert_allclose([low, high], quantiles)
+        inside = (errors > low * uncertainties) & (errors < high * uncertainties)
+        assert inside.mean() == pytest.approx(level, abs=0.01)
+    binned = line(ax, "root mean square")
+    np.testing.assert_allclose(binned[:, 1] / binned[:, 0], 1, atol=0.1)
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
+    assert ax.texts[0].get_text() == f"Spearman {metrics.spearman(errors, uncertainties):.2f}"
+
+
+def test_what_logarithms_cannot_show_is_left_out():
+    ax = plots.error_against_uncertainty([0.0, 1.0, -2.0, 3.0], [1.0, 1.0, 2.0, np.inf], components=1)
+    points = next(line for line in ax.lines if line.get_linestyle() == "None").get_xydata()
+    np.testing.assert_allclose(points, [[1, 1], [2, 2]])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plots.error_against_uncertainty([0.0], [1.0])
+
+
+# Reliability
+
+
+def test_reliability_is_coverage_against_level():
+    rng = np.random.default_rng(0)
+    residuals = 2 * rng.normal(size=(500, 3))
+    ax = plots.reliability(residuals, 1.0, label="before")
+    levels, observed = line(ax, "before").T
+    zeros = np.zeros_like(residuals)
+    for level, fraction in list(zip(levels, observed, strict=True))[1:-1]:
+        assert fraction == pytest.approx(metrics.coverage(residuals, zeros, 1.0, level=level))
+    assert labels(ax) == [f"before, area {metrics.miscalibration_area(residuals, zeros, 1.0):.3f}"]
+
+
+def test_several_curves_share_the_diagonal():
+    residuals = np.random.default_rng(0).normal(size=100)
+    ax = plots.reliability(residuals, 1.0)
+    assert plots.reliability(residuals, 2.0, label="after", ax=ax) is ax
+    assert len(ax.lines) == 3
+    assert [text.split(",")[0] for text in labels(ax)] == ["model", "after"]
+
+
+# All of them
+
+
+@pytest.mark.parametrize("draw", [plots.run, plots.error_against_uncertainty, plots.reliability])
+def test_figures_draw_into_the_given_axes(draw):
+    _, ax = plt.subplots()
+    assert draw([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ax=ax) is ax
+    assert len(plt.get_fignums()) == 1
+
+
+@pytest.mark.parametrize("draw", [plots.run, plots.error_against_uncertainty])
+def test_lengths_must_agree(draw):
+    with pytest.raises(ValueError, match=r"has 3 values, \w+ 2"):
+        draw([1, 2, 3], [1, 2])
+
+
+def test_without_matplotlib_the_install_line_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "ase_uq.report.plots")
+    with pytest.raises(MissingDependency, match=r'pip install "ase-uq\[report\]"'):
+        importlib.import_module("ase_uq.report.plots")

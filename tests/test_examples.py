@@ -1,0 +1,53 @@
+"""Every example runs as it stands, in an empty folder; the one on real data on a part of it."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+def run(name: str, folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / name, *arguments], cwd=folder, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_here():
+    assert {file.name for file in EXAMPLES.glob("*.py")} == {
+        "01_real_data.py",
+        "02_md_that_halts.py",
+        "03_your_own_frames.py",
+    }
+
+
+@pytest.mark.usefixtures("shared_data")
+def test_real_data(tmp_path: Path):
+    text = run("01_real_data.py", tmp_path, "--every", "8")
+    forces, energies = text.split("forces, eV/Å\n")[1].split("energies per atom, eV\n")
+    for table in (forces, energies):
+        assert [line.split("  ")[0] for line in table.splitlines()] == ["300 K", "600 K"]
+    for line in forces.splitlines():
+        (before, after) = map(float, re.findall(r"([\d.]+) → +([\d.]+)$", line)[0])
+        # Calibration takes the mean z² of the forces nearer to 1.
+        assert abs(after - 1) < abs(before - 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_md_that_halts(tmp_path: Path):
+    text = run("02_md_that_halts.py", tmp_path)
+    assert "halted at step" in text
+    assert "then 100 quiet steps" in text
+    assert (tmp_path / "flagged.xyz").exists()
+
+
+def test_your_own_frames(tmp_path: Path):
+    text = run("03_your_own_frames.py", tmp_path)
+    assert "test_300K.xyz: force MAE" in text
+    assert "atom 0 O" in text
+    assert (tmp_path / "my.uq.safetensors").exists()

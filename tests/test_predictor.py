@@ -1,0 +1,144 @@
+"""The one road from structures to numbers."""
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import molecule
+
+from ase_uq import Prediction, Predictor, UncertaintyModel, fit
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import InputError
+from ase_uq.properties import PROPERTIES, STANDARD
+from ase_uq.testing.methods import ELEMENTS, labelled_frames
+
+pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")
+
+
+def made(direct: bool, dtype: str = "float64") -> Predictor:
+    calculator = ToyCalculator(ELEMENTS, direct=direct, dtype=dtype)
+    cell = None if direct else 4.5
+    train, held_out = labelled_frames(30, seed=1, cell=cell), labelled_frames(30, seed=2, cell=cell)
+    return Predictor(load_backend(calculator), fit(calculator, train, held_out, progress=False))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["conservative", "direct"])
+def predictor(request: pytest.FixtureRequest) -> Predictor:
+    return made(request.param)
+
+
+@pytest.fixture
+def frames() -> list[Atoms]:
+    """Mixed sizes, one of a single atom, one periodic."""
+    return [*labelled_frames(4, seed=3), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=4, cell=4.5)]
+
+
+def test_every_key_has_its_shape(predictor: Predictor, frames: list[Atoms]):
+    for atoms, prediction in zip(frames, predictor.predict(frames), strict=True):
+        assert set(prediction.results) == set(predictor.results)
+        for key, value in prediction.results.items():
+            entry = PROPERTIES[key]
+            shape = (len(atoms), *entry.shape) if entry.per_atom else entry.shape
+            if shape == ():
+                assert type(value) is float, key
+            else:
+                assert isinstance(value, np.ndarray)
+                assert value.shape == shape, key
+                assert value.flags.owndata, key
+
+
+def test_mean_is_that_of_the_bare_calculator_bit_for_bit(predictor: Predictor, frames: list[Atoms]):
+    bare = ToyCalculator(ELEMENTS, direct=predictor.backend.direct)
+    for atoms in frames:
+        (prediction,) = predictor.predict([atoms])
+        for key in predictor.backend.results:
+            np.testing.assert_array_equal(prediction[key], bare.get_property(key, atoms.copy()), err_msg=key)
+
+
+def test_a_batch_of_mixed_sizes_is_its_singles(predictor: Predictor, frames: list[Atoms]):
+    together = predictor.predict(frames)
+    for atoms, prediction in zip(frames, together, strict=True):
+        (alone,) = predictor.predict([atoms])
+        for key, value in alone.results.items():
+            # Other orders of summation, through a solve of condition number 1e9.
+            np.testing.assert_allclose(prediction[key], value, rtol=1e-5, atol=1e-10, err_msg=key)
+
+
+def test_predictions_come_in_the_order_of_the_frames(predictor: Predictor, frames: list[Atoms]):
+    forwards, backwards = predictor.predict(frames), predictor.predict(frames[::-1])
+    for one, other in zip(forwards, reversed(backwards), strict=True):
+        np.testing.assert_allclose(one["forces"], other["forces"], atol=1e-10)
+        np.testing.assert_allclose(one["gamma"], other["gamma"], rtol=1e-5)
+
+
+def test_frames_are_not_changed(predictor: Predictor, frames: list[Atoms]):
+    before = [atoms.copy() for atoms in frames]
+    predictor.predict(frames)
+    for atoms, copy in zip(frames, before, strict=True):
+        assert atoms == copy
+        assert atoms.calc is None
+        assert atoms.arrays.keys() == copy.arrays.keys()
+
+
+def test_results_are_the_callers_own(predictor: Predictor, frames: list[Atoms]):
+    first = predictor.predict(frames)
+    for prediction in first:
+        prediction["forces"][:] = 0
+        prediction["forces_uncertainty"][:] = 0
+    for prediction in predictor.predict(frames):
+        assert prediction["forces_uncertainty"].all()
+
+
+def test_single_precision_gives_the_same_to_its_digits():
+    single, double = made(True, "float32"), made(True)
+    atoms = molecule("CH3OH")
+    (one,), (other,) = single.predict([atoms]), double.predict([atoms])
+    assert one["forces"].dtype == np.float32
+    np.testing.assert_allclose(one["forces"], other["forces"], atol=1e-4)
+    # Fitted in single precision as well: features of seven digits, a ridge of 1e-9.
+    np.testing.assert_allclose(one["forces_uncertainty"], other["forces_uncertainty"], rtol=0.05)
+
+
+def test_nothing_to_predict_is_an_error(predictor: Predictor):
+    with pytest.raises(InputError, match="there is no structure to evaluate"):
+        predictor.predict([])
+
+
+def test_a_structure_that_cannot_be_evaluated_is_named(predictor: Predictor, frames: list[Atoms]):
+    frames[2].positions[0] = np.nan
+    with pytest.raises(InputError, match=r"positions of structure 2 .* are not finite"):
+        predictor.predict(frames)
+
+
+def test_the_scalar_of_an_atom_is_the_norm(predictor: Predictor, frames: list[Atoms]):
+    (prediction,) = predictor.predict(frames[:1])
+    np.testing.assert_allclose(
+        prediction.atom_uncertainty, np.sqrt((prediction["forces_uncertainty"] ** 2).sum(1)), rtol=1e-14
+    )
+
+
+def test_standard_results_are_those_that_ase_knows():
+    prediction = Prediction({"energy": 1.0, "forces": np.zeros((1, 3)), "gamma": np.ones(1), "node_energy": np.ones(1)})
+    assert prediction.standard().keys() == {"energy", "forces"}
+    assert set(prediction.standard()) <= set(STANDARD)
+
+
+def test_extras_of_the_wrapped_calculator_pass_through(predictor: Predictor, frames, monkeypatch: pytest.MonkeyPatch):
+    import dataclasses
+
+    evaluate = type(predictor.backend)._evaluate
+
+    def with_extra(self, batch, forces):
+        evaluation = evaluate(self, batch, forces)
+        return dataclasses.replace(evaluation, extras={"charges": evaluation.positions[:, 0] * 2})
+
+    monkeypatch.setattr(type(predictor.backend), "_evaluate", with_extra)
+    for atoms, prediction in zip(frames, predictor.predict(frames), strict=True):
+        np.testing.assert_allclose(prediction["charges"], 2 * atoms.positions[:, 0])
+
+
+def test_one_model_serves_two_predictors(predictor: Predictor, frames: list[Atoms]):
+    model: UncertaintyModel = predictor.uncertainty_model
+    other = Predictor(load_backend(ToyCalculator(ELEMENTS, direct=predictor.backend.direct)), model)
+    for one, two in zip(predictor.predict(frames), other.predict(frames), strict=True):
+        np.testing.assert_array_equal(one["forces_uncertainty"], two["forces_uncertainty"])
