@@ -32,7 +32,7 @@ parser.add_argument("tests", nargs="*", default=TESTS, metavar="NAME=FILE", help
 parser.add_argument("--train", default=ACAC / "train_300K.xyz")
 parser.add_argument("--calibration", default=ACAC / "calib_300K.xyz")
 parser.add_argument("--every", type=int, default=1, help="take every n-th frame only")
-arguments = parser.parse_args()
+arguments = parser.parse_intermixed_args()
 
 
 def frames_of(path):

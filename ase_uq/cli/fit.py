@@ -65,14 +65,14 @@ def fit(
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")
     seed_all(seed)
-    given = (energy_key, forces_key, stress_key)
-    keys = tuple(key or default for key, default in zip(given, LABEL_KEYS[0], strict=True)) if any(given) else None
+    energy, forces, stress = LABEL_KEYS[0]
+    keys = (energy_key or energy, forces_key or forces, stress_key or stress)
     fitted = fit_model(
         load_potential(model, device, dtype),
         train_frames,
         calibration_frames,
         methods=[make_method("bll", features=features.value)],
-        label_keys=keys,
+        label_keys=keys if energy_key or forces_key or stress_key else None,
         batch_atoms=batch_atoms,
     )
     fitted.save(out)

@@ -14,6 +14,7 @@ The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Cho
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -114,10 +115,8 @@ class BLLHead(Head):
     def forward(self, evaluation: Evaluation) -> Raw:
         features = _atom_features(evaluation, self._settings["features"])
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
-        sites = torch.stack(
-            [distance, *(sum_over_sites(distance, evaluation.edges, radius) for radius in self._settings["radii"])], 1
-        )
-        forces = sites[:, None, :]
+        sites = sum_over_sites(distance, evaluation.edges, self._settings["radii"])
+        forces = torch.cat([distance[:, None], sites], 1)[:, None, :]
         if evaluation.force_layer is not None:
             exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
             forces = torch.cat([exact[:, :, None], forces.expand(-1, 3, -1)], 2)
@@ -132,15 +131,16 @@ class BLLHead(Head):
         return Raw(forces=forces, energy=energy, energies=energies, stress=mean_distance, distance=distance)
 
 
-def sum_over_sites(values: Tensor, edges: Edges, radius: float) -> Tensor:
-    """(n_atoms,) own value plus the cosine-weighted sum over the neighbours within `radius` Å.
+def sum_over_sites(values: Tensor, edges: Edges, radii: Sequence[float]) -> Tensor:
+    """(n_atoms, n_radii) own value plus the cosine-weighted sum over the neighbours within each radius, Å.
 
     weight(r) = ½(1 + cos πr/radius): falls smoothly to zero, so that a neighbour may come and go.
     """
-    near = edges.distance < radius
-    distance = edges.distance[near].double()
-    weight = 0.5 * (1 + torch.cos(torch.pi * distance / radius))
-    return values.index_add(0, edges.target[near], weight * values[edges.source[near]])
+    # All radii at once: on a GPU a small structure costs as many launches as there are operations.
+    share = edges.distance.double()[:, None] / torch.tensor(radii, dtype=torch.float64, device=values.device)
+    weight = 0.5 * (1 + torch.cos(torch.pi * share.clamp(max=1)))
+    own = values[:, None].expand(-1, len(radii))
+    return own.index_add(0, edges.target, weight * values[edges.source, None])
 
 
 def projected_leverage(layer: ForceLayer, root: Tensor, evaluation: Evaluation) -> Tensor:

@@ -185,7 +185,7 @@ class TestSites:
         def at(r: float) -> float:
             pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([r, r], dtype=torch.float64)
             values = torch.tensor([1.0, 1.0], dtype=torch.float64)
-            return float(sum_over_sites(values, Edges(*pair), 2.0)[0])
+            return float(sum_over_sites(values, Edges(*pair), [2.0])[0, 0])
 
         assert at(0.0) == 2.0
         assert at(1.0) == pytest.approx(1.5)
@@ -195,7 +195,7 @@ class TestSites:
     def test_values_are_not_changed(self):
         values = torch.ones(2, dtype=torch.float64)
         edges = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
-        sum_over_sites(values, edges, 2.0)
+        sum_over_sites(values, edges, [2.0])
         assert values.tolist() == [1.0, 1.0]
 
     def test_turning_a_molecule_changes_nothing(self, conservative: Backend, frames: list[Atoms]):
