@@ -50,7 +50,8 @@ class Distributed:
     def sum(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # One flat message: many small ones cost more than they carry.
         flat = torch.cat([statistics[name].reshape(-1) for name in sorted(statistics)])
-        home, flat = flat.device, flat.to(self._device, copy=True)
+        home = flat.device
+        flat = flat.to(self._device)
         dist.all_reduce(flat)
         flat = flat.to(home)
         summed, start = {}, 0

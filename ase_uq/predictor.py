@@ -86,7 +86,7 @@ def _split(evaluation: Evaluation, uncertainties: Mapping[str, Tensor]) -> list[
         for key, array in arrays.items():
             entry = find_property(key)
             per_atom = entry is None or entry.per_atom  # extras are per atom
-            part = array[start:end].copy() if per_atom else array[frame]
+            part = array[start:end] if per_atom else array[frame]
             results[key] = float(part) if part.ndim == 0 else np.array(part)
         predictions.append(Prediction(results))
     return predictions

@@ -1,12 +1,15 @@
 """What every test may use."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-# The structures are small: more threads would wait for each other, and timings would depend on the machine.
-torch.set_num_threads(2)
+# The structures are small: threads would wait for each other, on a busy machine for longer than they work. The
+# variable is for the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -18,22 +18,28 @@ class Potential(StrEnum):
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the frames and the figure.")] = Path(
-        "ase_uq_demo"
-    ),
+    out: Annotated[
+        Path, typer.Option("--out", metavar="DIR", help="Folder for its files; those of an earlier demo go.")
+    ] = Path("ase_uq_demo"),
     potential: Annotated[Potential, typer.Option("--potential", help="Embedded potential to heat.")] = Potential.mace,
     seed: Seed = 0,
 ) -> None:
     """Heat a small molecule until its potential no longer knows, then ask the reference who was right.
 
-    A potential trained at 300 K is driven to 2000 K. The run halts itself; the frames it flagged are labelled with
-    GFN2-xTB, and predicted uncertainties stand beside true errors, in a table and in DIR/demo.png. Offline, about
-    half a minute.
+    A potential trained at 300 K is driven towards 2000 K. The run halts itself; the frames it flagged are labelled
+    with GFN2-xTB, and predicted uncertainties stand beside true errors, in a table and in DIR/demo.png. Offline,
+    about half a minute.
 
     [dim]ase-uq demo --potential orb-conservative[/]
     """
+    import torch
+
+    import torch
+
     from ase_uq.cli.potential import import_silently
     from ase_uq.demo import run_demo
 
+    torch.set_num_threads(1)  # nine atoms: more threads would wait for each other
     import_silently(potential.value)
+    torch.set_num_threads(1)  # nine atoms: threads would only wait for each other
     run_demo(out, potential.value, seed=seed, tell=typer.echo)

@@ -3,10 +3,6 @@
 from pathlib import Path
 
 import pytest
-import torch
-
-# The models are tiny: with two threads on a busy machine they wait for each other ten times as long as they work.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -208,6 +208,7 @@ class TestSites:
 SHAPES = {
     "bent": molecule("H2O"),
     "linear": molecule("CO2"),
+    "linear, askew": Atoms("OCO", np.outer([-1.2, 0.0, 1.2], [0.48, 0.6, 0.64]) + 0.3),
     "one atom": Atoms("O", [(0.3, 0.2, 0.1)]),
     "periodic": molecule("CH3OH", cell=[5.0] * 3, pbc=True),
     "two atoms": molecule("CO"),
