@@ -299,7 +299,15 @@ def _draw(run: Run, comparisons: Sequence[Comparison], path: Path) -> None:
     errors = np.full(len(run.time), np.nan)
     for row in comparisons:
         errors[np.argmin(np.abs(run.time - row.time))] = row.largest_error
-    ax = plots.run(run.time, run.readings, flag=run.flag, halt=run.halt, errors=errors, temperature=run.temperature)
+    ax = plots.run(
+        run.time,
+        run.readings,
+        flag=run.flag,
+        halt=run.halt,
+        errors=errors,
+        temperature=run.temperature,
+        log=True,  # far from home, errors are many times the uncertainty
+    )
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.savefig(path, dpi=200)

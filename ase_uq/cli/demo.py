@@ -34,12 +34,9 @@ def demo(
     """
     import torch
 
-    import torch
-
     from ase_uq.cli.potential import import_silently
     from ase_uq.demo import run_demo
 
-    torch.set_num_threads(1)  # nine atoms: more threads would wait for each other
     import_silently(potential.value)
     torch.set_num_threads(1)  # nine atoms: threads would only wait for each other
     run_demo(out, potential.value, seed=seed, tell=typer.echo)

@@ -31,6 +31,7 @@ def run(
     halt: float | None = None,
     errors: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
+    log: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
     """Uncertainty along a run, with its thresholds, flagged frames and true errors.
@@ -42,6 +43,7 @@ def run(
         halt: Threshold, eV/Å.
         errors: (n,) true error of the same kind as the readings, eV/Å; NaN where it is not known.
         temperature: (n,) K, on an axis of its own at the right.
+        log: Whether uncertainties and errors stand on a logarithmic axis.
         ax: Where to draw.
 
     Returns:
@@ -79,7 +81,10 @@ def run(
         style = {"ms": 4.5, "mfc": "white", "mec": "black", "mew": 0.9}
         handles += ax.plot(time[shown], known[shown], "D", label="true error", **style)
     ax.set(xlabel="time (fs)", ylabel="force uncertainty, error (eV/Å)" if errors is not None else _UNCERTAINTY)
-    ax.set_ylim(bottom=0)
+    if log:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
     # Above the axes: a run that heats up fills all of them.
     ax.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))

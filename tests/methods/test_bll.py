@@ -120,6 +120,13 @@ class TestEnergy:
         expected = np.einsum("id,de,ie->i", atoms, inverse, atoms) * len(frames) / gamma
         np.testing.assert_allclose(raw.energies, expected, rtol=1e-6)
 
+    def test_labels_without_noise_leave_the_ridge_as_prior(self, conservative: Backend, frames: list[Atoms]):
+        """Their evidence wants no prior, and the posterior would then be the rounding of the gram matrix."""
+        exact = with_labels([atoms.copy() for atoms in frames], noise=0.0)
+        head = fit_head(BLL(ridge=RIDGE), conservative, exact)
+        assert head.settings["energy"]["boundary"] == "data"
+        assert head.settings["energy"]["prior_precision"] == pytest.approx(RIDGE * len(frames))
+
     def test_second_score_and_stress_are_the_mean_distance(self, conservative: Backend, frames: list[Atoms]):
         raw = fit_head(BLL(), conservative, frames)(batch := evaluate(conservative, frames))
         expected = [float(raw.distance[batch.frame_of_atom == k].mean()) for k in range(len(frames))]

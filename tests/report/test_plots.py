@@ -61,6 +61,12 @@ def test_run_has_the_temperature_on_its_own_axis():
     assert labels(ax) == ["temperature", "predicted uncertainty"]
 
 
+def test_run_starts_at_zero_or_is_logarithmic():
+    linear = plots.run([0, 1], [0.1, 0.2])
+    assert (linear.get_yscale(), linear.get_ylim()[0]) == ("linear", 0)
+    assert plots.run([0, 1], [0.1, 0.2], log=True).get_yscale() == "log"
+
+
 # Errors against uncertainties
 
 
