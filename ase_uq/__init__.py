@@ -5,6 +5,7 @@
 Importing this package imports neither mace nor orb_models and changes nothing in the process.
 """
 
+from ase_uq import metrics
 from ase_uq.backends import available_backends, load_backend
 from ase_uq.calculator import UncertainCalculator
 from ase_uq.dynamics import (
@@ -47,6 +48,7 @@ __all__ = [
     "available_methods",
     "fit",
     "load_backend",
+    "metrics",
     "read_frames",
     "write_frames",
 ]

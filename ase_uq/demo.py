@@ -143,8 +143,8 @@ def run_demo(
     assert isinstance(start, Atoms)
     atoms = Atoms(start.numbers, start.positions, calculator=calculator)  # without the labels of the file
     flag = calculator.threshold(FLAG)
-    thresholds = (flag, HALT_BY_FLAG * flag if halt is None else halt)
-    run, cold_frames = _heat(atoms, cold_steps, heating_steps, thresholds, flagged, seed, progress)
+    levels = (flag, HALT_BY_FLAG * flag if halt is None else halt)
+    run, cold_frames = _heat(atoms, (cold_steps, heating_steps), levels, flagged, seed, progress)
     flagged_frames = read_frames(flagged) if flagged.exists() else []
     tell(f"  {run.halted or f'not halted within {heating_steps * TIMESTEP:.0f} fs of heating'}")
     tell(f"  {len(flagged_frames)} frames above {run.flag:.3f} eV/Å (99 % of the calibration frames stay below it)")
@@ -165,16 +165,10 @@ def _check_installed() -> None:
 
 
 def _heat(
-    atoms: Atoms,
-    cold_steps: int,
-    heating_steps: int,
-    thresholds: tuple[float, float],
-    flagged: Path,
-    seed: int,
-    progress: bool,
+    atoms: Atoms, steps: tuple[int, int], levels: tuple[float, float], flagged: Path, seed: int, progress: bool
 ) -> tuple[Run, list[Atoms]]:
-    """The run, and frames of its cold part that were not flagged."""
-    flag, halt = thresholds
+    """The run, and frames of its cold part that were not flagged; `steps` cold and heating, `levels` flag and halt."""
+    (cold_steps, heating_steps), (flag, halt) = steps, levels
     rng = np.random.default_rng(seed)
     # Maxwell and Boltzmann's; ASE's own function has another name since 3.29.
     spread = np.sqrt(atoms.get_masses() * units.kB * COLD)
@@ -256,11 +250,8 @@ def _table(comparisons: Sequence[Comparison]) -> list[str]:
     """A few frames of either kind, as lines."""
     flagged = [row for row in comparisons if row.is_flagged]
     cold = [row for row in comparisons if not row.is_flagged]
-    lines = [
-        "",
-        "   time  thermostat  uncertainty  largest error  RMS error   the proton",
-        "     fs           K         eV/Å           eV/Å       eV/Å",
-    ]
+    head = "   time  thermostat  uncertainty  largest error  RMS error   the proton"
+    lines = ["", head, "     fs           K         eV/Å           eV/Å       eV/Å"]
     for rows, count in ((cold, _COLD_LABELS // 2), (flagged, _ROWS)):
         shown = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), count))]
         lines += [
@@ -273,10 +264,8 @@ def _table(comparisons: Sequence[Comparison]) -> list[str]:
 
 def _verdict(comparisons: Sequence[Comparison]) -> list[str]:
     lines = []
-    for kind, rows in (
-        ("not flagged", [row for row in comparisons if not row.is_flagged]),
-        ("flagged", [row for row in comparisons if row.is_flagged]),
-    ):
+    for kind, is_flagged in (("not flagged", False), ("flagged", True)):
+        rows = [row for row in comparisons if row.is_flagged == is_flagged]
         if rows:
             predicted, true = (
                 np.median([getattr(row, name) for row in rows]) for name in ("predicted", "largest_error")
@@ -288,6 +277,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> list[str]:
     if len(comparisons) > 2:
         rho = spearman([row.largest_error for row in comparisons], [row.predicted for row in comparisons])
         lines.append(f"  rank correlation of the two over all frames: {rho:.2f}")
+    lines.append("  (Far from its data an uncertainty says that the potential does not know, not by how much.)")
     return lines
 
 
@@ -299,15 +289,9 @@ def _draw(run: Run, comparisons: Sequence[Comparison], path: Path) -> None:
     errors = np.full(len(run.time), np.nan)
     for row in comparisons:
         errors[np.argmin(np.abs(run.time - row.time))] = row.largest_error
-    ax = plots.run(
-        run.time,
-        run.readings,
-        flag=run.flag,
-        halt=run.halt,
-        errors=errors,
-        temperature=run.temperature,
-        log=True,  # far from home, errors are many times the uncertainty
-    )
+    # Logarithmic: far from home, errors are many times the uncertainty.
+    levels = {"flag": run.flag, "halt": run.halt, "log": True}
+    ax = plots.run(run.time, run.readings, errors=errors, temperature=run.temperature, **levels)
     figure = ax.get_figure(root=True)
     assert figure is not None
     figure.savefig(path, dpi=200)

@@ -18,11 +18,13 @@ class Edges:
         source: (n_edges,) index of the neighbour.
         target: (n_edges,) index of the atom whose neighbour it is.
         distance: (n_edges,) Å.
+        cutoff: Å; no pair farther apart is listed.
     """
 
     source: Tensor
     target: Tensor
     distance: Tensor
+    cutoff: float = float("inf")
 
 
 @dataclass(frozen=True)

@@ -164,6 +164,8 @@ def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
 
 def _voigt(stress: Any) -> np.ndarray:
     stress = np.asarray(stress, float)
+    if stress.size not in (6, 9):
+        raise LabelError(f"a reference stress has shape {stress.shape}; 6 (Voigt) or 9 numbers were expected.")
     return stress if stress.shape == (6,) else full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
 
 

@@ -1,6 +1,6 @@
 """Fits the uncertainty models of the embedded potentials.
 
-    python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; two minutes)
+python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; two minutes)
 """
 
 import sys

@@ -15,17 +15,18 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 # What `from ase_uq import *` gives. A name that comes or goes here comes or goes in CHANGELOG.md.
 PUBLIC_NAMES = {
-    "AllOf",
-    "AnyOf",
     "Call",
-    "Cusum",
     "Flag",
     "Halt",
     "Log",
     "Patience",
+    "Prediction",
     "Predictor",
     "Quantile",
+    "Reduction",
     "Threshold",
+    "UQError",
+    "UQWarning",
     "UncertainCalculator",
     "UncertaintyHalt",
     "UncertaintyModel",

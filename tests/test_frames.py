@@ -253,3 +253,9 @@ def test_labels_by_other_names_and_labels_that_are_not_all_there():
     atoms.arrays["REF_forces"] = np.ones((5, 3))
     assert labels_of(atoms).energy is None
     np.testing.assert_array_equal(labels_of(atoms).forces, np.ones((5, 3)))
+
+
+def test_a_stress_of_another_shape_is_refused():
+    atoms = Atoms("H", info={"REF_energy": 0.0, "REF_stress": [0.0] * 4})
+    with pytest.raises(LabelError, match=r"stress has shape \(4,\); 6 \(Voigt\) or 9 numbers"):
+        labels_of(atoms)

@@ -212,7 +212,7 @@ class MACEBackend(Backend):
             stress=_voigt(mean("stress", n_frames, energy_unit / length_unit**3)) if forces else None,
             features=self._latent(features),
             energy_layer=EnergyLayer(phi, weights, energy.double() - summed),
-            edges=_edges(data, n_atoms, length_unit),
+            edges=_edges(data, n_atoms, float(self.calculator.r_max), length_unit),
         )
 
     @contextmanager
@@ -428,13 +428,13 @@ def _voigt(stress: Tensor) -> Tensor:
     return torch.as_tensor(full_3x3_to_voigt_6_stress(stress.cpu().numpy()), device=stress.device)
 
 
-def _edges(data: dict[str, Tensor], n_atoms: int, length_unit: float) -> Edges:
+def _edges(data: dict[str, Tensor], n_atoms: int, cutoff: float, length_unit: float) -> Edges:
     source, target = data["edge_index"]
     distance = (data["positions"][target] - data["positions"][source] + data["shifts"]).detach().norm(dim=-1)
     if len(data["positions"]) > n_atoms:
         real = (source < n_atoms) & (target < n_atoms)
         source, target, distance = source[real], target[real], distance[real]
-    return Edges(source, target, distance * length_unit)
+    return Edges(source, target, distance * length_unit, cutoff * length_unit)
 
 
 def _hidden_activations(block: Any, features: Tensor, readout: _Readout) -> Tensor:

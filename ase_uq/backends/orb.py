@@ -155,7 +155,12 @@ class OrbBackend(Backend):
             features=nodes,
             energy_layer=self._energy_layer(nodes, graph, out["energy"], frame_of_atom),
             force_layer=force_layer,
-            edges=Edges(graph.senders, graph.receivers, graph.edge_features["vectors"].detach().norm(dim=-1)),
+            edges=Edges(
+                graph.senders,
+                graph.receivers,
+                graph.edge_features["vectors"].detach().norm(dim=-1),
+                float(self.calculator.adapter.radius),
+            ),
             extras={"confidence": out["confidence"]} if "confidence" in out else {},
         )
 

@@ -250,7 +250,7 @@ class ToyBackend(Backend):
             features=out["features"],
             energy_layer=EnergyLayer(out["phi"], self._potential.weights.detach(), out["base"]),
             force_layer=self._force_layer(graph, out) if self._potential.direct else None,
-            edges=Edges(graph.source, graph.target, out["distance"]),
+            edges=Edges(graph.source, graph.target, out["distance"], self._potential.cutoff),
         )
 
     def _force_layer(self, graph: Graph, out: dict[str, Tensor]) -> ForceLayer:

@@ -134,10 +134,12 @@ class BLLHead(Head):
 def sum_over_sites(values: Tensor, edges: Edges, radii: Sequence[float]) -> Tensor:
     """(n_atoms, n_radii) own value plus the cosine-weighted sum over the neighbours within each radius, Å.
 
-    weight(r) = ½(1 + cos πr/radius): falls smoothly to zero, so that a neighbour may come and go.
+    weight(r) = ½(1 + cos πr/radius): falls smoothly to zero, so that a neighbour may come and go. A radius beyond the
+    potential's cutoff is cut to it, or its sum would jump where the neighbour list ends.
     """
     # All radii at once: on a GPU a small structure costs as many launches as there are operations.
-    share = edges.distance.double()[:, None] / torch.tensor(radii, dtype=torch.float64, device=values.device)
+    reach = torch.tensor([min(radius, edges.cutoff) for radius in radii], dtype=torch.float64, device=values.device)
+    share = edges.distance.double()[:, None] / reach
     weight = 0.5 * (1 + torch.cos(torch.pi * share.clamp(max=1)))
     own = values[:, None].expand(-1, len(radii))
     return own.index_add(0, edges.target, weight * values[edges.source, None])

@@ -199,6 +199,12 @@ class TestSites:
         assert at(2.0 - 1e-4) == pytest.approx(1.0, abs=1e-8)
         assert at(2.0) == at(3.0) == 1.0
 
+    def test_a_radius_ends_at_the_cutoff_of_the_potential(self):
+        pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2.0, 2.0], dtype=torch.float64)
+        values = torch.ones(2, dtype=torch.float64)
+        cut = sum_over_sites(values, Edges(*pair, cutoff=3.0), [5.0])
+        assert torch.equal(cut, sum_over_sites(values, Edges(*pair), [3.0]))
+
     def test_values_are_not_changed(self):
         values = torch.ones(2, dtype=torch.float64)
         edges = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
