@@ -22,6 +22,9 @@ class Quantile:
         if not 0 < self.q < 1:
             raise ValueError(f"a quantile lies between 0 and 1, not at {self.q!r}.")
 
+    def __str__(self) -> str:
+        return f"Quantile({self.q:g})"
+
     def resolve(self, readings: np.ndarray) -> float:
         """The threshold in eV/Å.
 

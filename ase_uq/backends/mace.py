@@ -333,14 +333,15 @@ def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
         # mace.torch.load carries no weights_only: its files are pickled modules.
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         if prefix == "mace":
+            dtype = dtype or "float64"
             # Sorted: the first member of a committee gives the features.
             paths = [target] if Path(target).is_file() else sorted(glob(target))
             if not paths:
                 raise FileNotFoundError(f"there is no MACE model file {target}.")
             source: dict[str, Any] = {"model_paths": paths}
             if all(path.endswith(".safetensors") for path in paths):
-                source = {"models": [load_potential(path) for path in paths]}
-            calculator = MACECalculator(**source, device=device, default_dtype=dtype or "float64")
+                source = {"models": [load_potential(path).to(getattr(torch, dtype)) for path in paths]}
+            calculator = MACECalculator(**source, device=device, default_dtype=dtype)
         else:
             _check_pretrained(prefix, target)
             loader = getattr(foundations_models, prefix.replace("-", "_"))

@@ -91,6 +91,9 @@ class Threshold(Rule):
     def judge(self, state: Any, reading: float, time: float | None) -> tuple[None, bool]:
         return None, _reaches(reading, self.threshold)
 
+    def __str__(self) -> str:
+        return f"a threshold of {self.value}"
+
 
 @dataclass(frozen=True)
 class Patience(Rule):
@@ -115,6 +118,9 @@ class Patience(Rule):
         _check(self.value)
         if not 0 < self.fs < math.inf:
             raise ValueError(f"patience is a positive time in fs, not {self.fs!r}. Use Threshold to trigger at once.")
+
+    def __str__(self) -> str:
+        return f"a threshold of {self.value} for {self.fs:g} fs"
 
     @property
     def threshold(self) -> float:

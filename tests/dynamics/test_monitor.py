@@ -325,7 +325,7 @@ def test_flagged_frames_carry_everything_and_are_on_the_disk_at_once(tmp_path):
     assert [frame.info["flag_reading"] for frame in frames] == [0.4, 0.35, 0.9]
     assert [frame.info["flag_threshold"] for frame in frames] == [0.3, 0.3, 0.5]
     np.testing.assert_allclose([frame.info["flag_time_fs"] for frame in frames], [2, 6, 8])
-    assert "Threshold(value=0.3); worst atom 1 (Al" in frames[0].info["flag_reason"]
+    assert "by a threshold of 0.3; worst atom 1 (Al" in frames[0].info["flag_reason"]
     assert set(frames[2].calc.results) >= {"energy", "forces", "stress", *EXTRA}
     np.testing.assert_allclose(frames[2].calc.results["forces"], atoms.calc.results["forces"], atol=1e-8)
     np.testing.assert_allclose(frames[2].get_momenta(), atoms.get_momenta(), atol=1e-8)
