@@ -32,7 +32,7 @@ from ase_uq.uncertainty_model import UncertaintyModel
 COLD, HOT = 300.0, 2000.0  # K
 TIMESTEP = 0.5  # fs; the transferring proton wants a short step
 FLAG = Quantile(0.99)
-HALT_BY_FLAG = 3.0  # halted at this many times the flag
+HALT_BY_FLAG = 2.5  # halted at this many times the flag
 PROTON, DONOR, ACCEPTOR = 5, 0, 4  # atoms of the hydrogen bond
 _MOST_LABELS, _COLD_LABELS, _ROWS = 40, 6, 8
 
@@ -119,7 +119,7 @@ def run_demo(
         seed: Of velocities and thermostat.
         cold_steps: Steps at 300 K.
         heating_steps: Steps in which 2000 K would be reached.
-        halt: Uncertainty at which the run is halted, eV/Å; by default three times the flag.
+        halt: Uncertainty at which the run is halted, eV/Å; by default two and a half times the flag.
         tell: Gets a line at a time.
         progress: Whether to show a progress bar.
 
@@ -146,7 +146,7 @@ def run_demo(
     levels = (flag, HALT_BY_FLAG * flag if halt is None else halt)
     run, cold_frames = _heat(atoms, (cold_steps, heating_steps), levels, flagged, seed, progress)
     flagged_frames = read_frames(flagged) if flagged.exists() else []
-    tell(f"  {run.halted or f'not halted within {heating_steps * TIMESTEP:.0f} fs of heating'}")
+    tell(f"  {run.halted or f'not halted within {2 * heating_steps * TIMESTEP:.0f} fs of heating'}")
     tell(f"  {len(flagged_frames)} frames above {run.flag:.3f} eV/Å (99 % of the calibration frames stay below it)")
     chosen = [*_spread(cold_frames, _COLD_LABELS), *_spread(flagged_frames, _MOST_LABELS - _COLD_LABELS)]
     tell(f"Asking the reference, GFN2-xTB, about {len(chosen)} of its frames ...")
@@ -182,7 +182,7 @@ def _heat(
 
     def record() -> None:
         step = dynamics.nsteps
-        kelvin = COLD + (HOT - COLD) * max(0, step - cold_steps) / heating_steps
+        kelvin = COLD + (HOT - COLD) * min(1.0, max(0, step - cold_steps) / heating_steps)
         dynamics.set_temperature(temperature_K=kelvin)
         reading = float(atom_norms(_stored_std(atoms)).max())
         rows.append((step * TIMESTEP, kelvin, reading))
@@ -192,11 +192,13 @@ def _heat(
         bar.update(step - bar.n)
 
     halted = ""
-    with tqdm(total=cold_steps + heating_steps, unit="step", disable=not progress, leave=False) as bar:
+    # Held hot for as long again: where it halts is chance, that it does should not be.
+    steps = cold_steps + 2 * heating_steps
+    with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
         dynamics.attach(record)  # before the monitor, so that it sees the last step
         dynamics.attach(monitor)
         try:
-            dynamics.run(cold_steps + heating_steps)
+            dynamics.run(steps)
         except UncertaintyHalt as stop:
             halted = (
                 f"it halted itself at {rows[-1][0]:.1f} fs, {rows[-1][1]:.0f} K: force uncertainty "

@@ -24,7 +24,7 @@ def result(tmp_path_factory, told):
 
 def test_the_run_flags_and_halts_itself(result):
     run = result.run
-    assert run.halt == pytest.approx(3 * run.flag)
+    assert run.halt == pytest.approx(demo.HALT_BY_FLAG * run.flag)
     assert run.readings[-1] >= run.halt
     assert (run.readings[:-1] < run.halt).all()
     assert run.halted.startswith(f"it halted itself at {run.time[-1]:.1f} fs")

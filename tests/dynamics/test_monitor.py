@@ -494,7 +494,7 @@ def test_meanings_need_a_calculator_that_knows_its_calibration_data():
 
     atoms = crystal()
     atoms.calc = Bare()
-    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn Quantile\(q=0.9\) into a number"):
+    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn Quantile\(0.9\) into a number"):
         UncertaintyMonitor(verlet(atoms), halt=Quantile(0.9))
 
 
