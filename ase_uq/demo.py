@@ -193,12 +193,12 @@ def _heat(
 
     halted = ""
     # Held hot for as long again: where it halts is chance, that it does should not be.
-    steps = cold_steps + 2 * heating_steps
-    with tqdm(total=steps, unit="step", disable=not progress, leave=False) as bar:
+    most = cold_steps + 2 * heating_steps
+    with tqdm(total=most, unit="step", disable=not progress, leave=False) as bar:
         dynamics.attach(record)  # before the monitor, so that it sees the last step
         dynamics.attach(monitor)
         try:
-            dynamics.run(steps)
+            dynamics.run(most)
         except UncertaintyHalt as stop:
             halted = (
                 f"it halted itself at {rows[-1][0]:.1f} fs, {rows[-1][1]:.0f} K: force uncertainty "

@@ -1,7 +1,8 @@
 """The artefact: heads, calibrators, edges and provenance for one potential, in one safetensors file."""
 
 import os
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any
 
@@ -111,10 +112,9 @@ class UncertaintyModel:
         return results
 
     def to(self, device: torch.device) -> "UncertaintyModel":
-        """The same model with its heads on a device; they stay float64."""
-        for fitted in self.methods.values():
-            fitted.head.to(device)
-        return self
+        """A copy with its heads and edges on a device; they stay float64, and this model stays where it is."""
+        methods = {n: replace(fitted, head=deepcopy(fitted.head).to(device)) for n, fitted in self.methods.items()}
+        return replace(self, methods=methods, edges=replace(self.edges, edges=self.edges.edges.to(device)))
 
     @property
     def results(self) -> tuple[str, ...]:

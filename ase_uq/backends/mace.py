@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator
-from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
 from ase_uq.artefact import read_artefact, write_artefact
@@ -426,7 +425,10 @@ def _rounded(value: float) -> float:
 
 
 def _voigt(stress: Tensor) -> Tensor:
-    return torch.as_tensor(full_3x3_to_voigt_6_stress(stress.cpu().numpy()), device=stress.device)
+    """(n_frames, 3, 3) → (n_frames, 6), as ASE does it, on the device."""
+    xx, yy, zz = stress.diagonal(dim1=1, dim2=2).unbind(1)
+    twice = stress + stress.transpose(1, 2)
+    return torch.stack([xx, yy, zz, twice[:, 1, 2] / 2, twice[:, 0, 2] / 2, twice[:, 0, 1] / 2], 1)
 
 
 def _edges(data: dict[str, Tensor], n_atoms: int, cutoff: float, length_unit: float) -> Edges:

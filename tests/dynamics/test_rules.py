@@ -104,7 +104,7 @@ def test_a_meaning_becomes_a_number_and_a_number_stays():
     assert rule.resolved(lambda meaning: 0.25) == Patience(0.25, fs=5)
     assert Threshold(Quantile(0.9)).resolved(lambda meaning: meaning.q) == Threshold(0.9)
     assert Threshold(0.5).resolved(lambda meaning: 0.1) == Threshold(0.5)
-    with pytest.raises(ValueError, match=r"a threshold of Quantile\(0.9\) for 5 fs has no number yet.*calibration data"):
+    with pytest.raises(ValueError, match=r"Quantile\(0.9\) for 5 fs has no number yet.*calibration data"):
         rule.judge(None, 1.0, 0.0)
 
 
