@@ -25,6 +25,11 @@ class Quantile:
     def __str__(self) -> str:
         return f"Quantile({self.q:g})"
 
+    @property
+    def needed(self) -> int:
+        """Fewest calibration frames that know this quantile: one of them lies above it."""
+        return int(np.ceil(1 / (1 - self.q) - 1e-9))
+
     def resolve(self, readings: np.ndarray) -> float:
         """The threshold in eV/Å.
 
@@ -35,10 +40,9 @@ class Quantile:
             ValueError: There are too few frames to know this quantile: fewer than 1/(1 - q) lie above it.
         """
         readings = readings[np.isfinite(readings)]
-        needed = int(np.ceil(1 / (1 - self.q) - 1e-9))
-        if len(readings) < needed:
+        if len(readings) < self.needed:
             raise ValueError(
-                f"Quantile({self.q}) needs at least {needed} calibration frames, the uncertainty model has "
+                f"Quantile({self.q}) needs at least {self.needed} calibration frames, the uncertainty model has "
                 f"{len(readings)}. Calibrate on more frames or ask for a lower quantile."
             )
         return float(np.quantile(readings, self.q))

@@ -226,7 +226,9 @@ class UncertaintyModel:
             f"mean z² {np.mean(errors**2 / norms**2):.2f} (target 1)"
         )
         readings = self.record.readings(Reduction())
-        quantiles = ", ".join(f"{q:.0%} {np.quantile(readings, q):.3f}" for q in (0.5, 0.9, 0.99))
+        # Only those that `threshold` would give: a few frames know no high quantile.
+        known = [q for q in (0.5, 0.9, 0.99) if Quantile(q).needed <= np.isfinite(readings).sum()]
+        quantiles = ", ".join(f"{q:.0%} {np.quantile(readings, q):.3f}" for q in known)
         lines.append(f"  largest ε of a calibration frame, eV/Å: {quantiles}")
         counted = ", ".join(
             f"{chemical_symbols[z]} {count}{' (edge inherited)' if z in self.edges.inherited else ''}"

@@ -19,24 +19,35 @@ class PowerCalibrator(Calibrator):
         constant: c, logarithm of squared ASE units.
         powers: p_k ≥ 0. One leverage with p = 1 is the Bayesian form without a floor; p < 1 is what errors of
             trained potentials ask for.
+        floors: Smallest score_k among the calibration rows; a smaller one counts as this. No calibration row says
+            that errors go on falling below it.
         boundary: `"useless"` where all powers are zero, else empty.
     """
 
     constant: float
     powers: tuple[float, ...]
+    floors: tuple[float, ...]
     boundary: str = ""
 
     @property
     def settings(self) -> dict[str, Any]:
-        return {"kind": "power", "constant": self.constant, "powers": list(self.powers), "boundary": self.boundary}
+        return {
+            "kind": "power",
+            "constant": self.constant,
+            "powers": list(self.powers),
+            "floors": list(self.floors),
+            "boundary": self.boundary,
+        }
 
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "PowerCalibrator":
-        return cls(settings["constant"], tuple(settings["powers"]), settings["boundary"])
+        return cls(
+            settings["constant"], tuple(settings["powers"]), tuple(settings["floors"]), settings["boundary"]
+        )
 
     def variance(self, scores: Tensor) -> Tensor:
-        powers = torch.tensor(self.powers, dtype=scores.dtype, device=scores.device)
-        return torch.exp(self.constant + scores.clamp(min=SMALLEST_SCORE).log() @ powers)
+        powers, floors = torch.tensor([self.powers, self.floors], dtype=scores.dtype, device=scores.device)
+        return torch.exp(self.constant + torch.maximum(scores, floors).log() @ powers)
 
     def describe(self) -> str:
         powers = "·".join(f"u[{k}]^{p:.2f}" for k, p in enumerate(self.powers) if p > 1e-3)
@@ -49,7 +60,8 @@ def fit_power(residuals: Residuals) -> PowerCalibrator:
     The mean of ½[η + (q/K)·e^(-η)] is convex in η = c + Σ p_k log u_k, hence in (c, p): one optimum. At it
     mean[(q/K)/σ²] = 1 exactly (derivative by c).
     """
-    logs = np.log(np.maximum(residuals.scores, SMALLEST_SCORE))
+    floors = np.maximum(residuals.scores.min(0), SMALLEST_SCORE)
+    logs = np.log(np.maximum(residuals.scores, floors))
     centre = logs.mean(0)
     logs = logs - centre
     mean_square = residuals.squares / residuals.components
@@ -72,4 +84,4 @@ def fit_power(residuals: Residuals) -> PowerCalibrator:
     # The optimum over c alone is closed, so the first-order identity holds to rounding and not to `gtol`.
     constant = np.log(np.mean(y * np.exp(-(logs @ powers)))) + np.log(scale) - centre @ powers
     boundary = "useless" if powers.max() < 1e-3 else ""
-    return PowerCalibrator(float(constant), tuple(float(p) for p in powers), boundary)
+    return PowerCalibrator(float(constant), tuple(powers.tolist()), tuple(floors.tolist()), boundary)

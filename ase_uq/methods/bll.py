@@ -8,7 +8,9 @@ training rows (Σ u = γ, the effective number of parameters): it does not depen
                           variance taken through the projection that removes net force and torque
     conservative forces   zero-backward: F_j = -Σ_i ∂e_i/∂R_j belongs to the sites around the atom, so ũ is summed
                           over them with cosine weights at several radii; the calibrator combines the radii
-    energy                exact posterior of the energy layer from structure energies; Var E_s = ψ_s S ψ_sᵀ
+    energy                exact posterior of the energy layer from structure energies, with an intercept for what
+                          the base is wrong by: without it the variance would vanish with the features, as they
+                          do when a structure falls apart
 
 The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Chong et al. 2023 (prediction
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
@@ -80,7 +82,8 @@ class BLL(Method):
         for name, own in (("energy", sums.energy), ("force", sums.force)):
             moments = reduced(own, communicator)
             if moments is not None:
-                tensors[f"{name}_root"], settings[name] = _posterior_root(moments, name, self.ridge)
+                found, settings[name] = _posterior(moments, name, self.ridge)
+                tensors |= found
         return BLLHead(settings, tensors)
 
     @classmethod
@@ -93,12 +96,13 @@ class BLLHead(Head):
 
     Args:
         settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: `centre` (n_features,), and roots R with ũ = ‖φR‖²: `atom_root`; where energies were labelled
-            `energy_root`; for direct heads `force_root`; float64.
+        tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; where energies were labelled `energy_root` about
+            `energy_centre`; for direct heads `force_root`; float64.
     """
 
     centre: Tensor
     atom_root: Tensor
+    energy_centre: Tensor
     energy_root: Tensor
     force_root: Tensor
 
@@ -125,10 +129,15 @@ class BLLHead(Head):
         phi = evaluation.energy_layer.features.double()
         energy, energies = mean_distance, distance
         if "energy" in self._settings:
-            structure = (evaluation.sum_over_atoms(phi) / counts @ self.energy_root).square().sum(1, keepdim=True)
-            energy = torch.cat([structure, mean_distance], 1)
-            energies = (phi @ self.energy_root).square().sum(1)
+            structure = self._energy_leverage(evaluation.sum_over_atoms(phi) / counts)
+            energy = torch.cat([structure[:, None], mean_distance], 1)
+            energies = self._energy_leverage(phi)
         return Raw(forces=forces, energy=energy, energies=energies, stress=mean_distance, distance=distance)
+
+    def _energy_leverage(self, rows: Tensor) -> Tensor:
+        """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""
+        squares = ((rows - self.energy_centre) @ self.energy_root).square().sum(1)
+        return squares + 1 / self._settings["energy"]["effective"]
 
 
 def sum_over_sites(values: Tensor, edges: Edges, radii: Sequence[float]) -> Tensor:
@@ -218,11 +227,15 @@ def _removed_mean(layer: ForceLayer, evaluation: Evaluation) -> Tensor:
     return features - (evaluation.sum_over_atoms(features) / counts)[evaluation.frame_of_atom]
 
 
-def _posterior_root(moments: Moments, name: str, ridge: float) -> tuple[Tensor, dict[str, Any]]:
-    """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took."""
+def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took.
+
+    Energies have an intercept with a flat prior: their features and targets are taken about their means, and it
+    adds one effective parameter. Direct forces have none, since the projection takes it out.
+    """
     outputs = 3 if name == "force" else 1
     width = len(moments.mean) - outputs
-    joint = moments.about_zero()
+    joint = moments.scatter if name == "energy" else moments.about_zero()
     spread = (joint.diagonal()[:width] / moments.count).clamp(min=0).sqrt()
     scale = spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
     statistics = Statistics(
@@ -232,18 +245,22 @@ def _posterior_root(moments: Moments, name: str, ridge: float) -> tuple[Tensor, 
         count=moments.count,
     )
     evidence = maximise_evidence(statistics, smallest=ridge * moments.count)
+    effective = evidence.effective + (1 if name == "energy" else 0)
     eye = torch.eye(width, dtype=scale.dtype, device=scale.device)
     root, jitter = whitener((statistics.gram + evidence.prior_precision * eye) / moments.count)
     found = {
         "rows": int(moments.count),
-        "effective": evidence.effective,
+        "effective": effective,
         "prior_precision": evidence.prior_precision,
         "noise": evidence.noise**0.5,
         "boundary": evidence.boundary,
         "jitter": jitter,
     }
     # ũ = u·N/γ with u from Λ_n = N·Λ̄: the root of Λ̄ carries the N already.
-    return root / scale[:, None] / max(evidence.effective, 1e-300) ** 0.5, found
+    tensors = {f"{name}_root": root / scale[:, None] / max(effective, 1e-300) ** 0.5}
+    if name == "energy":
+        tensors["energy_centre"] = moments.mean[:width]
+    return tensors, found
 
 
 def _rotations(evaluation: Evaluation, torque_free: Tensor) -> Tensor:

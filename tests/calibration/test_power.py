@@ -107,7 +107,7 @@ def test_units_of_the_residuals_scale_the_variance(scale: float):
 
 
 def test_variance_grows_with_every_score():
-    calibrator = PowerCalibrator(0.0, (0.5, 0.2))
+    calibrator = PowerCalibrator(0.0, (0.5, 0.2), (1e-12, 1e-12))
     low, high = torch.tensor([[1.0, 2.0]]), torch.tensor([[1.5, 2.0]])
     assert float(calibrator.variance(high)) > float(calibrator.variance(low))
     assert float(calibrator.variance(torch.tensor([[4.0, 1.0]]))) == pytest.approx(2.0)
@@ -119,5 +119,14 @@ def test_settings_make_it_again():
 
 
 def test_description_has_the_numbers():
-    assert PowerCalibrator(np.log(0.5), (0.25, 0.0)).describe() == "σ² = 0.5·u[0]^0.25"
-    assert PowerCalibrator(0.0, (0.0,), "useless").describe() == "σ² = 1·1"
+    assert PowerCalibrator(np.log(0.5), (0.25, 0.0), (1e-12, 1e-12)).describe() == "σ² = 0.5·u[0]^0.25"
+    assert PowerCalibrator(0.0, (0.0,), (1e-12,), "useless").describe() == "σ² = 1·1"
+
+
+def test_a_score_below_all_calibration_rows_counts_as_their_smallest():
+    random = np.random.default_rng(3)
+    scores = random.uniform(0.5, 2.0, size=(200, 1))
+    rows = Residuals(scores, scores[:, 0] ** 2 * random.chisquare(1, 200), 1, np.arange(200))
+    calibrator = fit_power(rows)
+    at_edge, below = calibrator.variance(torch.tensor([[scores.min()], [1e-9]])).tolist()
+    assert below == at_edge > 0

@@ -53,7 +53,7 @@ def main() -> None:
         "n_atoms_of_frame": evaluation.n_atoms_of_frame,
         "energy": evaluation.energy,
         "features": evaluation.features,
-        **{f"edges.{name}": value for name, value in vars(evaluation.edges).items()},
+        **{f"edges.{name}": value for name, value in vars(evaluation.edges).items() if torch.is_tensor(value)},
         **{f"energy_layer.{name}": value for name, value in vars(evaluation.energy_layer).items()},
         **{f"force_layer.{name}": value for name, value in vars(layer).items() if torch.is_tensor(value)},
     }

@@ -94,7 +94,7 @@ class TestDistance:
 class TestEnergy:
     @pytest.mark.parametrize("ridge", [RIDGE, 1e-9])
     def test_is_dense_algebra(self, conservative: Backend, frames: list[Atoms], ridge: float):
-        """ũ_s = u_s·N/γ with u = ψ̃(Ψ̃ᵀΨ̃ + λS²)⁻¹ψ̃ᵀ, the features scaled to unit root mean square."""
+        """ũ_s = u_s·N/γ with u = x(XᵀX + Λ)⁻¹xᵀ, x = (1, scaled ψ̃ about its mean) and no prior on the intercept."""
         head = fit_head(BLL(ridge=ridge), conservative, frames)
         train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
 
@@ -103,20 +103,24 @@ class TestEnergy:
             return np.stack([phi[evaluation.frame_of_atom == k].mean(0) for k in range(evaluation.n_frames)])
 
         psi = means(train)
-        scale = np.sqrt((psi**2).mean(0))
+        centre, scale = psi.mean(0), psi.std(0)
         scale = np.maximum(scale, 1e-6 * scale.max())
-        gram = (psi / scale).T @ (psi / scale)
+
+        def design(rows: np.ndarray) -> np.ndarray:
+            return np.concatenate([np.ones((len(rows), 1)), (rows - centre) / scale], 1)
+
+        gram = design(psi).T @ design(psi)
         found = head.settings["energy"]
         assert found["rows"] == len(frames)
         assert found["prior_precision"] >= ridge * len(frames) * (1 - 1e-12)
-        inverse = np.linalg.inv(gram + found["prior_precision"] * np.eye(len(scale)))
+        inverse = np.linalg.inv(gram + found["prior_precision"] * np.diag([0.0] + [1.0] * len(scale)))
         gamma = np.trace(gram @ inverse)
         assert found["effective"] == pytest.approx(gamma, rel=1e-6)
         raw = head(new)
-        rows = means(new) / scale
+        rows = design(means(new))
         expected = np.einsum("id,de,ie->i", rows, inverse, rows) * len(frames) / gamma
         np.testing.assert_allclose(raw.energy[:, 0], expected, rtol=1e-6)
-        atoms = new.energy_layer.features.numpy() / scale
+        atoms = design(new.energy_layer.features.numpy())
         expected = np.einsum("id,de,ie->i", atoms, inverse, atoms) * len(frames) / gamma
         np.testing.assert_allclose(raw.energies, expected, rtol=1e-6)
 
@@ -126,6 +130,15 @@ class TestEnergy:
         head = fit_head(BLL(ridge=RIDGE), conservative, exact)
         assert head.settings["energy"]["boundary"] == "data"
         assert head.settings["energy"]["prior_precision"] == pytest.approx(RIDGE * len(frames))
+
+    def test_a_structure_that_falls_apart_is_less_certain(self, conservative: Backend, frames: list[Atoms]):
+        """Features vanish with the neighbours; about zero the leverage would vanish with them."""
+        head = fit_head(BLL(), conservative, frames)
+        whole, apart = frames[0].copy(), frames[0].copy()
+        apart.positions *= 10
+        near, far = head(evaluate(conservative, [whole])), head(evaluate(conservative, [apart]))
+        assert bool((far.energy > near.energy).all())
+        assert float(far.energies.min()) > 1 / head.settings["energy"]["effective"]
 
     def test_second_score_and_stress_are_the_mean_distance(self, conservative: Backend, frames: list[Atoms]):
         raw = fit_head(BLL(), conservative, frames)(batch := evaluate(conservative, frames))
