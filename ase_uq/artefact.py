@@ -52,9 +52,7 @@ def write_artefact(
             Path(temporary).unlink(missing_ok=True)
             raise
     except (OSError, SafetensorError) as error:
-        raise ArtefactError(
-            f"cannot write {path}: {error}. Choose a folder that exists, is writable and has room."
-        ) from error
+        raise _refused(path, error) from error
 
 
 def read_artefact(
@@ -68,7 +66,7 @@ def read_artefact(
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtefactError(f"there is no file {path}.")
+        raise ArtefactError(f"{path} is no file that exists.")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -96,16 +94,24 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     """Fails now, not after the work, where `path` could not be written.
 
     Raises:
-        ArtefactError: The folder is missing or nothing can be created in it.
+        ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
     """
-    folder = Path(path).parent
+    path = Path(path)
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".ase_uq_"):
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ase_uq_"):
             pass
     except OSError as error:
-        raise ArtefactError(
-            f"cannot write {path}: {error}. Choose a folder that exists, is writable and has room."
-        ) from error
+        raise _refused(path, error) from error
+
+
+def _refused(path: Path, error: Exception) -> ArtefactError:
+    if isinstance(error, IsADirectoryError):
+        return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
+    # The whole message of an OSError would name the temporary file, of which nobody has heard.
+    reason = getattr(error, "strerror", None) or error
+    return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")
 
 
 def _envelope(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:

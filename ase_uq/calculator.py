@@ -20,7 +20,9 @@ from ase_uq.uncertainty_model import UncertaintyModel
 class UncertainCalculator(Calculator):
     """A potential whose results carry calibrated standard deviations, from the same forward pass.
 
-    A drop-in for the calculator it wraps: energy, forces and stress are that one's, bit for bit.
+    A drop-in for the calculator it wraps: energy, forces and stress are that one's, bit for bit. `results` holds the
+    standard results, the uncertainties, and the wrapped calculator's extras of each atom (orb's `confidence`). Its
+    other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`.
 
         calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
         atoms.calc = calc
@@ -32,7 +34,8 @@ class UncertainCalculator(Calculator):
         uncertainty_model: What `fit` made for this potential: a model or the path of its file.
 
     Attributes:
-        implemented_properties: What `results` holds after a calculation; a list of this instance.
+        implemented_properties: The standard results and the uncertainties that `results` holds after a calculation,
+            without the extras; a list of this instance.
         uncertainty_model: The model in use.
 
     Raises:
@@ -62,6 +65,8 @@ class UncertainCalculator(Calculator):
         system_changes: Sequence[str] = all_changes,
     ) -> None:
         """One forward pass; every result is set, whichever was asked for."""
+        # What fails below must not leave the results of the structure before, which would pass for this one's.
+        self.results = {}
         super().calculate(atoms, list(properties), list(system_changes))
         assert self.atoms is not None
         # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.

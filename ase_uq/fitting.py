@@ -21,7 +21,7 @@ from ase_uq.errors import LabelError, UQWarning
 from ase_uq.frames import Frames, labels_of, read_frames
 from ase_uq.methods import Method, make_method
 from ase_uq.methods.base import Head, Raw
-from ase_uq.stream import LabelledStream, batches_of, targets_of
+from ase_uq.stream import LabelledStream, targets_of
 from ase_uq.uncertainty_model import CalibrationRecord, FittedMethod, UncertaintyModel
 
 _FEWEST_FRAMES = 10
@@ -271,9 +271,8 @@ def _check_first_frames(
     backend: Backend, train: list[Atoms], calibration: list[Atoms], keys: tuple[str, str, str] | None
 ) -> None:
     """Finds bad structures and wrong units before minutes are spent on all frames."""
-    for frames in (train, calibration):
-        for batch in batches_of(frames, 100_000):
-            backend.check(batch)
+    backend.check(train, name="training structure")
+    backend.check(calibration, name="calibration structure")
     first = calibration[:4]
     if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
         raise LabelError("training frames have no forces, which the direct force head of this potential needs.")

@@ -13,8 +13,8 @@ class Prediction:
     """Results of one structure in ASE's units.
 
     Args:
-        results: Arrays and floats by results key; the keys and shapes of `properties`, and what the wrapped
-            calculator has beside them.
+        results: Arrays and floats by results key: standard results and uncertainties, with the keys and shapes of
+            `properties`, and the wrapped calculator's extras of each atom (orb's `confidence`).
     """
 
     results: dict[str, Any]

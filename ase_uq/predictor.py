@@ -40,16 +40,17 @@ class Predictor:
         """Results keys that every prediction has."""
         return (*self.backend.results, *self.uncertainty_model.results)
 
-    def predict(self, frames: Sequence[Atoms]) -> list[Prediction]:
+    def predict(self, frames: Sequence[Atoms], *, first: int = 0) -> list[Prediction]:
         """Predictions of structures, evaluated together as one batch.
 
         Args:
             frames: Structures; not changed.
+            first: Number of the first structure, for messages.
 
         Raises:
             InputError: A structure cannot be evaluated.
         """
-        evaluation = self.backend.evaluate(self.backend.collate(frames))
+        evaluation = self.backend.evaluate(self.backend.collate(frames, first=first))
         uncertainties = self.uncertainty_model.apply(evaluation)
         self._name_unseen(frames)
         return _split(evaluation, uncertainties)

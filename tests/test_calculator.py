@@ -139,7 +139,7 @@ class TestConstruction:
             UncertainCalculator(ToyCalculator(ELEMENTS, seed=3), model)
 
     def test_a_missing_file_is_refused(self, tmp_path: Path):
-        with pytest.raises(ArtefactError, match="there is no file"):
+        with pytest.raises(ArtefactError, match="is no file that exists"):
             UncertainCalculator(ToyCalculator(ELEMENTS), tmp_path / "nowhere")
 
     def test_a_calculator_that_no_backend_knows_is_refused(self, model: UncertaintyModel):
@@ -236,6 +236,15 @@ class TestCache:
         assert calculator.results == {}
         atoms.positions[0] = kept
         np.testing.assert_array_equal(atoms.get_forces(), good)
+
+    def test_a_failed_calculation_leaves_no_older_results(self, calculator: UncertainCalculator):
+        box(calculator).get_potential_energy()
+        atoms = bulk("Si", cubic=True)
+        with pytest.raises(InputError, match="contains Si"):
+            calculator.calculate(atoms)
+        atoms.calc = calculator
+        with pytest.raises(InputError, match="contains Si"):
+            atoms.get_potential_energy()
 
     def test_an_unknown_element_is_refused_every_time(self, calculator: UncertainCalculator):
         atoms = bulk("Si", cubic=True)

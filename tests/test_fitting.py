@@ -371,13 +371,15 @@ class TestRefusals:
 
     def test_an_element_that_the_potential_does_not_know(self, calculator, train, held_out, evaluations: list[int]):
         held_out[15].numbers[0] = 14
-        with pytest.raises(InputError, match=r"structure 15 .* contains Si, which the potential does not know"):
+        with pytest.raises(
+            InputError, match=r"calibration structure 15 .* contains Si, which the potential does not know"
+        ):
             quick(calculator, train, held_out)
         assert evaluations == []
 
     def test_positions_that_are_not_finite(self, calculator, train, held_out, evaluations: list[int]):
         train[11].positions[0, 1] = np.nan
-        with pytest.raises(InputError, match=r"positions of structure 11 .* are not finite"):
+        with pytest.raises(InputError, match=r"positions of training structure 11 .* are not finite"):
             quick(calculator, train, held_out)
         assert evaluations == []
 

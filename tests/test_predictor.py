@@ -110,6 +110,12 @@ def test_a_structure_that_cannot_be_evaluated_is_named(predictor: Predictor, fra
         predictor.predict(frames)
 
 
+def test_messages_count_from_the_number_of_the_first_structure(predictor: Predictor, frames: list[Atoms]):
+    frames[2].positions[0] = np.nan
+    with pytest.raises(InputError, match=r"positions of structure 72 .* are not finite"):
+        predictor.predict(frames, first=70)
+
+
 def test_the_scalar_of_an_atom_is_the_norm(predictor: Predictor, frames: list[Atoms]):
     (prediction,) = predictor.predict(frames[:1])
     np.testing.assert_allclose(

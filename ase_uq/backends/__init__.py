@@ -181,10 +181,11 @@ def _checked_device(device: str) -> str:
         kind = torch.device(device)
     except RuntimeError as error:
         raise ValueError(f"device is {device!r}, which torch does not know. Use for example cpu or cuda:0.") from error
-    count = {"cuda": torch.cuda.device_count, "mps": lambda: int(torch.backends.mps.is_available())}
-    if kind.type in count and (kind.index or 0) >= count[kind.type]():
+    if kind.type == "mps":
+        raise ValueError(f"device is {device!r}, but the statistics are in float64, which MPS lacks. Use cpu.")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"device is {device!r}, but torch sees {count[kind.type]()} {kind.type} devices on this machine. "
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} cuda devices on this machine. "
             "Use cpu, or leave device out to take what there is."
         )
     return device

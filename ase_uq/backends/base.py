@@ -107,23 +107,33 @@ class Backend(ABC):
         """Its precision."""
 
     @final
-    def collate(self, frames: Sequence[Atoms]) -> Batch:
+    def collate(self, frames: Sequence[Atoms], *, first: int = 0) -> Batch:
         """Checks structures and turns them into a batch; the structures are not changed.
+
+        Args:
+            frames: Structures.
+            first: Number of the first structure, for messages.
 
         Raises:
             InputError: No structure, no atoms, positions or cell that are not finite, an element the
                 potential does not know, or a missing entry of `atoms.info`.
         """
-        self.check(frames)
+        self.check(frames, first=first)
         return Batch(tuple(frames), self._collate(frames))
 
     @final
-    def check(self, frames: Sequence[Atoms]) -> None:
-        """Raises the `InputError` that `collate` would, without building a batch."""
+    def check(self, frames: Sequence[Atoms], *, first: int = 0, name: str = "structure") -> None:
+        """Raises the `InputError` that `collate` would, without building a batch.
+
+        Args:
+            frames: Structures.
+            first: Number of the first structure, for messages.
+            name: What messages call a structure.
+        """
         if not frames:
             raise InputError("there is no structure to evaluate.")
-        for index, atoms in enumerate(frames):
-            self._check(index, atoms)
+        for number, atoms in enumerate(frames, first):
+            self._check(f"{name} {number}", atoms)
 
     @final
     def evaluate(self, batch: Batch, *, forces: bool = True) -> Evaluation:
@@ -183,8 +193,8 @@ class Backend(ABC):
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
         )
 
-    def _check(self, index: int, atoms: Atoms) -> None:
-        which = f"structure {index} ({atoms.get_chemical_formula() or 'empty'})"
+    def _check(self, which: str, atoms: Atoms) -> None:
+        which = f"{which} ({atoms.get_chemical_formula() or 'empty'})"
         if len(atoms) == 0:
             raise InputError(f"{which} has no atoms.")
         for what, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):

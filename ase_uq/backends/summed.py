@@ -68,14 +68,17 @@ class SummedBackend(Backend):
 
     @cached_property
     def identity(self) -> Identity:
-        """That of the potential, with the names of the corrections; those need not bear the probe structure."""
+        """That of the potential, and names and parameters of the corrections, which need not bear the probe."""
         return Identity(self._settings(), self._inner.identity.weights, self._inner.identity.probe)
 
     def _modules(self) -> Sequence[torch.nn.Module]:
         return self._inner._modules()
 
     def _settings(self) -> dict[str, Any]:
-        corrections = [[weight, type(calculator).__name__] for weight, calculator in self._corrections()]
+        corrections = [
+            [weight, type(calculator).__name__, _plain_parameters(calculator)]
+            for weight, calculator in self._corrections()
+        ]
         return {**self._inner._settings(), "weight_in_sum": self._weight, "added": sorted(corrections, key=str)}
 
     @property
@@ -134,6 +137,14 @@ def wrap(calculator: BaseCalculator) -> SummedBackend:
     """The backend of a `SumCalculator`."""
     assert isinstance(calculator, LinearCombinationCalculator)
     return SummedBackend(calculator)
+
+
+def _plain_parameters(calculator: BaseCalculator) -> dict[str, Any]:
+    """The parameters that JSON holds as they are; arrays, devices and other objects are left out."""
+    parameters = getattr(calculator, "parameters", None) or {}
+    plain = {key: value for key, value in sorted(parameters.items()) if isinstance(value, int | float | str)}
+    # 1 and 1.0 are the same parameter, but not the same JSON.
+    return {key: value if isinstance(value, bool | str) else float(value) for key, value in plain.items()}
 
 
 def _plain(key: str, value: Any) -> np.ndarray:

@@ -27,8 +27,9 @@ class EdgeTable:
 
     def grade(self, distance: Tensor, numbers: Tensor) -> Tensor:
         """(n_atoms,) gamma: distance over the edge of the atom's element; `inf` for an element never fitted."""
-        gamma = distance / self.edges.to(distance)[numbers]
-        return torch.nan_to_num(gamma, nan=float("inf"), posinf=float("inf"))
+        edges = self.edges.to(distance)[numbers]
+        # A distance that is NaN, of a potential that has broken, stays NaN.
+        return torch.where(edges.isnan() & ~distance.isnan(), torch.inf, distance / edges)
 
     @property
     def elements(self) -> frozenset[int]:

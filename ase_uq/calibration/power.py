@@ -41,9 +41,7 @@ class PowerCalibrator(Calibrator):
 
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "PowerCalibrator":
-        return cls(
-            settings["constant"], tuple(settings["powers"]), tuple(settings["floors"]), settings["boundary"]
-        )
+        return cls(settings["constant"], tuple(settings["powers"]), tuple(settings["floors"]), settings["boundary"])
 
     def variance(self, scores: Tensor) -> Tensor:
         powers, floors = torch.tensor([self.powers, self.floors], dtype=scores.dtype, device=scores.device)

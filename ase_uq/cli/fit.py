@@ -29,7 +29,12 @@ def fit(
             help="Labelled frames that it has never seen, from runs of their own: they set the scale.",
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="Where to write, for example my.uq.safetensors.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="Where to write, for example my.uq.safetensors; replaced if it exists."
+        ),
+    ],
     features: Annotated[
         Features,
         typer.Option("--features", help="What distances are measured in: invariants of all layers, or the last one."),

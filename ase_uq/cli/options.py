@@ -6,9 +6,9 @@ from typing import Annotated
 import typer
 
 _SPEC_HELP = (
-    "The potential: mace:PATH, mace-mp:NAME, mace-off:NAME, orb:FUNCTION, orb:FUNCTION@WEIGHTS, "
-    "FILE.py:FUNCTION that returns an ASE calculator, or embedded:mace, embedded:orb-direct, "
-    "embedded:orb-conservative to try things on."
+    "The potential: mace:PATH, mace-mp:NAME, mace-off:NAME, mace-omol:NAME, orb:FUNCTION, orb:FUNCTION@WEIGHTS, "
+    "FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator, or embedded:mace, "
+    "embedded:orb-direct, embedded:orb-conservative to try things on."
 )
 
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=_SPEC_HELP)]
@@ -28,3 +28,11 @@ BatchAtoms = Annotated[
     int, typer.Option("--batch-atoms", min=1, help="Most atoms evaluated together. Lower it where memory runs out.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]
+
+
+def check_xyz_name(file: Path, option: str) -> None:
+    """Refuses a name for an extended XYZ file that would have other programs take it for another format."""
+    if file.suffix not in (".xyz", ".extxyz"):
+        raise typer.BadParameter(
+            f"{file} is written as extended XYZ: give a name that ends in .xyz or .extxyz.", param_hint=f"'{option}'"
+        )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed, check_xyz_name
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -51,7 +51,7 @@ def predict(
     try:
         with tqdm(desc="predict", unit="frame") as bar:
             for batch in _batches(frames, batch_atoms):
-                predictions = predictor.predict(batch)
+                predictions = predictor.predict(batch, first=tally.n_frames)
                 scored = [annotated(atoms, p.results) for atoms, p in zip(batch, predictions, strict=True)]
                 write_frames(part, scored, append=True)
                 tally.add(batch, predictions)
@@ -84,7 +84,7 @@ class _Tally:
             if norms[worst] > self.largest:
                 self.largest = float(norms[worst])
                 self.where = f"frame {self.n_frames}, atom {worst} ({atoms[worst].symbol})"
-            self.n_beyond += bool(prediction["gamma"].max() > 1)
+            self.n_beyond += not prediction["gamma"].max() <= 1  # NaN counts
             self.n_atoms += len(atoms)
             self.n_frames += 1
 
@@ -98,10 +98,7 @@ class _Tally:
 
 def _check_arguments(frames: Path, out: Path, overwrite: bool) -> None:
     """Everything that can be refused before seconds are spent on importing a potential."""
-    if out.suffix not in (".xyz", ".extxyz"):
-        raise typer.BadParameter(
-            f"{out} is written as extended XYZ: give a name that ends in .xyz", param_hint="'--out'"
-        )
+    check_xyz_name(out, "--out")
     if not frames.is_file():
         raise FileNotFoundError(f"there is no file {frames}.")
     if out.exists() and not overwrite:

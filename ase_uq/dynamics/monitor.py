@@ -222,7 +222,8 @@ class UncertaintyMonitor:
             return None
         norms = atom_norms(calculator.get_property(_KEY, atoms))
         gamma = calculator.results.get("gamma")
-        return norms if gamma is None else np.where(np.isinf(gamma), math.inf, norms)
+        # NaN stays NaN: it triggers at once, where infinity may have to wait.
+        return norms if gamma is None else np.where(np.isinf(gamma) & ~np.isnan(norms), math.inf, norms)
 
     def _judge(self, step: int, norms: np.ndarray) -> Event:
         reading = self.reduction(norms, self.atoms.numbers)

@@ -117,6 +117,11 @@ def test_devices_that_cannot_be_used(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match="device is 'cuda:2', but torch sees 2 cuda devices"):
         load_backend("toy:", device="cuda:2")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(
+        ValueError, match=r"device is 'mps', but the statistics are in float64, which MPS lacks\. Use c"
+    ):
+        load_backend("toy:", device="mps")
     with pytest.raises(ValueError, match="device is 'gpu', which torch does not know"):
         load_backend("toy:", device="gpu")
 

@@ -143,6 +143,25 @@ def test_corrections_are_part_of_the_identity():
         with_dispersion.check_identity(load_backend(halved).identity)
 
 
+def test_parameters_of_corrections_are_part_of_the_identity():
+    weak, strong = (load_backend(SumCalculator([ToyCalculator(), LennardJones(epsilon=e)])) for e in (1, 100))
+    with pytest.raises(PotentialMismatch, match=r"added was .*'epsilon': 100.*, here it is .*'epsilon': 1\.0,"):
+        weak.check_identity(strong.identity)
+    same = load_backend(SumCalculator([ToyCalculator(), LennardJones(epsilon=100.0)]))
+    assert same.check_identity(strong.identity) is None
+
+
+def test_parameters_that_json_cannot_hold_are_left_out():
+    pairs = LennardJones()
+    pairs.parameters["table"] = np.zeros(3)
+    backend = load_backend(SumCalculator([ToyCalculator(), pairs]))
+    assert "table" not in str(backend.identity.settings)
+    assert (
+        backend.identity.fingerprint
+        == load_backend(SumCalculator([ToyCalculator(), LennardJones()])).identity.fingerprint
+    )
+
+
 def test_no_forces_are_asked_of_corrections_where_none_are_wanted():
     class EnergyOnly(Dispersion):
         def get_property(self, name, atoms=None, allow_calculation=True):

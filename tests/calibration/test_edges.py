@@ -67,6 +67,14 @@ def test_gamma_of_an_unseen_element_is_infinite():
     assert gamma.tolist() == [float("inf")] * 3
 
 
+def test_a_distance_that_is_nan_stays_nan():
+    table = fit_edges(*calibration(), frozenset({1, 6}))
+    gamma = table.grade(torch.tensor([float("nan"), 2.0]), torch.tensor([1, 14]))
+    assert bool(gamma[0].isnan())
+    assert float(gamma[1]) == float("inf")
+    assert gamma.dtype == torch.float32
+
+
 @pytest.mark.parametrize("z", [1, 6])
 def test_gamma_is_the_ratio_to_the_edge(z: int):
     table = fit_edges(*calibration(), frozenset({1, 6}))

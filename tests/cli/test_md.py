@@ -2,7 +2,7 @@ import csv
 
 import numpy as np
 import pytest
-from ase import units
+from ase import Atoms, units
 from ase.io import read, write
 
 from ase_uq import Quantile, UncertaintyModel, read_frames
@@ -58,7 +58,7 @@ def test_a_halted_run(md, files, tmp_path):
     assert message.startswith(f"halted at step {step}, {step * 0.25:.6g} fs: ")
     assert f"reached halt at {halt:.4g} eV/A" in message
     assert "worst atom" in message
-    assert f"{len(flagged)} frames to label are in flagged.xyz" in result.stderr
+    assert f"{len(flagged)} frames added to flagged.xyz" in result.stderr
     assert len(flagged) == sum(row["level"] != "ok" for row in log)
     assert frames[-1].info["step"] == flagged[-1].info["flag_step"] == step
     assert [atoms.info["step"] for atoms in frames] == [*range(0, step, 7), step]
@@ -75,11 +75,75 @@ def test_a_run_goes_on_from_its_trajectory(md):
     assert md(*words, "--append", start="run.xyz", steps=10).exit_code == 0
     frames = read("run.xyz", ":")
     # The shared frame is there once.
-    assert [atoms.info["step"] for atoms in frames] == [0, 5, 10, 5, 10]
+    assert [atoms.info["step"] for atoms in frames] == [0, 5, 10, 15, 20]
+    assert [atoms.info["time_fs"] for atoms in frames] == pytest.approx([0, 1.25, 2.5, 3.75, 5])
     # With the velocities: five steps later, atoms are about where they take them.
     moved = frames[3].positions - before.positions
     expected = before.get_velocities() * 5 * 0.25 * units.fs
     assert np.corrcoef(moved.ravel(), expected.ravel())[0, 1] > 0.9
+
+
+def test_a_halted_run_goes_on_where_it_was_halted(md):
+    words = ["--trajectory", "run.xyz", "--interval", 1, "--frames", "flagged.xyz", "--log", "run.csv"]
+    halted = md("--halt", "q0.9", *words, temperature=3000, steps=500)
+    assert halted.exit_code == 3
+    assert "1 frame added to flagged.xyz" in halted.stderr
+    assert "start from it with --trajectory run.xyz --append" in halted.stderr
+    step = int(rows("run.csv")[-1]["step"])
+    again = md("--halt", 1e6, "--flag", 1e-6, *words, "--append", start="run.xyz", steps=5)
+    assert again.exit_code == 0
+    assert again.stdout == "done: 5 steps, 1.25 fs; 5 frames flagged, added to flagged.xyz\n"
+    log, frames, flagged = rows("run.csv"), read("run.xyz", ":"), read("flagged.xyz", ":")
+    assert [int(row["step"]) for row in log] == list(range(step + 6))
+    assert [float(row["time_fs"]) for row in log] == pytest.approx([0.25 * n for n in range(step + 6)])
+    assert [atoms.info["step"] for atoms in frames] == list(range(step + 6))
+    assert [atoms.info["time_fs"] for atoms in frames] == pytest.approx([0.25 * n for n in range(step + 6)])
+    assert [atoms.info["flag_step"] for atoms in flagged] == list(range(step, step + 6))
+
+
+def test_a_run_that_goes_on_halts_at_a_later_step(md):
+    words = ["--halt", 1e-6, "--trajectory", "run.xyz", "--frames", "flagged.xyz"]
+    assert md(*words).exit_code == 3
+    again = md(*words, "--append", start="run.xyz")
+    assert again.exit_code == 3
+    assert "halted at step 1, 0.25 fs" in again.stderr
+    assert "1 frame added to flagged.xyz" in again.stderr
+    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 1]
+
+
+def test_a_run_that_goes_on_draws_other_noise(md, files):
+    # Two steps from rest without forces to speak of: the velocities are the noise of the thermostat.
+    words = ["--halt", 1e9, "--trajectory", "run.xyz", "--append", "--friction", 1]
+    atoms = read(files.start)
+    atoms.set_momenta(np.zeros((len(atoms), 3)))
+    write("still.xyz", atoms)
+    assert md(*words, start="still.xyz", steps=1).exit_code == 0
+    first = read("run.xyz", "-1").get_momenta()
+    still = read("run.xyz", "-1")
+    still.positions, still.info = atoms.positions, {"step": 1, "time_fs": 0.25}
+    still.set_momenta(np.zeros((len(atoms), 3)))
+    write("run.xyz", still)
+    assert md(*words, start="run.xyz", steps=1).exit_code == 0
+    assert np.abs(read("run.xyz", "-1").get_momenta() - first).max() > 0.1 * np.abs(first).max()
+
+
+def test_a_trajectory_that_no_run_has_written_is_gone_on_from_its_only_frame(md, files):
+    write("run.xyz", read(files.start))
+    words = ["--halt", 1e9, "--trajectory", "run.xyz", "--append", "--interval", 1, "--log", "run.csv"]
+    assert md(*words, start="run.xyz", steps=2).exit_code == 0
+    assert [atoms.info.get("step") for atoms in read("run.xyz", ":")] == [None, 1, 2]
+    assert [int(row["step"]) for row in rows("run.csv")] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("symbols", ["O", "CO"])
+def test_few_atoms_have_velocities_too(md, symbols):
+    write("few.xyz", Atoms(symbols, positions=[(0, 0, 1.2 * n) for n in range(len(symbols))]))
+    result = md("--halt", 1e9, "--trajectory", "run.xyz", start="few.xyz", steps=2)
+    assert result.exit_code == 0
+    assert "nan K" not in result.stderr
+    momenta = read("run.xyz", "0").get_momenta()
+    assert np.isfinite(momenta).all()
+    assert momenta.any()
 
 
 def test_the_same_seed_gives_the_same_run(md):
@@ -123,6 +187,16 @@ def test_patience_and_reduction_reach_the_monitor(md):
         (["--halt", 1, "--timestep", 0], "0.0 is not positive"),
         (["--halt", 1, "--friction", -1], "-1.0 is not positive"),
         (["--halt", 1, "--interval", 0], "--interval"),
+        (["--halt", -1], "a threshold is a positive number in eV/Å, not -1"),
+        (["--flag", 0], "a threshold is a positive number in eV/Å, not 0"),
+        (["--halt", "nan"], "a threshold is a positive number in eV/Å, not nan"),
+        (["--halt", 0.2, "--flag", 0.3], "0.3 eV/Å is not below --halt, 0.2 eV/Å"),
+        (["--halt", 0.2, "--flag", 0.2], "0.2 eV/Å is not below --halt, 0.2 eV/Å"),
+        (["--halt", 1, "--reduce", "median"], "'median' is none of max, mean and top3, nor a quantile"),
+        (["--halt", 1, "--reduce", "0.x"], "'0.x' is none of max, mean and top3, nor a quantile"),
+        (["--halt", 1, "--reduce", "0"], "'0' is none of max, mean and top3, nor a quantile"),
+        (["--halt", 1, "--trajectory", "run.traj"], "give a name that ends in .xyz or .extxyz"),
+        (["--halt", 1, "--frames", "flagged"], "give a name that ends in .xyz or .extxyz"),
     ],
 )
 def test_wrong_usage(md, words, part):
@@ -134,12 +208,9 @@ def test_wrong_usage(md, words, part):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["--halt", -1], "a threshold is a positive number in eV/Å"),
-        (["--halt", 0.2, "--flag", 0.3], "Give a flag below the halt"),
         (["--halt", "q0.9999"], "calibration frames"),
-        (["--halt", 1, "--reduce", "median"], "a reduction is 'max', 'mean'"),
         (["--flag", 1, "--patience", 5], "patience belongs to halt"),
-        (["--halt", 1, "--trajectory", "no/run.xyz"], "cannot write no/run.xyz"),
+        (["--halt", 1, "--trajectory", "no/run.xyz"], "cannot write no/run.xyz: No such file or directory. Choose"),
         (["--halt", 1, "--frames", "no/flagged.xyz"], "no/flagged.xyz cannot be written"),
         (["--halt", 1, "--device", "gpu9"], "device is 'gpu9'"),
         (["--halt", 1, "--dtype", "float16"], "dtype is 'float16'"),

@@ -75,6 +75,13 @@ def test_a_structure_that_cannot_be_evaluated(predict, files, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"in.xyz"}
 
 
+def test_a_structure_is_named_by_its_number_in_the_file(predict, files):
+    frames = read(files.test, ":7")
+    frames[5].numbers[0] = 79
+    write("in.xyz", frames)
+    assert "structure 5 (" in predict("--batch-atoms", 18, frames="in.xyz").stderr
+
+
 def test_an_element_that_was_not_fitted_is_one_warning(predict, files):
     frames = read(files.test, ":3")
     for atoms in frames:

@@ -256,8 +256,11 @@ def test_an_element_never_seen_reads_infinity():
     assert caught.value.reading == math.inf
 
 
-def test_nan_halts_even_where_patience_would_wait():
+@pytest.mark.parametrize("gamma", [1.0, math.inf])
+def test_nan_halts_even_where_patience_would_wait(gamma):
     dynamics = verlet(crystal([0.1, 0.1, math.nan]))
+    # An unseen element reads infinity, which has to wait; it must not hide that the model has broken.
+    dynamics.attach(lambda: dynamics.nsteps == 2 and dynamics.atoms.calc.gamma.fill(gamma))
     attached(dynamics, halt=0.5, patience=1000)
     with pytest.raises(UncertaintyHalt, match=r"step 2 .*uncertainty \(max\) nan") as caught:
         dynamics.run(5)
