@@ -1,6 +1,6 @@
 """What uncertainties cost: the time of a full ASE step (energy, forces, stress) with and without them, as a ratio.
 
-    python benchmarks/overhead.py [--device cpu|cuda] [--seconds 60] [--largest 512] [--out benchmarks/results/NAME]
+    python benchmarks/overhead.py [--device cpu|cuda] [--seconds 60] [--smallest 8] [--largest 512] [--out NAME]
 
 Both sides of every ratio are timed in one run, step by step in turns, because machines are noisy: the ratio is the
 median over pairs of neighbouring steps, its spread the quartiles. Potentials have the full published sizes and random
@@ -176,15 +176,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=60, help="least time a comparison")
+    parser.add_argument("--smallest", type=int, default=8, help="smallest number of atoms")
     parser.add_argument("--largest", type=int, default=512, help="largest number of atoms")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     out = arguments.out or Path(f"benchmarks/results/overhead_{arguments.device}")
-    sizes = [repeat for atoms, repeat in SIZES.items() if atoms <= arguments.largest]
+    sizes = [repeat for atoms, repeat in SIZES.items() if arguments.smallest <= atoms <= arguments.largest]
     results = {"machine": machine(arguments.device), "command": " ".join(["python", *sys.argv]), "rows": []}
     jobs = [(name, repeat) for name in POTENTIALS for repeat in sizes]
     # A committee's ratio does not depend on size; four times a long step is long.
-    jobs += [("4-member MACE committee, stock calculator", repeat) for repeat in sizes[:2]]
+    jobs += [("4-member MACE committee, stock calculator", repeat) for repeat in sizes if repeat <= 2]
     plain = certain = None
     current = ""
     for name, repeat in tqdm(jobs, unit="size"):
