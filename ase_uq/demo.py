@@ -15,13 +15,13 @@ from ase import Atoms, units
 from ase.calculators.calculator import CalculationFailed
 from ase.io import read
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import Stationary, ZeroRotation
 from tqdm import tqdm
 
 from ase_uq import embedded
 from ase_uq.backends import load_backend
 from ase_uq.calculator import UncertainCalculator
 from ase_uq.dynamics import UncertaintyMonitor
+from ase_uq.dynamics.momenta import set_thermal_momenta
 from ase_uq.errors import MissingDependency, UncertaintyHalt
 from ase_uq.frames import annotated, read_frames, write_frames
 from ase_uq.metrics import spearman
@@ -170,11 +170,7 @@ def _heat(
     """The run, and frames of its cold part that were not flagged; `steps` cold and heating, `levels` flag and halt."""
     (cold_steps, heating_steps), (flag, halt) = steps, levels
     rng = np.random.default_rng(seed)
-    # Maxwell and Boltzmann's; ASE's own function has another name since 3.29.
-    spread = np.sqrt(atoms.get_masses() * units.kB * COLD)
-    atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))
-    Stationary(atoms)
-    ZeroRotation(atoms)
+    set_thermal_momenta(atoms, COLD, rng)
     dynamics = Langevin(atoms, TIMESTEP * units.fs, temperature_K=COLD, friction=0.02 / units.fs, fixcm=False, rng=rng)
     monitor = UncertaintyMonitor(dynamics, flag=flag, halt=halt, frames=flagged)
     rows: list[tuple[float, float, float]] = []

@@ -1,6 +1,6 @@
 """Labelled frames → this rank's evaluated batches."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,17 +14,18 @@ from ase_uq.evaluation import Evaluation, Targets
 from ase_uq.frames import Labels, labels_of
 
 
-def batches_of(frames: Sequence[Atoms], batch_atoms: int) -> list[list[Atoms]]:
+def batches_of(frames: Iterable[Atoms], batch_atoms: int) -> Iterator[list[Atoms]]:
     """Consecutive frames in batches of at most `batch_atoms` atoms; a larger frame stands alone."""
-    batches: list[list[Atoms]] = []
+    batch: list[Atoms] = []
     filled = 0
     for atoms in frames:
-        if not batches or filled + len(atoms) > batch_atoms:
-            batches.append([])
-            filled = 0
-        batches[-1].append(atoms)
+        if batch and filled + len(atoms) > batch_atoms:
+            yield batch
+            batch, filled = [], 0
+        batch.append(atoms)
         filled += len(atoms)
-    return batches
+    if batch:
+        yield batch
 
 
 class LabelledStream:
@@ -52,7 +53,7 @@ class LabelledStream:
         title: str = "",
     ) -> None:
         self._backend = backend
-        self._batches = shard(batches_of(frames, batch_atoms), communicator)
+        self._batches = shard(list(batches_of(frames, batch_atoms)), communicator)
         self._forces = forces
         self._keys = keys
         self._title = title if communicator.rank == 0 else ""

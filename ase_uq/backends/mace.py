@@ -28,7 +28,7 @@ from ase.calculators.calculator import BaseCalculator, Calculator
 from torch import Tensor
 
 from ase_uq.artefact import read_artefact, write_artefact
-from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.base import Backend, Batch, probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.evaluation import Edges, EnergyLayer, Evaluation
 
@@ -102,7 +102,6 @@ class MACEBackend(Backend):
     """
 
     name = "mace"
-    info_keys = ("charge", "spin", "head", "external_field")
     results = ("energy", "free_energy", "energies", "forces", "stress")
 
     def __init__(self, calculator: MACECalculator) -> None:
@@ -276,8 +275,6 @@ class MACEBackend(Backend):
 
     def _check_last_layer(self) -> None:
         """w·φ_i + base_i = e_i on a structure with every element, with the base computed on its own."""
-        from ase_uq.backends.base import probe_structure
-
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
         evaluation = self.evaluate(batch, forces=False)
         model = _plain(self.calculator.models[0])

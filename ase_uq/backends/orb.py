@@ -34,7 +34,7 @@ from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force
 from torch import Tensor
 
 from ase_uq.artefact import read_artefact, write_artefact
-from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.base import Backend, Batch, probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
 
@@ -246,8 +246,6 @@ class OrbBackend(Backend):
 
     def _check_last_layer(self) -> None:
         """w·ψ + base = energy, P(φB) + base = forces, on a small structure, with the base computed on its own."""
-        from ase_uq.backends.base import probe_structure
-
         graph_source = probe_structure(frozenset({1, 6, 7, 8, 14}), self.required_info_keys)
         batch = self.collate([graph_source])
         evaluation = self.evaluate(batch)

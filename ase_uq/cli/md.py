@@ -205,24 +205,14 @@ def _check_arguments(
 
 def _start(path: Path, temperature: float, rng: Any) -> "Atoms":
     """The last frame of a file, with its own velocities or those of a temperature."""
-    import numpy as np
-    from ase import units
-    from ase.md.velocitydistribution import Stationary, ZeroRotation
-
+    from ase_uq.dynamics.momenta import set_thermal_momenta
     from ase_uq.frames import read_frames
 
     atoms = read_frames(path, name="START")[-1]
     for name in set(atoms.arrays) - _KEPT_ARRAYS:
         del atoms.arrays[name]
     if not atoms.has("momenta"):
-        # Maxwell and Boltzmann's; ASE's own function has another name since 3.29.
-        spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
-        atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))
-        # A single atom has no motion but that of its centre of mass, and taking that out leaves 0/0.
-        if len(atoms) > 1:
-            Stationary(atoms)
-            if not atoms.pbc.any():
-                ZeroRotation(atoms)
+        set_thermal_momenta(atoms, temperature, rng)
     return atoms
 
 

@@ -40,6 +40,7 @@ def predict(
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.frames import annotated, write_frames
+    from ase_uq.stream import batches_of
 
     seed_all(seed)
     predictor = load_calculator(model, uq, device, dtype).predictor
@@ -50,7 +51,7 @@ def predict(
     start = perf_counter()
     try:
         with tqdm(desc="predict", unit="frame") as bar:
-            for batch in _batches(frames, batch_atoms):
+            for batch in batches_of(_frames(frames), batch_atoms):
                 predictions = predictor.predict(batch, first=tally.n_frames)
                 scored = [annotated(atoms, p.results) for atoms, p in zip(batch, predictions, strict=True)]
                 write_frames(part, scored, append=True)
@@ -106,17 +107,6 @@ def _check_arguments(frames: Path, out: Path, overwrite: bool) -> None:
     from ase_uq.artefact import check_writable
 
     check_writable(out)
-
-
-def _batches(path: Path, batch_atoms: int) -> "Iterator[list[Atoms]]":
-    """Consecutive frames of a file in batches of at most `batch_atoms` atoms; a larger frame stands alone."""
-    batch: list[Atoms] = []
-    for atoms in _frames(path):
-        if batch and sum(map(len, batch)) + len(atoms) > batch_atoms:
-            yield batch
-            batch = []
-        batch.append(atoms)
-    yield batch
 
 
 def _frames(path: Path) -> "Iterator[Atoms]":

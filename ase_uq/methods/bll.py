@@ -70,8 +70,7 @@ class BLL(Method):
             raise LabelError("there are no training frames.")
         settings: dict[str, Any] = {"features": self.features, "ridge": self.ridge, "radii": list(self.radii)}
         tensors = {}
-        spread = (atoms.scatter.diagonal() / atoms.count).clamp(min=0).sqrt()
-        scale = spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
+        scale = _scale(atoms.scatter.diagonal() / atoms.count)
         covariance = atoms.scatter / atoms.count / torch.outer(scale, scale)
         precision = covariance + self.ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
         root, jitter = whitener(precision)
@@ -227,6 +226,12 @@ def _removed_mean(layer: ForceLayer, evaluation: Evaluation) -> Tensor:
     return features - (evaluation.sum_over_atoms(features) / counts)[evaluation.frame_of_atom]
 
 
+def _scale(mean_squares: Tensor) -> Tensor:
+    """(n_features,) the unit of each feature: its spread, or the smallest that is allowed."""
+    spread = mean_squares.clamp(min=0).sqrt()
+    return spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
+
+
 def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took.
 
@@ -236,8 +241,7 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     outputs = 3 if name == "force" else 1
     width = len(moments.mean) - outputs
     joint = moments.scatter if name == "energy" else moments.about_zero()
-    spread = (joint.diagonal()[:width] / moments.count).clamp(min=0).sqrt()
-    scale = spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
+    scale = _scale(joint.diagonal()[:width] / moments.count)
     statistics = Statistics(
         gram=joint[:width, :width] / torch.outer(scale, scale),
         cross=joint[:width, width:] / scale[:, None],

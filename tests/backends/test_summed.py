@@ -50,8 +50,7 @@ class SumContract(BackendContract):
         return [calculator.mixer.calcs[0].potential.weights]
 
     # The stand-in for D3 makes its stress up.
-    def test_stress_is_the_derivative_by_strain(self):
-        pass
+    test_stress_is_the_derivative_by_strain = None
 
 
 class TestToyAndDispersion(SumContract):
