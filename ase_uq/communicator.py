@@ -62,6 +62,25 @@ class Distributed:
         return summed
 
 
+def gather(rows: Tensor | None, communicator: Communicator) -> Tensor | None:
+    """The (n, width) rows of all ranks in float64, one rank after the other, the same on each; None where no rank has any.
+
+    A rank without rows takes part with None: it learns their width from the others.
+    """
+    device = torch.device("cpu") if rows is None else rows.device
+    message = torch.zeros(communicator.size, 2, dtype=torch.float64, device=device)
+    if rows is not None:
+        message[communicator.rank] = torch.tensor(rows.shape, dtype=torch.float64)
+    counts, widths = communicator.sum({"shape": message})["shape"].long().T.tolist()
+    if not sum(counts):
+        return None
+    start = sum(counts[: communicator.rank])
+    padded = torch.zeros((sum(counts), max(widths)), dtype=torch.float64, device=device)
+    if rows is not None:
+        padded[start : start + len(rows)] = rows
+    return communicator.sum({"rows": padded})["rows"]
+
+
 def shard[T](items: Sequence[T], communicator: Communicator) -> Sequence[T]:
     """This rank's part of a sequence: every size-th item; may be empty."""
     return items[communicator.rank :: communicator.size]

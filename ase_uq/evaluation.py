@@ -4,7 +4,10 @@ Every tensor is detached and on the potential's device. `n_atoms` counts the ato
 `n_frames` its structures; `frame_of_atom` joins the two.
 """
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,14 +20,19 @@ class Edges:
     Args:
         source: (n_edges,) index of the neighbour.
         target: (n_edges,) index of the atom whose neighbour it is.
-        distance: (n_edges,) Å.
+        vector: (n_edges, 3) Å, from the atom to its neighbour.
         cutoff: Å; no pair farther apart is listed.
     """
 
     source: Tensor
     target: Tensor
-    distance: Tensor
+    vector: Tensor
     cutoff: float = float("inf")
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """(n_edges,) Å."""
+        return self.vector.norm(dim=1)
 
 
 @dataclass(frozen=True)
@@ -64,6 +72,53 @@ class ForceLayer:
 
 
 @dataclass(frozen=True)
+class Members:
+    """What each member of a committee predicts; the mean over them is the potential's own prediction.
+
+    Args:
+        energy: (n_members, n_frames) eV.
+        forces: (n_members, n_atoms, 3) eV/Å, or None where forces were not asked for.
+        stress: (n_members, n_frames, 6) eV/Å³, Voigt, or None.
+    """
+
+    energy: Tensor
+    forces: Tensor | None = None
+    stress: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """What a confidence head says of the mean absolute error of an atom's force components.
+
+    Args:
+        probabilities: (n_atoms, n_bins).
+        edges: (n_bins + 1,) eV/Å, edges of the bins; errors beyond the last one were left out of its training.
+    """
+
+    probabilities: Tensor
+    edges: Tensor
+
+
+class Gradients(ABC):
+    """Derivatives of one evaluation that cost further passes through the potential, taken when they are asked for."""
+
+    @abstractmethod
+    def of_features(self, cotangent: Tensor) -> Tensor:
+        """(n_atoms, n_features) → (n_atoms, 3): -∂/∂R_j Σ_ik cotangent_ik features_ik; one backward pass."""
+
+    @abstractmethod
+    def of_energies(self) -> Iterator[Tensor]:
+        """(n_parameters,) ∂E_s/∂θ of one frame after the other; one backward pass each."""
+
+    @abstractmethod
+    def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
+        """(n_atoms, 3) → (n_parameters,) ∂(Σ_j tangents_j · F_j)/∂θ over the atoms of one frame after the other.
+
+        One backward pass through the force calculation each.
+        """
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Means and features of a batch, all from the same forward pass.
 
@@ -80,6 +135,10 @@ class Evaluation:
         stress: (n_frames, 6) eV/Å³ in Voigt order, or None.
         energies: (n_atoms,) eV, or None where the potential has none.
         force_layer: Last layer of a direct force head, or None for conservative forces.
+        vectors: (n_atoms, 3, n_vectors) equivariant l = 1 channels of the first layer, or None where there are none.
+        members: Predictions of the members where the potential is a committee.
+        confidence: What the potential's own confidence head says, where it has one.
+        gradients: Further derivatives, where they were asked for.
         extras: Per-atom results that the wrapped calculator has beside the standard ones.
     """
 
@@ -95,6 +154,10 @@ class Evaluation:
     stress: Tensor | None = None
     energies: Tensor | None = None
     force_layer: ForceLayer | None = None
+    vectors: Tensor | None = None
+    members: Members | None = None
+    confidence: Confidence | None = None
+    gradients: Gradients | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 
     @property
@@ -113,11 +176,14 @@ class Targets:
     """Reference values of a batch; None where no frame carries one, NaN for the frames that do not.
 
     Args:
+        frames: (n_frames,) place of each frame in the data set: frames that stand together may be neighbours of one
+            trajectory.
         energy: (n_frames,) eV.
         forces: (n_atoms, 3) eV/Å.
         stress: (n_frames, 6) eV/Å³, Voigt.
     """
 
+    frames: Tensor
     energy: Tensor | None = None
     forces: Tensor | None = None
     stress: Tensor | None = None

@@ -76,11 +76,30 @@ def fit(
     _refuse_overlap(train_frames, calibration_frames)
     _check_first_frames(backend, train_frames, calibration_frames, label_keys)
     options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
-    bar = "fit" if progress else ""
-    stream = LabelledStream(backend, train_frames, communicator, forces=False, title=bar, **options)
-    heads = {method.name: method.fit(stream, communicator).to(backend.device) for method in makers}
-    bar = "calibrate" if progress else ""
-    held_out = LabelledStream(backend, calibration_frames, Serial(), forces=True, title=bar, **options)
+    stream = LabelledStream(
+        backend,
+        train_frames,
+        communicator,
+        forces=any(method.forces for method in makers),
+        gradients=any(method.gradients for method in makers),
+        title="fit" if progress else "",
+        **options,
+    )
+    # One pass for all methods: what the potential costs is paid once.
+    accumulators = {method.name: method.start() for method in makers}
+    for evaluation, targets in stream:
+        for accumulator in accumulators.values():
+            accumulator.add(evaluation, targets)
+    heads = {name: a.finish(communicator).to(backend.device) for name, a in accumulators.items()}
+    held_out = LabelledStream(
+        backend,
+        calibration_frames,
+        Serial(),
+        forces=True,
+        gradients=any(head.gradients for head in heads.values()),
+        title="calibrate" if progress else "",
+        **options,
+    )
     observed = _observe(heads, held_out)
     fitted = {name: _calibrated(name, head, observed) for name, head in heads.items()}
     primary = makers[0].name

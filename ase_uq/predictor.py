@@ -50,7 +50,9 @@ class Predictor:
         Raises:
             InputError: A structure cannot be evaluated.
         """
-        evaluation = self.backend.evaluate(self.backend.collate(frames, first=first))
+        evaluation = self.backend.evaluate(
+            self.backend.collate(frames, first=first), gradients=self.uncertainty_model.gradients
+        )
         uncertainties = self.uncertainty_model.apply(evaluation)
         self._name_unseen(frames)
         return _split(evaluation, uncertainties)

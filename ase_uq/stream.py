@@ -37,6 +37,7 @@ class LabelledStream:
         communicator: Decides which batches are this rank's.
         batch_atoms: Most atoms a batch.
         forces: Whether the potential's forces are wanted, or features and energies do.
+        gradients: Whether `Evaluation.gradients` are wanted.
         keys: Names of the labels, as in `frames.labels_of`.
         title: What the progress bar says; empty for none.
     """
@@ -49,28 +50,34 @@ class LabelledStream:
         *,
         batch_atoms: int,
         forces: bool,
+        gradients: bool = False,
         keys: tuple[str, str, str] | None = None,
         title: str = "",
     ) -> None:
         self._backend = backend
-        self._batches = shard(list(batches_of(frames, batch_atoms)), communicator)
+        batches = list(batches_of(frames, batch_atoms))
+        firsts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
+        self._batches = shard(list(zip(firsts, batches, strict=False)), communicator)
         self._forces = forces
+        self._gradients = gradients
         self._keys = keys
         self._title = title if communicator.rank == 0 else ""
 
     def __iter__(self) -> Iterator[tuple[Evaluation, Targets]]:
-        total = sum(len(batch) for batch in self._batches)
+        total = sum(len(batch) for _, batch in self._batches)
         with tqdm(total=total, desc=self._title, unit="frame", disable=not self._title, leave=False) as bar:
-            for frames in self._batches:
-                evaluation = self._backend.evaluate(self._backend.collate(frames), forces=self._forces)
-                yield evaluation, targets_of([labels_of(atoms, self._keys) for atoms in frames], evaluation)
+            for first, frames in self._batches:
+                batch = self._backend.collate(frames, first=first)
+                evaluation = self._backend.evaluate(batch, forces=self._forces, gradients=self._gradients)
+                yield evaluation, targets_of([labels_of(atoms, self._keys) for atoms in frames], evaluation, first)
                 bar.update(len(frames))
 
 
-def targets_of(labels: Sequence[Labels], evaluation: Evaluation) -> Targets:
-    """Reference values of a batch as float64 tensors beside its evaluation."""
+def targets_of(labels: Sequence[Labels], evaluation: Evaluation, first: int = 0) -> Targets:
+    """Reference values of a batch as float64 tensors beside its evaluation; `first` is the number of its first frame."""
     counts = evaluation.n_atoms_of_frame.tolist()
     return Targets(
+        frames=torch.arange(first, first + len(counts), device=evaluation.energy.device),
         energy=_joined([label.energy for label in labels], [()] * len(counts), evaluation),
         forces=_joined([label.forces for label in labels], [(count, 3) for count in counts], evaluation),
         stress=_joined([label.stress for label in labels], [(6,)] * len(counts), evaluation),

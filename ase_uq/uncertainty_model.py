@@ -117,6 +117,11 @@ class UncertaintyModel:
         return replace(self, methods=methods, edges=replace(self.edges, edges=self.edges.edges.to(device)))
 
     @property
+    def gradients(self) -> bool:
+        """Whether a head asks for `Evaluation.gradients`, which cost passes beyond the potential's own."""
+        return any(fitted.head.gradients for fitted in self.methods.values())
+
+    @property
     def results(self) -> tuple[str, ...]:
         """Results keys that it gives."""
         calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self.primary].calibrators]

@@ -10,9 +10,9 @@ import torch
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.communicator import Distributed, Serial, shard
+from ase_uq.communicator import Communicator, Distributed, Serial, gather, shard
 from ase_uq.methods.bll import BLL
-from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, evaluate, fit_head, labelled_frames, on_ranks
 
 WORKER = """
 import sys
@@ -98,3 +98,17 @@ def test_two_processes_fit_the_head_of_one(tmp_path: Path, batch_atoms: int):
         for name in RAW_FIELDS:
             largest = float(getattr(expected, name).max())
             torch.testing.assert_close(getattr(found, name), getattr(expected, name), rtol=0, atol=1e-10 * largest)
+
+
+def test_rows_of_all_ranks_stand_one_rank_after_the_other():
+    def run(ranks: Communicator) -> torch.Tensor | None:
+        own = torch.full((ranks.rank, 2), float(ranks.rank), dtype=torch.float64)
+        return gather(own if ranks.rank else None, ranks)
+
+    for rows in on_ranks(3, run):
+        assert rows is not None
+        assert rows.tolist() == [[1.0, 1.0], [2.0, 2.0], [2.0, 2.0]]
+
+
+def test_no_rank_has_rows():
+    assert on_ranks(2, lambda ranks: gather(None, ranks)) == [None, None]

@@ -325,9 +325,12 @@ def _evaluation(stored: dict[str, torch.Tensor]) -> Evaluation:
     def parts(prefix: str) -> dict[str, torch.Tensor]:
         return {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
 
+    edges = parts("edges.")
+    distance = edges.pop("distance")  # the first version knew no directions, and nothing in it asks for them
+    edges["vector"] = distance[:, None] * torch.tensor([1, 0, 0], dtype=distance.dtype)
     return Evaluation(
         **{name: value for name, value in given.items() if "." not in name},
-        edges=Edges(**parts("edges.")),
+        edges=Edges(**edges),
         energy_layer=EnergyLayer(**parts("energy_layer.")),
         force_layer=ForceLayer(**parts("force_layer."), force_free=True),
     )

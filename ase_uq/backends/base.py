@@ -85,7 +85,7 @@ class Backend(ABC):
         """The structures as the potential's package wants them; `frames` have been checked."""
 
     @abstractmethod
-    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         """One forward pass, one a member where the wrapped calculator is a committee."""
 
     @abstractmethod
@@ -136,17 +136,21 @@ class Backend(ABC):
             self._check(f"{name} {number}", atoms)
 
     @final
-    def evaluate(self, batch: Batch, *, forces: bool = True) -> Evaluation:
+    def evaluate(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> Evaluation:
         """One forward pass over a batch.
 
         Args:
             batch: From `collate` of this backend.
             forces: Whether forces and stress are wanted; without them a conservative potential saves
                 its backward pass.
+            gradients: Whether `Evaluation.gradients` are wanted: the graph of the pass is kept for them.
+
+        Raises:
+            InputError: Gradients were asked for, and this potential cannot give them as it was loaded.
         """
         # A conservative potential takes gradients, whatever the caller has switched off.
         with torch.enable_grad():
-            return self._evaluate(batch, forces)
+            return self._evaluate(batch, forces, gradients)
 
     @cached_property
     def identity(self) -> Identity:

@@ -178,7 +178,7 @@ class MACEBackend(Backend):
             ]
         return torch_geometric.Batch.from_data_list(graphs).to(calculator.device)
 
-    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         n_frames = len(batch.frames)
         n_atoms = sum(len(atoms) for atoms in batch.frames)
         data, outputs = {}, []
@@ -430,11 +430,11 @@ def _voigt(stress: Tensor) -> Tensor:
 
 def _edges(data: dict[str, Tensor], n_atoms: int, cutoff: float, length_unit: float) -> Edges:
     source, target = data["edge_index"]
-    distance = (data["positions"][target] - data["positions"][source] + data["shifts"]).detach().norm(dim=-1)
+    vector = (data["positions"][source] - data["positions"][target] - data["shifts"]).detach() * length_unit
     if len(data["positions"]) > n_atoms:
         real = (source < n_atoms) & (target < n_atoms)
-        source, target, distance = source[real], target[real], distance[real]
-    return Edges(source, target, distance * length_unit, cutoff * length_unit)
+        source, target, vector = source[real], target[real], vector[real]
+    return Edges(source, target, vector, cutoff * length_unit)
 
 
 def _hidden_activations(block: Any, features: Tensor, readout: _Readout) -> Tensor:

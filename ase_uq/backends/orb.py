@@ -137,7 +137,7 @@ class OrbBackend(Backend):
             copy.info[key] = value.item()
         return copy
 
-    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         graph = batch.data
         with _default_dtype(self.dtype):
             out = self._conservative_pass(graph) if self._conservative else self._direct_pass(graph)
@@ -158,7 +158,7 @@ class OrbBackend(Backend):
             edges=Edges(
                 graph.senders,
                 graph.receivers,
-                graph.edge_features["vectors"].detach().norm(dim=-1),
+                -graph.edge_features["vectors"].detach(),  # orb's point from the sender to the receiver
                 float(self.calculator.adapter.radius),
             ),
             extras={"confidence": out["confidence"]} if "confidence" in out else {},

@@ -93,8 +93,8 @@ class SummedBackend(Backend):
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         return self._inner._collate(frames)
 
-    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
-        own = self._inner._evaluate(batch, forces)
+    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+        own = self._inner._evaluate(batch, forces, gradients)
         added = {key: self._added(key, own, batch) for key in self.results if forces or key in ("energy", "energies")}
         weight = self._weight
 

@@ -130,7 +130,7 @@ class ToyPotential(torch.nn.Module):
         base = torch.zeros_like(energy).index_add(0, graph.frame_of_atom, isolated)
         directions = (vectors / distance[:, None]).detach()
         arrows = self._sum_over_neighbours(graph, distance.detach(), directions)
-        out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "distance": distance}
+        out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "vectors": vectors}
         # The norm of what the neighbours' directions add up to: 0 at the centre of a symmetric surrounding.
         out["features"] = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
         if differentiate:
@@ -235,7 +235,7 @@ class ToyBackend(Backend):
     def _collate(self, frames: Sequence[Atoms]) -> Graph:
         return self._potential.collate(frames)
 
-    def _evaluate(self, batch: Batch, forces: bool) -> Evaluation:
+    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         graph: Graph = batch.data
         out = self._potential(graph, forces=forces)
         return Evaluation(
@@ -250,7 +250,7 @@ class ToyBackend(Backend):
             features=out["features"],
             energy_layer=EnergyLayer(out["phi"], self._potential.weights.detach(), out["base"]),
             force_layer=self._force_layer(graph, out) if self._potential.direct else None,
-            edges=Edges(graph.source, graph.target, out["distance"], self._potential.cutoff),
+            edges=Edges(graph.source, graph.target, out["vectors"], self._potential.cutoff),
         )
 
     def _force_layer(self, graph: Graph, out: dict[str, Tensor]) -> ForceLayer:

@@ -36,7 +36,13 @@ class Raw:
 
 
 class Head(torch.nn.Module, ABC):
-    """A fitted method. Its tensors are buffers, so that saving, loading and moving need no code of its own."""
+    """A fitted method. Its tensors are buffers, so that saving, loading and moving need no code of its own.
+
+    Attributes:
+        gradients: Whether it asks for `Evaluation.gradients`, which cost passes beyond the potential's own.
+    """
+
+    gradients: bool = False
 
     @property
     @abstractmethod
@@ -45,7 +51,19 @@ class Head(torch.nn.Module, ABC):
 
     @abstractmethod
     def forward(self, evaluation: Evaluation) -> Raw:
-        """Raw uncertainties of a batch; no further forward or backward pass of the potential."""
+        """Raw uncertainties of a batch, from what one evaluation of the potential gave."""
+
+
+class Accumulator(ABC):
+    """What a method keeps of the training frames, batch by batch."""
+
+    @abstractmethod
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        """Takes what it needs of a batch."""
+
+    @abstractmethod
+    def finish(self, communicator: Communicator) -> Head:
+        """The head fitted on the batches of all ranks; a rank may have had none."""
 
 
 class Method(ABC):
@@ -53,20 +71,26 @@ class Method(ABC):
 
     Attributes:
         name: What users call it, and the suffix of its results keys.
+        forces: Whether the fit looks at the potential's forces, which cost a backward pass of conservative ones.
+        gradients: Whether it asks for `Evaluation.gradients`.
     """
 
     name: str
+    forces: bool = False
+    gradients: bool = False
 
     @abstractmethod
-    def fit(self, batches: Batches, communicator: Communicator) -> Head:
-        """Fits on the training frames, streaming: no more than one batch is held.
-
-        Args:
-            batches: This rank's evaluated batches with their reference values.
-            communicator: Sums over the ranks.
-        """
+    def start(self) -> Accumulator:
+        """An accumulator for one fit. All methods of a fit share one pass over the training frames."""
 
     @classmethod
     @abstractmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
         """The head with these settings and buffers."""
+
+    def fit(self, batches: Batches, communicator: Communicator) -> Head:
+        """Fits on this rank's evaluated batches with their reference values."""
+        accumulator = self.start()
+        for evaluation, targets in batches:
+            accumulator.add(evaluation, targets)
+        return accumulator.finish(communicator)

@@ -16,8 +16,7 @@ The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Cho
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -25,10 +24,11 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Edges, Evaluation, ForceLayer, Targets
+from ase_uq.evaluation import Evaluation, ForceLayer, Targets
 from ase_uq.methods._bayes import Statistics, maximise_evidence
 from ase_uq.methods._linalg import Moments, reduced, whitener
-from ase_uq.methods.base import Batches, Head, Method, Raw
+from ase_uq.methods._sites import RADII, raw_of_atoms
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
 
 # A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
 # then far from anything seen, without making the leverage overflow.
@@ -51,7 +51,7 @@ class BLL(Method):
     name = "bll"
     features: Literal["latent", "last_layer"] = "latent"
     ridge: float = 1e-9
-    radii: tuple[float, ...] = (2.5, 3.5, 5.0)
+    radii: tuple[float, ...] = RADII
 
     def __post_init__(self) -> None:
         if self.features not in ("latent", "last_layer"):
@@ -61,29 +61,8 @@ class BLL(Method):
         if not all(radius > 0 for radius in self.radii):
             raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
 
-    def fit(self, batches: Batches, communicator: Communicator) -> "BLLHead":
-        sums = _Sums()
-        for evaluation, targets in batches:
-            sums.add(evaluation, targets, self.features)
-        atoms = reduced(sums.atoms, communicator)
-        if atoms is None:
-            raise LabelError("there are no training frames.")
-        settings: dict[str, Any] = {"features": self.features, "ridge": self.ridge, "radii": list(self.radii)}
-        tensors = {}
-        scale = _scale(atoms.scatter.diagonal() / atoms.count)
-        covariance = atoms.scatter / atoms.count / torch.outer(scale, scale)
-        precision = covariance + self.ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
-        root, jitter = whitener(precision)
-        effective = float((covariance * torch.linalg.inv(precision).T).sum())
-        tensors["centre"] = atoms.mean
-        tensors["atom_root"] = root / scale[:, None] / effective**0.5
-        settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
-        for name, own in (("energy", sums.energy), ("force", sums.force)):
-            moments = reduced(own, communicator)
-            if moments is not None:
-                found, settings[name] = _posterior(moments, name, self.ridge)
-                tensors |= found
-        return BLLHead(settings, tensors)
+    def start(self) -> "BLLSums":
+        return BLLSums(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "BLLHead":
@@ -118,39 +97,22 @@ class BLLHead(Head):
     def forward(self, evaluation: Evaluation) -> Raw:
         features = _atom_features(evaluation, self._settings["features"])
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
-        sites = sum_over_sites(distance, evaluation.edges, self._settings["radii"])
-        forces = torch.cat([distance[:, None], sites], 1)[:, None, :]
+        raw = raw_of_atoms(distance, evaluation, self._settings["radii"])
         if evaluation.force_layer is not None:
             exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
-            forces = torch.cat([exact[:, :, None], forces.expand(-1, 3, -1)], 2)
-        counts = evaluation.n_atoms_of_frame.double()[:, None]
-        mean_distance = evaluation.sum_over_atoms(distance[:, None]) / counts
-        phi = evaluation.energy_layer.features.double()
-        energy, energies = mean_distance, distance
+            raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         if "energy" in self._settings:
+            phi = evaluation.energy_layer.features.double()
+            counts = evaluation.n_atoms_of_frame.double()[:, None]
             structure = self._energy_leverage(evaluation.sum_over_atoms(phi) / counts)
-            energy = torch.cat([structure[:, None], mean_distance], 1)
-            energies = self._energy_leverage(phi)
-        return Raw(forces=forces, energy=energy, energies=energies, stress=mean_distance, distance=distance)
+            energy = torch.cat([structure[:, None], raw.energy], 1)
+            raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
+        return raw
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""
         squares = ((rows - self.energy_centre) @ self.energy_root).square().sum(1)
         return squares + 1 / self._settings["energy"]["effective"]
-
-
-def sum_over_sites(values: Tensor, edges: Edges, radii: Sequence[float]) -> Tensor:
-    """(n_atoms, n_radii) own value plus the cosine-weighted sum over the neighbours within each radius, Å.
-
-    weight(r) = ½(1 + cos πr/radius): falls smoothly to zero, so that a neighbour may come and go. A radius beyond the
-    potential's cutoff is cut to it, or its sum would jump where the neighbour list ends.
-    """
-    # All radii at once: on a GPU a small structure costs as many launches as there are operations.
-    reach = torch.tensor([min(radius, edges.cutoff) for radius in radii], dtype=torch.float64, device=values.device)
-    share = edges.distance.double()[:, None] / reach
-    weight = 0.5 * (1 + torch.cos(torch.pi * share.clamp(max=1)))
-    own = values[:, None].expand(-1, len(radii))
-    return own.index_add(0, edges.target, weight * values[edges.source, None])
 
 
 def projected_leverage(layer: ForceLayer, root: Tensor, evaluation: Evaluation) -> Tensor:
@@ -180,16 +142,17 @@ def projected_leverage(layer: ForceLayer, root: Tensor, evaluation: Evaluation) 
     return (leverage - 2 * cross + square).clamp(min=0)
 
 
-@dataclass
-class _Sums:
-    """What one pass over the training frames accumulates; None where there was nothing to add."""
+class BLLSums(Accumulator):
+    """Moments of features and targets, all that the posteriors need; None where there was nothing to add."""
 
-    atoms: Moments | None = None
-    energy: Moments | None = None
-    force: Moments | None = None
+    def __init__(self, method: BLL) -> None:
+        self.method = method
+        self.atoms: Moments | None = None
+        self.energy: Moments | None = None
+        self.force: Moments | None = None
 
-    def add(self, evaluation: Evaluation, targets: Targets, features: str) -> None:
-        self.atoms = _added(self.atoms, _atom_features(evaluation, features))
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        self.atoms = _added(self.atoms, _atom_features(evaluation, self.method.features))
         counts = evaluation.n_atoms_of_frame.double()[:, None]
         psi = evaluation.sum_over_atoms(evaluation.energy_layer.features.double()) / counts
         if targets.energy is not None:
@@ -199,6 +162,28 @@ class _Sums:
             layer = evaluation.force_layer
             target = targets.forces.double() - layer.base.double()
             self.force = _added(self.force, _labelled(_removed_mean(layer, evaluation), target))
+
+    def finish(self, communicator: Communicator) -> BLLHead:
+        method = self.method
+        atoms = reduced(self.atoms, communicator)
+        if atoms is None:
+            raise LabelError("there are no training frames.")
+        settings: dict[str, Any] = {"features": method.features, "ridge": method.ridge, "radii": list(method.radii)}
+        tensors = {}
+        scale = _scale(atoms.scatter.diagonal() / atoms.count)
+        covariance = atoms.scatter / atoms.count / torch.outer(scale, scale)
+        precision = covariance + method.ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+        root, jitter = whitener(precision)
+        effective = float((covariance * torch.linalg.inv(precision).T).sum())
+        tensors["centre"] = atoms.mean
+        tensors["atom_root"] = root / scale[:, None] / effective**0.5
+        settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
+        for name, own in (("energy", self.energy), ("force", self.force)):
+            moments = reduced(own, communicator)
+            if moments is not None:
+                found, settings[name] = _posterior(moments, name, method.ridge)
+                tensors |= found
+        return BLLHead(settings, tensors)
 
 
 def _added(moments: Moments | None, rows: Tensor) -> Moments:

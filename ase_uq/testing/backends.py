@@ -169,7 +169,7 @@ class BackendContract:
         full = _evaluate(backend, frames)
         short = backend.evaluate(backend.collate(frames), forces=False)
         assert short.forces is None
-        for name in ("energy", "features", "energy_layer.features", "energy_layer.base", "edges.distance"):
+        for name in ("energy", "features", "energy_layer.features", "energy_layer.base", "edges.vector"):
             _assert_close(dict(_tensors(short))[name], dict(_tensors(full))[name], backend, name)
 
     def test_forces_are_the_gradient_of_the_energy(self, backend: Backend, frames: list[Atoms]):

@@ -87,7 +87,7 @@ class MethodContract:
     def unseen(cls, backend: Backend) -> Evaluation:
         """A batch of structures that were not fitted, from one atom to a periodic box."""
         frames = [*labelled_frames(6, seed=2), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=3, cell=5.0)]
-        return evaluate(backend, frames)
+        return evaluate(backend, frames, gradients=cls().make_method().gradients)
 
     def test_name_finds_the_method(self):
         method = self.make_method()
@@ -109,15 +109,15 @@ class MethodContract:
             assert not values.requires_grad, name
 
     def test_distance_is_one_on_average_over_the_fitted_atoms(self, head: Head, backend: Backend, frames: list[Atoms]):
-        distance = head(evaluate(backend, frames)).distance
+        distance = head(self._evaluate(backend, frames)).distance
         # Rounding of a solve in which features that hardly vary are scaled up.
         assert float(distance.mean()) == pytest.approx(1.0, rel=1e-5)
 
     def test_uncertainty_is_larger_far_from_the_training_frames(
         self, head: Head, backend: Backend, frames: list[Atoms]
     ):
-        near = head(evaluate(backend, frames))
-        far = head(evaluate(backend, [_torn(atoms) for atoms in frames if len(atoms) > 2]))
+        near = head(self._evaluate(backend, frames))
+        far = head(self._evaluate(backend, [_torn(atoms) for atoms in frames if len(atoms) > 2]))
         for name in RAW_FIELDS:
             nearby, away = getattr(near, name), getattr(far, name)
             scores = nearby.shape[-1] if nearby.ndim > 1 else 1
@@ -127,8 +127,8 @@ class MethodContract:
 
     def test_batch_equals_singles(self, head: Head, backend: Backend, frames: list[Atoms]):
         some = frames[:5]
-        together = head(evaluate(backend, some))
-        alone = [head(evaluate(backend, [atoms])) for atoms in some]
+        together = head(self._evaluate(backend, some))
+        alone = [head(self._evaluate(backend, [atoms])) for atoms in some]
         for name in RAW_FIELDS:
             joined = torch.cat([getattr(raw, name) for raw in alone])
             # Other orders of summation in the features and in the matrix products.
@@ -205,6 +205,9 @@ class MethodContract:
         for key, value in expected.items():
             assert torch.equal(found[key], value), key
 
+    def _evaluate(self, backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
+        return evaluate(backend, frames, gradients=self.make_method().gradients)
+
     def _assert_same(self, found: Raw, expected: Raw) -> None:
         for name in RAW_FIELDS:
             _assert_close(getattr(found, name), getattr(expected, name), self.tolerance, name)
@@ -264,9 +267,9 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
     return list(frames)
 
 
-def evaluate(backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
+def evaluate(backend: Backend, frames: Sequence[Atoms], *, gradients: bool = False) -> Evaluation:
     """One forward pass over structures, with forces."""
-    return backend.evaluate(backend.collate(frames))
+    return backend.evaluate(backend.collate(frames), gradients=gradients)
 
 
 def fit_head(
@@ -279,7 +282,9 @@ def fit_head(
 ) -> Head:
     """A method fitted on labelled frames, without calibration."""
     communicator = communicator or Serial()
-    stream = LabelledStream(backend, frames, communicator, batch_atoms=batch_atoms, forces=False)
+    stream = LabelledStream(
+        backend, frames, communicator, batch_atoms=batch_atoms, forces=method.forces, gradients=method.gradients
+    )
     return method.fit(stream, communicator)
 
 

@@ -16,7 +16,8 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
 from ase_uq.evaluation import Edges, Evaluation, ForceLayer
 from ase_uq.methods import available_methods, make_method, method_class
-from ase_uq.methods.bll import BLL, BLLHead, projected_leverage, sum_over_sites
+from ase_uq.methods._sites import sum_over_sites
+from ase_uq.methods.bll import BLL, BLLHead, projected_leverage
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
 
 RIDGE = 1e-4
@@ -203,7 +204,7 @@ class TestSites:
 
     def test_a_neighbour_comes_and_goes_smoothly(self):
         def at(r: float) -> float:
-            pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([r, r], dtype=torch.float64)
+            pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[r, 0, 0]] * 2, dtype=torch.float64)
             values = torch.tensor([1.0, 1.0], dtype=torch.float64)
             return float(sum_over_sites(values, Edges(*pair), [2.0])[0, 0])
 
@@ -213,14 +214,14 @@ class TestSites:
         assert at(2.0) == at(3.0) == 1.0
 
     def test_a_radius_ends_at_the_cutoff_of_the_potential(self):
-        pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([2.0, 2.0], dtype=torch.float64)
+        pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[2.0, 0, 0]] * 2, dtype=torch.float64)
         values = torch.ones(2, dtype=torch.float64)
         cut = sum_over_sites(values, Edges(*pair, cutoff=3.0), [5.0])
         assert torch.equal(cut, sum_over_sites(values, Edges(*pair), [3.0]))
 
     def test_values_are_not_changed(self):
         values = torch.ones(2, dtype=torch.float64)
-        edges = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([1.0]))
+        edges = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([[1.0, 0, 0]]))
         sum_over_sites(values, edges, [2.0])
         assert values.tolist() == [1.0, 1.0]
 

@@ -1,0 +1,105 @@
+"""Trains the committees that benchmarks/quality.py compares with: equals but for their seed.
+
+    python benchmarks/train_committee.py acac OUT_FOLDER [--data ../shared/data] [--seeds 1 2 3 4 5]
+    python benchmarks/train_committee.py si_mlearn OUT_FOLDER
+
+Writes OUT_FOLDER/<name>_<seed>.model; a member that is there already is kept. The architecture is that of the P-DRUM
+paper: 32 scalar and 32 vector channels, 2 layers, 5 Å. MACE's own command does the training; this script fixes its
+arguments. Members differ in their seed, which is also that of the frames held out for validation.
+"""
+
+import argparse
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+ARCHITECTURE = {
+    "model": "MACE",
+    "hidden_irreps": "32x0e + 32x1o",
+    "num_interactions": 2,
+    "correlation": 3,
+    "max_ell": 3,
+    "r_max": 5.0,
+    "lr": 0.01,
+    "forces_weight": 100.0,
+    "energy_weight": 1.0,
+    "swa_energy_weight": 1000.0,
+    "ema_decay": 0.99,
+    "valid_fraction": 0.1,
+    "energy_key": "REF_energy",
+    "forces_key": "REF_forces",
+    "default_dtype": "float64",
+    "plot": False,
+}
+# Epochs are what two CPU cores train in an hour; a committee of better members would have smaller errors to rank.
+RECIPES = {
+    "acac": {
+        "frames": ["train_300K.xyz", "isolated_atoms.xyz"],
+        "batch_size": 8,
+        "max_num_epochs": 64,
+        "start_swa": 48,
+        "scheduler_patience": 15,
+        "eval_interval": 4,
+    },
+    "si_mlearn": {
+        "frames": ["train.xyz"],
+        "E0s": "average",
+        "batch_size": 2,
+        "max_num_epochs": 60,
+        "start_swa": 45,
+        "scheduler_patience": 15,
+        "eval_interval": 4,
+    },
+    "rmd17_crossmol": {
+        "frames": ["train_malonaldehyde_uracil_toluene.xyz", "isolated_atoms.xyz"],
+        "batch_size": 8,
+        "max_num_epochs": 64,
+        "start_swa": 48,
+        "scheduler_patience": 15,
+        "eval_interval": 4,
+    },
+    "MoNbTaW": {
+        "frames": ["train_MoNbTa.xyz"],
+        "E0s": "average",
+        "batch_size": 8,
+        "max_num_epochs": 64,
+        "start_swa": 48,
+        "scheduler_patience": 15,
+        "eval_interval": 4,
+    },
+}
+
+
+def train(name: str, seed: int, data: Path, out: Path, device: str) -> None:
+    target = out / f"{name}_{seed}.model"
+    if target.exists():
+        print(f"{target} is there already")
+        return
+    recipe = dict(RECIPES[name])
+    sources = recipe.pop("frames")
+    with tempfile.TemporaryDirectory() as folder:
+        frames = Path(folder) / "train.xyz"
+        frames.write_text("".join((data / name / source).read_text() for source in sources))
+        arguments = ARCHITECTURE | recipe | {"name": "member", "train_file": frames, "seed": seed, "device": device}
+        options = [f"--{key}={value}" for key, value in arguments.items()]
+        subprocess.run(["mace_run_train", *options, "--ema", "--swa"], cwd=folder, check=True)
+        out.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(folder) / "member_stagetwo.model", target)
+    print(f"wrote {target}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=RECIPES)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
+    parser.add_argument("--device", default="cpu")
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        train(arguments.name, seed, arguments.data.resolve(), arguments.out.resolve(), arguments.device)
+
+
+if __name__ == "__main__":
+    main()
