@@ -63,7 +63,7 @@ class Distributed:
 
 
 def gather(rows: Tensor | None, communicator: Communicator) -> Tensor | None:
-    """The (n, width) rows of all ranks in float64, one rank after the other, the same on each; None where no rank has any.
+    """The (n, width) rows of all ranks in float64, rank after rank and the same on each; None where no rank has any.
 
     A rank without rows takes part with None: it learns their width from the others.
     """

@@ -2,20 +2,28 @@
 
 Arguments come in scikit-learn's order, `(y_true, y_pred, y_std)`: arrays of one shape (a scalar `y_std` is spread
 over it), standard deviations in the unit of the values, every component a Gaussian error of its own. Forces may be
-handed over as (n_atoms, 3). Frames of one run are not independent: bootstrap these numbers by runs, not by atoms.
+handed over as (n_atoms, 3). Measures of resolution rank whole errors instead, for forces the norms of their vectors.
+Atoms of a frame and frames of a run are not independent: `bootstrap` resamples whole frames, or blocks of them.
 
     accuracy        mae, rmse
-    scoring rules   nll, crps                                least for the true distribution
+    scoring rules   nll, crps, rll                           best for the true distribution
     calibration     mean_squared_z, coverage, miscalibration_area, ence
-    resolution      spearman, auroc, sharpness               are the large errors where they are expected?
+    resolution      spearman, auroc, auprc, ause, sharpness  are the large errors where they are expected?
+    reference       attainable_spearman, bootstrap           what the numbers could be, and how sure they are
 """
+
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
 
 __all__ = [
+    "attainable_spearman",
+    "auprc",
     "auroc",
+    "ause",
+    "bootstrap",
     "coverage",
     "crps",
     "ence",
@@ -23,6 +31,7 @@ __all__ = [
     "mean_squared_z",
     "miscalibration_area",
     "nll",
+    "rll",
     "rmse",
     "sharpness",
     "spearman",
@@ -58,6 +67,28 @@ def crps(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
     z = residuals / std
     density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
     return float(np.mean(std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))))
+
+
+def rll(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
+    """Relative log-likelihood, (NLL_const - NLL)/(NLL_const - NLL_oracle): 0 for the best constant σ, 1 for the oracle.
+
+    The constant is the root mean squared error, the oracle knows σ = |y - μ| of each component (Kellner and Ceriotti
+    2024). The zero of the likelihood and the unit of y cancel. Below 0 a constant would have been better. Calibrated
+    Gaussian errors do not reach 1: 0.28 where log σ spreads by 0.5, 0.61 where by 1.
+
+    Residuals of exactly 0, which symmetry makes, have no oracle and are left out. NaN where all are 0 or of one size.
+    """
+    residuals, std = _judged(y_true, y_pred, y_std)
+    squares = residuals**2
+    known = squares > 0
+    squares, variances = squares[known], std[known] ** 2
+    if not squares.size or squares.min() == squares.max():
+        return float("nan")
+    # Twice the NLL, without its constant: of one σ² = MSE, of the given σ, of σ² = r².
+    constant = np.log(squares.mean()) + 1
+    given = np.mean(np.log(variances) + squares / variances)
+    oracle = np.mean(np.log(squares)) + 1
+    return float((constant - given) / (constant - oracle))
 
 
 def mean_squared_z(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
@@ -104,7 +135,8 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     """Expected normalised calibration error: mean over bins of |RMV - RMSE|/RMV, bins of equal count in σ.
 
     RMV is the root mean variance of a bin, RMSE its root mean squared error (Levi et al. 2022). It depends on the
-    number of bins, and is above 0 for finite samples even where calibrated: about sqrt(n_bins/πn).
+    number of bins, and is above 0 for finite samples even where calibrated: about sqrt(n_bins/πn). Values of equal σ
+    each count with the mean of their squared errors, as if they came in every order.
 
     Args:
         y_true: Reference values.
@@ -115,12 +147,11 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     residuals, std = _judged(y_true, y_pred, y_std)
     if not 1 <= n_bins <= residuals.size:
         raise ValueError(f"{n_bins} bins for {residuals.size} values: give between 1 and {residuals.size}.")
-    # Ties in σ are ordered by the error, so that the order of the input does not matter.
-    order = np.lexsort((np.abs(residuals).ravel(), std.ravel()))
+    variances, squares = _levelled(residuals.ravel() ** 2, std.ravel() ** 2)
     errors = []
-    for bin_ in np.array_split(order, n_bins):
-        rmv = np.sqrt(np.mean(std.ravel()[bin_] ** 2))
-        errors.append(abs(rmv - np.sqrt(np.mean(residuals.ravel()[bin_] ** 2))) / rmv)
+    for variance, square in zip(np.array_split(variances, n_bins), np.array_split(squares, n_bins), strict=True):
+        rmv = np.sqrt(variance.mean())
+        errors.append(abs(rmv - np.sqrt(square.mean())) / rmv)
     return float(np.mean(errors))
 
 
@@ -139,7 +170,7 @@ def spearman(errors: ArrayLike, y_std: ArrayLike) -> float:
         errors: Of any sign, or norms of vectors.
         y_std: σ of each, or any score that should grow with the error.
     """
-    errors, scores = _pair(np.abs(_array(errors, "errors")), _array(y_std, "y_std"), "errors", "y_std")
+    errors, scores = _ranked(errors, y_std)
     a, b = _ranks(errors), _ranks(scores)
     a, b = a - a.mean(), b - b.mean()
     norm = np.sqrt((a @ a) * (b @ b))
@@ -157,13 +188,177 @@ def auroc(errors: ArrayLike, y_std: ArrayLike, *, tolerance: float) -> float:
         y_std: σ of each, or any score that should grow with the error.
         tolerance: |error| above it is bad; unit of the errors.
     """
-    errors, scores = _pair(np.abs(_array(errors, "errors")), _array(y_std, "y_std"), "errors", "y_std")
+    errors, scores = _ranked(errors, y_std)
     bad = errors > tolerance
     n_bad = int(bad.sum())
     n_good = bad.size - n_bad
     if not n_bad or not n_good:
         return float("nan")
     return float((_ranks(scores)[bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
+
+
+def auprc(errors: ArrayLike, y_std: ArrayLike, *, tolerance: float) -> float:
+    """Average precision of "bad by its σ": mean over the bad ones of how many of those with at least their σ are bad.
+
+    The area under the curve of precision against recall as a sum of steps, Σ (R_k - R_k-1) P_k over the distinct σ
+    from the largest on. 1 if all bad ones stand first; a coin gives the share of bad ones, so this tells more than
+    `auroc` where they are rare. NaN where no error is above the tolerance.
+
+    Args:
+        errors: Of any sign, or norms of vectors.
+        y_std: σ of each, or any score that should grow with the error.
+        tolerance: |error| above it is bad; unit of the errors.
+    """
+    errors, scores = _ranked(errors, y_std)
+    order = np.argsort(-scores)
+    descending, bad = scores[order], (errors > tolerance)[order]
+    if not bad.any():
+        return float("nan")
+    # Equal σ are found together: precision and recall are known where one ends.
+    ends = np.append(np.flatnonzero(descending[1:] != descending[:-1]), bad.size - 1)
+    found = np.cumsum(bad)[ends]
+    return float(np.sum(np.diff(found, prepend=0) * found / (ends + 1)) / found[-1])
+
+
+def ause(errors: ArrayLike, y_std: ArrayLike) -> float:
+    """Area under the sparsification error: how much worse it is to remove values by their σ than by their error.
+
+    The curve of an order is the mean |error| of what is left after its first k of n values are removed, divided by
+    the mean |error| of all. AUSE is the mean over k = 0 … n - 1 of the curve of descending σ less that of descending
+    |error| (Ilg et al. 2018). 0 for the best order. A coin, whose curve is flat, gives 0.5 for Gaussian errors of one σ
+    and more where errors differ more; orders worse than a coin give more than that. Values of equal σ each count with
+    the mean of their errors, as if they came in every order. NaN where all errors are 0.
+
+    Args:
+        errors: Of any sign, or norms of vectors.
+        y_std: σ of each, or any score that should grow with the error.
+    """
+    errors, scores = _ranked(errors, y_std)
+    if not errors.any():
+        return float("nan")
+    _, by_score = _levelled(errors, scores)
+    # Ascending, the first m values are what is left after n - m were removed.
+    left = np.arange(1, errors.size + 1)
+    difference = (np.cumsum(by_score) - np.cumsum(np.sort(errors))) / left
+    return float(difference.mean() / errors.mean())
+
+
+def attainable_spearman(
+    y_std: ArrayLike, *, frames: ArrayLike | None = None, n_draws: int = 20, seed: int = 0
+) -> float:
+    """The `spearman` of Gaussian errors with exactly these σ: its mean over simulated errors.
+
+    What a perfectly calibrated method with these σ would reach. A small number says that the σ hardly differ,
+    so that a small `spearman` is no fault. NaN where all σ are equal.
+
+    Args:
+        y_std: (n,) of scalars, or (n, n_components) of vectors, which are ranked by their norms.
+        frames: (n,) any label of the frame of each; given, the largest error and the largest σ of each frame are
+            ranked.
+        n_draws: How many sets of errors are drawn.
+        seed: Of the draws.
+    """
+    std = np.abs(_array(y_std, "y_std"))
+    if std.ndim not in (1, 2):
+        raise ValueError(f"y_std has shape {std.shape}; (n,) or (n, n_components) was expected.")
+    if n_draws < 1:
+        raise ValueError(f"{n_draws} draws were asked for; at least 1 is needed.")
+    vectors = std.reshape(len(std), -1)
+    groups = None if frames is None else _groups(frames, len(std), "frames")
+    scores = _largest(np.linalg.norm(vectors, axis=1), groups)
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(n_draws):
+        errors = np.linalg.norm(vectors * rng.standard_normal(vectors.shape), axis=1)
+        found.append(spearman(_largest(errors, groups), scores))
+    return float(np.mean(found))
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], ArrayLike],
+    groups: ArrayLike,
+    *,
+    block: int = 1,
+    n_resamples: int = 200,
+    level: float = 0.95,
+    seed: int = 0,
+) -> np.ndarray:
+    """Percentile interval of a statistic, from resampling whole groups with replacement (Efron 1979).
+
+        low, high = bootstrap(lambda rows: spearman(errors[rows], std[rows]), frame_of_atom)
+
+    Resamples for which the statistic is NaN, such as an `auroc` without a bad value, are left out; where all are, the
+    interval is NaN. `ence`, `ause` and others that grow with noise are larger for resamples, which repeat values.
+
+    Args:
+        statistic: Of the row numbers of a resample, which come with repetitions; gives a number or an array.
+        groups: (n_rows,) any label of the group of each row: its structure, or its run.
+        block: Consecutive groups, in the order of their labels, that are resampled together, such as neighbouring
+            frames of a run.
+        n_resamples: How many.
+        level: Of the interval, in (0, 1).
+        seed: Of the resamples: the same seed and groups resample the same rows, whatever the statistic.
+
+    Returns:
+        (2, ...) low and high, each of the shape of the statistic.
+
+    Raises:
+        ValueError: There are fewer than two groups or blocks.
+    """
+    if not 0 < level < 1:
+        raise ValueError(f"the level of an interval lies between 0 and 1, not at {level!r}.")
+    if block < 1 or n_resamples < 1:
+        raise ValueError(f"block is {block} and n_resamples {n_resamples}; both must be at least 1.")
+    of_row = _groups(groups, None, "groups") // block
+    n_groups = int(of_row.max()) + 1
+    if n_groups < 2:
+        raise ValueError("there is one group only, or one block; intervals need at least two. Give a smaller block.")
+    # Rows of a group stand together, so that the memory a resample reads does too.
+    order = np.argsort(of_row, kind="stable")
+    sizes = np.bincount(of_row)
+    rng = np.random.default_rng(seed)
+    values = []
+    for _ in range(n_resamples):
+        times = np.bincount(rng.integers(n_groups, size=n_groups), minlength=n_groups)
+        values.append(np.asarray(statistic(np.repeat(order, np.repeat(times, sizes))), float))
+    return _quantiles(np.stack(values), (0.5 - level / 2, 0.5 + level / 2))
+
+
+def _quantiles(values: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
+    """(n, ...) → (2, ...) quantiles along the first axis of what is not NaN; NaN where nothing else is there."""
+    # Sorting puts NaN last; numpy's nanquantile walks over the columns one by one, and warns of empty ones.
+    ordered = np.sort(values, axis=0)
+    last = np.count_nonzero(~np.isnan(ordered), axis=0) - 1
+    places = np.multiply.outer(levels, np.maximum(last, 0))
+    below = np.floor(places).astype(int)
+    above = np.minimum(below + 1, np.maximum(last, 0))
+    low, high = (np.take_along_axis(ordered, place, 0) for place in (below, above))
+    return low + (places - below) * (high - low)
+
+
+def _groups(labels: ArrayLike, n_rows: int | None, name: str) -> np.ndarray:
+    """Labels as numbers from 0 on, in the order of the labels."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not labels.size or n_rows not in (None, len(labels)):
+        raise ValueError(f"{name} has shape {labels.shape}; ({n_rows or 'n_rows'},) was expected.")
+    return np.unique(labels, return_inverse=True)[1]
+
+
+def _largest(values: np.ndarray, groups: np.ndarray | None) -> np.ndarray:
+    if groups is None:
+        return values
+    largest = np.zeros(int(groups.max()) + 1)
+    np.maximum.at(largest, groups, values)
+    return largest
+
+
+def _levelled(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Keys in ascending order, and their values; those of equal keys are replaced by their mean."""
+    order = np.argsort(keys)
+    keys, values = keys[order], values[order]
+    starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))
+    counts = np.diff(starts, append=len(keys))
+    return keys, np.repeat(np.add.reduceat(values, starts) / counts, counts)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
@@ -199,10 +394,12 @@ def _checked_std(y_std: ArrayLike) -> np.ndarray:
     return std
 
 
-def _pair(a: np.ndarray, b: np.ndarray, name_a: str, name_b: str) -> tuple[np.ndarray, np.ndarray]:
-    if a.shape != b.shape:
-        raise ValueError(f"{name_a} has shape {a.shape}, {name_b} {b.shape}; they must be equal.")
-    return a.ravel(), b.ravel()
+def _ranked(errors: ArrayLike, y_std: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """|error| and score of each value, flat."""
+    absolute, scores = np.abs(_array(errors, "errors")), _array(y_std, "y_std")
+    if absolute.shape != scores.shape:
+        raise ValueError(f"errors has shape {absolute.shape}, y_std {scores.shape}; they must be equal.")
+    return absolute.ravel(), scores.ravel()
 
 
 def _array(values: ArrayLike, name: str) -> np.ndarray:

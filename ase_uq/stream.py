@@ -74,7 +74,7 @@ class LabelledStream:
 
 
 def targets_of(labels: Sequence[Labels], evaluation: Evaluation, first: int = 0) -> Targets:
-    """Reference values of a batch as float64 tensors beside its evaluation; `first` is the number of its first frame."""
+    """Reference values of a batch whose first frame is number `first`, as float64 tensors beside its evaluation."""
     counts = evaluation.n_atoms_of_frame.tolist()
     return Targets(
         frames=torch.arange(first, first + len(counts), device=evaluation.energy.device),

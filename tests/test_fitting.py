@@ -48,9 +48,9 @@ def evaluations(train: list[Atoms], held_out: list[Atoms], monkeypatch: pytest.M
     seen: list[int] = []
     original = ToyBackend._evaluate
 
-    def counted(self: ToyBackend, batch: Any, forces: bool):
+    def counted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         seen.append(len(batch.frames))
-        return original(self, batch, forces)
+        return original(self, batch, forces, gradients)
 
     monkeypatch.setattr(ToyBackend, "_evaluate", counted)
     return seen
@@ -444,10 +444,10 @@ def test_an_error_halfway_leaves_nothing_behind(
     monkeypatch.chdir(tmp_path)
     original, count = ToyBackend._evaluate, iter(range(100))
 
-    def failing(self: ToyBackend, batch: Any, forces: bool):
+    def failing(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         if next(count) == 3:
             raise RuntimeError("out of memory")
-        return original(self, batch, forces)
+        return original(self, batch, forces, gradients)
 
     monkeypatch.setattr(ToyBackend, "_evaluate", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
