@@ -24,6 +24,7 @@ from ase_uq.methods import available_methods
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
 from ase_uq.readings import Reduction
+from ase_uq.scoring import evaluate
 from ase_uq.thresholds import Quantile
 from ase_uq.uncertainty_model import UncertaintyModel
 
@@ -46,6 +47,7 @@ __all__ = [
     "UncertaintyMonitor",
     "available_backends",
     "available_methods",
+    "evaluate",
     "fit",
     "load_backend",
     "metrics",

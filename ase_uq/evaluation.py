@@ -100,7 +100,11 @@ class Confidence:
 
 
 class Gradients(ABC):
-    """Derivatives of one evaluation that cost further passes through the potential, taken when they are asked for."""
+    """Derivatives of one evaluation that cost further passes through the potential, taken when they are asked for.
+
+    θ are all the parameters of the potential in the order of `named_parameters`, frozen ones too; of a committee,
+    those of its first member, whose derivatives these are. What does not depend on a parameter has 0 in its place.
+    """
 
     @abstractmethod
     def of_features(self, cotangent: Tensor) -> Tensor:
@@ -115,6 +119,9 @@ class Gradients(ABC):
         """(n_atoms, 3) → (n_parameters,) ∂(Σ_j tangents_j · F_j)/∂θ over the atoms of one frame after the other.
 
         One backward pass through the force calculation each.
+
+        Raises:
+            InputError: The potential's forces cannot be differentiated once more.
         """
 
 
@@ -135,7 +142,8 @@ class Evaluation:
         stress: (n_frames, 6) eV/Å³ in Voigt order, or None.
         energies: (n_atoms,) eV, or None where the potential has none.
         force_layer: Last layer of a direct force head, or None for conservative forces.
-        vectors: (n_atoms, 3, n_vectors) equivariant l = 1 channels of the first layer, or None where there are none.
+        vectors: (n_atoms, 3, n_vectors) polar vectors among the channels of the first layer, components x, y, z;
+            None where there are none.
         members: Predictions of the members where the potential is a committee.
         confidence: What the potential's own confidence head says, where it has one.
         gradients: Further derivatives, where they were asked for.

@@ -3,8 +3,8 @@
 import hashlib
 import importlib.metadata
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from ase.data import chemical_symbols
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import Choice, Residuals, fit_affine, fit_calibrator, fit_edges
-from ase_uq.communicator import Communicator, Serial
+from ase_uq.combined import Fitted, Scene, View, fit_combination
+from ase_uq.communicator import Communicator, Serial, gather
 from ase_uq.errors import LabelError, UQWarning
+from ase_uq.evaluation import Evaluation, Targets
 from ase_uq.frames import Frames, labels_of, read_frames
 from ase_uq.methods import Method, make_method
 from ase_uq.methods.base import Head, Raw
@@ -25,6 +27,7 @@ from ase_uq.stream import LabelledStream, targets_of
 from ase_uq.uncertainty_model import CalibrationRecord, FittedMethod, UncertaintyModel
 
 _FEWEST_FRAMES = 10
+_MOST_KEPT_ATOMS = 20_000  # of the training frames, for the residual model
 # Residuals this many times the forces themselves mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
 # Residuals this small are rounding.
@@ -68,6 +71,7 @@ def fit(
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
     if not makers:
         raise ValueError("no method was given; available_methods() lists them.")
+    combines = len(makers) > 1
     backend = load_backend(calculator)
     train_frames = _molecules(read_frames(train, name="training frames"))
     calibration_frames = _molecules(read_frames(calibration, name="calibration frames"))
@@ -80,16 +84,19 @@ def fit(
         backend,
         train_frames,
         communicator,
-        forces=any(method.forces for method in makers),
+        forces=combines or any(method.forces for method in makers),
         gradients=any(method.gradients for method in makers),
         title="fit" if progress else "",
         **options,
     )
     # One pass for all methods: what the potential costs is paid once.
     accumulators = {method.name: method.start() for method in makers}
+    kept = _Kept(sum(map(len, train_frames)))
     for evaluation, targets in stream:
         for accumulator in accumulators.values():
             accumulator.add(evaluation, targets)
+        if combines:
+            kept.add(evaluation, targets)
     heads = {name: a.finish(communicator).to(backend.device) for name, a in accumulators.items()}
     held_out = LabelledStream(
         backend,
@@ -100,18 +107,111 @@ def fit(
         title="calibrate" if progress else "",
         **options,
     )
-    observed = _observe(heads, held_out)
+    observed, batches = _observe(heads, held_out, keep=combines)
     fitted = {name: _calibrated(name, head, observed) for name, head in heads.items()}
-    primary = makers[0].name
     elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
+    primary = leading = makers[0].name
+    variance, combination = observed.variance(leading, fitted[leading]), None
+    if combines and (view := _view(fitted, elements)) is not None:
+        primary, leading = "combined", view.anchor
+        found = _combined(view, heads, kept.batches, batches, communicator, progress)
+        variance, combination = found.variance, found.combination.to(backend.device)
     return UncertaintyModel(
         identity=backend.identity,
         methods=fitted,
         primary=primary,
-        edges=fit_edges(observed.raw[primary].distance, observed.numbers, elements),
-        record=observed.record(fitted[primary], observed.raw[primary]),
+        edges=fit_edges(observed.raw[leading].distance, observed.numbers, elements),
+        record=observed.record(variance),
         provenance=_provenance(train_frames, calibration_frames),
+        combination=combination,
     )
+
+
+class _Kept:
+    """Evaluations of training frames for the residual model of the combination: evenly spread, and not too many."""
+
+    def __init__(self, n_atoms: int) -> None:
+        self._share = min(1.0, _MOST_KEPT_ATOMS / n_atoms)
+        self._seen = 0
+        self.batches: list[tuple[Evaluation, Targets]] = []
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        before, self._seen = self._seen, self._seen + 1
+        if int(self._seen * self._share) > int(before * self._share):
+            self.batches.append((replace(evaluation, gradients=None, members=None), targets))
+
+
+def _view(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> View | None:
+    """How the combination reads a batch; None where no method can be its anchor."""
+    growing = [name for name, method in fitted.items() if method.head.grows]
+    if not growing:
+        warnings.warn(
+            f"none of {', '.join(fitted)} measures a distance that a combination can fall back on: the first is the "
+            "primary one. Fit 'bll' with them.",
+            UQWarning,
+            stacklevel=3,
+        )
+        return None
+    anchor = growing[0]
+    return View(
+        anchor=anchor,
+        others=tuple(name for name in fitted if name != anchor),
+        # What costs passes of its own was not kept for the training frames.
+        distances=tuple(name for name in growing[1:] if not fitted[name].head.gradients),
+        elements=tuple(sorted(elements)),
+        calibrators={name: method.calibrators["forces"] for name, method in fitted.items()},
+    )
+
+
+def _combined(
+    view: View,
+    heads: Mapping[str, Head],
+    training: Sequence[tuple[Evaluation, Targets]],
+    calibration: Sequence[tuple[Evaluation, dict[str, Raw], Targets]],
+    communicator: Communicator,
+    progress: bool,
+) -> Fitted:
+    read = {name: heads[name] for name in (view.anchor, *view.distances)}
+    only = replace(view, others=())  # the other methods' own scores of training frames mean nothing
+    with torch.no_grad():
+        seen = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
+        held_out = [_rows(view, e, raws, t) for e, raws, t in calibration]
+    own = [rows for rows in seen if bool(rows[1].isfinite().any())]
+    scene = _gathered(_joined_rows(own) if own else None, held_out[0][0], communicator)
+    return fit_combination(view, scene, _joined_rows(held_out), title="combine" if progress else "")
+
+
+_Rows = tuple[Scene, torch.Tensor, torch.Tensor]
+
+
+def _rows(view: View, evaluation: Evaluation, raws: Mapping[str, Raw], targets: Targets) -> _Rows:
+    """Scene, squared residuals and frames of the atoms of a batch."""
+    assert evaluation.forces is not None
+    squares = (_residuals(targets.forces, evaluation.forces)) ** 2
+    scene = view.scene(evaluation, raws)
+    if scene.base.shape[1] == 1:
+        squares = squares.mean(1, keepdim=True)
+    return scene, squares, targets.frames[evaluation.frame_of_atom]
+
+
+def _joined_rows(rows: Sequence[_Rows]) -> _Rows:
+    scenes, squares, frames = zip(*rows, strict=True)
+    return Scene.joined(scenes), torch.cat(squares), torch.cat(frames)
+
+
+def _gathered(rows: _Rows | None, like: Scene, communicator: Communicator) -> _Rows | None:
+    """Training rows of all ranks in the order of their frames; None where there are none."""
+    widths = [like.base.shape[1], like.around.shape[1], like.inputs.shape[1], like.base.shape[1], 1]
+    flat = None
+    if rows is not None:
+        scene, squares, frames = rows
+        flat = torch.cat([scene.base, scene.around, scene.inputs, squares, frames[:, None].double()], 1)
+    flat = gather(flat, communicator)
+    if flat is None:
+        return None
+    base, around, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    others = base.new_zeros((*base.shape, 0))
+    return Scene(base, others, around, inputs), squares, frames[:, 0].long()
 
 
 @dataclass(frozen=True)
@@ -149,8 +249,12 @@ class _Observed:
     def frame_of_atom(self) -> np.ndarray:
         return np.repeat(np.arange(len(self.n_atoms_of_frame)), self.n_atoms_of_frame)
 
-    def record(self, fitted: FittedMethod, raw: _RawArrays) -> CalibrationRecord:
-        variance = fitted.calibrators["forces"].variance(torch.from_numpy(raw.forces)).numpy()
+    def variance(self, name: str, fitted: FittedMethod) -> np.ndarray:
+        """(n_atoms, n_components) squared eV/Å, of one method."""
+        return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces)).numpy()
+
+    def record(self, variance: np.ndarray) -> CalibrationRecord:
+        """What thresholds are made of, from the variances of the primary estimator."""
         norms = np.sqrt(np.broadcast_to(variance, self.forces.shape).sum(1))
         errors = np.linalg.norm(self.forces, axis=1)
         counts = self.n_atoms_of_frame.astype(np.int32)
@@ -159,15 +263,22 @@ class _Observed:
         )
 
 
-def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
+def _observe(
+    heads: dict[str, Head], stream: LabelledStream, *, keep: bool
+) -> tuple[_Observed, list[tuple[Evaluation, dict[str, Raw], Targets]]]:
+    """Scores and residuals of the calibration frames; and, to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
+    batches = []
     forces, energy, stress, numbers, counts = [], [], [], [], []
     for evaluation, targets in stream:
         assert evaluation.forces is not None
         assert targets.forces is not None
         with torch.no_grad():
-            for name, head in heads.items():
-                raws[name].append(head(evaluation))
+            own = {name: head(evaluation) for name, head in heads.items()}
+        for name, raw in own.items():
+            raws[name].append(raw)
+        if keep:
+            batches.append((replace(evaluation, gradients=None, members=None), own, targets))
         forces.append(targets.forces - evaluation.forces.double())
         energy.append(_residuals(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
         if evaluation.stress is not None:
@@ -179,7 +290,7 @@ def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
         return torch.cat(parts).cpu().numpy()
 
     fields = ("forces", "energy", "energies", "stress", "distance")
-    return _Observed(
+    observed = _Observed(
         raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
         forces=joined(forces),
         energy=joined(energy)[:, None],
@@ -187,6 +298,7 @@ def _observe(heads: dict[str, Head], stream: LabelledStream) -> _Observed:
         numbers=joined(numbers),
         n_atoms_of_frame=joined(counts),
     )
+    return observed, batches
 
 
 def _residuals(reference: torch.Tensor | None, predicted: torch.Tensor) -> torch.Tensor:

@@ -74,7 +74,7 @@ def rll(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
 
     The constant is the root mean squared error, the oracle knows σ = |y - μ| of each component (Kellner and Ceriotti
     2024). The zero of the likelihood and the unit of y cancel. Below 0 a constant would have been better. Calibrated
-    Gaussian errors do not reach 1: 0.28 where log σ spreads by 0.5, 0.61 where by 1.
+    Gaussian errors do not reach 1: 0.28 where log σ spreads by 0.5, 0.61 where it spreads by 1.
 
     Residuals of exactly 0, which symmetry makes, have no oracle and are left out. NaN where all are 0 or of one size.
     """
@@ -225,9 +225,9 @@ def ause(errors: ArrayLike, y_std: ArrayLike) -> float:
 
     The curve of an order is the mean |error| of what is left after its first k of n values are removed, divided by
     the mean |error| of all. AUSE is the mean over k = 0 … n - 1 of the curve of descending σ less that of descending
-    |error| (Ilg et al. 2018). 0 for the best order. A coin, whose curve is flat, gives 0.5 for Gaussian errors of one σ
-    and more where errors differ more; orders worse than a coin give more than that. Values of equal σ each count with
-    the mean of their errors, as if they came in every order. NaN where all errors are 0.
+    |error| (Ilg et al. 2018). 0 for the best order. A coin, whose curve is flat, gives 0.57 for Gaussian errors of one
+    σ, 0.36 for the norms of three, and more where errors differ more. Values of equal σ each count with the mean of
+    their errors, as if they came in every order. NaN where all errors are 0.
 
     Args:
         errors: Of any sign, or norms of vectors.
@@ -288,7 +288,8 @@ def bootstrap(
         low, high = bootstrap(lambda rows: spearman(errors[rows], std[rows]), frame_of_atom)
 
     Resamples for which the statistic is NaN, such as an `auroc` without a bad value, are left out; where all are, the
-    interval is NaN. `ence`, `ause` and others that grow with noise are larger for resamples, which repeat values.
+    interval is NaN. `ence` and `miscalibration_area` grow with noise, of which resamples have more: their intervals lie
+    high.
 
     Args:
         statistic: Of the row numbers of a resample, which come with repetitions; gives a number or an array.

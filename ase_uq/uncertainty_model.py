@@ -14,13 +14,14 @@ from torch import Tensor
 from ase_uq.artefact import read_artefact, write_artefact
 from ase_uq.backends.base import Identity
 from ase_uq.calibration import AffineCalibrator, Calibrator, EdgeTable, load_calibrator
+from ase_uq.combined import Combination
 from ase_uq.evaluation import Evaluation
 from ase_uq.methods import method_class
-from ase_uq.methods.base import Head
+from ase_uq.methods.base import Head, Raw
 from ase_uq.readings import Reduction, readings_of
 from ase_uq.thresholds import Quantile
 
-_KIND, _SCHEMA = "uncertainty model", 1
+_KIND, _SCHEMA = "uncertainty model", 2  # 2: a combination of several methods
 
 
 @dataclass(frozen=True)
@@ -37,22 +38,19 @@ class FittedMethod:
     calibrators: dict[str, Calibrator]
     likelihoods: dict[str, dict[str, float]]
 
-    def standard_deviations(self, evaluation: Evaluation) -> tuple[dict[str, Tensor], Tensor]:
-        """Calibrated standard deviations by results key, and the scale-free distance of each atom."""
-        with torch.no_grad():
-            raw = self.head(evaluation)
-            counts = evaluation.n_atoms_of_frame
-            forces = self.calibrators["forces"].variance(raw.forces).sqrt()
-            found = {"forces_uncertainty": forces.expand(-1, 3)}
-            if "energy" in self.calibrators:
-                # Calibrated per atom of a structure, so that sizes can be mixed.
-                found["energy_uncertainty"] = counts * self.calibrators["energy"].variance(raw.energy).sqrt()
-            if "energies" in self.calibrators:
-                found["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
-            if "stress" in self.calibrators:
-                stress = self.calibrators["stress"].variance(raw.stress).sqrt()
-                found["stress_uncertainty"] = stress[:, None].expand(-1, 6)
-        return found, raw.distance
+    def standard_deviations(self, raw: Raw, n_atoms_of_frame: Tensor) -> dict[str, Tensor]:
+        """Calibrated standard deviations by results key, from what the head gave."""
+        forces = self.calibrators["forces"].variance(raw.forces).sqrt()
+        found = {"forces_uncertainty": forces.expand(-1, 3)}
+        if "energy" in self.calibrators:
+            # Calibrated per atom of a structure, so that sizes can be mixed.
+            found["energy_uncertainty"] = n_atoms_of_frame * self.calibrators["energy"].variance(raw.energy).sqrt()
+        if "energies" in self.calibrators:
+            found["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
+        if "stress" in self.calibrators:
+            stress = self.calibrators["stress"].variance(raw.stress).sqrt()
+            found["stress_uncertainty"] = stress[:, None].expand(-1, 6)
+        return found
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,9 @@ class UncertaintyModel:
     Args:
         identity: The potential it belongs to.
         methods: Fitted methods by name.
-        primary: Name of the method whose results stand under the plain keys.
+        primary: Name of the method whose results stand under the plain keys, or `combined`.
+        combination: The estimator of forces made of all methods, where `primary` is `combined`. Its distance, and its
+            energies and stresses, are those of its anchor.
         edges: Distance at the edge of the calibration data, per element.
         record: Readings of the calibration frames.
         provenance: Versions, counts, splits and digests; JSON values.
@@ -95,6 +95,7 @@ class UncertaintyModel:
     edges: EdgeTable
     record: CalibrationRecord
     provenance: dict[str, Any]
+    combination: Combination | None = None
 
     def apply(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
@@ -102,19 +103,30 @@ class UncertaintyModel:
         The plain keys are those of the primary method; with several methods `<key>_<method>` stands beside.
         """
         results: dict[str, Tensor] = {}
-        for name, fitted in self.methods.items():
-            found, distance = fitted.standard_deviations(evaluation)
-            if name == self.primary:
-                results |= found
-                results["gamma"] = self.edges.grade(distance, evaluation.numbers)
-            if len(self.methods) > 1:
-                results |= {f"{key}_{name}": value for key, value in found.items()}
+        with torch.no_grad():
+            raws = {name: fitted.head(evaluation) for name, fitted in self.methods.items()}
+            for name, fitted in self.methods.items():
+                found = fitted.standard_deviations(raws[name], evaluation.n_atoms_of_frame)
+                if name == self._leading:
+                    results |= found
+                    results["gamma"] = self.edges.grade(raws[name].distance, evaluation.numbers)
+                if len(self.methods) > 1:
+                    results |= {f"{key}_{name}": value for key, value in found.items()}
+            if self.combination is not None:
+                results["forces_uncertainty"] = self.combination(evaluation, raws).sqrt().expand(-1, 3)
         return results
+
+    @property
+    def _leading(self) -> str:
+        """The method that gives what the primary estimator does not."""
+        return self.primary if self.combination is None else self.combination.view.anchor
 
     def to(self, device: torch.device) -> "UncertaintyModel":
         """A copy with its heads and edges on a device; they stay float64, and this model stays where it is."""
         methods = {n: replace(fitted, head=deepcopy(fitted.head).to(device)) for n, fitted in self.methods.items()}
-        return replace(self, methods=methods, edges=replace(self.edges, edges=self.edges.edges.to(device)))
+        edges = replace(self.edges, edges=self.edges.edges.to(device))
+        combination = None if self.combination is None else deepcopy(self.combination).to(device)
+        return replace(self, methods=methods, edges=edges, combination=combination)
 
     @property
     def gradients(self) -> bool:
@@ -124,7 +136,7 @@ class UncertaintyModel:
     @property
     def results(self) -> tuple[str, ...]:
         """Results keys that it gives."""
-        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self.primary].calibrators]
+        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self._leading].calibrators]
         alone = [
             f"{quantity}_uncertainty_{name}"
             for name, fitted in self.methods.items()
@@ -169,10 +181,13 @@ class UncertaintyModel:
                 "calibrators": {quantity: c.settings for quantity, c in fitted.calibrators.items()},
                 "likelihoods": fitted.likelihoods,
             }
+        if self.combination is not None:
+            tensors |= {f"combination/{key}": value for key, value in self.combination.state_dict().items()}
         header = {
             "identity": {"settings": self.identity.settings, "weights": self.identity.weights},
             "methods": methods,
             "primary": self.primary,
+            "combination": None if self.combination is None else self.combination.settings,
             "edges": {"counts": self.edges.counts, "inherited": list(self.edges.inherited)},
             "provenance": self.provenance,
         }
@@ -196,6 +211,12 @@ class UncertaintyModel:
                 calibrators={quantity: load_calibrator(c) for quantity, c in stored["calibrators"].items()},
                 likelihoods=stored["likelihoods"],
             )
+        combination = None
+        if header.get("combination"):
+            prefix = "combination/"
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
+            combination = Combination.load(header["combination"], own, calibrators)
         identity = header["identity"]
         fields = ("uncertainty", "error", "numbers", "n_atoms_of_frame")
         return cls(
@@ -209,6 +230,7 @@ class UncertaintyModel:
             ),
             record=CalibrationRecord(*(tensors[f"record/{name}"].numpy() for name in fields)),
             provenance=header["provenance"],
+            combination=combination,
         )
 
     def summary(self) -> str:
@@ -225,6 +247,8 @@ class UncertaintyModel:
         for name, fitted in self.methods.items():
             lines.append(f"  method {name}{' (primary)' if name == self.primary else ''}")
             lines += [_describe(quantity, fitted) for quantity in fitted.calibrators]
+        if self.combination is not None:
+            lines.append(f"  combined (primary)\n    forces   {self.combination.describe()}")
         norms, errors = self.record.uncertainty, self.record.error
         lines.append(
             f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å a component, "

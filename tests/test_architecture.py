@@ -33,6 +33,7 @@ PUBLIC_NAMES = {
     "UncertaintyMonitor",
     "available_backends",
     "available_methods",
+    "evaluate",
     "fit",
     "load_backend",
     "metrics",

@@ -28,9 +28,10 @@ from ase.calculators.calculator import BaseCalculator, Calculator
 from torch import Tensor
 
 from ase_uq.artefact import read_artefact, write_artefact
+from ase_uq.backends._gradients import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch, probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.evaluation import Edges, EnergyLayer, Evaluation
+from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, Gradients, Members
 
 
 @contextmanager
@@ -77,6 +78,7 @@ class _Readout:
 
     layer_dims: list[int]
     n_scalars: int
+    vectors: slice | None  # columns of the polar vectors (1o) in the first layer
     hidden: tuple[tuple[torch.nn.Module, int], ...]  # non-linear readouts and the layer each one reads
     linear: tuple[int, ...]  # layers read by a linear readout
     kept: tuple[slice, ...]  # columns of each non-linear readout that belong to the head
@@ -94,7 +96,8 @@ class MACEBackend(Backend):
 
     Args:
         calculator: The user's calculator. Its models, dtype, device, head, padding and compilation are used
-            as they are. For a committee the mean is the committee's, the features are the first member's.
+            as they are. For a committee the mean is the committee's, features and gradients are the first
+            member's.
 
     Raises:
         TypeError: The calculator's model has no energy readout (dipole models) or is a TorchScript archive.
@@ -181,17 +184,37 @@ class MACEBackend(Backend):
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         n_frames = len(batch.frames)
         n_atoms = sum(len(atoms) for atoms in batch.frames)
-        data, outputs = {}, []
-        for model in self.calculator.models:
-            data = self._inputs(batch.data, model)
-            outputs.append(self._forward(model, data, forces))
+        first = self.calculator.models[0]
+        if gradients and _plain(first) is not first:
+            raise InputError(
+                "this MACE model is compiled, and what torch compiles cannot be differentiated twice. Make its "
+                "MACECalculator without compile_mode to get gradients."
+            )
+        parameters = list(first.parameters()) if gradients else []
+        data, leaves, outputs = {}, [], []
+        with in_the_graph(parameters):
+            for model in self.calculator.models:
+                data = self._inputs(batch.data, model)
+                leaves.append(data["positions"])  # in whose place the model puts deformed ones
+                outputs.append(self._forward(model, data, forces, keep_graph=gradients and not outputs))
+            kept = self._gradients(batch, outputs[0], leaves[0], data["batch"], parameters) if gradients else None
         energy_unit = self.calculator.energy_units_to_eV
         length_unit = self.calculator.length_units_to_A
 
-        def mean(key: str, rows: int, unit: float) -> Tensor:
+        def every(key: str, rows: int) -> Tensor:
             # Rows beyond the real ones are padding, which a compiled calculator adds.
-            return torch.stack([out[key].detach()[:rows] for out in outputs]).mean(0) * unit
+            return torch.stack([out[key].detach()[:rows] for out in outputs])
 
+        def mean(key: str, rows: int, unit: float) -> Tensor:
+            return every(key, rows).mean(0) * unit
+
+        members = None
+        if len(outputs) > 1:
+            members = Members(
+                energy=every("energy", n_frames) * energy_unit,
+                forces=every("forces", n_atoms) * (energy_unit / length_unit) if forces else None,
+                stress=_voigt(every("stress", n_frames)) * (energy_unit / length_unit**3) if forces else None,
+            )
         features = outputs[0]["node_feats"].detach()[:n_atoms]
         frame_of_atom = data["batch"][:n_atoms]
         phi = self._last_layer(features) * energy_unit
@@ -211,6 +234,31 @@ class MACEBackend(Backend):
             features=self._latent(features),
             energy_layer=EnergyLayer(phi, weights, energy.double() - summed),
             edges=_edges(data, n_atoms, float(self.calculator.r_max), length_unit),
+            vectors=self._vectors(features),
+            members=members,
+            gradients=kept,
+        )
+
+    def _gradients(
+        self,
+        batch: Batch,
+        out: dict[str, Tensor],
+        leaf: Tensor,
+        frame_of_row: Tensor,
+        parameters: list[torch.nn.Parameter],
+    ) -> Gradients:
+        """Of the first member, in eV and Å; `leaf` are the positions in the model's own unit."""
+        n_frames, n_atoms = len(batch.frames), sum(len(atoms) for atoms in batch.frames)
+        energy_unit, length_unit = self.calculator.energy_units_to_eV, self.calculator.length_units_to_A
+        forces = out["forces"]
+        return GraphGradients(
+            parameters=parameters,
+            positions=leaf,
+            features=self._latent(out["node_feats"][:n_atoms]),
+            energy=out["energy"][:n_frames] * energy_unit,
+            forces=None if forces is None else forces[:n_atoms] * (energy_unit / length_unit),
+            frame_of_atom=frame_of_row[:n_atoms],
+            length_unit=length_unit,
         )
 
     @contextmanager
@@ -234,10 +282,12 @@ class MACEBackend(Backend):
                 batch[key] = batch[key].to(dtype=dtype)
         return batch.to_dict()
 
-    def _forward(self, model: torch.nn.Module, data: dict[str, Tensor], forces: bool) -> dict[str, Tensor]:
+    def _forward(
+        self, model: torch.nn.Module, data: dict[str, Tensor], forces: bool, keep_graph: bool = False
+    ) -> dict[str, Tensor]:
         calculator = self.calculator
         if not forces and not calculator.use_compile:
-            with torch.no_grad():
+            with torch.set_grad_enabled(keep_graph):
                 return model(data, compute_force=False)
         outside = calculator.use_compile and calculator._enable_oeq
         if outside:
@@ -245,7 +295,8 @@ class MACEBackend(Backend):
             positions = data["positions"]
             strain = torch.zeros((int(data["ptr"].numel() - 1), 3, 3), dtype=positions.dtype, device=positions.device)
             data["displacement"] = strain + positions.sum() * 0.0
-        return model(data, compute_stress=True, training=calculator.use_compile and not outside)
+        keep_graph = keep_graph or (calculator.use_compile and not outside)
+        return model(data, compute_stress=True, training=keep_graph)
 
     def _latent(self, features: Tensor) -> Tensor:
         """Invariants of all layers, then the norms of the equivariant channels of each."""
@@ -263,6 +314,15 @@ class MACEBackend(Backend):
                     norms.append(channels.reshape(len(block), n_scalars, 2 * order + 1).norm(dim=2))
                 start, order = start + width, order + 1
         return torch.cat([*scalars, *norms], 1)
+
+    def _vectors(self, features: Tensor) -> Tensor | None:
+        """(n_atoms, 3, n_vectors) channels of order 1 of the first layer; e3nn orders their components x, y, z."""
+        if self._readout.vectors is None:
+            return None
+        channels = features[:, self._readout.vectors]
+        if self._readout.components_first:
+            return channels.reshape(len(features), 3, -1)
+        return channels.reshape(len(features), -1, 3).mT
 
     def _last_layer(self, features: Tensor) -> Tensor:
         readout = self._readout
@@ -422,10 +482,10 @@ def _rounded(value: float) -> float:
 
 
 def _voigt(stress: Tensor) -> Tensor:
-    """(n_frames, 3, 3) → (n_frames, 6), as ASE does it, on the device."""
-    xx, yy, zz = stress.diagonal(dim1=1, dim2=2).unbind(1)
-    twice = stress + stress.transpose(1, 2)
-    return torch.stack([xx, yy, zz, twice[:, 1, 2] / 2, twice[:, 0, 2] / 2, twice[:, 0, 1] / 2], 1)
+    """(..., 3, 3) → (..., 6), as ASE does it, on the device."""
+    xx, yy, zz = stress.diagonal(dim1=-2, dim2=-1).unbind(-1)
+    twice = stress + stress.mT
+    return torch.stack([xx, yy, zz, twice[..., 1, 2] / 2, twice[..., 0, 2] / 2, twice[..., 0, 1] / 2], -1)
 
 
 def _edges(data: dict[str, Tensor], n_atoms: int, cutoff: float, length_unit: float) -> Edges:
@@ -488,6 +548,7 @@ def _resolve_readout(model: Any, head_name: str) -> _Readout:
     return _Readout(
         layer_dims=dims,
         n_scalars=n_scalars,
+        vectors=_vector_columns(model.products[0].linear.irreps_out),
         hidden=tuple(hidden),
         linear=tuple(linear),
         kept=tuple(kept),
@@ -499,6 +560,16 @@ def _resolve_readout(model: Any, head_name: str) -> _Readout:
         n_heads=len(heads),
         components_first=get_layout(getattr(model.products[0], "cueq_config", None)) == "ir_mul",
     )
+
+
+def _vector_columns(irreps: Any) -> slice | None:
+    start = 0
+    for multiplicity, kind in irreps:
+        width = multiplicity * kind.dim
+        if str(kind) == "1o":  # 1e are pseudo-vectors
+            return slice(start, start + width)
+        start += width
+    return None
 
 
 def _effective_weights(linear: Any) -> tuple[Tensor, Tensor]:

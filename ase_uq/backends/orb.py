@@ -14,7 +14,7 @@ a linearised attribution, not a physical energy of an atom. Heads that sum over 
 import difflib
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,10 @@ from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force
 from torch import Tensor
 
 from ase_uq.artefact import read_artefact, write_artefact
+from ase_uq.backends._gradients import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch, probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
+from ase_uq.evaluation import Confidence, Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
 
 _KIND, _SCHEMA = "orb potential", 1
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -139,11 +140,18 @@ class OrbBackend(Backend):
 
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         graph = batch.data
-        with _default_dtype(self.dtype):
-            out = self._conservative_pass(graph) if self._conservative else self._direct_pass(graph)
+        frame_of_atom = torch.repeat_interleave(
+            torch.arange(len(graph.n_node), device=graph.n_node.device), graph.n_node
+        )
+        parameters = list(self._model.parameters()) if gradients else []
+        if gradients:
+            self._refuse_compiled()
+        with _default_dtype(self.dtype), in_the_graph(parameters):
+            out = (self._conservative_pass if self._conservative else self._direct_pass)(graph, gradients)
+            kept = self._gradients(graph, out, frame_of_atom, parameters) if gradients else None
+        out = {name: value.detach() for name, value in out.items()}
         nodes = out["node_features"]
         force_layer = self._force_layer(nodes, graph, out) if not self._conservative else None
-        frame_of_atom = torch.repeat_interleave(torch.arange(len(graph.n_node), device=nodes.device), graph.n_node)
         return Evaluation(
             numbers=graph.atomic_numbers,
             positions=graph.positions.detach(),
@@ -161,13 +169,48 @@ class OrbBackend(Backend):
                 -graph.edge_features["vectors"].detach(),  # orb's point from the sender to the receiver
                 float(self.calculator.adapter.radius),
             ),
+            confidence=self._confidence(out),
+            gradients=kept,
             extras={"confidence": out["confidence"]} if "confidence" in out else {},
         )
 
-    def _direct_pass(self, graph: Any) -> dict[str, Tensor]:
+    def _confidence(self, out: dict[str, Tensor]) -> Confidence | None:
+        if "confidence" not in out:
+            return None
+        return Confidence(out["confidence"], self._model.heads["confidence"].bin_edges.detach().clone())
+
+    def _gradients(
+        self, graph: Any, out: dict[str, Tensor], frame_of_atom: Tensor, parameters: list[torch.nn.Parameter]
+    ) -> Gradients:
+        charged = getattr(self._model, "coulomb_module", None) is not None
+        kind = _EnergiesOnly if charged and bool(graph.system_features["pbc"].any()) else GraphGradients
+        return kind(
+            parameters=parameters,
+            positions=out["positions"],
+            features=out["node_features"],
+            energy=out["energy"],
+            forces=out["forces"],
+            frame_of_atom=frame_of_atom,
+        )
+
+    def _refuse_compiled(self) -> None:
+        if any(module._compiled_call_impl is not None for module in self._model.modules()):
+            raise InputError(
+                "this orb model is compiled, and what torch compiles cannot be differentiated twice. Load it with "
+                "compile=False to get gradients."
+            )
+
+    def _direct_pass(self, graph: Any, keep_graph: bool) -> dict[str, Tensor]:
         """What `DirectForcefieldRegressor.predict` computes, with the node features it drops."""
         model = self._model
-        nodes = model.model(graph)["node_features"]
+        positions, moving = graph.positions, graph
+        if keep_graph:
+            moving = graph.clone()
+            positions = graph.positions.detach().clone().requires_grad_(True)
+            between = positions[graph.receivers] - positions[graph.senders]
+            # Adds 0 to the last bit, and the derivative by the positions, of which orb keeps none here.
+            moving.edge_features["vectors"] = graph.edge_features["vectors"] + (between - between.detach())
+        nodes = model.model(moving)["node_features"]
         out = {name: head.predict(nodes, graph) for name, head in model.heads.items() if self._wanted(name)}
         if model.pair_repulsion:
             repulsion = model.pair_repulsion_fn(graph)
@@ -177,12 +220,14 @@ class OrbBackend(Backend):
                     out[name] = out[name] + addition
             out["repulsion"] = repulsion["forces"]
         self._add_dispersion(out, graph)
-        return {"node_features": nodes.detach()} | {name: value.detach() for name, value in out.items()}
+        return {"node_features": nodes, "positions": positions} | out
 
-    def _conservative_pass(self, graph: Any) -> dict[str, Tensor]:
+    def _conservative_pass(self, graph: Any, keep_graph: bool) -> dict[str, Tensor]:
         """What `ConservativeForcefieldRegressor.predict` computes, under ASE's names."""
         model = self._model
-        raw = model(graph.clone())
+        copy = graph.clone()
+        with _forces_with_a_graph(model) if keep_graph else nullcontext():
+            raw = model(copy)
         if "node_features" not in raw:
             raise PotentialMismatch("this orb-models gives no node features from forward; 0.7 does. Install 0.7.")
         out = {
@@ -194,7 +239,7 @@ class OrbBackend(Backend):
         if "confidence" in raw:
             out["confidence"] = torch.softmax(raw["confidence"], dim=-1)
         self._add_dispersion(out, graph)
-        return {"node_features": raw["node_features"].detach()} | {k: v.detach() for k, v in out.items()}
+        return {"node_features": raw["node_features"], "positions": copy.node_features["positions"]} | out
 
     def _wanted(self, head: str) -> bool:
         return "stress" not in head or self._model.has_stress
@@ -277,6 +322,27 @@ class OrbBackend(Backend):
                 f"the last layers of this orb model are not understood: they differ from its energy or forces by "
                 f"{deviation:.1e} eV or eV/Å. The architecture is probably newer than this package."
             )
+
+
+class _EnergiesOnly(GraphGradients):
+    """Of a model whose Ewald sum orb-models differentiates only once: its part in the forces has no graph."""
+
+    def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
+        raise InputError(
+            "orb's electrostatics of periodic structures give no derivatives of forces by the parameters. Use the "
+            "energies, or structures without periodic boundaries."
+        )
+
+
+@contextmanager
+def _forces_with_a_graph(model: torch.nn.Module) -> Iterator[None]:
+    """Lets the forces that the model takes from its energy be differentiated once more."""
+    before = model.training
+    model.training = True  # the outermost module alone: what is inside stays as it is at inference
+    try:
+        yield
+    finally:
+        model.training = before
 
 
 @contextmanager

@@ -4,7 +4,7 @@
 as far as uncertainty goes: what they add goes into the mean and into the `base` of the last layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ase_uq.backends import find_module
 from ase_uq.backends.base import Backend, Batch, Identity
-from ase_uq.evaluation import EnergyLayer, Evaluation, ForceLayer
+from ase_uq.evaluation import Confidence, EnergyLayer, Evaluation, ForceLayer, Gradients, Members
 from ase_uq.properties import STANDARD
 
 
@@ -114,6 +114,9 @@ class SummedBackend(Backend):
                 weight * energy_layer.features, energy_layer.weights, weight * energy_layer.base + added["energy"]
             ),
             force_layer=_shifted(own.force_layer, weight, added.get("forces")),
+            members=_members(own.members, weight, added),
+            confidence=_scaled(own.confidence, weight),
+            gradients=None if own.gradients is None else _ScaledGradients(own.gradients, weight),
         )
 
     def _added(self, key: str, own: Evaluation, batch: Batch) -> Tensor:
@@ -126,6 +129,22 @@ class SummedBackend(Backend):
         # Energies of many atoms need double precision, as the potentials' own reference energies do.
         dtype = own.energy.dtype if key == "energy" else self.dtype
         return torch.as_tensor(joined, dtype=dtype, device=self.device)
+
+
+class _ScaledGradients(Gradients):
+    """Of the potential in the sum: the corrections have no features and no parameters."""
+
+    def __init__(self, own: Gradients, weight: float) -> None:
+        self._own, self._weight = own, weight
+
+    def of_features(self, cotangent: Tensor) -> Tensor:
+        return self._own.of_features(cotangent)
+
+    def of_energies(self) -> Iterator[Tensor]:
+        return (self._weight * gradient for gradient in self._own.of_energies())
+
+    def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
+        return (self._weight * gradient for gradient in self._own.of_forces(tangents))
 
 
 def accepts(calculator: BaseCalculator) -> bool:
@@ -157,3 +176,19 @@ def _shifted(layer: ForceLayer | None, weight: float, added: Tensor | None) -> F
         return None
     base = weight * layer.base
     return replace(layer, features=weight * layer.features, base=base if added is None else base + added)
+
+
+def _members(own: Members | None, weight: float, added: dict[str, Tensor]) -> Members | None:
+    if own is None:
+        return None
+
+    def each(key: str) -> Tensor | None:
+        value = getattr(own, key)
+        return None if value is None or key not in added else weight * value + added[key]
+
+    return Members(weight * own.energy + added["energy"], each("forces"), each("stress"))
+
+
+def _scaled(own: Confidence | None, weight: float) -> Confidence | None:
+    """The corrections are exact: the error of the sum is that of the potential, times its weight."""
+    return None if own is None else Confidence(own.probabilities, abs(weight) * own.edges)

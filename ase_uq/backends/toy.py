@@ -21,8 +21,9 @@ from ase.data import atomic_numbers, covalent_radii
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
+from ase_uq.backends._gradients import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch
-from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
+from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
 
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å
@@ -110,14 +111,14 @@ class ToyPotential(torch.nn.Module):
             shift=tensor(shifts, like.dtype),
         )
 
-    def forward(self, graph: Graph, forces: bool = True) -> dict[str, Tensor]:
-        """Energies, forces, stress and features of a graph; all detached."""
+    def forward(self, graph: Graph, forces: bool = True, keep_graph: bool = False) -> dict[str, Tensor]:
+        """Energies, forces, stress, features and the leaf `positions`; detached, but where the graph is kept."""
         n_frames = len(graph.n_atoms_of_frame)
-        differentiate = forces and not self.direct
+        conservative = forces and not self.direct
         strain = torch.zeros(n_frames, 3, 3, dtype=graph.positions.dtype, device=graph.positions.device)
-        positions = graph.positions.clone().requires_grad_(differentiate)
-        strain.requires_grad_(differentiate)
-        with torch.set_grad_enabled(differentiate):
+        positions = graph.positions.clone().requires_grad_(conservative or keep_graph)
+        strain.requires_grad_(conservative or keep_graph)
+        with torch.set_grad_enabled(conservative or keep_graph):
             vectors = positions[graph.source] - positions[graph.target] + graph.shift
             deformed = (strain + strain.mT) / 2
             vectors = vectors + torch.einsum("ex,exy->ey", vectors, deformed[graph.frame_of_atom[graph.target]])
@@ -128,22 +129,23 @@ class ToyPotential(torch.nn.Module):
             energies = isolated + phi @ self.weights
             energy = torch.zeros_like(graph.cell[:, 0, 0]).index_add(0, graph.frame_of_atom, energies)
         base = torch.zeros_like(energy).index_add(0, graph.frame_of_atom, isolated)
-        directions = (vectors / distance[:, None]).detach()
-        arrows = self._sum_over_neighbours(graph, distance.detach(), directions)
-        out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "vectors": vectors}
-        # The norm of what the neighbours' directions add up to: 0 at the centre of a symmetric surrounding.
-        out["features"] = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
-        if differentiate:
-            slope, virial = torch.autograd.grad(energy.sum(), (positions, strain))
+        with torch.set_grad_enabled(keep_graph):
+            arrows = self._sum_over_neighbours(graph, distance, vectors / distance[:, None])
+            # The norm of what the neighbours' directions add up to: 0 at the centre of a symmetric surrounding.
+            features = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
+            out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "features": features}
+            out |= {"positions": positions, "vectors": vectors, "arrows": arrows}
+            if self.direct:
+                out["force_phi"] = arrows.flatten(1)
+                out["forces"] = _without_rigid_motion(out["force_phi"] @ self.force_weights, graph)
+        if conservative:
+            slope, virial = torch.autograd.grad(energy.sum(), (positions, strain), create_graph=keep_graph)
             volume = torch.linalg.det(graph.cell).abs()
             # Structures without a volume have no stress.
             stress = virial / torch.where(volume > 0, volume, torch.inf)[:, None, None]
             voigt = stress.reshape(n_frames, 9)[:, [0, 4, 8, 5, 2, 1]]
             out |= {"forces": -slope, "stress": voigt}
-        if self.direct:
-            out["force_phi"] = arrows.flatten(1)
-            out["forces"] = _without_rigid_motion(out["force_phi"] @ self.force_weights, graph)
-        return {name: value.detach() for name, value in out.items()}
+        return out if keep_graph else {name: value.detach() for name, value in out.items()}
 
     def _sum_over_neighbours(self, graph: Graph, distance: Tensor, values: Tensor) -> Tensor:
         """(n_edges, m) → (n_atoms, n_pairs * n_centres, m): Σ_j of the Gaussians times the values."""
@@ -237,7 +239,11 @@ class ToyBackend(Backend):
 
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         graph: Graph = batch.data
-        out = self._potential(graph, forces=forces)
+        parameters = list(self._potential.parameters()) if gradients else []
+        with in_the_graph(parameters):
+            out = self._potential(graph, forces=forces, keep_graph=gradients)
+            kept = self._gradients(graph, out, parameters) if gradients else None
+        out = {name: value.detach() for name, value in out.items()}
         return Evaluation(
             numbers=graph.numbers,
             positions=graph.positions,
@@ -251,6 +257,18 @@ class ToyBackend(Backend):
             energy_layer=EnergyLayer(out["phi"], self._potential.weights.detach(), out["base"]),
             force_layer=self._force_layer(graph, out) if self._potential.direct else None,
             edges=Edges(graph.source, graph.target, out["vectors"], self._potential.cutoff),
+            vectors=out["arrows"].mT,
+            gradients=kept,
+        )
+
+    def _gradients(self, graph: Graph, out: dict[str, Tensor], parameters: list[torch.nn.Parameter]) -> Gradients:
+        return GraphGradients(
+            parameters=parameters,
+            positions=out["positions"],
+            features=out["features"],
+            energy=out["energy"],
+            forces=out.get("forces"),
+            frame_of_atom=graph.frame_of_atom,
         )
 
     def _force_layer(self, graph: Graph, out: dict[str, Tensor]) -> ForceLayer:

@@ -11,13 +11,14 @@ import typer
 
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.demo import demo
+from ase_uq.cli.evaluate import evaluate
 from ase_uq.cli.fit import fit
 from ase_uq.cli.info import info
 from ase_uq.cli.md import md
 from ase_uq.cli.predict import predict
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, predict, md, demo):
+for verb in (fit, info, evaluate, predict, md, demo):
     app.command()(verb)
 
 
@@ -49,8 +50,9 @@ def _(
 ) -> None:
     """Calibrated uncertainties for MACE and orb potentials, from the same forward pass as the forces.
 
-    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found. Then [bold]md[/] runs
-    dynamics that stop where the potential no longer knows, and [bold]predict[/] scores finished frames.
+    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/] how
+    good it is on labelled test frames. Then [bold]md[/] runs dynamics that stop where the potential no longer knows,
+    and [bold]predict[/] scores finished frames.
 
     New here? [bold]ase-uq demo[/] shows it all on a small molecule in under a minute.
     """

@@ -40,9 +40,12 @@ class Head(torch.nn.Module, ABC):
 
     Attributes:
         gradients: Whether it asks for `Evaluation.gradients`, which cost passes beyond the potential's own.
+        grows: Whether its scores grow with the distance from the training frames, however far. What learns the errors
+            of frames, or asks a committee, may say anything out there.
     """
 
     gradients: bool = False
+    grows: bool = True
 
     @property
     @abstractmethod

@@ -26,13 +26,11 @@ from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
 from ase_uq.evaluation import Evaluation, ForceLayer, Targets
 from ase_uq.methods._bayes import Statistics, maximise_evidence
+from ase_uq.methods._distance import units_of
 from ase_uq.methods._linalg import Moments, reduced, whitener
-from ase_uq.methods._sites import RADII, raw_of_atoms
+from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
-
-# A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
-# then far from anything seen, without making the leverage overflow.
-_SMALLEST_SPREAD = 1e-6
+from ase_uq.sites import RADII
 
 
 @dataclass(frozen=True)
@@ -46,12 +44,14 @@ class BLL(Method):
             Of 1e-3 to 1e-11, smaller ones ranked force errors better on acetylacetone. The priors of the last
             layers, which the evidence sets, are not smaller either.
         radii: Å; leverage is summed over the sites within each of them, beside the atom's own.
+        reach: How much the mean over the receptive field counts beside these sums.
     """
 
     name = "bll"
     features: Literal["latent", "last_layer"] = "latent"
     ridge: float = 1e-9
     radii: tuple[float, ...] = RADII
+    reach: float = REACH
 
     def __post_init__(self) -> None:
         if self.features not in ("latent", "last_layer"):
@@ -60,6 +60,8 @@ class BLL(Method):
             raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
         if not all(radius > 0 for radius in self.radii):
             raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
+        if not self.reach >= 0:
+            raise ValueError(f"the reach is 0 or above, not {self.reach!r}.")
 
     def start(self) -> "BLLSums":
         return BLLSums(self)
@@ -97,7 +99,8 @@ class BLLHead(Head):
     def forward(self, evaluation: Evaluation) -> Raw:
         features = _atom_features(evaluation, self._settings["features"])
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
-        raw = raw_of_atoms(distance, evaluation, self._settings["radii"])
+        # Heads fitted before 0.2 had no reach.
+        raw = raw_of_atoms(distance, evaluation, self._settings["radii"], self._settings.get("reach", 0.0))
         if evaluation.force_layer is not None:
             exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
             raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
@@ -168,9 +171,14 @@ class BLLSums(Accumulator):
         atoms = reduced(self.atoms, communicator)
         if atoms is None:
             raise LabelError("there are no training frames.")
-        settings: dict[str, Any] = {"features": method.features, "ridge": method.ridge, "radii": list(method.radii)}
+        settings: dict[str, Any] = {
+            "features": method.features,
+            "ridge": method.ridge,
+            "radii": list(method.radii),
+            "reach": method.reach,
+        }
         tensors = {}
-        scale = _scale(atoms.scatter.diagonal() / atoms.count)
+        scale = units_of(atoms.scatter.diagonal() / atoms.count)
         covariance = atoms.scatter / atoms.count / torch.outer(scale, scale)
         precision = covariance + method.ridge * torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
         root, jitter = whitener(precision)
@@ -211,12 +219,6 @@ def _removed_mean(layer: ForceLayer, evaluation: Evaluation) -> Tensor:
     return features - (evaluation.sum_over_atoms(features) / counts)[evaluation.frame_of_atom]
 
 
-def _scale(mean_squares: Tensor) -> Tensor:
-    """(n_features,) the unit of each feature: its spread, or the smallest that is allowed."""
-    spread = mean_squares.clamp(min=0).sqrt()
-    return spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
-
-
 def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took.
 
@@ -226,7 +228,7 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     outputs = 3 if name == "force" else 1
     width = len(moments.mean) - outputs
     joint = moments.scatter if name == "energy" else moments.about_zero()
-    scale = _scale(joint.diagonal()[:width] / moments.count)
+    scale = units_of(joint.diagonal()[:width] / moments.count)
     statistics = Statistics(
         gram=joint[:width, :width] / torch.outer(scale, scale),
         cross=joint[:width, width:] / scale[:, None],

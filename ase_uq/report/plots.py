@@ -4,6 +4,8 @@ ax = plots.error_against_uncertainty(errors, uncertainties)
 ax.figure.savefig("errors.png", dpi=200)
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import gammaincinv, ndtri
@@ -135,6 +137,33 @@ def error_against_uncertainty(
     ax.set_ylim(max(float(np.quantile(errors, 0.002)), errors.max() / 1e4), errors.max() * 1.5)
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
+
+
+def errors_side_by_side(
+    samples: Mapping[str, tuple[ArrayLike, ArrayLike]], *, components: int = 3, unit: str = "eV/Å"
+) -> list[Axes]:
+    """`error_against_uncertainty` of several methods in one figure, on the same axes.
+
+    Args:
+        samples: Errors and uncertainties by method.
+        components: Components of an error: 3 for force vectors, 1 for scalars.
+        unit: Of both.
+
+    Returns:
+        The axes of each method, from left to right.
+    """
+    if not samples:
+        raise ValueError("there is no method to draw; give the errors and uncertainties of at least one.")
+    _, grid = plt.subplots(1, len(samples), figsize=(4.2 * len(samples), 4.2), layout="constrained", squeeze=False)
+    panels = list(grid[0])
+    for ax, (method, (errors, uncertainties)) in zip(panels, samples.items(), strict=True):
+        error_against_uncertainty(errors, uncertainties, components=components, unit=unit, ax=ax)
+        ax.set_title(method, fontsize=10)
+    ends = np.array([(*ax.get_xlim(), *ax.get_ylim()) for ax in panels])
+    for ax in panels:
+        ax.set(xlim=(ends[:, 0].min(), ends[:, 1].max()), ylim=(ends[:, 2].min(), ends[:, 3].max()))
+        ax.label_outer()
+    return panels
 
 
 def reliability(residuals: ArrayLike, std: ArrayLike, *, label: str = "", ax: Axes | None = None) -> Axes:

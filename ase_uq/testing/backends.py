@@ -132,6 +132,15 @@ class BackendContract:
             assert e.force_layer.weights.shape == (e.force_layer.features.shape[1], 3)
             assert e.force_layer.base.shape == (n_atoms, 3)
             assert e.force_layer.torque_free.shape == (n_frames,)
+        if e.vectors is not None:
+            assert e.vectors.shape[:2] == (n_atoms, 3)
+        if e.members is not None:
+            n_members = len(e.members.energy)
+            assert e.members.energy.shape == (n_members, n_frames)
+            assert e.members.forces is None or e.members.forces.shape == (n_members, n_atoms, 3)
+            assert e.members.stress is None or e.members.stress.shape == (n_members, n_frames, 6)
+        if e.confidence is not None:
+            assert e.confidence.probabilities.shape == (n_atoms, len(e.confidence.edges) - 1)
         for name, values in e.extras.items():
             assert len(values) == n_atoms, name
 
@@ -155,8 +164,9 @@ class BackendContract:
         for forces in (True, False):
             batch = backend.collate(frames)
             with count_forwards(modules) as count:
-                backend.evaluate(batch, forces=forces)
+                e = backend.evaluate(batch, forces=forces)
             assert count() == self.n_forwards
+            assert e.gradients is None, "their graph costs memory; it is kept where it was asked for"
 
     def test_no_hook_is_left_on_the_model(self, backend: Backend, frames: list[Atoms]):
         _evaluate(backend, frames)
@@ -281,7 +291,46 @@ class BackendContract:
             expected = _frame(before, index, atoms) | {"stress": None}
             if expected["forces"] is not None:
                 expected["forces"] = expected["forces"] @ rotation.T
+            if expected["vectors"] is not None:
+                expected["vectors"] = rotation @ expected["vectors"]
             _assert_same(_frame(after, index, atoms) | {"stress": None}, expected, backend)
+
+    def test_vectors_are_polar(self, backend: Backend, frames: list[Atoms]):
+        """Inversion of a structure turns them about, whatever else the potential does not respect."""
+        vectors = _evaluate(backend, frames).vectors
+        if vectors is None:
+            return
+        inverted = [atoms.copy() for atoms in frames]
+        for atoms in inverted:
+            atoms.set_cell(-atoms.cell.array)
+            atoms.positions = -atoms.positions
+        assert float(vectors.abs().max()) > 0
+        found = _evaluate(backend, inverted).vectors
+        assert found is not None
+        _assert_close(found, -vectors, backend, "vectors of inverted structures")
+
+    def test_members_have_the_prediction_as_their_mean(self, backend: Backend, frames: list[Atoms]):
+        for forces in (True, False):
+            e = backend.evaluate(backend.collate(frames), forces=forces)
+            if e.members is None:
+                return
+            with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
+            for name, rows in (("energy", slice(None)), ("forces", slice(None)), ("stress", with_volume)):
+                mean, members = getattr(e, name), getattr(e.members, name)
+                assert (mean is None) == (members is None), name
+                if mean is not None:
+                    _assert_close(members.mean(0)[rows], mean[rows], backend, f"mean of the members' {name}")
+                    assert float(members[:, rows].std(0).max()) > 0, f"{name} of all members is the same"
+
+    def test_confidence_is_a_probability(self, backend: Backend, frames: list[Atoms]):
+        confidence = _evaluate(backend, frames).confidence
+        if confidence is None:
+            return
+        assert bool((confidence.probabilities >= 0).all())
+        total = confidence.probabilities.sum(1)
+        _assert_close(total, torch.ones_like(total), backend, "sum of the probabilities")
+        assert float(confidence.edges[0]) == 0
+        assert bool((confidence.edges.diff() > 0).all())
 
     def test_inputs_are_not_changed(self, backend: Backend, frames: list[Atoms]):
         for atoms in frames:
@@ -314,6 +363,8 @@ class BackendContract:
     def test_edges_are_neighbours(self, backend: Backend, frames: list[Atoms]):
         e = _evaluate(backend, frames)
         source, target, distance = (_array(x) for x in (e.edges.source, e.edges.target, e.edges.distance))
+        vector, positions = _array(e.edges.vector), _array(e.positions)
+        assert distance.max() < e.edges.cutoff + 1e-3
         frame = _array(e.frame_of_atom)
         assert ((source >= 0) & (source < len(frame)) & (target >= 0) & (target < len(frame))).all()
         assert (frame[source] == frame[target]).all()
@@ -324,10 +375,125 @@ class BackendContract:
         for index, atoms in enumerate(frames):
             mine = frame[source] == index
             if mine.any():
-                i, j, d = neighbor_list("ijd", atoms, float(distance[mine].max()) + 0.01)
-                for a, b, length in zip(target[mine] - start, source[mine] - start, distance[mine], strict=True):
-                    assert np.abs(d[(i == a) & (j == b)] - length).min() < 1e-3, (atoms, a, b, length)
+                # What is left between the end of a vector and its neighbour is a vector of the lattice.
+                gap = positions[target[mine]] + vector[mine] - positions[source[mine]]
+                lattice = atoms.cell.array * atoms.pbc[:, None]
+                steps = np.rint(gap @ np.linalg.pinv(lattice)) if atoms.pbc.any() else np.zeros_like(gap)
+                np.testing.assert_allclose(gap - steps @ lattice, 0, atol=1e-3, err_msg=str(atoms))
+                i, j, d = neighbor_list("ijD", atoms, float(distance[mine].max()) + 0.01)
+                for a, b, found in zip(target[mine] - start, source[mine] - start, vector[mine], strict=True):
+                    assert np.abs(d[(i == a) & (j == b)] - found).max(1).min() < 1e-3, (atoms, a, b, found)
             start += len(atoms)
+
+    def test_gradients_are_of_the_same_pass(self, backend: Backend, frames: list[Atoms]):
+        module = backend._modules()[0]
+        n_parameters = sum(parameter.numel() for parameter in module.parameters())
+        random = torch.Generator().manual_seed(0)
+        for forces in (True, False):
+            batch = backend.collate(frames)
+            plain, before = backend.evaluate(batch, forces=forces), _parameters(backend)
+            with count_forwards(self.forward_modules(backend)) as count:
+                e = backend.evaluate(batch, forces=forces, gradients=True)
+                assert e.gradients is not None
+                assert count() == self.n_forwards
+                cotangent = torch.randn(e.features.shape, generator=random).to(e.features)
+                with torch.no_grad():  # whatever the caller has switched off
+                    rows = list(e.gradients.of_energies())
+                    of_features = e.gradients.of_features(cotangent)
+                assert count() <= self.n_forwards + 1, "gradients took more than one further forward"
+            assert [row.shape for row in rows] == [(n_parameters,)] * len(frames)
+            assert of_features.shape == e.positions.shape
+            for value in (*rows, of_features):
+                assert not value.requires_grad
+                assert bool(torch.isfinite(value).all())
+            found = dict(_meaningful(e, frames))
+            for name, value in _meaningful(plain, frames):
+                assert not found[name].requires_grad, name
+                _assert_close(found[name], value, backend, name)
+            for now, then in zip(_parameters(backend), before, strict=True):
+                assert now.keys() == then.keys()
+                for key, value in then.items():
+                    same = torch.equal(now[key], value) if isinstance(value, Tensor) else now[key] == value
+                    assert same, f"{key} of the potential is not what it was"
+            after = dict(_meaningful(backend.evaluate(batch, forces=forces), frames))
+            for name, value in _meaningful(plain, frames):
+                assert torch.equal(after[name], value), f"{name} is another after gradients were taken"
+
+    def test_gradients_of_features(self, backend: Backend, frames: list[Atoms]):
+        step, tolerance = DIFFERENCES[backend.dtype]
+        random = np.random.default_rng(3)
+        # The norm of a vector that is 0 by symmetry has no derivative.
+        frames = _moved(frames, 0.05 * random.normal(size=(sum(map(len, frames)), 3)))
+        e = backend.evaluate(backend.collate(frames), gradients=True)
+        assert e.gradients is not None
+        cotangent = torch.as_tensor(random.normal(size=tuple(e.features.shape))).to(e.features)
+        gradient = _array(e.gradients.of_features(cotangent)).astype(float)
+        direction = random.normal(size=gradient.shape)
+        values = []
+        for sign in (1, -1):
+            moved = _evaluate(backend, _moved(frames, sign * step * direction))
+            values.append(_array(moved.sum_over_atoms(cotangent.double() * moved.features.double())).sum(1))
+        differences = -(values[0] - values[1]) / (2 * step)
+        starts = np.cumsum([0, *map(len, frames[:-1])])
+        expected = np.add.reduceat((direction * gradient).sum(1), starts)
+        noise = 10 * torch.finfo(backend.dtype).eps * _scale(_array(cotangent * e.features)) * len(direction)
+        atol = tolerance * _scale(expected, gradient) + noise / step
+        np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
+
+    def test_gradients_of_energies(self, backend: Backend, frames: list[Atoms]):
+        def energies(e: Evaluation) -> np.ndarray:
+            return _array(e.energy if e.members is None else e.members.energy[0])
+
+        e = backend.evaluate(backend.collate(frames), gradients=True)
+        assert e.gradients is not None
+        rows = np.stack([_array(row) for row in e.gradients.of_energies()])
+        for index in (0, len(frames) - 1):
+            single = backend.evaluate(backend.collate([frames[index]]), gradients=True)
+            assert single.gradients is not None
+            (row,) = single.gradients.of_energies()
+            _assert_close(torch.as_tensor(rows[index]), row.cpu(), backend, "gradient of one frame of a batch")
+        self._check_by_parameters(backend, frames, rows, energies)
+
+    def test_gradients_of_forces(self, backend: Backend, frames: list[Atoms]):
+        e = backend.evaluate(backend.collate(frames), gradients=True)
+        assert e.gradients is not None
+        random = np.random.default_rng(4)
+        tangents = torch.as_tensor(random.normal(size=tuple(e.positions.shape))).to(e.positions)
+
+        def work(e: Evaluation) -> np.ndarray:
+            forces = e.forces if e.members is None or e.members.forces is None else e.members.forces[0]
+            assert forces is not None
+            return _array(e.sum_over_atoms((tangents * forces).sum(1)))
+
+        rows = np.stack([_array(row) for row in e.gradients.of_forces(tangents)])
+        again = backend.evaluate(backend.collate(frames), forces=False, gradients=True)
+        assert again.gradients is not None
+        for row, other in zip(rows, again.gradients.of_forces(tangents), strict=True):
+            _assert_close(other.cpu(), torch.as_tensor(row), backend, "gradient where forces were not asked for")
+        self._check_by_parameters(backend, frames, rows, work)
+
+    def _check_by_parameters(
+        self, backend: Backend, frames: list[Atoms], rows: np.ndarray, values: Callable[[Evaluation], np.ndarray]
+    ) -> None:
+        """Compares with differences of the values, one a frame, of potentials whose parameters lie close by."""
+        step, tolerance = DIFFERENCES[backend.dtype]
+        generator = torch.Generator().manual_seed(5)
+        other = load_backend(self.make_calculator(self.dtype))
+        parameters = list(other._modules()[0].parameters())
+        directions = []
+        for parameter in parameters:
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            directions.append(noise.to(parameter) * (parameter.detach().abs().mean() + 0.01))
+        found = []
+        for steps in (step, -2 * step):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions, strict=True):
+                    parameter += steps * direction
+            found.append(values(_evaluate(other, frames)))
+        differences = (found[0] - found[1]) / (2 * step)
+        expected = rows @ torch.cat([direction.flatten() for direction in directions]).cpu().numpy()
+        atol = tolerance * _scale(expected) + 10 * _noise(found[0], backend) / step
+        np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
 
     def test_fingerprint_is_that_of_the_weights(self, backend: Backend):
         own = backend.identity.fingerprint
@@ -401,7 +567,7 @@ class BackendContract:
 
 
 # Tensors of one structure that count its atoms; the others count structures.
-PER_ATOM = ("numbers", "forces", "energies", "features", "phi", "force_phi")
+PER_ATOM = ("numbers", "forces", "energies", "features", "phi", "force_phi", "vectors", "confidence")
 
 
 def standard_frames() -> list[Atoms]:
@@ -468,6 +634,26 @@ def _evaluate(backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
     return backend.evaluate(backend.collate(frames))
 
 
+def _moved(frames: Sequence[Atoms], displacements: np.ndarray) -> list[Atoms]:
+    """Copies with (n_atoms, 3) displacements in Å."""
+    moved = [atoms.copy() for atoms in frames]
+    rows = np.split(displacements, np.cumsum([len(atoms) for atoms in moved])[:-1])
+    for atoms, own in zip(moved, rows, strict=True):
+        atoms.positions += own
+    return moved
+
+
+def _parameters(backend: Backend) -> list[dict[str, Any]]:
+    """What of each parameter, and of each module, is the user's."""
+    found: list[dict[str, Any]] = []
+    for root in backend._modules():
+        for name, parameter in root.named_parameters():
+            has = {"gradient": parameter.grad is not None, "requires_grad": parameter.requires_grad}
+            found.append({"name": name, "values": parameter.detach().clone()} | has)
+        found += [{"name": name, "training": module.training} for name, module in root.named_modules()]
+    return found
+
+
 def _array(value: Tensor | None) -> np.ndarray:
     assert value is not None
     return value.cpu().numpy()
@@ -502,7 +688,8 @@ def _meaningful(e: Evaluation, frames: Sequence[Atoms]) -> Iterator[tuple[str, T
     """Every tensor with its name, without the stress of structures that have no volume: packages give anything."""
     with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
     for name, value in _tensors(e):
-        yield name, value[with_volume.to(value.device)] if name == "stress" else value
+        rows = with_volume.to(value.device)
+        yield name, value[..., rows, :] if name in ("stress", "members.stress") else value
 
 
 def _frame(e: Evaluation, index: int, atoms: Atoms) -> dict[str, Any]:
@@ -515,12 +702,15 @@ def _frame(e: Evaluation, index: int, atoms: Atoms) -> dict[str, Any]:
         "features": e.features,
         "phi": e.energy_layer.features,
         "force_phi": None if e.force_layer is None else e.force_layer.features,
+        "vectors": e.vectors,
+        "confidence": None if e.confidence is None else e.confidence.probabilities,
     }
     per_frame = {
         "energy": e.energy,
         "stress": None if atoms.cell.rank < 3 else e.stress,
         "base": e.energy_layer.base,
         "torque_free": None if e.force_layer is None else e.force_layer.torque_free,
+        "members": None if e.members is None else e.members.energy.T,
     }
     edges = own[e.edges.target.cpu()]
     found = {key: None if value is None else value.cpu()[own].double().numpy() for key, value in per_atom.items()}

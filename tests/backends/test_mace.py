@@ -66,6 +66,9 @@ class TestRepulsion(MACEContract):
 class TestOneLayerOfScalars(MACEContract):
     arguments = {"layers": 1, "order": 0}  # noqa: RUF012
 
+    def test_there_are_no_vectors(self, backend, frames):
+        assert evaluate(backend, *frames).vectors is None
+
 
 class TestThreeLayers(MACEContract):
     arguments = {"layers": 3, "correlation": 1}  # noqa: RUF012
@@ -100,6 +103,14 @@ class TestCommittee(MACEContract):
     def make_calculator(self, dtype="float64"):
         models = [make_mace(seed=seed) for seed in range(3)]
         return MACECalculator(models=models, device="cpu", default_dtype=dtype)
+
+    def test_members_are_the_models(self, backend, frames):
+        members = evaluate(backend, *frames).members
+        for index in range(3):
+            single = evaluate(load_backend(calculator_of(seed=index)), *frames)
+            assert single.members is None
+            for name in ("energy", "forces", "stress"):
+                assert torch.equal(getattr(members, name)[index], getattr(single, name)), name
 
     # The energy is the committee's, the last layer the first member's.
     test_last_layers_are_linear_in_the_trained_weights = None
@@ -229,6 +240,11 @@ def test_padding_of_the_user_is_cut_off():
     for name in ("energy", "forces", "stress", "energies", "features", "numbers", "positions", "frame_of_atom"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-12, err_msg=name)
     np.testing.assert_allclose(found.edges.distance, expected.edges.distance, atol=1e-12)
+    pair = [b.evaluate(b.collate([water()]), gradients=True).gradients for b in (backend, plain)]
+    rows = [[*g.of_energies(), *g.of_forces(found.positions), g.of_features(found.features)] for g in pair if g]
+    assert len(rows[0]) == 3
+    for own, other in zip(*rows, strict=True):
+        np.testing.assert_allclose(own, other, atol=1e-10)
     assert calculator.pad_num_atoms == 20
 
 
@@ -265,6 +281,58 @@ def test_other_units_scale_energies_and_forces():
     np.testing.assert_allclose((layer.features @ layer.weights).sum() + layer.base, found.energy, rtol=1e-12)
     with pytest.raises(PotentialMismatch, match="units was"):
         plain.check_identity(backend.identity)
+
+
+def test_gradients_are_in_other_units_too():
+    calculator, plain = calculator_of(), load_backend(calculator_of())
+    calculator.energy_units_to_eV, calculator.length_units_to_A = 0.0434, 0.529
+    backend = load_backend(calculator)
+    atoms = standard_frames()[1]
+    found, expected = (b.evaluate(b.collate([atoms]), gradients=True) for b in (backend, plain))
+    assert found.gradients is not None
+    assert expected.gradients is not None
+    ones = torch.ones_like(found.features)
+    np.testing.assert_allclose(
+        found.gradients.of_features(ones), expected.gradients.of_features(ones) / 0.529, rtol=1e-9, atol=1e-12
+    )
+    for factor, pair in (
+        (0.0434, [g.of_energies() for g in (found.gradients, expected.gradients)]),
+        (0.0434 / 0.529, [g.of_forces(found.positions) for g in (found.gradients, expected.gradients)]),
+    ):
+        rows = [next(row) for row in pair]
+        np.testing.assert_allclose(rows[0], factor * rows[1], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("irreps", "columns"), [("4x0e + 2x1o", slice(4, 10)), ("4x0e + 2x1e + 3x1o", slice(10, 19)), ("4x0e + 2x1e", None)]
+)
+def test_pseudo_vectors_are_no_vectors(irreps: str, columns: slice | None):
+    from e3nn import o3
+
+    from ase_uq.backends.mace import _vector_columns
+
+    assert _vector_columns(o3.Irreps(irreps)) == columns
+
+
+def test_gradients_of_a_trained_scripted_model(trained_models: Path, shared_data: Path):
+    """Scripted parts, as MACE saves them, are differentiated twice."""
+    backend = load_backend(f"mace:{trained_models / 'mace_acac.model'}", device="cpu")
+    atoms = read(shared_data / "acac" / "test_id_300K.xyz")
+    assert isinstance(atoms, Atoms)
+    e = backend.evaluate(backend.collate([atoms]), gradients=True)
+    assert e.gradients is not None
+    tangents = torch.as_tensor(np.random.default_rng(0).normal(size=(len(atoms), 3)))
+    (found,) = e.gradients.of_forces(tangents)
+    # The sum of tangents · F is minus the derivative of the energy along the tangents, at any parameters.
+    rows = []
+    for step in (1e-4, -1e-4):
+        moved = atoms.copy()
+        moved.positions += step * tangents.numpy()
+        gradients = backend.evaluate(backend.collate([moved]), gradients=True).gradients
+        assert gradients is not None
+        rows += list(gradients.of_energies())
+    expected = -(rows[0] - rows[1]) / 2e-4
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 def test_models_without_an_energy_readout_are_refused():
@@ -364,6 +432,13 @@ class TestCompiled:
         assert len(graphs) == 1, "a second step of the same structure compiled again"
         assert calculator.pad_num_edges > len(found.edges.distance)
         np.testing.assert_array_equal(found.forces, calculator.get_property("forces", atoms))
+
+    def test_gradients_are_refused(self, calculator: MACECalculator, graphs: list[int]):
+        backend = load_backend(calculator)
+        with pytest.raises(InputError, match=r"this MACE model is compiled, .* without compile_mode"):
+            backend.evaluate(backend.collate([water()]), gradients=True)
+        assert graphs == []
+        assert backend.evaluate(backend.collate([water()])).gradients is None
 
     def test_batches(self, calculator: MACECalculator):
         backend, eager = load_backend(calculator), load_backend(calculator_of())

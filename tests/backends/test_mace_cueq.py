@@ -31,7 +31,7 @@ def test_features_and_last_layer_are_those_of_the_plain_model(accelerated):
     expected = plain.evaluate(plain.collate([atoms]))
     found = fast.evaluate(fast.collate([atoms]))
     # Rounding of float64 kernels on float32 weights; a wrong order of the channels is off by tenths.
-    for name in ("features", "forces", "energy"):
+    for name in ("features", "forces", "energy", "vectors"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.energy_layer.features, expected.energy_layer.features, rtol=1e-6, atol=1e-6)
 

@@ -106,6 +106,12 @@ class TestElectrostatics(WithChargeAndSpin, TestConservative):
 
     arguments = {"has_electrostatics": True}  # noqa: RUF012
 
+    def test_gradients_of_forces(self, backend, frames):
+        super().test_gradients_of_forces(backend, [atoms for atoms in frames if not atoms.pbc.any()])
+        e = backend.evaluate(backend.collate(frames), gradients=True)
+        with pytest.raises(InputError, match=r"electrostatics of periodic structures .* Use the energies, or"):
+            e.gradients.of_forces(e.forces)
+
 
 class TestElectrostaticsWithSpins(TestElectrostatics):
     arguments = {"has_electrostatics": True, "use_per_atom_spins": True}  # noqa: RUF012
@@ -144,6 +150,24 @@ def test_confidence_is_kept():
     calculator = calculator_of()
     e = evaluate(load_backend(calculator), water())
     np.testing.assert_array_equal(e.extras["confidence"], calculator.get_property("confidence", water()))
+    assert e.confidence is not None
+    assert torch.equal(e.confidence.probabilities, e.extras["confidence"])
+
+
+def test_bins_of_the_confidence_are_the_models():
+    calculator = calculator_of()
+    head: Any = calculator.model.heads["confidence"]
+    confidence = evaluate(load_backend(calculator), water()).confidence
+    assert confidence is not None
+    np.testing.assert_allclose(confidence.edges, np.linspace(0, head.max_error, head.num_bins + 1), rtol=1e-6)
+    head.bin_edges *= 2
+    other = evaluate(load_backend(calculator), water()).confidence
+    assert other is not None
+    np.testing.assert_array_equal(other.edges, 2 * confidence.edges)
+
+
+def test_vectors_are_not_of_orb():
+    assert evaluate(load_backend(calculator_of()), water()).vectors is None
 
 
 def test_charges_from_extxyz(tmp_path: Path):
@@ -230,6 +254,9 @@ def test_a_compiled_backbone_stays_compiled(kind: str):
         np.testing.assert_allclose(e.forces, expected, atol=1e-6)
         assert len(graphs) == wrapped, "a structure already compiled for was compiled again"
         assert wrapped - bare <= 1, "only the number of atoms and edges is new in the probe structure"
+        with pytest.raises(InputError, match=r"this orb model is compiled, .* Load it with compile=False"):
+            backend.evaluate(backend.collate([atoms]), gradients=True)
+        assert not any(weight.requires_grad for weight in calculator.model.parameters())
     finally:
         torch._dynamo.reset()
 

@@ -89,6 +89,19 @@ class TestMACEAndDispersion(SumContract):
         return [next(first.linear.parameters()), next(last.linear_2.parameters())]
 
 
+class TestCommitteeAndDispersion(SumContract):
+    n_forwards = 2
+
+    def make_calculator(self, dtype="float64"):
+        models = [make_mace(seed=seed) for seed in range(2)]
+        committee = MACECalculator(models=models, device="cpu", default_dtype=dtype)
+        return LinearCombinationCalculator([committee, Dispersion()], [0.7, 1.0])
+
+    # The energy is the committee's, the last layer the first member's.
+    test_last_layers_are_linear_in_the_trained_weights = None
+    test_identity_depends_on_the_last_layer = None
+
+
 def test_orb_and_dispersion():
     from ase_uq.backends.orb import ForcefieldAtomsAdapter, ORBCalculator
 
@@ -98,6 +111,21 @@ def test_orb_and_dispersion():
     batch = backend.collate([water()])
     np.testing.assert_allclose(backend.evaluate(batch).forces, total.get_property("forces", water()), atol=1e-6)
     assert "confidence" in backend.evaluate(batch).extras
+
+
+def test_confidence_is_of_the_potential_and_its_weight():
+    from ase_uq.backends.orb import ForcefieldAtomsAdapter, ORBCalculator
+
+    orb = ORBCalculator(make_orb("direct"), ForcefieldAtomsAdapter(radius=6.0, max_num_neighbors=120), device="cpu")
+    found = []
+    for calculator in (orb, LinearCombinationCalculator([orb, Dispersion()], [0.5, 1.0])):
+        backend = load_backend(calculator)
+        found.append(backend.evaluate(backend.collate([water()])).confidence)
+    own, halved = found
+    assert own is not None
+    assert halved is not None
+    np.testing.assert_array_equal(halved.probabilities, own.probabilities)
+    np.testing.assert_array_equal(halved.edges, 0.5 * own.edges)
 
 
 def test_results_are_those_that_all_have():

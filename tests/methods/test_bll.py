@@ -16,8 +16,8 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
 from ase_uq.evaluation import Edges, Evaluation, ForceLayer
 from ase_uq.methods import available_methods, make_method, method_class
-from ase_uq.methods._sites import sum_over_sites
 from ase_uq.methods.bll import BLL, BLLHead, projected_leverage
+from ase_uq.sites import sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
 
 RIDGE = 1e-4

@@ -5,7 +5,19 @@ import torch
 
 from ase_uq.communicator import Communicator
 from ase_uq.methods.bll import BLL
-from ase_uq.testing.methods import MethodContract, on_ranks
+from ase_uq.methods.committee import Committee
+from ase_uq.methods.confidence import OwnConfidence
+from ase_uq.methods.gmm import GMM
+from ase_uq.methods.kernel import Kernel
+from ase_uq.methods.knn import KNN
+from ase_uq.methods.mahalanobis import Mahalanobis
+from ase_uq.methods.ntk import NTK
+from ase_uq.methods.pdrum import PDRUM
+from ase_uq.methods.pops import POPS
+from ase_uq.networks import Training
+from ase_uq.testing.methods import MethodContract, labelled_frames, on_ranks
+
+from .builders import ToyCommittee, ToyWithConfidence
 
 
 class TestBLL(MethodContract):
@@ -32,6 +44,172 @@ class TestBLLLastLayer(TestBLL):
 
 class TestBLLDirect(TestBLL):
     direct = True
+
+
+class TestMahalanobis(MethodContract):
+    def make_method(self):
+        return Mahalanobis(ridge=1e-4)
+
+
+class TestMahalanobisDefault(MethodContract):
+    tolerance = 1e-5  # the condition number of its ridge, as for BLL
+
+    def make_method(self):
+        return Mahalanobis()
+
+
+class TestKNN(MethodContract):
+    def make_method(self):
+        return KNN()
+
+
+class TestKNNSampled(MethodContract):
+    """A sample depends on the numbers of the frames, so not on batches and ranks, but on their order."""
+
+    test_batches_of_any_size_and_order_give_the_same_head = None
+    # Atoms out of the sample are not in the mean over it.
+    test_distance_is_one_on_average_over_the_fitted_atoms = None
+
+    def make_method(self):
+        return KNN(rows=20)
+
+
+class TestGMM(MethodContract):
+    # Principal components of small variance magnify the rounding of the features, and EM iterates on them.
+    tolerance = 1e-8
+
+    def make_method(self):
+        return GMM(dimensions=6, components=6)
+
+
+class TestCommittee(MethodContract):
+    def make_calculator(self):
+        return ToyCommittee()
+
+    def make_method(self):
+        return Committee()
+
+    def make_frames(self):
+        return labelled_frames(40, seed=1, cell=6.0)  # the toy's molecules have a stress of zero, all members agree
+
+
+class TestConfidence(MethodContract):
+    def make_calculator(self):
+        return ToyWithConfidence()
+
+    def make_method(self):
+        return OwnConfidence()
+
+
+class TestPOPS(MethodContract):
+    tolerance = 1e-9  # the condition number 1e5 twice
+
+    def make_method(self):
+        return POPS(ridge=1e-4)
+
+
+class TestPOPSDefault(MethodContract):
+    tolerance = 1e-5  # the condition number of its ridge, as for BLL
+
+    def make_method(self):
+        return POPS()
+
+
+class TestPOPSDirect(TestPOPS):
+    direct = True
+
+
+class TestKernel(MethodContract):
+    def make_method(self):
+        return Kernel(noise=1e-3)
+
+
+class TestKernelDefault(MethodContract):
+    tolerance = 1e-7  # a noise of 1e-6 for 200 rows: a condition number of about 1e8
+
+    def make_method(self):
+        return Kernel()
+
+
+class TestKernelOfSums(TestKernelDefault):
+    def make_method(self):
+        return Kernel(layer="last_layer", normalisation="global", pooling="sum")
+
+
+class TestKernelCosine(TestKernelDefault):
+    def make_method(self):
+        return Kernel(normalisation="cosine")
+
+
+class TestKernelRBF(TestKernelDefault):
+    def make_method(self):
+        return Kernel(kernel="rbf")
+
+
+class TestKernelRBFSampled(TestKernelDefault):
+    """A sample depends on the numbers of the frames, so not on batches and ranks, but on their order."""
+
+    test_batches_of_any_size_and_order_give_the_same_head = None
+    # Atoms out of the sample are in the mean by those in it.
+    test_distance_is_one_on_average_over_the_fitted_atoms = None
+
+    def make_method(self):
+        return Kernel(kernel="rbf", landmarks=10)
+
+
+class TestNTK(MethodContract):
+    tolerance = 1e-7  # the condition number of its noise, as for the kernel
+
+    def make_method(self):
+        return NTK(tangents=2)
+
+
+class TestNTKSketched(TestNTK):
+    def make_method(self):
+        return NTK(tangents=2, size=24)
+
+
+class TestNTKDirect(TestNTK):
+    direct = True
+
+
+class TestPDRUM(MethodContract):
+    """Training multiplies rounding: what may differ is whether the rows, which are kept in float32, are the same."""
+
+    # The order of the frames decides which fold they are in.
+    test_batches_of_any_size_and_order_give_the_same_head = None
+
+    def make_method(self):
+        return PDRUM(folds=2, training=Training(hidden=(16,), max_epochs=15))
+
+
+class TestPDRUMLog(TestPDRUM):
+    def make_method(self):
+        return PDRUM(target="log", folds=2, training=Training(hidden=(16,), max_epochs=15))
+
+
+class TestPDRUMQuantile(TestPDRUM):
+    def make_method(self):
+        return PDRUM(target="quantile", folds=2, training=Training(hidden=(16,), max_epochs=15))
+
+
+class TestPDRUMDiff(TestPDRUM):
+    # A prediction of what the error is on average may be small anywhere.
+    test_uncertainty_is_larger_far_from_the_training_frames = None
+
+    def make_method(self):
+        return PDRUM("diff", folds=2, training=Training(hidden=(16,), max_epochs=15))
+
+
+@pytest.mark.filterwarnings("ignore:diff_invariant predicts forces:ase_uq.errors.UQWarning")
+class TestPDRUMDiffInvariant(TestPDRUMDiff):
+    def make_method(self):
+        return PDRUM("diff_invariant", folds=2, training=Training(hidden=(16,), max_epochs=15))
+
+
+class TestPDRUMDiffConservative(TestPDRUMDiff):
+    def make_method(self):
+        return PDRUM("diff_conservative", folds=2, training=Training(hidden=(16,), max_epochs=15))
 
 
 def test_threads_stand_for_ranks():

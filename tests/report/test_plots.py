@@ -99,6 +99,30 @@ def test_what_logarithms_cannot_show_is_left_out():
         plots.error_against_uncertainty([0.0], [1.0])
 
 
+def test_methods_side_by_side_share_their_axes():
+    rng = np.random.default_rng(0)
+    samples = {name: (scale * rng.lognormal(size=99), rng.lognormal(size=99)) for name, scale in (("a", 1), ("b", 50))}
+    panels = plots.errors_side_by_side(samples, components=1, unit="eV")
+    assert [ax.get_title() for ax in panels] == ["a", "b"]
+    assert panels[0].figure is panels[1].figure
+    assert panels[0].get_xlim() == panels[1].get_xlim()
+    assert panels[0].get_ylim() == panels[1].get_ylim()
+    for ax, (errors, uncertainties) in zip(panels, samples.values(), strict=True):
+        assert ax.texts[0].get_text() == f"Spearman {metrics.spearman(errors, uncertainties):.2f}"
+        points = next(line for line in ax.lines if line.get_linestyle() == "None").get_xydata()
+        np.testing.assert_allclose(points, np.stack([uncertainties, errors], 1))
+        assert ax.get_xlim()[0] < uncertainties.min()
+        assert ax.get_ylim()[1] > errors.max()
+    assert panels[0].get_ylabel() == "true error (eV)"
+    assert panels[1].get_ylabel() == ""
+
+
+def test_no_method_is_no_figure():
+    with pytest.raises(ValueError, match="there is no method to draw"):
+        plots.errors_side_by_side({})
+    assert not plt.get_fignums()
+
+
 # Reliability
 
 

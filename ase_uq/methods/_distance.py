@@ -1,0 +1,90 @@
+"""What methods share that know one distance of each atom from the fitted ones, and nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation
+from ase_uq.methods._sites import REACH, raw_of_atoms
+from ase_uq.methods.base import Head, Raw
+from ase_uq.sites import RADII
+
+# A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
+# then far from anything seen, without making the distance overflow.
+_SMALLEST_SPREAD = 1e-6
+_LARGEST_NUMBER = 118
+
+
+class DistanceHead(Head):
+    """A fitted method that gives every atom a distance; forces read it and its sums over the sites around an atom.
+
+    A subclass annotates its buffers and defines `distance`.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values; `radii` and `reach` of `raw_of_atoms` are added.
+        tensors: Buffers.
+    """
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = {"radii": list(RADII), "reach": REACH, **settings}
+        for name, tensor in tensors.items():
+            # As files hold it: sums over another layout would have another order, and other bits.
+            self.register_buffer(name, tensor.contiguous())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    @abstractmethod
+    def distance(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms,) float64, variance-like, mean 1 over the fitted atoms."""
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        return raw_of_atoms(self.distance(evaluation), evaluation, self._settings["radii"], self._settings["reach"])
+
+
+class MeanOverAtoms:
+    """The mean of a number that every atom has, over the atoms of all batches and ranks."""
+
+    def __init__(self) -> None:
+        self._total = torch.zeros(2, dtype=torch.float64)
+
+    def add(self, values: Tensor) -> None:
+        """Takes (n_atoms,) values."""
+        self._total += torch.stack([values.sum(), values.new_tensor(len(values))]).cpu()
+
+    def finish(self, communicator: Communicator) -> float:
+        """The mean.
+
+        Raises:
+            LabelError: There were no atoms.
+        """
+        total, count = communicator.sum({"total": self._total})["total"].tolist()
+        if not count:
+            raise LabelError("there are no training frames.")
+        return total / count
+
+
+def units_of(mean_squares: Tensor) -> Tensor:
+    """(n_features,) the unit of each feature: its spread, or the smallest that is allowed."""
+    spread = mean_squares.clamp(min=0).sqrt()
+    return spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
+
+
+def elements_of_all(own: Iterable[int], communicator: Communicator) -> list[int]:
+    """Atomic numbers, ascending, that any rank has."""
+    present = torch.zeros(_LARGEST_NUMBER + 1, dtype=torch.float64)
+    present[list(own)] = 1.0
+    return torch.nonzero(communicator.sum({"present": present})["present"]).flatten().tolist()
+
+
+def rows_of(numbers: Tensor, elements: Tensor) -> Tensor:
+    """(n_atoms,) place of each atom's element among the ascending `elements`; their count for any other element."""
+    place = torch.searchsorted(elements, numbers.to(elements)).clamp(max=len(elements) - 1)
+    return torch.where(elements[place] == numbers, place, len(elements))

@@ -1,0 +1,103 @@
+"""Spread of a committee: how far potentials trained on the same data from other starts differ.
+
+    σ_i² = Σ_m ‖F_i^(m) - F̄_i‖² / (3 (M - 1))        of a force component
+    σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; stresses likewise
+
+The members are the calculator's own, and each costs a forward pass. Nothing is fitted but the mean of σ_i², the unit
+of the distance; the calibrator adds the scale and the floor that a committee of few members needs (its spread is
+that of the training, not of the error). Source: Seung, Opper and Sompolinsky 1992; for forces, DP-GEN (Zhang et al.
+2020), whose model deviation is the same sum over M instead of M - 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import InputError
+from ase_uq.evaluation import Evaluation, Members, Targets
+from ase_uq.methods._distance import MeanOverAtoms
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
+
+
+@dataclass(frozen=True)
+class Committee(Method):
+    """Takes the spread over the members of a committee; there is nothing to choose."""
+
+    name = "committee"
+    forces = True  # the spread of the forces, averaged over the fitted atoms, is the unit of the distance
+
+    def start(self) -> "Spread":
+        return Spread()
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "CommitteeHead":
+        return CommitteeHead(settings["mean_square"])
+
+
+class CommitteeHead(Head):
+    """The variance over the members, in squared ASE units.
+
+    Args:
+        mean_square: Mean variance of a force component over the fitted atoms, (eV/Å)².
+    """
+
+    grows = False
+
+    def __init__(self, mean_square: float) -> None:
+        super().__init__()
+        self._mean_square = mean_square
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"mean_square": self._mean_square}
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        members = _members_of(evaluation)
+        forces = force_variance(members)
+        energy = (members.energy.double() / evaluation.n_atoms_of_frame).var(0)
+        # Without a stress the forces are all there is to tell a strained structure by.
+        counts = evaluation.n_atoms_of_frame
+        stress = evaluation.sum_over_atoms(forces) / counts
+        if members.stress is not None:
+            stress = members.stress.double().var(0).mean(1)
+        return Raw(
+            forces=forces[:, None, None],
+            energy=energy[:, None],
+            # No member need have energies of its atoms.
+            energies=energy[evaluation.frame_of_atom],
+            stress=stress[:, None],
+            distance=forces / self._mean_square,
+        )
+
+
+def force_variance(members: Members) -> Tensor:
+    """(n_atoms,) variance of a force component over the members, mean of the three, (eV/Å)²; float64."""
+    assert members.forces is not None, "the committee was evaluated without forces"
+    return members.forces.double().var(0).mean(1)
+
+
+class Spread(Accumulator):
+    """The mean variance of the atoms."""
+
+    def __init__(self) -> None:
+        self.mean = MeanOverAtoms()
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        self.mean.add(force_variance(_members_of(evaluation)))
+
+    def finish(self, communicator: Communicator) -> CommitteeHead:
+        mean = self.mean.finish(communicator)
+        if not mean:
+            raise InputError("the members of the committee agree exactly: they are one potential several times.")
+        return CommitteeHead(mean)
+
+
+def _members_of(evaluation: Evaluation) -> Members:
+    if evaluation.members is None or len(evaluation.members.energy) < 2:
+        raise InputError(
+            "the committee method needs a potential with several members, and this one has one. Load several: "
+            'MACECalculator(model_paths=["a.model", "b.model", ...]) or the SPEC "mace:committee_*.model".'
+        )
+    return evaluation.members

@@ -1,0 +1,103 @@
+"""The confidence head of a potential, as orb-v3 models have one, turned into eV/Å.
+
+The head was trained to say in which bin the mean absolute error of an atom's force components lies. With the
+probabilities p_b and the centres c_b of the bins, and normal errors, for which σ = √(π/2) E|e|,
+
+    σ_i = √(π/2) Σ_b p_b c_b.
+
+It saturates at the last edge (0.3 or 0.4 eV/Å): larger errors were left out of its training, so it cannot tell a
+bad atom from a hopeless one. The probability of the last bin stands beside σ² as a second score, an alarm that goes
+on rising when σ does no more; it is no bound of the error. Source: Rhodes et al. 2025 (orb-v3) and the code of
+orb-models; the conversion to a standard deviation is own.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import InputError
+from ase_uq.evaluation import Confidence, Evaluation, Targets
+from ase_uq.methods._distance import MeanOverAtoms
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
+
+# Added to the probability of the last bin: below it, a softmax says nothing more.
+_SMALLEST_TAIL = 1e-3
+
+
+@dataclass(frozen=True)
+class OwnConfidence(Method):
+    """Reads the potential's own confidence head; there is nothing to choose."""
+
+    name = "confidence"
+
+    def start(self) -> "MeanVariance":
+        return MeanVariance()
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "OwnConfidenceHead":
+        return OwnConfidenceHead(settings["mean_square"])
+
+
+class OwnConfidenceHead(Head):
+    """The expected squared error of each atom, with the tail mass beside it.
+
+    Args:
+        mean_square: Mean σ² over the fitted atoms, (eV/Å)².
+    """
+
+    grows = False
+
+    def __init__(self, mean_square: float) -> None:
+        super().__init__()
+        self._mean_square = mean_square
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {"mean_square": self._mean_square}
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        confidence = _confidence_of(evaluation)
+        variance = expected_variance(confidence)
+        tail = confidence.probabilities[:, -1].double() + _SMALLEST_TAIL
+        distance = variance / self._mean_square
+        mean = evaluation.sum_over_atoms(distance[:, None]) / evaluation.n_atoms_of_frame[:, None]
+        return Raw(
+            forces=torch.stack([variance, tail], 1)[:, None, :],
+            energy=mean,
+            energies=distance,
+            stress=mean,
+            distance=distance,
+        )
+
+
+def expected_variance(confidence: Confidence) -> Tensor:
+    """(n_atoms,) σ² of a force component, (eV/Å)²; float64."""
+    edges = confidence.edges.double()
+    centres = (edges[1:] + edges[:-1]) / 2
+    return math.pi / 2 * (confidence.probabilities.double() @ centres).square()
+
+
+class MeanVariance(Accumulator):
+    """The mean variance of the atoms."""
+
+    def __init__(self) -> None:
+        self.mean = MeanOverAtoms()
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        self.mean.add(expected_variance(_confidence_of(evaluation)))
+
+    def finish(self, communicator: Communicator) -> OwnConfidenceHead:
+        return OwnConfidenceHead(self.mean.finish(communicator))
+
+
+def _confidence_of(evaluation: Evaluation) -> Confidence:
+    if evaluation.confidence is None:
+        raise InputError(
+            "the confidence method needs a potential with a confidence head, and this one has none. orb-v3 models "
+            "have one; for others take another method, for example bll."
+        )
+    return evaluation.confidence

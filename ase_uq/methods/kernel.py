@@ -1,0 +1,302 @@
+"""Kernel on the potential's hidden features: the variance that a Gaussian process still has at an atom or a structure.
+
+    k(x, y) = Φ(x)·Φ(y)                      linear: an isotropic prior on the features' weights
+    k(x, y) = exp(-‖Φ(x) - Φ(y)‖²/2ℓ²)       rbf, through landmarks
+
+Labels do not enter: the residual variance asks where the training frames are, not what their errors were. It is part
+of the potential's own forward pass. The linear form needs the Gram matrix of the features alone and is exact for any
+number of frames; on the exact features of the last layer it is last-layer rigidity with an isotropic prior. The rbf
+form keeps a fixed number of rows.
+
+Of each atom for forces, also summed over the sites around it; of the pooled features of a structure for energy and
+stress. Sources: Holzmüller et al. 2023 (posterior features, bmdal), Zaverkin et al. 2022 (latent kernels of
+potentials), Quiñonero-Candela and Rasmussen 2005 (landmarks), Garreau et al. 2017 (median heuristic).
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.methods._kernels import mean_square, pivoted_cholesky, residual
+from ase_uq.methods._linalg import Moments, reduced
+from ase_uq.methods._sample import RowSample, labels_of_atoms
+from ase_uq.methods._sites import raw_of_atoms
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.sites import RADII
+
+# Rows kept for each landmark: they choose the landmarks and stand for all rows in their Gram matrix.
+_ROWS_A_LANDMARK = 8
+# The square root of a pivot is divided by: below this one, rounding would be what is left of a row.
+_SMALLEST_PIVOT = 1e-10
+_MEDIAN_ROWS = 1000  # the pairs among so many rows settle the median distance
+
+
+@dataclass(frozen=True)
+class Kernel(Method):
+    """Fits the residual variance of a kernel on hidden features in one streaming pass.
+
+    Args:
+        layer: Features it looks at: `"latent"`, invariants of all layers and norms of the equivariant channels, or
+            `"last_layer"`, the exact features of the energy's last layer.
+        kernel: `"linear"`, or `"rbf"`, which sees bends in a cloud of features that a linear one takes for inside.
+        normalisation: `"centred"`, about the mean of the training rows and in units of their spread; `"global"`, the
+            same about zero, where whatever has no features (an atom torn off) counts as known; `"cosine"`, rows of
+            length 1, for kernels of directions only. The rbf kernel does not tell the first two apart.
+        pooling: Features of a structure: `"mean"`, for the kernel of energies per atom, or `"sum"`, for that of
+            total energies.
+        noise: σ² relative to the mean square of the normalised features. So small a default asks how far the
+            training frames could interpolate. On acetylacetone 1e-2 to 1e-8 rank alike with the linear kernel.
+        length: ℓ of the rbf kernel in units of the median distance between training rows.
+        landmarks: Most training rows that the rbf kernel compares with.
+        radii: Å; the variance is summed over the sites within each of them, beside the atom's own.
+    """
+
+    name = "kernel"
+    layer: Literal["latent", "last_layer"] = "latent"
+    kernel: Literal["linear", "rbf"] = "linear"
+    normalisation: Literal["centred", "global", "cosine"] = "centred"
+    pooling: Literal["mean", "sum"] = "mean"
+    noise: float = 1e-6
+    length: float = 3.0
+    landmarks: int = 512
+    radii: tuple[float, ...] = RADII
+
+    def __post_init__(self) -> None:
+        for option, value, choices in (
+            ("layer", self.layer, ("latent", "last_layer")),
+            ("kernel", self.kernel, ("linear", "rbf")),
+            ("normalisation", self.normalisation, ("centred", "global", "cosine")),
+            ("pooling", self.pooling, ("mean", "sum")),
+        ):
+            if value not in choices:
+                raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+        if not 0 < self.noise <= 1:
+            raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
+        if not self.length > 0:
+            raise ValueError(f"the length scale is above 0, not {self.length!r}.")
+        if not self.landmarks >= 1:
+            raise ValueError(f"at least 1 landmark is needed, not {self.landmarks!r}.")
+        if not all(radius > 0 for radius in self.radii):
+            raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
+
+    def start(self) -> "KernelSums":
+        return KernelSums(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KernelHead":
+        return KernelHead(settings, tensors)
+
+
+class KernelHead(Head):
+    """A fitted kernel.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values.
+        tensors: Those of the variance of atoms, their names after `atoms.`, and of structures, after `frames.`.
+    """
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
+        self.atoms, self.frames = (
+            variance({name.removeprefix(of): tensor for name, tensor in tensors.items() if name.startswith(of)})
+            for of in ("atoms.", "frames.")
+        )
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        atoms, frames = _rows(evaluation, self._settings)
+        raw = raw_of_atoms(self.atoms(atoms), evaluation, self._settings["radii"])
+        structure = self.frames(frames)[:, None]
+        if self._settings["pooling"] == "sum":
+            structure = structure / evaluation.n_atoms_of_frame.double()[:, None] ** 2
+        return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
+
+
+class LinearVariance(torch.nn.Module):
+    """(n, d) → (n,): ‖(x - centre) root‖², mean 1 over the fitted rows."""
+
+    centre: Tensor
+    root: Tensor
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return ((rows - self.centre) @ self.root).square().sum(1)
+
+
+class LandmarkVariance(torch.nn.Module):
+    """(n, d) → (n,): variance of the rbf kernel given landmarks, mean 1 over the fitted rows.
+
+    v(x) = k(x, x) - ‖Φ‖² + σ² Φᵀ(Φ_TᵀΦ_T + σ²I)⁻¹Φ,  Φ = k_xm K_mm^{-1/2}
+
+    The first two terms are what the landmarks cannot represent: without them the variance would vanish far away. With
+    every training row a landmark it is the posterior variance of the Gaussian process.
+    """
+
+    landmarks: Tensor  # (m, d) in units of ℓ
+    whitening: Tensor  # (m, m) K_mm^{-1/2}, up to a rotation
+    root: Tensor  # (m, m) of the last term
+    length: Tensor  # () ℓ
+    mean: Tensor  # () of v over the fitted rows
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        features = _rbf(rows / self.length, self.landmarks) @ self.whitening
+        known = features.square().sum(1) - (features @ self.root).square().sum(1)
+        return (1 - known).clamp(min=0) / self.mean
+
+
+class Sums(Protocol):
+    """What is kept of the rows of atoms or of structures."""
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        """Takes (n, d) rows; their labels (n, 2) decide which may be landmarks."""
+        ...
+
+    def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of the variance, and what the fit found."""
+        ...
+
+
+class KernelSums(Accumulator):
+    """What is kept of all atoms and of all structures."""
+
+    def __init__(self, method: Kernel) -> None:
+        self.settings = asdict(method) | {"radii": list(method.radii)}
+        sums = LinearSums if method.kernel == "linear" else LandmarkSums
+        self.atoms: Sums = sums(method)
+        self.frames: Sums = sums(method)
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        atoms, frames = _rows(evaluation, self.settings)
+        self.atoms.add(atoms, labels_of_atoms(evaluation, targets))
+        self.frames.add(frames, torch.stack([targets.frames, torch.zeros_like(targets.frames)], 1))
+
+    def finish(self, communicator: Communicator) -> KernelHead:
+        settings, tensors = dict(self.settings), {}
+        for of, sums in (("atoms", self.atoms), ("frames", self.frames)):
+            found, settings[of] = sums.finish(communicator)
+            tensors |= {f"{of}.{name}": tensor for name, tensor in found.items()}
+        return KernelHead(settings, tensors)
+
+
+class LinearSums:
+    """Moments of the rows."""
+
+    def __init__(self, method: Kernel) -> None:
+        self.method = method
+        self.moments: Moments | None = None
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        moments = Moments.of(rows)
+        self.moments = moments if self.moments is None else self.moments + moments
+
+    def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        moments = reduced(self.moments, communicator)
+        if moments is None:
+            raise LabelError("there are no training frames.")
+        if self.method.normalisation == "centred":
+            gram, centre = moments.scatter, moments.mean
+        else:
+            gram, centre = moments.about_zero(), torch.zeros_like(moments.mean)
+        square = mean_square(gram, moments.count, offset=float(centre.square().sum()))
+        found = residual(gram / square, moments.count, self.method.noise)
+        root = found.root / (square * found.mean) ** 0.5
+        record = {"rows": int(moments.count), "effective": found.effective, "jitter": found.jitter}
+        return {"centre": centre, "root": root}, record
+
+
+class LandmarkSums:
+    """A sample of the rows, of a size that does not grow with the training frames."""
+
+    def __init__(self, method: Kernel) -> None:
+        self.method = method
+        self.sample = RowSample(_ROWS_A_LANDMARK * method.landmarks)
+        self.seen = 0
+
+    def add(self, rows: Tensor, labels: Tensor) -> None:
+        self.sample.add(labels, rows)
+        self.seen += len(rows)
+
+    def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        rows = self.sample.finish(communicator)
+        seen = int(communicator.sum({"seen": torch.tensor([self.seen], dtype=torch.float64)})["seen"])
+        if rows is None:
+            raise LabelError("there are no training frames.")
+        # To an rbf kernel all rows are alike before the first is taken: it is to be the same in any order of frames.
+        rows = rows[rows.norm(dim=1).argsort(descending=True)]
+        length = self.method.length * _median_distance(rows[:: -(-len(rows) // _MEDIAN_ROWS)])
+        rows = rows / length
+        pivots = pivoted_cholesky(
+            lambda j: _rbf(rows, rows[j : j + 1])[:, 0],
+            torch.ones_like(rows[:, 0]),
+            self.method.landmarks,
+            smallest=_SMALLEST_PIVOT,
+        )
+        factor = pivots.factor[pivots.indices]
+        eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
+        # Landmarks stand for themselves, the others of the sample also for the rows that were not kept.
+        weights = torch.full_like(rows[:, 0], (seen - len(factor)) / max(len(rows) - len(factor), 1))
+        weights[pivots.indices] = 1.0
+        found = residual(pivots.factor.T @ (weights[:, None] * pivots.factor), seen, self.method.noise)
+        tensors = {
+            "landmarks": rows[pivots.indices],
+            "whitening": torch.linalg.solve_triangular(factor, eye, upper=False).T.contiguous(),
+            "root": found.root,
+            "length": rows.new_tensor(length),
+            "mean": rows.new_tensor(1.0),
+        }
+        mean = (weights * LandmarkVariance(tensors)(rows * length)).sum() / seen
+        record = {"rows": seen, "sample": len(rows), "landmarks": len(factor), "length": length}
+        return tensors | {"mean": mean}, record | {"effective": found.effective, "jitter": found.jitter}
+
+
+def _rows(evaluation: Evaluation, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """(n_atoms, d) and (n_frames, d) float64 rows that the kernels of atoms and of structures compare."""
+    latent = settings["layer"] == "latent"
+    atoms = (evaluation.features if latent else evaluation.energy_layer.features).double()
+    frames = evaluation.sum_over_atoms(atoms)
+    if settings["pooling"] == "mean":
+        frames = frames / evaluation.n_atoms_of_frame.double()[:, None]
+    if settings["normalisation"] == "cosine":
+        atoms, frames = (torch.nn.functional.normalize(rows, eps=1e-300) for rows in (atoms, frames))
+    return atoms, frames
+
+
+def _rbf(rows: Tensor, landmarks: Tensor) -> Tensor:
+    """(n, d), (m, d) → (n, m): exp(-‖x - y‖²/2) of rows in units of ℓ."""
+    # Differences, not the square of a sum: neighbours lie closer together than features are long.
+    distance = torch.cdist(rows, landmarks, compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.exp(-distance.square() / 2)
+
+
+def _median_distance(rows: Tensor) -> float:
+    """Median of the distances between rows.
+
+    Raises:
+        LabelError: More than half of them are the same row.
+    """
+    distances = torch.nn.functional.pdist(rows)
+    median = float(distances.median()) if len(distances) else 0.0
+    if median <= 1e-8 * float(rows.square().sum(1).mean().sqrt()):
+        raise LabelError(
+            f"most of {len(rows)} training rows have the same features: they have no length scale for an rbf kernel."
+        )
+    return median

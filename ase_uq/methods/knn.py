@@ -1,0 +1,126 @@
+"""Mean distance to the nearest training atoms of the same element.
+
+    d_i = mean over the k nearest training atoms j of ‖(x_i - x_j)/s‖,    s the spread of each feature in training
+
+The score is d², as variances go. No shape of the density is assumed; the price is that training atoms are kept.
+Source: the latent distance of Hu, Musielewicz, Ulissi and Medford 2022, per element.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
+from ase_uq.methods._sample import RowSample, labels_of_atoms
+from ase_uq.methods.base import Accumulator, Method
+
+_CHUNK = 2**24  # distances at once: 128 MiB
+
+
+@dataclass(frozen=True)
+class KNN(Method):
+    """Keeps training atoms to measure distances from.
+
+    The spread of a feature is that within the elements. A training atom finds itself among its neighbours. An element
+    that was not fitted is measured from the atoms of all others.
+
+    Args:
+        neighbours: k; an element with fewer atoms has as many as it has atoms.
+        rows: Most atoms kept of an element, a pseudo-random sample where there are more. The head holds
+            elements * rows * features numbers of 8 bytes.
+    """
+
+    name = "knn"
+    neighbours: int = 10
+    rows: int = 5_000
+
+    def __post_init__(self) -> None:
+        if not self.neighbours >= 2:
+            raise ValueError(
+                f"neighbours is 2 or more, not {self.neighbours!r}: the nearest to a training atom is that atom itself."
+            )
+        if not self.rows >= self.neighbours:
+            raise ValueError(f"rows is at least the number of neighbours, {self.neighbours}, not {self.rows!r}.")
+
+    def start(self) -> "ElementSamples":
+        return ElementSamples(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KNNHead":
+        return KNNHead(settings, tensors)
+
+
+class KNNHead(DistanceHead):
+    """The training atoms, standardised, one element after the other.
+
+    Args:
+        settings: `neighbours`, `scale` that the squares are divided by, and `atoms`, how many are kept of each element.
+        tensors: `elements` (n_elements,) ascending atomic numbers; `units` (d,) of the features; `rows`
+            (n_rows, d) the training atoms in these units.
+    """
+
+    elements: Tensor
+    units: Tensor
+    rows: Tensor
+
+    def distance(self, evaluation: Evaluation) -> Tensor:
+        queries = evaluation.features.double() / self.units
+        places = rows_of(evaluation.numbers, self.elements)
+        # The last piece is for elements that were not fitted.
+        pieces = [*self.rows.split(self._settings["atoms"]), self.rows]
+        distance = torch.zeros_like(queries[:, 0])
+        for place in places.unique().tolist():
+            own = places == place
+            distance[own] = mean_distance(queries[own], pieces[place], self._settings["neighbours"])
+        return distance.square() / self._settings["scale"]
+
+
+def mean_distance(queries: Tensor, rows: Tensor, neighbours: int) -> Tensor:
+    """(n, d), (n_rows, d) → (n,) mean Euclidean distance to the nearest rows, in chunks of bounded memory."""
+    count = min(neighbours, len(rows))
+    found = []
+    for some in queries.split(max(1, _CHUNK // len(rows))):
+        nearest = torch.cdist(some, rows).topk(count, largest=False).indices
+        # cdist takes the difference of large squares, which loses half of the digits: those of atoms that are close.
+        found.append((some[:, None] - rows[nearest]).norm(dim=2).mean(1))
+    return torch.cat(found)
+
+
+class ElementSamples(Accumulator):
+    """A bounded sample of the atoms of each element."""
+
+    def __init__(self, method: KNN) -> None:
+        self.method = method
+        self.samples: dict[int, RowSample] = {}
+        self.device = torch.device("cpu")
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        self.device = evaluation.features.device
+        labels = labels_of_atoms(evaluation, targets)
+        for z in evaluation.numbers.unique().tolist():
+            own = evaluation.numbers == z
+            self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[own], evaluation.features[own])
+
+    def finish(self, communicator: Communicator) -> KNNHead:
+        elements = elements_of_all(self.samples, communicator)
+        if not elements:
+            raise LabelError("there are no training frames.")
+        empty = RowSample(self.method.rows)
+        found = [self.samples.get(z, empty).finish(communicator) for z in elements]
+        # A rank may have none of an element that others have; it gets theirs on the CPU.
+        pieces = [piece.to(self.device) for piece in found if piece is not None]
+        units = units_of(torch.cat([piece - piece.mean(0) for piece in pieces]).square().mean(0))
+        pieces = [piece / units for piece in pieces]
+        squares = torch.cat([mean_distance(piece, piece, self.method.neighbours).square() for piece in pieces])
+        settings = {
+            "neighbours": self.method.neighbours,
+            "scale": max(float(squares.mean()), 1e-300),
+            "atoms": [len(piece) for piece in pieces],
+        }
+        tensors = {"elements": torch.tensor(elements, device=units.device), "units": units, "rows": torch.cat(pieces)}
+        return KNNHead(settings, tensors)

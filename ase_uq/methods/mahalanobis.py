@@ -1,0 +1,127 @@
+"""Mahalanobis distance to the training atoms of the same element.
+
+    d_i² = (x_i - μ_z)ᵀ Σ_z⁻¹ (x_i - μ_z)
+
+with one normal distribution of the features per element: a density in one streaming pass, without labels, and
+exact for any number of atoms. Unlike the leverage of a Bayesian last layer, which has one covariance for all atoms,
+it knows that the surroundings usual for one element may be unheard of for another.
+Source: Mahalanobis 1936; as an out-of-distribution score per class, Lee et al. 2018.
+"""
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
+from ase_uq.methods._linalg import Moments, reduced, whitener
+from ase_uq.methods.base import Accumulator, Method
+
+
+@dataclass(frozen=True)
+class Mahalanobis(Method):
+    """Fits a normal distribution of the features per element.
+
+    The covariance of an element is shrunk to that within the elements, as if as many atoms of it had been seen as
+    there are features: Σ_z = (S_z + d·Σ_within)/(n_z + d), with S_z the scatter of its n_z atoms. It matters for
+    elements with few atoms, which know their own covariance badly or not at all. An element that was not fitted has
+    the mean and covariance of all atoms.
+
+    Args:
+        ridge: Added to the variance of every feature, relative to its variance within the elements.
+    """
+
+    name = "mahalanobis"
+    ridge: float = 1e-9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < 1:
+            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
+
+    def start(self) -> "ElementSums":
+        return ElementSums(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "MahalanobisHead":
+        return MahalanobisHead(settings, tensors)
+
+
+class MahalanobisHead(DistanceHead):
+    """Means and whiteners, one row an element and a last one for any other.
+
+    Args:
+        settings: JSON values.
+        tensors: `elements` (n_elements,) ascending atomic numbers; `centres` (n_elements + 1, d) and `roots`
+            (n_elements + 1, d, d) with distance = ‖(x - centre) root‖².
+    """
+
+    elements: Tensor
+    centres: Tensor
+    roots: Tensor
+
+    def distance(self, evaluation: Evaluation) -> Tensor:
+        rows = rows_of(evaluation.numbers, self.elements)
+        centred = evaluation.features.double() - self.centres[rows]
+        distance = torch.zeros_like(centred[:, 0])
+        for row in rows.unique().tolist():
+            own = rows == row
+            distance[own] = (centred[own] @ self.roots[row]).square().sum(1)
+        return distance
+
+
+class ElementSums(Accumulator):
+    """Moments of the features, one set an element."""
+
+    def __init__(self, method: Mahalanobis) -> None:
+        self.method = method
+        self.moments: dict[int, Moments] = {}
+        self.device = torch.device("cpu")
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        self.device = evaluation.features.device
+        for z in evaluation.numbers.unique().tolist():
+            rows = Moments.of(evaluation.features[evaluation.numbers == z])
+            self.moments[z] = self.moments[z] + rows if z in self.moments else rows
+
+    def finish(self, communicator: Communicator) -> MahalanobisHead:
+        elements = elements_of_all(self.moments, communicator)
+        # A rank may have none of an element that others have; its sums are on the device all the same.
+        none = Moments.empty(0, self.device)
+        found = {z: reduced(self.moments.get(z, none), communicator) for z in elements}
+        moments = {z: own for z, own in found.items() if own is not None}
+        if not moments:
+            raise LabelError("there are no training frames.")
+        every = reduce(Moments.__add__, moments.values())
+        width = len(every.mean)
+        within = sum((own.scatter for own in moments.values()), torch.zeros_like(every.scatter)) / every.count
+        units = units_of(within.diagonal())
+        eye = torch.eye(width, dtype=units.dtype, device=units.device)
+
+        def root_of(covariance: Tensor) -> tuple[Tensor, float]:
+            root, jitter = whitener(covariance / torch.outer(units, units) + self.method.ridge * eye)
+            return root / units[:, None], jitter
+
+        shrunk = [(own.scatter + width * within) / (own.count + width) for own in moments.values()]
+        roots, jitters = zip(*(root_of(c) for c in (*shrunk, every.scatter / every.count)), strict=True)
+        # Σ_i d_i² over the atoms of an element is tr(Wᵀ S_z W).
+        pairs = zip(roots, moments.values(), strict=False)
+        total = sum(float((root.T @ own.scatter @ root).trace()) for root, own in pairs)
+        scale = (every.count / max(total, 1e-300)) ** 0.5
+        return MahalanobisHead(
+            {
+                "ridge": self.method.ridge,
+                "atoms": {str(z): int(own.count) for z, own in moments.items()},
+                "mean_square": total / every.count,
+                "jitter": max(jitters),
+            },
+            {
+                "elements": torch.tensor(elements, device=units.device),
+                "centres": torch.stack([*(own.mean for own in moments.values()), every.mean]),
+                "roots": torch.stack(roots) * scale,
+            },
+        )

@@ -1,0 +1,184 @@
+"""Neural tangent kernel of the finite network: the variance left if every weight of the potential were free.
+
+    energy    Φ_s = ∂E_s/∂θ / N
+    forces    Φ_sm = ∂(Σ_j δ_mj·F_j)/∂θ / √(3N), random signs δ_m: the sum over all 3N force components with equal
+              signs would be 0 by translation; over random ones its square is on average the mean of theirs
+
+Millions of parameters are sketched to a few hundred numbers; the residual variance of the sketches ranks frames as that
+of the gradients does, and calibration gives it its size.
+
+Costs one backward pass through the potential a frame and, a tangent, one through its forces: far more than the
+forward pass. It suits the screening of pools, not molecular dynamics. It tells frames apart, not the atoms of a frame,
+which all get their frame's score.
+
+Sources: Holzmüller et al. 2023 (finite-width tangent kernel, sketched, bmdal), arXiv:2605.13788 (forces).
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator, gather
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation, Gradients, Targets
+from ase_uq.methods._kernels import Sketch, mean_square, random_signs, residual, substream
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
+
+
+@dataclass(frozen=True)
+class NTK(Method):
+    """Fits the residual variance of the neural tangent kernel in one streaming pass.
+
+    Args:
+        size: Numbers that a gradient is sketched to; 512 or more keep the ranking of hundreds of frames.
+        tangents: Random directions in which the forces of a frame are looked at; each costs a backward pass through
+            the forces.
+        noise: σ² relative to the mean square of the gradients.
+        seed: Of the sketch and of the directions.
+    """
+
+    name = "ntk"
+    forces = True
+    gradients = True
+    size: int = 512
+    tangents: int = 4
+    noise: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value in (("size", self.size), ("tangents", self.tangents)):
+            if not value >= 1:
+                raise ValueError(f"{option} is at least 1, not {value!r}.")
+        if not 0 < self.noise <= 1:
+            raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
+
+    def start(self) -> "NTKSums":
+        return NTKSums(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "NTKHead":
+        return NTKHead(settings, tensors)
+
+
+class NTKHead(Head):
+    """A fitted neural tangent kernel.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values.
+        tensors: Roots R with v = ‖ΦR‖² of a sketch Φ: `energy_root`, mean 1 over the fitted frames, and `force_root`,
+            mean 1 over the fitted atoms; float64.
+    """
+
+    gradients = True
+    energy_root: Tensor
+    force_root: Tensor
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        self.sketch = Sketch(settings["parameters"], settings["size"], settings["seed"])
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        energy = (energy_rows(evaluation, self.sketch) @ self.energy_root).square().sum(1)
+        rows = force_rows(evaluation, self.sketch, self._settings["tangents"], self._settings["seed"])
+        forces = (rows @ self.force_root).square().sum(2).mean(1)
+        frames = torch.stack([energy, forces], 1)
+        distance = forces[evaluation.frame_of_atom]
+        return Raw(
+            forces=distance[:, None, None],
+            energy=frames,
+            energies=energy[evaluation.frame_of_atom],
+            stress=frames,
+            distance=distance,
+        )
+
+
+class NTKSums(Accumulator):
+    """Gram matrices of the sketches of energies and of forces."""
+
+    def __init__(self, method: NTK) -> None:
+        self.method = method
+        self.sketch: Sketch | None = None
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        if self.sketch is None:
+            first = next(_gradients(evaluation).of_energies())
+            self.sketch = Sketch.like(first, self.method.size, self.method.seed)
+        energy = energy_rows(evaluation, self.sketch)
+        forces = force_rows(evaluation, self.sketch, self.method.tangents, self.method.seed)
+        # The sum over the force components of a frame, not their mean: a larger frame says more.
+        counts = evaluation.n_atoms_of_frame.double()
+        forces = (forces * (counts / self.method.tangents).sqrt()[:, None, None]).flatten(0, 1)
+        own = {
+            "energy": energy.T @ energy,
+            "forces": forces.T @ forces,
+            "counts": torch.stack([torch.ones_like(counts), counts], 1).sum(0),
+        }
+        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in own.items()}
+
+    def finish(self, communicator: Communicator) -> NTKHead:
+        parameters = self._parameters(communicator)
+        size = min(self.method.size, parameters)
+        # A rank without frames takes part with zeros.
+        shapes = {"energy": (size, size), "forces": (size, size), "counts": (2,)}
+        sums = self.sums or {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+        sums = communicator.sum(sums)
+        frames, atoms = sums["counts"].tolist()
+        settings: dict[str, Any] = asdict(self.method) | {"parameters": parameters}
+        tensors = {}
+        for name, root, count in (("energy", "energy_root", frames), ("forces", "force_root", atoms)):
+            square = mean_square(sums[name], count)
+            found = residual(sums[name] / square, count, self.method.noise)
+            tensors[root] = found.root / (square * found.mean) ** 0.5
+            settings[name] = {"rows": int(count), "effective": found.effective, "jitter": found.jitter}
+        return NTKHead(settings, tensors)
+
+    def _parameters(self, communicator: Communicator) -> int:
+        own = None if self.sketch is None else torch.tensor([[float(self.sketch.length)]])
+        lengths = gather(own, communicator)
+        if lengths is None:
+            raise LabelError("there are no training frames.")
+        return int(lengths[0])
+
+
+def energy_rows(evaluation: Evaluation, sketch: Sketch) -> Tensor:
+    """(n_frames, size) sketches of ∂E/∂θ / N."""
+    rows = torch.stack([sketch(gradient) for gradient in _gradients(evaluation).of_energies()])
+    return rows / evaluation.n_atoms_of_frame.double()[:, None]
+
+
+def force_rows(evaluation: Evaluation, sketch: Sketch, tangents: int, seed: int) -> Tensor:
+    """(n_frames, tangents, size) sketches of ∂(Σ_j δ_j·F_j)/∂θ / √(3N)."""
+    gradients = _gradients(evaluation)
+    rows = [
+        torch.stack([sketch(gradient) for gradient in gradients.of_forces(directions(evaluation, number, seed))])
+        for number in range(tangents)
+    ]
+    return torch.stack(rows, 1) / (3 * evaluation.n_atoms_of_frame.double()).sqrt()[:, None, None]
+
+
+def directions(evaluation: Evaluation, number: int, seed: int) -> Tensor:
+    """(n_atoms, 3) random signs, the number-th tangent δ.
+
+    They belong to the place of an atom in its frame: the same in every batch, and steady along a trajectory, as those
+    drawn for each frame would not be. Atoms in another order get a somewhat different score.
+    """
+    first = evaluation.n_atoms_of_frame.cumsum(0) - evaluation.n_atoms_of_frame
+    place = torch.arange(len(evaluation.numbers), device=first.device) - first[evaluation.frame_of_atom]
+    axes = torch.arange(3, device=first.device)
+    return random_signs(3 * place[:, None] + axes, substream(seed, 2 + number))
+
+
+def _gradients(evaluation: Evaluation) -> Gradients:
+    if evaluation.gradients is None:
+        raise ValueError("the tangent kernel needs gradients: evaluate with gradients=True.")
+    return evaluation.gradients

@@ -1,0 +1,134 @@
+"""POPS: the covariance of a linear model that is wrong rather than unsure.
+
+The posterior of a linear model shrinks with every row it is fitted on, though the errors of a model that cannot fit
+them do not. POPS asks instead how far the weights would have to move to fit a row exactly. The smallest such move, in
+the metric of the precision Λ = ΦᵀΦ + Λ_0, is
+
+    δθ_i = S φ_i e_i/h_i,    S = Λ⁻¹,  h_i = φ_iᵀ S φ_i,    so that φ_iᵀ δθ_i = e_i,
+
+and the covariance of the moves of all rows, Σ = (1/n) Σ_i δθ_i δθ_iᵀ = S [(1/n) Σ_i φ_i φ_iᵀ (e_i/h_i)²] S, does not
+shrink with n. The score of an atom is φᵀΣφ: large where a training atom with a large error had similar features, and
+where there was none.
+
+Here φ are the latent features of an atom, standardised, with a constant beside them (it bounds h_i from below, or an
+atom at the mean of all would have to move the weights without end), and e_i² is the mean square over the components
+of its force residual: what a scale of the force errors, linear in the features, would have to fit.
+Source: Swinburne and Perez 2025; the application to atoms of a trained potential is own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
+from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.methods._distance import DistanceHead, units_of
+from ase_uq.methods._linalg import whitener
+from ase_uq.methods._sample import RowSample, labels_of_atoms
+from ase_uq.methods.base import Accumulator, Method
+
+
+@dataclass(frozen=True)
+class POPS(Method):
+    """Fits the POPS covariance of the force residuals.
+
+    Args:
+        ridge: Prior precision, relative to the unit variance of the standardised features.
+        rows: Most atoms it is fitted on, a pseudo-random sample where there are more: leverages are known only when
+            all atoms have been seen, so the atoms are kept until then. The head does not hold them.
+    """
+
+    name = "pops"
+    forces = True
+    ridge: float = 1e-9
+    rows: int = 20_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < 1:
+            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
+        if not self.rows >= 1:
+            raise ValueError(f"rows is a number of atoms, 1 or more, not {self.rows!r}.")
+
+    def start(self) -> "Residuals":
+        return Residuals(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "POPSHead":
+        return POPSHead(settings, tensors)
+
+
+class POPSHead(DistanceHead):
+    """The root of the covariance.
+
+    Args:
+        settings: JSON values.
+        tensors: `centre` (d,) and `root` (d + 1, d + 1) with distance = ‖(1, x - centre) root‖².
+    """
+
+    centre: Tensor
+    root: Tensor
+
+    def distance(self, evaluation: Evaluation) -> Tensor:
+        return (with_constant(evaluation.features.double() - self.centre) @ self.root).square().sum(1)
+
+
+def with_constant(rows: Tensor) -> Tensor:
+    """(n, d) → (n, d + 1): a one before the features of every row."""
+    return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
+
+
+def pops_root(features: Tensor, squares: Tensor, precision: Tensor) -> tuple[Tensor, float]:
+    """(d, d) R with RRᵀ = Σ_POPS, and the relative jitter that the precision took.
+
+    Args:
+        features: (n, d) φ.
+        squares: (n,) e².
+        precision: (d, d) Λ.
+    """
+    whitening, jitter = whitener(precision)
+    rows = features @ whitening
+    # Between the whiteners stands a well-conditioned matrix, whatever the precision: its root loses no digits.
+    weighted = rows * (squares.sqrt() / rows.square().sum(1))[:, None]
+    values, vectors = torch.linalg.eigh(weighted.T @ weighted / len(rows))
+    return whitening @ (vectors * values.clamp(min=0).sqrt()), jitter
+
+
+class Residuals(Accumulator):
+    """A bounded sample of atoms: features and e²."""
+
+    def __init__(self, method: POPS) -> None:
+        self.method = method
+        self.sample = RowSample(method.rows)
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        if targets.forces is None:
+            return
+        assert evaluation.forces is not None  # `forces` above asks for them
+        squares = (targets.forces.double() - evaluation.forces.double()).square().mean(1, keepdim=True)
+        rows = torch.cat([squares, evaluation.features.double()], 1)
+        labelled = squares[:, 0].isfinite()
+        self.sample.add(labels_of_atoms(evaluation, targets)[labelled], rows[labelled])
+
+    def finish(self, communicator: Communicator) -> POPSHead:
+        kept = self.sample.finish(communicator)
+        if kept is None:
+            raise LabelError("pops needs training frames with reference forces, and there are none.")
+        squares, features = kept[:, 0], kept[:, 1:]
+        centre = features.mean(0)
+        units = units_of((features - centre).square().mean(0))
+        rows = with_constant((features - centre) / units)
+        prior = self.method.ridge * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+        # Of the mean over rows instead of their sum: S and h change by the same factor, and Σ does not.
+        root, jitter = pops_root(rows, squares, rows.T @ rows / len(rows) + prior)
+        mean_square = float((rows @ root).square().sum(1).mean())
+        root = root / torch.cat([torch.ones_like(units[:1]), units])[:, None] / max(mean_square, 1e-300) ** 0.5
+        settings = {
+            "ridge": self.method.ridge,
+            "atoms": len(rows),
+            "mean_square": mean_square,
+            "jitter": jitter,
+        }
+        return POPSHead(settings, {"centre": centre, "root": root})

@@ -1,0 +1,446 @@
+"""Ensembles of small networks, trained together by cross-fitting: no member has seen the fold it is kept for.
+
+    ensemble = cross_fit(inputs, targets, groups, training=Training(seed=1), output="softplus", title="forces")
+    ensemble(new_inputs)                                                # mean over the members
+    out_of_fold(ensemble, inputs, folds_of(groups, 5))                  # each row by the member that has not seen it
+
+All members are one stack of weights: a step of training is one batched product for all of them, with the learning
+rate, the validation loss and the early stop of each its own. Random numbers come from a generator of the fit, so the
+same data and seed give the same networks, and torch's own random state stays where it was.
+"""
+
+import itertools
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ase_uq.errors import LabelError
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+Output = Literal["linear", "softplus"]
+
+BLOCKS_A_FOLD = 4
+_INNER_FOLDS = 8  # one of them stops the training of a member
+_EVALUATED_TOGETHER = 2048
+_FEWEST_A_BATCH = 16  # structures, however large
+_LOG_FLOOR = 1e-3  # of the root mean square: below it an error is as good as none
+_SMALLEST_RATE = 1e-7
+_BETAS = (0.9, 0.999)
+
+_TRAINS = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Training:
+    """How an ensemble is trained: AdamW, halved rate on a plateau, early stop on rows held out for it.
+
+    Args:
+        hidden: Widths of the hidden layers.
+        learning_rate: At the start.
+        weight_decay: Of AdamW.
+        batch: Rows a step; where targets are of structures, 16 of them or more.
+        max_epochs: Most epochs.
+        patience: Epochs without a better validation loss after which a member stops.
+        plateau: Epochs without one after which its rate is halved.
+        epoch_rows: Most rows of an epoch; larger sets are drawn from anew each epoch.
+        seed: Of initial weights and batches.
+    """
+
+    hidden: tuple[int, ...] = (128, 128)
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    batch: int = 256
+    max_epochs: int = 300
+    patience: int = 40
+    plateau: int = 10
+    epoch_rows: int = 20_000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        numbers = (*self.hidden, self.batch, self.max_epochs, self.patience, self.plateau, self.epoch_rows)
+        if not all(number >= 1 for number in numbers) or not self.learning_rate > 0 or not self.weight_decay >= 0:
+            raise ValueError(f"widths, batches, epochs and the learning rate of a training are above 0, not {self!r}.")
+
+
+class Ensemble(torch.nn.Module):
+    """Multilayer perceptrons with the same inputs; their tensors are buffers.
+
+    Args:
+        settings: `sizes` of the layers from inputs to outputs, `output` of the last one, and what the training took.
+        tensors: `weights` (n_members, n_weights), those of all layers of a member in a row; `centre` and `spread`
+            (n_inputs,) of the inputs; `shift` and `unit` (n_outputs,): outputs are shift + unit · last layer; float64.
+    """
+
+    weights: Tensor
+    centre: Tensor
+    spread: Tensor
+    shift: Tensor
+    unit: Tensor
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values that, with the buffers, make the ensemble again."""
+        return self._settings
+
+    def members(self, inputs: Tensor) -> Tensor:
+        """(n, n_inputs) → (n_members, n, n_outputs), float64: what each member says."""
+        # float64: a row must not depend on the others of its batch, and float32 products do so at 1e-7.
+        rows = ((inputs.double() - self.centre) / self.spread).expand(len(self.weights), -1, -1)
+        return self.shift + self.unit * _outputs(self.weights, rows, self._settings)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """(n, n_inputs) → (n, n_outputs), float64: the mean over the members."""
+        return self.members(inputs).mean(0)
+
+
+def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Mean over the components; its minimum is the conditional mean."""
+    return (predictions - targets).square().mean(-1)
+
+
+def squared_log_error(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Squared difference of the logarithms of two magnitudes; robust against few large ones."""
+    return (torch.log(predictions + _LOG_FLOOR) - torch.log(targets + _LOG_FLOOR)).square().mean(-1)
+
+
+def pinball(quantile: float) -> Loss:
+    """The loss whose minimum is a conditional quantile (Koenker and Bassett 1978)."""
+    if not 0 < quantile < 1:
+        raise ValueError(f"a quantile lies between 0 and 1, not at {quantile!r}.")
+
+    def loss(predictions: Tensor, targets: Tensor) -> Tensor:
+        short = targets - predictions
+        return torch.maximum(quantile * short, (quantile - 1) * short).mean(-1)
+
+    return loss
+
+
+def folds_of(groups: Tensor, n_folds: int) -> Tensor:
+    """(n,) group of each row → (n,) fold of each row.
+
+    Consecutive groups are made into blocks, and the blocks are dealt out to the folds: neighbours in a trajectory
+    mostly share a fold, and every fold sees all parts of the data set.
+
+    Raises:
+        LabelError: There are fewer than two groups a fold.
+    """
+    if n_folds < 2:
+        raise ValueError(f"cross-fitting needs 2 folds or more, not {n_folds}.")
+    n_groups = len(groups.unique())
+    if n_groups < 2 * n_folds:
+        raise LabelError(
+            f"{n_folds}-fold cross-fitting needs {2 * n_folds} labelled training frames, there are {n_groups}. "
+            "Add frames, or ask for fewer folds."
+        )
+    return _dealt(groups, n_folds)
+
+
+def _dealt(groups: Tensor, n_folds: int) -> Tensor:
+    unique, place = groups.unique(return_inverse=True)
+    n_blocks = min(BLOCKS_A_FOLD, len(unique) // n_folds) * n_folds
+    return place * n_blocks // len(unique) % n_folds
+
+
+def out_of_fold(ensemble: Ensemble, inputs: Tensor, fold_of_row: Tensor) -> Tensor:
+    """(n, n_outputs) of the training rows, each from the member that has not seen its fold.
+
+    Args:
+        ensemble: From `cross_fit`.
+        inputs: (n, n_inputs) the rows it was fitted on.
+        fold_of_row: (n,) from `folds_of`; the rows of a structure have the fold of the structure.
+    """
+    found = inputs.new_zeros((len(inputs), len(ensemble.shift)), dtype=torch.float64)
+    for fold, weights in enumerate(ensemble.weights):
+        member = Ensemble(ensemble.settings, {**dict(ensemble.named_buffers()), "weights": weights[None]})
+        for rows in torch.nonzero(fold_of_row == fold)[:, 0].split(_EVALUATED_TOGETHER):
+            found[rows] = member(inputs[rows])
+    return found
+
+
+def cross_fit(
+    inputs: Tensor,
+    targets: Tensor,
+    groups: Tensor,
+    *,
+    training: Training,
+    loss: Loss = squared_error,
+    folds: int = 5,
+    output: Output = "linear",
+    n_outputs: int | None = None,
+    segments: Tensor | None = None,
+    title: str = "",
+) -> Ensemble:
+    """One network a fold, trained without it.
+
+    Of the groups that a member may see, an eighth (consecutive blocks again) is held out to halve its rate and to stop
+    it. Inputs are standardised, and targets scaled, by the statistics of all rows.
+
+    Args:
+        inputs: (n_rows, n_inputs).
+        targets: (n_targets, n_columns); a target with a NaN is left out.
+        groups: (n_targets,) integers; what belongs together, such as the rows of a frame. Groups with close numbers
+            are taken as neighbours.
+        training: How.
+        loss: (n_members, n, n_outputs) predictions and (n_members, n, n_columns) targets → (n_members, n).
+        folds: How many, and how many members.
+        output: `"softplus"` for magnitudes.
+        n_outputs: Where the loss makes something else of the targets than a comparison with as many outputs. They are
+            not scaled then.
+        segments: (n_rows,) the target to which a row contributes: predictions are sums over rows. By default every
+            row has its own.
+        title: Of the progress bar; empty for none.
+
+    Raises:
+        LabelError: There are too few groups for the folds.
+    """
+    data = _Data(inputs, targets, output, n_outputs, segments)
+    settings = {"sizes": [inputs.shape[1], *training.hidden, data.n_outputs], "output": output}
+    trained, held_out = _targets_of_members(data.labelled, groups, folds_of(groups, folds))
+    generator = torch.Generator().manual_seed(training.seed)
+    weights = _initial_weights(settings["sizes"], folds, generator).to(inputs.device)
+
+    def losses(weights: Tensor, chosen: Tensor) -> Tensor:
+        return data.losses(weights, settings, chosen, loss)
+
+    descent = _Descent(weights, training)
+    with (
+        _one_thread(),
+        tqdm(total=training.max_epochs, desc=title, unit="epoch", disable=not title, leave=False) as bar,
+    ):
+        for _ in range(training.max_epochs):
+            for chosen in _batches([trained[k] for k in descent.active], data.rows_a_target, training, generator):
+                descent.step(losses, chosen)
+            descent.judge(losses, torch.stack([held_out[k] for k in descent.active]))
+            bar.set_postfix(loss=f"{float(descent.best_loss.mean()):.4g}", refresh=False)
+            bar.update()
+            if not descent.active:
+                break
+    settings |= {"epochs": descent.epochs, "loss": descent.best_loss.tolist()}
+    return Ensemble(settings, {"weights": descent.best.double(), **data.scales})
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keeps torch's products on one CPU thread, and others from training meanwhile.
+
+    They are small: threads gain little, cost thirty times the time where they wait for a core that is busy, and sum
+    in an order of their own.
+    """
+    with _TRAINS:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+
+class _Data:
+    """Standardised rows and scaled targets of a fit, in float32; the arguments are those of `cross_fit`."""
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, output: Output, n_outputs: int | None, segments: Tensor | None
+    ) -> None:
+        targets = targets.double()
+        self.labelled = targets.isfinite().all(1)
+        self.n_outputs = n_outputs or targets.shape[1]
+        self._summed = segments is not None
+        counts = torch.ones(len(targets), dtype=torch.long, device=inputs.device)
+        if segments is not None:
+            inputs = inputs[torch.argsort(segments, stable=True)]
+            counts = torch.bincount(segments, minlength=len(targets))
+        self._counts, self._starts = counts, counts.cumsum(0) - counts
+        centre = inputs.double().mean(0)
+        spread = inputs.double().std(0, correction=0)
+        # What never varied in training is measured by what varied most, so that a change in it is no explosion.
+        largest = spread.max().clamp(min=1e-300)
+        spread = torch.where(spread > 1e-6 * largest, spread, largest)
+        shift = torch.zeros(self.n_outputs, dtype=torch.float64, device=inputs.device)
+        unit = torch.ones_like(shift)
+        if n_outputs is None:
+            shift, unit = _scales(targets[self.labelled], counts[self.labelled].double(), output)
+            targets = targets / unit
+        self.scales = {"centre": centre, "spread": spread, "shift": shift, "unit": unit}
+        self._offset = (shift / unit).float()
+        self._rows = ((inputs.double() - centre) / spread).float()
+        self._targets = targets.float()
+
+    @property
+    def rows_a_target(self) -> float:
+        """On average."""
+        return len(self._rows) / len(self._targets)
+
+    def losses(self, weights: Tensor, settings: dict[str, Any], chosen: Tensor, loss: Loss) -> Tensor:
+        """(n_members, n) losses of the chosen (n_members, n) targets."""
+        rows, lengths = self._rows_of(chosen) if self._summed else (chosen, None)
+        found = self._offset + _outputs(weights, self._rows[rows], settings)
+        if lengths is not None:
+            width = found.shape[2]
+            # Unlike an index_add, the same bits on a GPU every time.
+            found = torch.segment_reduce(found.reshape(-1, width), "sum", lengths=lengths.flatten(), unsafe=True)
+            found = found.reshape(*lengths.shape, width)[:, :-1]
+        return loss(found, self._targets[chosen])
+
+    def _rows_of(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """(n_members, n_rows) the rows of chosen structures, and (n_members, n + 1) how many each has.
+
+        Members have different numbers of rows: the last entry counts those that only fill up.
+        """
+        counts = self._counts[chosen]
+        total = counts.sum(1, keepdim=True)
+        width = int(total.max())
+        lengths = torch.cat([counts, width - total], 1)
+        first = torch.cat([self._starts[chosen], torch.zeros_like(total)], 1)
+        flat = lengths.flatten()
+        before = flat.cumsum(0) - flat
+        place = torch.arange(len(chosen) * width, device=chosen.device)
+        return (place + torch.repeat_interleave(first.flatten() - before, flat)).reshape(-1, width), lengths
+
+
+class _Descent:
+    """AdamW for a stack of networks, each with its own rate, plateau and stop.
+
+    Args:
+        weights: (n_members, n_weights) to start from.
+        training: How.
+
+    Attributes:
+        active: Members that are still trained.
+        best: (n_members, n_weights) with the least validation loss.
+        best_loss: (n_members,).
+        epochs: Of each member.
+    """
+
+    def __init__(self, weights: Tensor, training: Training) -> None:
+        self._training = training
+        self._weights = weights
+        self._mean, self._square = torch.zeros_like(weights), torch.zeros_like(weights)
+        self._rate = weights.new_full((len(weights), 1), training.learning_rate)
+        self._steps = 0
+        self._waited = [0] * len(weights)
+        self.active = list(range(len(weights)))
+        self.best = weights.clone()
+        self.best_loss = weights.new_full((len(weights),), torch.inf)
+        self.epochs = [0] * len(weights)
+
+    def step(self, losses: Callable[[Tensor, Tensor], Tensor], chosen: Tensor) -> None:
+        """One step on the (n_active, n) chosen targets."""
+        with torch.enable_grad():
+            weights = self._weights.requires_grad_()
+            (gradient,) = torch.autograd.grad(losses(weights, chosen).mean(1).sum(), weights)
+        self._steps += 1
+        first, second = _BETAS
+        with torch.no_grad():
+            weights = self._weights.detach()
+            self._mean.lerp_(gradient, 1 - first)
+            self._square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+            size = (self._square / (1 - second**self._steps)).sqrt_().add_(1e-8)
+            weights.mul_(1 - self._rate * self._training.weight_decay)
+            weights.sub_(self._rate / (1 - first**self._steps) * self._mean / size)
+        self._weights = weights
+
+    def judge(self, losses: Callable[[Tensor, Tensor], Tensor], held_out: Tensor) -> None:
+        """Validates on (n_active, n) targets; keeps what is better, lowers rates, and lets members stop."""
+        with torch.no_grad():
+            parts = [losses(self._weights, part).sum(1) for part in held_out.split(_EVALUATED_TOGETHER, 1)]
+        found = torch.stack(parts).sum(0) / held_out.shape[1]
+        goes_on = []
+        for place, (member, value) in enumerate(zip(self.active, found.tolist(), strict=True)):
+            self.epochs[member] += 1
+            self._waited[member] += 1
+            if value < float(self.best_loss[member]):
+                self.best[member], self.best_loss[member] = self._weights[place], found[place]
+                self._waited[member] = 0
+            elif self._waited[member] % self._training.plateau == 0:
+                self._rate[place] = (self._rate[place] / 2).clamp(min=_SMALLEST_RATE)
+            if self._waited[member] < self._training.patience:
+                goes_on.append(place)
+        if len(goes_on) < len(self.active):
+            self.active = [self.active[place] for place in goes_on]
+            for name in ("_weights", "_mean", "_square", "_rate"):
+                setattr(self, name, getattr(self, name)[goes_on])
+
+
+def _scales(targets: Tensor, counts: Tensor, output: Output) -> tuple[Tensor, Tensor]:
+    """(n_outputs,) shift and unit of what a row gives: its mean, and the spread that is left to explain.
+
+    The rows of a structure add up: a target of `counts` rows has counts times the shift, and its unit is divided
+    by their number.
+    """
+    shift = torch.zeros_like(targets[0])
+    if output == "linear":
+        shift = (targets * counts[:, None]).sum(0) / counts.square().sum()
+    left = targets - shift * counts[:, None]
+    # One unit for all columns: the components of a force are on one scale.
+    unit = (left.square().mean().sqrt() / counts.mean()).expand_as(shift)
+    return shift, torch.where(unit > 0, unit, 1.0)
+
+
+def _targets_of_members(labelled: Tensor, groups: Tensor, fold: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """For each member the targets that it is trained on, and those that stop it.
+
+    Those that stop are as many for each member, since they are evaluated together.
+    """
+    trained, held_out = [], []
+    for member in range(int(fold.max()) + 1):
+        own = torch.nonzero(labelled & (fold != member))[:, 0]
+        n_groups = len(groups[own].unique())
+        if n_groups < 2:
+            raise LabelError("nearly all labelled training frames are in one block of them. Label more of the others.")
+        n_folds = min(_INNER_FOLDS, n_groups)
+        stops = _dealt(groups[own], n_folds) == member % n_folds
+        trained.append(own[~stops])
+        held_out.append(own[stops])
+    fewest = min(map(len, held_out))
+    spread = [torch.arange(fewest, device=rows.device) * len(rows) // fewest for rows in held_out]
+    return trained, [rows[chosen] for rows, chosen in zip(held_out, spread, strict=True)]
+
+
+def _batches(
+    targets: list[Tensor], rows_a_target: float, training: Training, generator: torch.Generator
+) -> Iterator[Tensor]:
+    """An epoch: (n_members, n) targets a step, in random order and without repetition.
+
+    All members take as many: an epoch of one that has more than another leaves a random rest out.
+    """
+    length = min(min(map(len, targets)), math.ceil(training.epoch_rows / rows_a_target))
+    orders = [torch.randperm(len(own), generator=generator)[:length].to(own.device) for own in targets]
+    chosen = torch.stack([own[order] for own, order in zip(targets, orders, strict=True)])
+    batch = max(round(training.batch / rows_a_target), _FEWEST_A_BATCH)
+    yield from chosen.split(batch, 1)
+
+
+def _initial_weights(sizes: list[int], n_members: int, generator: torch.Generator) -> Tensor:
+    """(n_members, n_weights) uniform within 1/√fan-in, as torch begins its linear layers; float32."""
+    layers = []
+    for fan_in, fan_out in itertools.pairwise(sizes):
+        draw = torch.rand(n_members, (fan_in + 1) * fan_out, generator=generator, dtype=torch.float32)
+        layers.append((2 * draw - 1) / fan_in**0.5)
+    return torch.cat(layers, 1)
+
+
+def _outputs(weights: Tensor, rows: Tensor, settings: dict[str, Any]) -> Tensor:
+    """(n_members, n_weights), (n_members, n, n_inputs) → (n_members, n, n_outputs): ReLU networks, one a member."""
+    sizes = settings["sizes"]
+    shapes = list(itertools.pairwise(sizes))
+    # One split, so that the way back joins the layers once.
+    parts = weights.split([size for fan_in, fan_out in shapes for size in (fan_in * fan_out, fan_out)], 1)
+    for layer, (fan_in, fan_out) in enumerate(shapes):
+        matrix = parts[2 * layer].unflatten(1, (fan_in, fan_out))
+        rows = torch.baddbmm(parts[2 * layer + 1][:, None], rows, matrix)
+        if layer + 1 < len(shapes):
+            rows = torch.relu(rows)
+    return torch.nn.functional.softplus(rows) if settings["output"] == "softplus" else rows

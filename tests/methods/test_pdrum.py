@@ -1,0 +1,359 @@
+"""P-DRUM: symmetries of its force predictions, scales of its scores, and what it refuses."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from scipy import stats
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.communicator import Serial
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.evaluation import Evaluation
+from ase_uq.methods import make_method
+from ase_uq.methods._conservative import force_features, forces_of, functions_of
+from ase_uq.methods._directions import WIDTH, directions, mixing_of
+from ase_uq.methods.base import Head
+from ase_uq.methods.pdrum import PDRUM, PDRUMHead, magnitude_of_unit
+from ase_uq.networks import Training
+from ase_uq.stream import LabelledStream
+from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+
+SHORT = Training(hidden=(16,), max_epochs=15)
+FULL = Training(hidden=(32,), patience=20)
+ROTATION = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
+ROTATION *= np.sign(np.linalg.det(ROTATION))
+DEVIATIONS = {1: 0.1, 6: 0.3, 8: 0.6}  # eV/Å
+
+
+@pytest.fixture(scope="module")
+def backend() -> Backend:
+    return load_backend(ToyCalculator(ELEMENTS))
+
+
+@pytest.fixture(scope="module")
+def frames() -> list[Atoms]:
+    return labelled_frames(40, seed=1)
+
+
+@pytest.fixture(scope="module")
+def noisy(backend: Backend) -> list[Atoms]:
+    """Labels are the potential's own forces and energies with Gaussian noise, known for each element."""
+    random = np.random.default_rng(3)
+    frames = []
+    for _ in range(500):
+        atoms = molecule(str(random.choice(["H2O", "CH3OH", "CO2", "C2H4"])))
+        atoms.positions += random.normal(scale=0.05, size=atoms.positions.shape)
+        frames.append(atoms)
+    evaluation = evaluate(backend, frames)
+    assert evaluation.forces is not None
+    for index, atoms in enumerate(frames):
+        own = evaluation.forces[evaluation.frame_of_atom == index].numpy()
+        deviation = np.array([DEVIATIONS[z] for z in atoms.numbers])[:, None]
+        atoms.set_array("REF_forces", own + deviation * random.normal(size=own.shape))
+        atoms.info["REF_energy"] = float(evaluation.energy[index]) + 0.05 * len(atoms) * random.normal()
+    return frames
+
+
+def turned(frames: list[Atoms], rotation: np.ndarray) -> list[Atoms]:
+    out = [atoms.copy() for atoms in frames]
+    for atoms in out:
+        atoms.positions = atoms.positions @ rotation.T
+        atoms.arrays["REF_forces"] = atoms.arrays["REF_forces"] @ rotation.T
+    return out
+
+
+def expected(head: Head, evaluation: Evaluation) -> Tensor:
+    assert isinstance(head, PDRUMHead)
+    return head.expected_forces(evaluation)
+
+
+class TestSymmetries:
+    @pytest.mark.parametrize("variant", ["norm", "diff", "diff_conservative"])
+    def test_order_of_atoms_does_not_matter(self, backend: Backend, frames: list[Atoms], variant: str):
+        head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
+        atoms = frames[0]
+        order = np.random.default_rng(0).permutation(len(atoms))
+        one, other = (head(evaluate(backend, [a], gradients=True)) for a in (atoms, atoms[order]))
+        torch.testing.assert_close(other.forces, one.forces[order], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(other.energies, one.energies[order], rtol=1e-8, atol=1e-12)
+        torch.testing.assert_close(other.energy, one.energy, rtol=1e-8, atol=1e-12)
+
+    @pytest.mark.parametrize("variant", ["norm", "diff", "diff_conservative"])
+    def test_scores_do_not_turn(self, backend: Backend, frames: list[Atoms], variant: str):
+        head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
+        one, other = (head(evaluate(backend, some, gradients=True)) for some in (frames, turned(frames, ROTATION)))
+        torch.testing.assert_close(other.forces, one.forces, rtol=1e-7, atol=1e-12)
+        torch.testing.assert_close(other.energy, one.energy, rtol=1e-7, atol=1e-12)
+
+    @pytest.mark.parametrize("built", [False, True])
+    @pytest.mark.parametrize("variant", ["diff", "diff_conservative"])
+    def test_expected_forces_turn(self, backend: Backend, frames: list[Atoms], variant: str, built: bool):
+        def prepared(frames: list[Atoms]) -> Evaluation:
+            evaluation = evaluate(backend, frames, gradients=True)
+            return replace(evaluation, vectors=None) if built else evaluation
+
+        stream = LabelledStream(backend, frames, Serial(), batch_atoms=100, forces=True, gradients=True)
+        batches = [(replace(e, vectors=None) if built else e, targets) for e, targets in stream]
+        head = PDRUM(variant, training=SHORT).fit(batches, Serial())
+        one, other = (expected(head, prepared(some)) for some in (frames, turned(frames, ROTATION)))
+        assert float(one.norm()) > 0
+        torch.testing.assert_close(
+            other, one @ torch.from_numpy(ROTATION).T, rtol=1e-7, atol=1e-7 * float(one.abs().max())
+        )
+
+    def test_expected_forces_of_the_conservative_variant_are_a_gradient(self, backend: Backend, frames: list[Atoms]):
+        """The derivative of a gradient is symmetric (no curl), and a structure does not pull itself along."""
+        head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames)
+        atoms = molecule("H2O")
+        atoms.rattle(0.1, seed=2)
+
+        def at(shift: np.ndarray) -> np.ndarray:
+            moved = atoms.copy()
+            moved.positions += shift.reshape(-1, 3)
+            return expected(head, evaluate(backend, [moved], gradients=True)).numpy()
+
+        assert np.abs(at(np.zeros(9)).sum(0)).max() < 1e-10
+        step = 1e-4
+        jacobian = np.array([(at(step * axis) - at(-step * axis)).ravel() for axis in np.eye(9)]) / (2 * step)
+        assert np.abs(jacobian).max() > 0.01
+        np.testing.assert_allclose(jacobian, jacobian.T, atol=1e-5 * np.abs(jacobian).max())
+
+    def test_the_equivariant_one_is_none(self, backend: Backend, frames: list[Atoms]):
+        """What the conservative variant is for: gates and vectors alone have a curl and a net force."""
+        head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
+        assert float(expected(head, evaluate(backend, [frames[0]])).sum(0).norm()) > 1e-4
+
+
+class TestPaperMode:
+    """F-diff from invariants, as published."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def wrong(cls, backend: Backend) -> list[Atoms]:
+        """Systematic errors that turn with the molecule, whose atoms all differ; in one orientation."""
+        frames = [molecule("HCOOH") for _ in range(200)]
+        for seed, atoms in enumerate(frames):
+            atoms.rattle(0.03, seed=seed)
+        evaluation = evaluate(backend, frames)
+        assert evaluation.forces is not None
+        assert evaluation.vectors is not None
+        share = torch.randn(evaluation.vectors.shape[2], generator=torch.Generator().manual_seed(8)).double()
+        errors = 0.1 * evaluation.vectors @ share
+        for index, atoms in enumerate(frames):
+            own = evaluation.frame_of_atom == index
+            atoms.set_array("REF_forces", (evaluation.forces + errors)[own].numpy())
+        return frames
+
+    @staticmethod
+    def share_explained(backend: Backend, variant: str, frames: list[Atoms], new: list[Atoms]) -> tuple[float, float]:
+        """Explained share of the square of the residuals, and that of the predictions over it."""
+        head = fit_head(PDRUM(variant, training=FULL), backend, frames)
+        evaluation = evaluate(backend, new)
+        assert evaluation.forces is not None
+        residuals = torch.from_numpy(np.concatenate([a.arrays["REF_forces"] for a in new])) - evaluation.forces
+        found = expected(head, evaluation)
+        total = float(residuals.square().sum())
+        return 1 - float((residuals - found).square().sum()) / total, float(found.square().sum()) / total
+
+    @pytest.mark.filterwarnings("ignore:diff_invariant predicts forces:ase_uq.errors.UQWarning")
+    def test_predicts_nothing_when_structures_are_turned(self, backend: Backend, wrong: list[Atoms]):
+        random = stats.special_ortho_group(3, seed=4)
+        tumbling = [turned([atoms], random.rvs())[0] for atoms in wrong]
+        fixed, _ = self.share_explained(backend, "diff_invariant", wrong[:150], wrong[150:])
+        assert fixed > 0.9
+        explained, size = self.share_explained(backend, "diff_invariant", tumbling[:150], tumbling[150:])
+        assert explained < 0.05
+        assert size < 0.1
+        explained, _ = self.share_explained(backend, "diff", tumbling[:150], tumbling[150:])
+        assert explained > 0.9
+
+    def test_says_so(self, backend: Backend, frames: list[Atoms]):
+        with pytest.warns(UQWarning, match="do not turn with the structure"):
+            fit_head(PDRUM("diff_invariant", training=SHORT), backend, frames)
+
+
+class TestScales:
+    @pytest.mark.parametrize(
+        ("target", "quantile"), [("magnitude", 0.9), ("log", 0.9), ("quantile", 0.5), ("quantile", 0.9)]
+    )
+    def test_gaussian_residuals_give_back_their_deviation(
+        self, backend: Backend, noisy: list[Atoms], target: str, quantile: float
+    ):
+        head = fit_head(PDRUM(target=target, quantile=quantile, training=FULL), backend, noisy)
+        evaluation = evaluate(backend, noisy)
+        raw = head(evaluation)
+        for z, deviation in DEVIATIONS.items():
+            found = float(raw.forces[evaluation.numbers == z].mean().sqrt())
+            assert found == pytest.approx(deviation, rel=0.08), z
+        # 500 structures, and the potential's own energies are exact.
+        assert float(raw.energy.mean().sqrt()) == pytest.approx(0.05, rel=0.15)
+        assert head.settings["forces"]["out_of_fold"] == pytest.approx(1, abs=0.1)
+        assert head.settings["energy"]["out_of_fold"] == pytest.approx(1, abs=0.25)
+
+    @pytest.mark.parametrize("components", [1, 3])
+    def test_units_are_those_of_the_chi_distribution(self, components: int):
+        draws = stats.chi(components)
+        assert magnitude_of_unit("magnitude", 0.5, components) == pytest.approx(draws.mean())
+        assert magnitude_of_unit("quantile", 0.7, components) == pytest.approx(draws.ppf(0.7))
+        assert np.log(magnitude_of_unit("log", 0.5, components)) == pytest.approx(draws.expect(np.log), rel=1e-6)
+
+    def test_units_in_the_literature(self):
+        assert magnitude_of_unit("magnitude", 0.5, 3) == pytest.approx(1.5958, abs=1e-4)
+        assert magnitude_of_unit("magnitude", 0.5, 1) == pytest.approx(0.7979, abs=1e-4)
+
+    def test_the_score_of_a_diff_is_the_mean_square_of_what_it_expects(self, backend: Backend, frames: list[Atoms]):
+        head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
+        evaluation = evaluate(backend, frames)
+        mean_square = expected(head, evaluation).square().mean(1)
+        torch.testing.assert_close(head(evaluation).forces[:, 0, 0], mean_square)
+
+    def test_energy_is_a_sum_over_atoms(self, backend: Backend, frames: list[Atoms]):
+        """Twice the structure, twice the predicted error, the same per atom."""
+        head = fit_head(PDRUM(training=SHORT), backend, frames)
+        atoms = frames[0]
+        far = atoms.copy()
+        far.positions += 100
+        one, two = head(evaluate(backend, [atoms])), head(evaluate(backend, [atoms + far]))
+        torch.testing.assert_close(two.energy, one.energy, rtol=1e-6, atol=0)
+
+
+class TestConservative:
+    def test_finds_an_energy_that_is_missing(self, backend: Backend):
+        frames = labelled_frames(60, seed=21)
+        evaluation = evaluate(backend, frames, gradients=True)
+        functions = functions_of(evaluation.features.shape[1], 0)
+        weights = torch.randn(functions.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+        missing = forces_of(evaluation, functions, weights)
+        torch.testing.assert_close(force_features(evaluation, functions) @ weights, missing)
+        assert evaluation.forces is not None
+        for index, atoms in enumerate(frames):
+            own = evaluation.frame_of_atom == index
+            atoms.arrays["REF_forces"] = (evaluation.forces + missing)[own].numpy()
+        head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames[:40])
+        new = evaluate(backend, frames[40:], gradients=True)
+        truth = forces_of(new, functions, weights)
+        assert float((expected(head, new) - truth).norm()) < 0.01 * float(truth.norm())
+
+    def test_asks_for_gradients_and_no_other_does(self, backend: Backend, frames: list[Atoms]):
+        for variant in ("norm", "diff", "diff_conservative"):
+            wanted = variant == "diff_conservative"
+            method = PDRUM(variant, training=SHORT)
+            assert method.gradients == wanted
+            assert fit_head(method, backend, frames).gradients == wanted
+
+    def test_without_them_says_what_to_do(self, backend: Backend, frames: list[Atoms]):
+        head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames)
+        with pytest.raises(ValueError, match="gradients=True"):
+            head(evaluate(backend, frames))
+
+
+class TestDirections:
+    def test_many_channels_are_mixed(self):
+        mixing = mixing_of(100, seed=0)
+        assert mixing.shape == (100, WIDTH)
+        assert torch.equal(mixing, mixing_of(100, seed=0))
+        assert not torch.equal(mixing, mixing_of(100, seed=1))
+
+    def test_own_channels_are_taken_as_they_are(self, backend: Backend, frames: list[Atoms]):
+        evaluation = evaluate(backend, frames[:3])
+        assert evaluation.vectors is not None
+        own = evaluation.vectors[:, :, :5]
+        torch.testing.assert_close(directions(replace(evaluation, vectors=own), mixing_of(5, seed=0)), own)
+
+    def test_built_ones_vanish_at_a_centre_of_symmetry(self, backend: Backend):
+        evaluation = replace(evaluate(backend, [molecule("CO2")]), vectors=None)
+        found = directions(evaluation, mixing_of(0, seed=0))
+        assert found.shape == (3, 3, WIDTH)
+        carbon = evaluation.numbers == 6
+        assert float(found[carbon].abs().max()) < 1e-12
+        assert float(found[~carbon].norm(dim=(1, 2)).min()) > 1e-4
+
+    def test_built_ones_fade_where_the_neighbour_list_ends(self, backend: Backend):
+        def at(distance: float) -> Tensor:
+            evaluation = evaluate(backend, [Atoms("CO", [(0, 0, 0), (0, 0, distance)])])
+            return directions(replace(evaluation, vectors=None), mixing_of(0, seed=0))
+
+        cutoff = evaluate(backend, [molecule("H2O")]).edges.cutoff
+        assert float(at(cutoff - 1e-3).norm()) < 1e-5
+        assert float(at(cutoff + 1e-3).norm()) == 0
+
+
+class TestFit:
+    def test_the_same_seed_gives_the_same_bits_and_leaves_torchs_state(self, backend: Backend, frames: list[Atoms]):
+        evaluation = evaluate(backend, frames)
+        torch.manual_seed(1)
+        state = torch.get_rng_state()
+        first, second = (fit_head(PDRUM("diff", training=SHORT), backend, frames) for _ in range(2))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(first(evaluation).forces, second(evaluation).forces)
+        other = fit_head(PDRUM("diff", training=replace(SHORT, seed=1)), backend, frames)
+        assert not torch.equal(first(evaluation).forces, other(evaluation).forces)
+
+    @pytest.mark.parametrize("variant", ["norm", "diff_conservative"])
+    def test_does_not_judge_itself_on_frames_it_learned_from(self, backend: Backend, variant: str):
+        """Labels of noise can be learned by heart, and the other folds tell nothing of them."""
+        random = np.random.default_rng(2)
+        frames = labelled_frames(24, seed=2, spread=(0.1, 0.1001))
+        for atoms in frames:
+            atoms.arrays["REF_forces"] = 1e3 * random.normal(size=atoms.positions.shape)
+        training = Training(hidden=(128,), learning_rate=1e-2, weight_decay=0.0, max_epochs=100)
+        head = fit_head(PDRUM(variant, training=training), backend, frames)
+        found = head.settings["forces"]["out_of_fold"]
+        assert found == pytest.approx(1, abs=0.2) if variant == "norm" else found > 2
+
+    def test_without_energies_theirs_is_that_of_the_forces(self, backend: Backend, frames: list[Atoms]):
+        bare = [atoms.copy() for atoms in frames]
+        for atoms in bare:
+            del atoms.info["REF_energy"]
+        head = fit_head(PDRUM(training=SHORT), backend, bare)
+        assert "energy" not in head.settings
+        raw = head(batch := evaluate(backend, frames))
+        mean = torch.stack([raw.forces[batch.frame_of_atom == k].mean() for k in range(batch.n_frames)])
+        torch.testing.assert_close(raw.energy[:, 0], mean)
+        torch.testing.assert_close(raw.energies, raw.forces[:, 0, 0])
+
+    def test_frames_without_forces_are_left_out(self, backend: Backend, frames: list[Atoms]):
+        partly = [atoms.copy() for atoms in frames]
+        for atoms in partly[::4]:
+            del atoms.arrays["REF_forces"]
+        raw = fit_head(PDRUM(training=SHORT), backend, partly)(evaluate(backend, frames))
+        assert bool(raw.forces.isfinite().all())
+
+    def test_no_forces_at_all_are_refused(self, backend: Backend, frames: list[Atoms]):
+        bare = [atoms.copy() for atoms in frames]
+        for atoms in bare:
+            del atoms.arrays["REF_forces"]
+        with pytest.raises(LabelError, match="no training frame has reference forces: label them, or"):
+            fit_head(PDRUM(training=SHORT), backend, bare)
+
+    def test_few_frames_are_refused_with_the_number_needed(self, backend: Backend, frames: list[Atoms]):
+        with pytest.raises(LabelError, match="needs 10 labelled training frames, there are 7"):
+            fit_head(PDRUM(training=SHORT), backend, frames[:7])
+        with pytest.raises(LabelError, match="no training frames"):
+            PDRUM(training=SHORT).fit([], Serial())
+
+    def test_the_potentials_forces_are_needed(self, backend: Backend, frames: list[Atoms]):
+        stream = LabelledStream(backend, frames, Serial(), batch_atoms=100, forces=False)
+        with pytest.raises(ValueError, match="evaluate the training frames with them"):
+            PDRUM(training=SHORT).fit(stream, Serial())
+
+    @pytest.mark.parametrize(
+        ("wrong", "message"),
+        [
+            ({"variant": "lab"}, "variants are norm, diff"),
+            ({"target": "mode"}, "targets are magnitude, log, quantile"),
+            ({"variant": "diff", "target": "log"}, "only the variant 'norm' has a log target"),
+            ({"quantile": 1.5}, "between 0 and 1"),
+            ({"folds": 1}, "2 folds or more"),
+        ],
+    )
+    def test_hyper_parameters_are_checked(self, wrong: dict, message: str):
+        with pytest.raises(ValueError, match=message):
+            make_method("pdrum", **wrong)
