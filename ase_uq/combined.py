@@ -1,9 +1,10 @@
 """The primary estimator where several methods are fitted: learned where the calibration data support it.
 
-    log σ² = A + g·(c + Σ_k s_k·t_k),    s_k ≥ 0
+    log σ² = A + g·(c + Σ_k s_k·t_k) + (1 - g)·t_A,    0 ≤ s_k ≤ 1
 
 A is the anchor, the calibrated site sums of the first method that measures a distance (the Bayesian last layer by
-default): it grows with the distance from the training frames, however far. The t_k correct it:
+default), if possible without passes of its own: it grows with the distance from the training frames, however far. The
+t_k correct it:
 
     of a method      by what its own calibrated log σ² differs from the anchor's
     of the errors    an ensemble of small networks reads the features of an atom, its element, the predicted force and
@@ -14,9 +15,12 @@ frames like the training frames picks corrections that are wrong by orders of ma
 distances at and around the atom. Their mean says how far; it may be large, while their pattern, near against far
 sites, must be one of the calibration data: an atom deep in a slab looks like one of the bulk, but not those around it.
 
+Beyond the gate the anchor itself is an extrapolation. Two forms of it were calibrated, an affine one and a power law;
+out there the larger one counts: t_A ≥ 0 is what it is larger by than A, bounded as well.
+
 Which corrections are kept is decided by the likelihood of left-out calibration frames. Networks are trained on
 training and calibration frames, by cross-fitting: what a calibration frame reads here comes from a network that has
-not seen it.
+not seen it. Each network leaves out as large a share of the one as of the other.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,20 +32,21 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ase_uq.calibration import Calibrator
+from ase_uq.calibration import Calibrator, load_calibrator
 from ase_uq.evaluation import Evaluation
 from ase_uq.methods.base import Raw
 from ase_uq.networks import Ensemble, Training, cross_fit, folds_of, out_of_fold
 from ase_uq.sites import RADII, around
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
+_LARGEST_WEIGHT = 1.0
 _FOLDS = 5
 _TRAINING = Training(hidden=(64, 64), batch=512, max_epochs=150, patience=30)
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å, beside which a predicted force is none
 _PATTERN_RIDGE = 1e-3  # of the standardised pattern: directions that hardly vary decide nothing
-_PATTERN_QUANTILE, _PATTERN_SLOPE = 0.99, 4.0
-_LEVEL_QUANTILE, _LEVEL_SLOPE = 0.999, 1.0
+_PATTERN_QUANTILE, _PATTERN_SLOPE = 0.999, 4.0
+_LEVEL_QUANTILE, _LEVEL_SLOPE = 0.999, 2.0
 RESIDUAL = "residual"  # how the correction by networks is called
 
 
@@ -51,12 +56,14 @@ class Scene:
 
     Args:
         base: (n_atoms, n_components) the anchor's log σ².
+        careful: (n_atoms, n_components) t_A ≥ 0.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
         around: (n_atoms, n_views) logarithms of the anchor's distance at the atom and around it.
         inputs: (n_atoms, n_inputs) of the networks.
     """
 
     base: Tensor
+    careful: Tensor
     others: Tensor
     around: Tensor
     inputs: Tensor
@@ -77,6 +84,7 @@ class View:
         distances: Names of those among them whose distance is an input of the networks.
         elements: Atomic numbers told apart by the networks.
         calibrators: Of the forces, by method.
+        alternative: Of the forces, the other form of the anchor's.
     """
 
     anchor: str
@@ -84,14 +92,18 @@ class View:
     distances: tuple[str, ...]
     elements: tuple[int, ...]
     calibrators: Mapping[str, Calibrator]
+    alternative: Calibrator
 
     def scene(self, evaluation: Evaluation, raws: Mapping[str, Raw]) -> Scene:
         """What the combination reads of a batch that has forces."""
         assert evaluation.forces is not None
         sites = around(raws[self.anchor].distance, evaluation.edges, RADII)
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).clamp(min=_SMALLEST).log()
-        base = self._log_variance(self.anchor, raws)
-        others = [self._log_variance(name, raws, base.shape[1]).expand_as(base) for name in self.others]
+        base = _log_variance(self.calibrators[self.anchor], raws[self.anchor])
+        careful = _log_variance(self.alternative, raws[self.anchor]) - base
+        others = [
+            _log_variance(self.calibrators[name], raws[name], base.shape[1]).expand_as(base) for name in self.others
+        ]
         kinds = torch.tensor(self.elements, device=evaluation.numbers.device)
         columns = [
             evaluation.features.double(),
@@ -102,16 +114,11 @@ class View:
         ]
         return Scene(
             base=base,
+            careful=_bounded(careful.clamp(min=0)),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             around=views,
             inputs=torch.cat(columns, 1),
         )
-
-    def _log_variance(self, name: str, raws: Mapping[str, Raw], n_components: int = 3) -> Tensor:
-        variance = self.calibrators[name].variance(raws[name].forces)
-        if n_components == 1:  # the anchor tells no components apart
-            variance = variance.mean(1, keepdim=True)
-        return variance.clamp(min=1e-300).log()
 
 
 class Gate(torch.nn.Module):
@@ -140,8 +147,9 @@ class Gate(torch.nn.Module):
         centre, spread = pattern.mean(0), pattern.std(0).clamp(min=1e-9)
         z = (pattern - centre) / spread
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        precision = torch.linalg.inv(z.T @ z / len(z) + _PATTERN_RIDGE * eye)
-        gate = cls({"centre": centre, "spread": spread, "precision": precision, "edges": torch.zeros(2, dtype=z.dtype)})
+        # As files hold it: `inv` gives columns in a row, and products with it other bits.
+        precision = torch.linalg.inv(z.T @ z / len(z) + _PATTERN_RIDGE * eye).contiguous()
+        gate = cls({"centre": centre, "spread": spread, "precision": precision, "edges": z.new_zeros(2)})
         far, level = gate._far(calibration).cpu().numpy(), calibration.mean(1).cpu().numpy()
         edges = [np.quantile(far, _PATTERN_QUANTILE), np.quantile(level, _LEVEL_QUANTILE)]
         gate.edges = torch.tensor(edges, dtype=z.dtype, device=z.device)
@@ -194,6 +202,7 @@ class Combination(torch.nn.Module):
             "others": list(self.view.others),
             "distances": list(self.view.distances),
             "elements": list(self.view.elements),
+            "alternative": self.view.alternative.settings,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -215,6 +224,7 @@ class Combination(torch.nn.Module):
             distances=tuple(settings["distances"]),
             elements=tuple(settings["elements"]),
             calibrators=calibrators,
+            alternative=load_calibrator(settings["alternative"]),
         )
         ensemble = None if settings["ensemble"] is None else Ensemble(settings["ensemble"], parts["ensemble"])
         return cls(
@@ -229,13 +239,12 @@ class Combination(torch.nn.Module):
     def forward(self, evaluation: Evaluation, raws: Mapping[str, Raw]) -> Tensor:
         """(n_atoms, n_components) variances of force components, squared eV/Å."""
         scene = self.view.scene(evaluation, raws)
-        if not self.weights:
-            return scene.base.exp()
         corrections = _of_methods(scene, self.view.others)
         if self.ensemble is not None:
             corrections[RESIDUAL] = _bounded(self.ensemble(scene.inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
-        return (scene.base + self.gate(scene.around)[:, None] * total).exp()
+        gate = self.gate(scene.around)[:, None]
+        return (scene.base + gate * total + (1 - gate) * scene.careful).exp()
 
     def describe(self) -> str:
         """What was kept and what each correction weighs, for people."""
@@ -287,17 +296,25 @@ def fit_combination(
     table = {name: (opened * value).expand_as(scene.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": view.others, RESIDUAL: (RESIDUAL,), "all": (*view.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if view.others or name in ("anchor", RESIDUAL)}
-    rows = _Rows(scene.base.cpu().numpy(), opened.expand_as(scene.base).cpu().numpy(), squares.cpu().numpy(), table)
+    base = scene.base + (1 - opened) * scene.careful
+    rows = _Rows(base.cpu().numpy(), opened.expand_as(scene.base).cpu().numpy(), squares.cpu().numpy(), table)
     fold = _contiguous(frames.cpu().numpy())
     likelihoods = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
     constant, found = rows.fitted(candidates[best])
     # A weight of zero costs an evaluation and says nothing.
-    weights = {name: weight for name, weight in zip(candidates[best], found, strict=True) if weight > 1e-3}
+    weights = {name: weight for name, weight in zip(candidates[best], found.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
     combination = Combination(view, gate, kept, constant if weights else 0.0, weights, likelihoods)
     variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
     return Fitted(combination, variance)
+
+
+def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Tensor:
+    variance = calibrator.variance(raw.forces)
+    if n_components == 1:  # the anchor tells no components apart
+        variance = variance.mean(1, keepdim=True)
+    return variance.clamp(min=1e-300).log()
 
 
 def _of_methods(scene: Scene, names: Sequence[str]) -> dict[str, Tensor]:
@@ -314,24 +331,37 @@ def _residual_model(
 ) -> tuple[Ensemble, Tensor]:
     """The networks, and what each calibration atom reads from the one that has not seen its frame, before bounds."""
     scene, squares, frames = calibration
-    inputs, targets = scene.inputs, torch.cat([scene.base, squares], 1)
+    inputs, ratios = scene.inputs, squares * torch.exp(-scene.base)
     if training is not None:
         seen, own_squares, own_frames = training
-        # A potential errs less on the frames it was trained on: their mean error is not what is to be learned.
-        shift = (own_squares / seen.base.exp()).nanmean().clamp(min=1e-300).log()
-        inputs = torch.cat([seen.inputs, inputs])
-        targets = torch.cat([torch.cat([seen.base + shift, own_squares], 1), targets])
-        frames = torch.cat([own_frames, frames + own_frames.max() + 1])
-    ensemble = cross_fit(inputs, targets, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
+        own = own_squares * torch.exp(-seen.base)
+        # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
+        # there is none at all, as with its own forces for labels, nothing is.
+        own = own / own.nanmean()
+        # Frames without a label must not take part in the making of folds, or some would be empty.
+        labelled = own.isfinite().all(1)
+        inputs, ratios = torch.cat([seen.inputs[labelled], inputs]), torch.cat([own[labelled], ratios])
+        frames = _interleaved(own_frames[labelled], frames)
+    ensemble = cross_fit(inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
     found = out_of_fold(ensemble, inputs, folds_of(frames, _FOLDS))
     return ensemble, found[len(inputs) - len(scene.inputs) :]
 
 
-def _nll(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of a component, less a constant; targets are the anchor's log σ² and the squares."""
-    base, squares = targets.chunk(2, -1)
-    log_variance = base + _bounded(predictions)
-    return 0.5 * (log_variance + squares * torch.exp(-log_variance)).mean(-1)
+def _interleaved(first: Tensor, second: Tensor) -> Tensor:
+    """Numbers the frames of two data sets anew, so that consecutive ones are as far into the one as into the other.
+
+    Folds are made of consecutive frames. Of a few calibration frames after many training frames, all would be in one.
+    """
+    one, two = (frames.unique(return_inverse=True)[1] for frames in (first, second))
+    n_one, n_two = (len(frames.unique()) for frames in (first, second))
+    # Even numbers and odd ones: no frame of the one is taken for a frame of the other.
+    return torch.cat([2 * n_two * one, 2 * max(n_one, 1) * two + 1])
+
+
+def _nll(predictions: Tensor, ratios: Tensor) -> Tensor:
+    """Negative log-likelihood of a component, less what does not depend on the networks; r²/σ² of the anchor."""
+    correction = _bounded(predictions)
+    return 0.5 * (correction + ratios * torch.exp(-correction)).mean(-1)
 
 
 def _contiguous(frames: np.ndarray) -> np.ndarray:
@@ -375,8 +405,9 @@ class _Rows:
             return float(np.mean(0.5 * (eta + ratio))), (design * (0.5 * (1 - ratio))).mean(axes)
 
         start = np.zeros(len(design))
-        bounds = [(None, None)] + [(0.0, LARGEST_CORRECTION)] * len(columns)
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 500}).x
+        bounds = [(None, None)] + [(0.0, _LARGEST_WEIGHT)] * len(columns)
+        options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500}
+        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
         return float(found[0]), found[1:]
 
     def cross_validated(self, columns: Sequence[str], fold: np.ndarray) -> float:

@@ -15,7 +15,7 @@ from ase.data import chemical_symbols
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.calibration import Choice, Residuals, fit_affine, fit_calibrator, fit_edges
+from ase_uq.calibration import Calibrator, Choice, Residuals, fit_affine, fit_calibrator, fit_edges
 from ase_uq.combined import Fitted, Scene, View, fit_combination
 from ase_uq.communicator import Communicator, Serial, gather
 from ase_uq.errors import LabelError, UQWarning
@@ -39,7 +39,7 @@ def fit(
     train: Frames,
     calibration: Frames,
     *,
-    methods: Sequence[str | Method] = ("bll",),
+    methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
     label_keys: tuple[str, str, str] | None = None,
     batch_atoms: int = 1000,
     communicator: Communicator | None = None,
@@ -52,7 +52,8 @@ def fit(
         train: Frames the potential was trained on, or frames like them: path or list. Energies are used where
             they are labelled; direct force heads need forces.
         calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale.
-        methods: Names or `Method` instances; the first is the primary one.
+        methods: Names or `Method` instances. Several are combined into the primary estimator; of one alone its own
+            results are.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
             `REF_forces`, `REF_stress`, else the results of a calculator attached to the frames.
         batch_atoms: Most atoms evaluated together.
@@ -65,12 +66,16 @@ def fit(
     Raises:
         LabelError: Empty files, frames without labels or with labels that are not finite, too few frames, or
             calibration frames that are training frames.
+        ValueError: No method, one that is not known, or two of the same name.
         InputError: A frame that the potential cannot evaluate.
     """
     communicator = communicator or Serial()
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
     if not makers:
         raise ValueError("no method was given; available_methods() lists them.")
+    names = [method.name for method in makers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"results are told apart by the name of their method, and there are several {twice[0]!r}.")
     combines = len(makers) > 1
     backend = load_backend(calculator)
     train_frames = _molecules(read_frames(train, name="training frames"))
@@ -91,7 +96,7 @@ def fit(
     )
     # One pass for all methods: what the potential costs is paid once.
     accumulators = {method.name: method.start() for method in makers}
-    kept = _Kept(sum(map(len, train_frames)))
+    kept = _Kept(list(map(len, train_frames)))
     for evaluation, targets in stream:
         for accumulator in accumulators.values():
             accumulator.add(evaluation, targets)
@@ -108,11 +113,12 @@ def fit(
         **options,
     )
     observed, batches = _observe(heads, held_out, keep=combines)
-    fitted = {name: _calibrated(name, head, observed) for name, head in heads.items()}
+    calibrated = {name: _calibrated(name, head, observed) for name, head in heads.items()}
+    fitted = {name: method for name, (method, _) in calibrated.items()}
     elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
     primary = leading = makers[0].name
     variance, combination = observed.variance(leading, fitted[leading]), None
-    if combines and (view := _view(fitted, elements)) is not None:
+    if combines and (view := _view(calibrated, elements)) is not None:
         primary, leading = "combined", view.anchor
         found = _combined(view, heads, kept.batches, batches, communicator, progress)
         variance, combination = found.variance, found.combination.to(backend.device)
@@ -128,21 +134,36 @@ def fit(
 
 
 class _Kept:
-    """Evaluations of training frames for the residual model of the combination: evenly spread, and not too many."""
+    """Evaluations of training frames for the residual model of the combination: evenly spread, and not too many.
 
-    def __init__(self, n_atoms: int) -> None:
-        self._share = min(1.0, _MOST_KEPT_ATOMS / n_atoms)
-        self._seen = 0
+    Which batches are kept does not depend on the rank that has them.
+
+    Args:
+        n_atoms_of_frame: Of all ranks' frames.
+    """
+
+    def __init__(self, n_atoms_of_frame: Sequence[int]) -> None:
+        self._before = np.cumsum([0, *n_atoms_of_frame]).tolist()
         self.batches: list[tuple[Evaluation, Targets]] = []
 
     def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        before, self._seen = self._seen, self._seen + 1
-        if int(self._seen * self._share) > int(before * self._share):
+        """Keeps the batch where it is one of the chosen and has forces."""
+        if targets.forces is None:
+            return
+        total, own = self._before[-1], len(evaluation.numbers)
+        start = self._before[int(targets.frames[0])]
+
+        def chosen(n_atoms: int) -> int:
+            # Of as many atoms in batches like this one; rounded up, so that the first batch is always there.
+            return -(-n_atoms * min(_MOST_KEPT_ATOMS, total) // (total * own))
+
+        if chosen(start + own) > chosen(start):
             self.batches.append((replace(evaluation, gradients=None, members=None), targets))
 
 
-def _view(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> View | None:
+def _view(calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements: frozenset[int]) -> View | None:
     """How the combination reads a batch; None where no method can be its anchor."""
+    fitted = {name: method for name, (method, _) in calibrated.items()}
     growing = [name for name, method in fitted.items() if method.head.grows]
     if not growing:
         warnings.warn(
@@ -152,14 +173,16 @@ def _view(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> View 
             stacklevel=3,
         )
         return None
-    anchor = growing[0]
+    # What costs passes of its own was not kept for the training frames.
+    kept = [name for name in growing if not fitted[name].head.gradients]
+    anchor = (kept or growing)[0]
     return View(
         anchor=anchor,
         others=tuple(name for name in fitted if name != anchor),
-        # What costs passes of its own was not kept for the training frames.
-        distances=tuple(name for name in growing[1:] if not fitted[name].head.gradients),
+        distances=tuple(name for name in kept if name != anchor),
         elements=tuple(sorted(elements)),
         calibrators={name: method.calibrators["forces"] for name, method in fitted.items()},
+        alternative=calibrated[anchor][1],
     )
 
 
@@ -173,11 +196,12 @@ def _combined(
 ) -> Fitted:
     read = {name: heads[name] for name in (view.anchor, *view.distances)}
     only = replace(view, others=())  # the other methods' own scores of training frames mean nothing
+    if heads[view.anchor].gradients:
+        training = ()  # evaluated without them
     with torch.no_grad():
         seen = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
         held_out = [_rows(view, e, raws, t) for e, raws, t in calibration]
-    own = [rows for rows in seen if bool(rows[1].isfinite().any())]
-    scene = _gathered(_joined_rows(own) if own else None, held_out[0][0], communicator)
+    scene = _gathered(_joined_rows(seen) if seen else None, held_out[0][0], communicator)
     return fit_combination(view, scene, _joined_rows(held_out), title="combine" if progress else "")
 
 
@@ -201,17 +225,25 @@ def _joined_rows(rows: Sequence[_Rows]) -> _Rows:
 
 def _gathered(rows: _Rows | None, like: Scene, communicator: Communicator) -> _Rows | None:
     """Training rows of all ranks in the order of their frames; None where there are none."""
-    widths = [like.base.shape[1], like.around.shape[1], like.inputs.shape[1], like.base.shape[1], 1]
+    widths = [
+        like.base.shape[1],
+        like.careful.shape[1],
+        like.around.shape[1],
+        like.inputs.shape[1],
+        like.base.shape[1],
+        1,
+    ]
     flat = None
     if rows is not None:
         scene, squares, frames = rows
-        flat = torch.cat([scene.base, scene.around, scene.inputs, squares, frames[:, None].double()], 1)
+        flat = torch.cat([scene.base, scene.careful, scene.around, scene.inputs, squares, frames[:, None].double()], 1)
     flat = gather(flat, communicator)
     if flat is None:
         return None
-    base, around, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
+    base, careful, around, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
     others = base.new_zeros((*base.shape, 0))
-    return Scene(base, others, around, inputs), squares, frames[:, 0].long()
+    return Scene(base, careful, others, around, inputs), squares, frames[:, 0].long()
 
 
 @dataclass(frozen=True)
@@ -306,8 +338,8 @@ def _residuals(reference: torch.Tensor | None, predicted: torch.Tensor) -> torch
     return (torch.full_like(predicted, torch.nan) if reference is None else reference) - predicted.double()
 
 
-def _calibrated(name: str, head: Head, observed: _Observed) -> FittedMethod:
-    """Calibrators of a head, separately for forces, energy and stress."""
+def _calibrated(name: str, head: Head, observed: _Observed) -> tuple[FittedMethod, Calibrator]:
+    """Calibrators of a head, separately for forces, energy and stress; and the other form of that of the forces."""
     raw = observed.raw[name]
     choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
     calibrators = {"forces": choices["forces"].calibrator}
@@ -322,7 +354,7 @@ def _calibrated(name: str, head: Head, observed: _Observed) -> FittedMethod:
     for quantity, choice in choices.items():
         _warn_at_boundaries(name, quantity, choice)
     likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
-    return FittedMethod(head, calibrators, likelihoods)
+    return FittedMethod(head, calibrators, likelihoods), choices["forces"].alternative
 
 
 def _force_residuals(scores: np.ndarray, observed: _Observed) -> Residuals:

@@ -50,12 +50,16 @@ class Predictor:
         Raises:
             InputError: A structure cannot be evaluated.
         """
-        evaluation = self.backend.evaluate(
-            self.backend.collate(frames, first=first), gradients=self.uncertainty_model.gradients
-        )
-        uncertainties = self.uncertainty_model.apply(evaluation)
+        gradients = self.uncertainty_model.gradients
+        # A derivative of one structure runs through the graph of its whole batch.
+        batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
+        predictions, done = [], first
+        for batch in batches:
+            evaluation = self.backend.evaluate(self.backend.collate(batch, first=done), gradients=gradients)
+            predictions += _split(evaluation, self.uncertainty_model.apply(evaluation))
+            done += len(batch)
         self._name_unseen(frames)
-        return _split(evaluation, uncertainties)
+        return predictions
 
     def _name_unseen(self, frames: Sequence[Atoms]) -> None:
         present = {int(z) for atoms in frames for z in np.unique(atoms.numbers)}

@@ -234,6 +234,32 @@ def evaluate(
     predictor.backend.check(chosen, name="labelled test frame")
     _refuse_own_labels(predictor, chosen, labels)
     observed = _observe(predictor, chosen, labels, batch_atoms, progress)
+    return assess(
+        observed, len(chosen), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
+    )
+
+
+def assess(
+    observed: Mapping[tuple[str, str], Sample],
+    n_frames: int,
+    *,
+    tolerance: float = 0.3,
+    block: int = 1,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assessment:
+    """Scores residuals and standard deviations from wherever they come, such as a committee beside our methods.
+
+    Args:
+        observed: By (method, quantity); rows without a finite, positive standard deviation are left out and counted.
+        n_frames: Frames they were observed on.
+        tolerance: As in `evaluate`, like the rest.
+        block: Likewise.
+        n_bootstrap: Likewise.
+        seed: Likewise.
+        progress: Whether to show a progress bar.
+    """
     scores: list[Score] = []
     samples: dict[tuple[str, str], Sample] = {}
     for (method, quantity), sample in tqdm(observed.items(), desc="score", disable=not progress, leave=False):
@@ -250,7 +276,7 @@ def evaluate(
                 scores += [Score(method, quantity, element, metric, *values, n) for metric, values in found.items()]
             n_all = int(among.sum())
             scores.append(Score(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))
-    return Assessment(tuple(scores), samples, len(chosen), tolerance)
+    return Assessment(tuple(scores), samples, n_frames, tolerance)
 
 
 @dataclass(frozen=True)
@@ -433,8 +459,8 @@ def _observe(
             "the test frames have no reference forces, and the uncertainty model has no energy uncertainty: there is "
             "nothing to judge. Give frames with forces, or fit again with calibration frames that have energies."
         )
-    forces = {(method, "forces_max"): _largest(s) for (method, quantity), s in samples.items() if quantity == "forces"}
-    return dict(sorted((samples | forces).items(), key=lambda item: list(UNITS).index(item[0][1])))
+    largest = {(m, "forces_max"): largest_of_frames(s) for (m, quantity), s in samples.items() if quantity == "forces"}
+    return dict(sorted((samples | largest).items(), key=lambda item: list(UNITS).index(item[0][1])))
 
 
 def _keys(predictor: Predictor) -> dict[tuple[str, str], str]:
@@ -457,8 +483,8 @@ def _rows(quantity: str, values: np.ndarray | float, n_atoms: int) -> np.ndarray
     return np.atleast_2d(np.asarray(values, float))
 
 
-def _largest(sample: Sample) -> Sample:
-    """The largest error beside the largest uncertainty of each frame; NaN and inf of any atom are its frame's."""
+def largest_of_frames(sample: Sample) -> Sample:
+    """`forces_max` of `forces`: largest error and uncertainty of each frame; NaN and inf of an atom are its frame's."""
     assert sample.numbers is not None
     frames, counts = np.unique(sample.frame, return_counts=True)
     errors, uncertainties = (

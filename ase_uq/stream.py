@@ -55,7 +55,8 @@ class LabelledStream:
         title: str = "",
     ) -> None:
         self._backend = backend
-        batches = list(batches_of(frames, batch_atoms))
+        # A derivative of one structure runs through the graph of its whole batch.
+        batches = list(batches_of(frames, 1 if gradients else batch_atoms))
         firsts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
         self._batches = shard(list(zip(firsts, batches, strict=False)), communicator)
         self._forces = forces

@@ -1,5 +1,6 @@
 """Derivatives of an evaluation whose graph is kept: the same for every potential that torch differentiates."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -9,18 +10,22 @@ from torch import Tensor
 
 from ase_uq.evaluation import Gradients
 
+# Threads may share a potential: flags that one has set must not be put back by another.
+_FLAGS = threading.RLock()
+
 
 @contextmanager
 def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
     """Lets parameters take part in the graph of what is computed inside; their flags are put back on leaving."""
-    flags = [parameter.requires_grad for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, flag in zip(parameters, flags, strict=True):
-            parameter.requires_grad_(flag)
+    with _FLAGS:
+        flags = [parameter.requires_grad for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
 
 
 class GraphGradients(Gradients):

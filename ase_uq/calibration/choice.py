@@ -19,6 +19,7 @@ class Choice:
 
     Args:
         calibrator: Fitted on all rows.
+        alternative: The better calibrator of the other form.
         nll: Cross-validated mean negative log-likelihood a component of each form.
         constant_nll: The same for one constant variance: what the score is worth is the difference.
         n_rows: Rows it was fitted on.
@@ -26,6 +27,7 @@ class Choice:
     """
 
     calibrator: Calibrator
+    alternative: Calibrator
     nll: dict[str, float]
     constant_nll: float
     n_rows: int
@@ -50,8 +52,16 @@ def fit_calibrator(residuals: Residuals) -> Choice:
     for column in range(residuals.scores.shape[1]):
         forms[f"affine[{column}]"] = lambda rows, column=column: fit_affine(rows, column)
     nll = {name: _cross_validated(fit, residuals, fold) for name, fit in forms.items()}
-    best = min(nll, key=lambda name: nll[name])
-    return Choice(forms[best](residuals), nll, _constant_nll(residuals, fold), len(residuals.squares), len(groups))
+    affine = min((name for name in nll if name != "power"), key=lambda name: nll[name])
+    best, other = sorted(("power", affine), key=lambda name: nll[name])
+    return Choice(
+        forms[best](residuals),
+        forms[other](residuals),
+        nll,
+        _constant_nll(residuals, fold),
+        len(residuals.squares),
+        len(groups),
+    )
 
 
 def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residuals, fold: np.ndarray) -> float:

@@ -35,9 +35,18 @@ def fit(
             "--out", metavar="FILE", help="Where to write, for example my.uq.safetensors; replaced if it exists."
         ),
     ],
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="Methods, with commas between: bll, pdrum, kernel, mahalanobis, knn, gmm, pops, ntk, committee, "
+            "confidence. Several are combined.",
+        ),
+    ] = "bll,pdrum,kernel",
     features: Annotated[
         Features,
-        typer.Option("--features", help="What distances are measured in: invariants of all layers, or the last one."),
+        typer.Option("--features", help="What bll measures distances in: invariants of all layers, or the last one."),
     ] = Features.latent,
     energy_key: Annotated[
         str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
@@ -67,6 +76,8 @@ def fit(
     from ase_uq.methods import make_method
 
     check_writable(out)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    makers = [make_method(name, **({"features": features.value} if name == "bll" else {})) for name in names]
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")
     seed_all(seed)
@@ -76,7 +87,7 @@ def fit(
         load_potential(model, device, dtype),
         train_frames,
         calibration_frames,
-        methods=[make_method("bll", features=features.value)],
+        methods=makers,
         label_keys=keys if energy_key or forces_key or stress_key else None,
         batch_atoms=batch_atoms,
     )

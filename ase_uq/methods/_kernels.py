@@ -49,7 +49,7 @@ def random_signs(places: Tensor, seed: int) -> Tensor:
 
 
 def random_normal(count: int, seed: int) -> Tensor:
-    """(count,) standard normal, by Box and Muller (1958); on the CPU, whose logarithm every machine shares."""
+    """(count,) standard normal, by Box and Muller (1958); on the CPU, so that devices share them."""
     places = torch.arange(count)
     radius = (-2 * random_uniform(random_bits(2 * places, seed)).log()).sqrt()
     return radius * (2 * torch.pi * random_uniform(random_bits(2 * places + 1, seed))).cos()

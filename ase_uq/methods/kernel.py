@@ -58,10 +58,10 @@ class Kernel(Method):
 
     name = "kernel"
     layer: Literal["latent", "last_layer"] = "latent"
-    kernel: Literal["linear", "rbf"] = "linear"
+    kernel: Literal["linear", "rbf"] = "rbf"
     normalisation: Literal["centred", "global", "cosine"] = "centred"
     pooling: Literal["mean", "sum"] = "mean"
-    noise: float = 1e-6
+    noise: float = 1e-4
     length: float = 3.0
     landmarks: int = 512
     radii: tuple[float, ...] = RADII
@@ -108,6 +108,8 @@ class KernelHead(Head):
             variance({name.removeprefix(of): tensor for name, tensor in tensors.items() if name.startswith(of)})
             for of in ("atoms.", "frames.")
         )
+        # Both have a largest value, however far an atom is.
+        self.grows = settings["kernel"] == "linear" and settings["normalisation"] != "cosine"
 
     @property
     def settings(self) -> dict[str, Any]:

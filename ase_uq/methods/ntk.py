@@ -34,7 +34,7 @@ class NTK(Method):
     Args:
         size: Numbers that a gradient is sketched to; 512 or more keep the ranking of hundreds of frames.
         tangents: Random directions in which the forces of a frame are looked at; each costs a backward pass through
-            the forces.
+            the forces. On acetylacetone 4 ranked frames as well as 8, and better than 1 or 2.
         noise: σ² relative to the mean square of the gradients.
         seed: Of the sketch and of the directions.
     """
@@ -90,14 +90,15 @@ class NTKHead(Head):
         energy = (energy_rows(evaluation, self.sketch) @ self.energy_root).square().sum(1)
         rows = force_rows(evaluation, self.sketch, self._settings["tangents"], self._settings["seed"])
         forces = (rows @ self.force_root).square().sum(2).mean(1)
-        frames = torch.stack([energy, forces], 1)
-        distance = forces[evaluation.frame_of_atom]
+        # Each says something of the other's errors.
+        scores = torch.stack([forces, energy], 1)
+        atoms = scores[evaluation.frame_of_atom]
         return Raw(
-            forces=distance[:, None, None],
-            energy=frames,
-            energies=energy[evaluation.frame_of_atom],
-            stress=frames,
-            distance=distance,
+            forces=atoms[:, None, :],
+            energy=scores.flip(1),
+            energies=atoms[:, 1],
+            stress=scores,
+            distance=atoms[:, 0],
         )
 
 
@@ -143,7 +144,7 @@ class NTKSums(Accumulator):
         return NTKHead(settings, tensors)
 
     def _parameters(self, communicator: Communicator) -> int:
-        own = None if self.sketch is None else torch.tensor([[float(self.sketch.length)]])
+        own = None if self.sketch is None else torch.tensor([[self.sketch.length]], dtype=torch.float64)
         lengths = gather(own, communicator)
         if lengths is None:
             raise LabelError("there are no training frames.")

@@ -134,6 +134,8 @@ class PDRUMHead(Head):
     force_unit: Tensor
     weights: Tensor
 
+    grows = False
+
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self._settings = settings

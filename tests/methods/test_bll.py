@@ -14,7 +14,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Edges, Evaluation, ForceLayer
+from ase_uq.evaluation import Evaluation, ForceLayer
 from ase_uq.methods import available_methods, make_method, method_class
 from ase_uq.methods.bll import BLL, BLLHead, projected_leverage
 from ase_uq.sites import sum_over_sites
@@ -171,26 +171,53 @@ class TestEnergy:
 
 
 class TestSites:
-    def test_sums_are_those_of_a_loop_over_neighbours(self, conservative: Backend, frames: list[Atoms]):
+    def test_without_reach_scores_are_the_sums_over_sites(self, conservative: Backend, frames: list[Atoms]):
         radii = (1.5, 3.0)
-        head = fit_head(BLL(radii=radii), conservative, frames)
+        head = fit_head(BLL(radii=radii, reach=0.0), conservative, frames)
         (periodic,) = labelled_frames(1, seed=5, cell=4.2)
         for atoms in (frames[0], periodic):
-            raw = head(evaluate(conservative, [atoms]))
+            batch = evaluate(conservative, [atoms])
+            raw = head(batch)
             assert raw.forces.shape == (len(atoms), 1, 3)
-            own = raw.distance.numpy()
-            # Images within the radius, written out: three cells to each side are more than enough.
-            steps = range(-3, 4) if atoms.pbc.any() else (0,)
-            for k, radius in enumerate(radii):
-                expected = own.copy()
-                for i in range(len(atoms)):
-                    for j in range(len(atoms)):
-                        for shift in np.array([(a, b, c) for a in steps for b in steps for c in steps]):
-                            r = np.linalg.norm(atoms.positions[j] + shift @ atoms.cell.array - atoms.positions[i])
-                            if 1e-9 < r < radius:
-                                expected[i] += 0.5 * (1 + np.cos(np.pi * r / radius)) * own[j]
-                np.testing.assert_allclose(raw.forces[:, 0, 1 + k], expected, rtol=1e-10)
-            np.testing.assert_array_equal(raw.forces[:, 0, 0], own)
+            np.testing.assert_array_equal(raw.forces[:, 0, 0], raw.distance)
+            np.testing.assert_allclose(raw.forces[:, 0, 1:], sum_over_sites(raw.distance, batch.edges, radii))
+
+    def test_reach_adds_the_mean_over_the_receptive_field(self, conservative: Backend, frames: list[Atoms]):
+        """s_k + reach · n_k · m, written out over the neighbours of a molecule."""
+        radii, reach = (1.5, 3.0), 0.3
+        head = fit_head(BLL(radii=radii, reach=reach), conservative, frames)
+        atoms = next(atoms for atoms in frames if len(atoms) == 6)
+        raw = head(evaluate(conservative, [atoms]))
+        own = raw.distance.numpy()
+        separation = atoms.get_all_distances()
+
+        def weight(i: int, j: int, radius: float) -> float:
+            r = separation[i, j]
+            return 1.0 if i == j else 0.5 * (1 + np.cos(np.pi * r / radius)) * (r < radius)
+
+        everyone = range(len(atoms))
+        mean = own
+        for _ in range(3):
+            mean = [
+                sum(weight(i, j, 3.0) * mean[j] for j in everyone) / sum(weight(i, j, 3.0) for j in everyone)
+                for i in everyone
+            ]
+        for i in everyone:
+            expected = [own[i] + reach * mean[i]]
+            expected += [sum(weight(i, j, r) * (own[j] + reach * mean[i]) for j in everyone) for r in radii]
+            np.testing.assert_allclose(raw.forces[i, 0], expected, rtol=1e-10)
+
+    def test_a_head_without_reach_in_its_settings_has_none(self, conservative: Backend, frames: list[Atoms]):
+        """Such as one of a file of format 1."""
+        head = fit_head(BLL(reach=0.0), conservative, frames)
+        settings = {name: value for name, value in head.settings.items() if name != "reach"}
+        batch = evaluate(conservative, frames[:3])
+        assert torch.equal(BLL.load(settings, dict(head.state_dict()))(batch).forces, head(batch).forces)
+
+    def test_a_negative_reach_is_refused(self):
+        for reach in (-0.1, float("nan")):
+            with pytest.raises(ValueError, match="the reach is 0 or above"):
+                BLL(reach=reach)
 
     def test_two_far_copies_have_the_values_of_one(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(BLL(), conservative, frames)
@@ -201,29 +228,6 @@ class TestSites:
         torch.testing.assert_close(two.forces, one.forces.repeat(2, 1, 1), rtol=1e-9, atol=0)
         torch.testing.assert_close(two.distance[n_atoms:], one.distance, rtol=1e-9, atol=0)
         torch.testing.assert_close(two.energy, one.energy, rtol=1e-9, atol=0)
-
-    def test_a_neighbour_comes_and_goes_smoothly(self):
-        def at(r: float) -> float:
-            pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[r, 0, 0]] * 2, dtype=torch.float64)
-            values = torch.tensor([1.0, 1.0], dtype=torch.float64)
-            return float(sum_over_sites(values, Edges(*pair), [2.0])[0, 0])
-
-        assert at(0.0) == 2.0
-        assert at(1.0) == pytest.approx(1.5)
-        assert at(2.0 - 1e-4) == pytest.approx(1.0, abs=1e-8)
-        assert at(2.0) == at(3.0) == 1.0
-
-    def test_a_radius_ends_at_the_cutoff_of_the_potential(self):
-        pair = torch.tensor([0, 1]), torch.tensor([1, 0]), torch.tensor([[2.0, 0, 0]] * 2, dtype=torch.float64)
-        values = torch.ones(2, dtype=torch.float64)
-        cut = sum_over_sites(values, Edges(*pair, cutoff=3.0), [5.0])
-        assert torch.equal(cut, sum_over_sites(values, Edges(*pair), [3.0]))
-
-    def test_values_are_not_changed(self):
-        values = torch.ones(2, dtype=torch.float64)
-        edges = Edges(torch.tensor([0]), torch.tensor([1]), torch.tensor([[1.0, 0, 0]]))
-        sum_over_sites(values, edges, [2.0])
-        assert values.tolist() == [1.0, 1.0]
 
     def test_turning_a_molecule_changes_nothing(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(BLL(ridge=RIDGE), conservative, frames)
@@ -381,7 +385,7 @@ class TestDirectHead:
         np.testing.assert_allclose(raw.forces[:, :, 0], expected, rtol=1e-8, atol=1e-10)
 
     def test_scores_of_the_sites_stand_beside_it(self, direct: Backend, frames: list[Atoms]):
-        raw = fit_head(BLL(radii=(2.0,)), direct, frames)(evaluate(direct, frames[:3]))
+        raw = fit_head(BLL(radii=(2.0,), reach=0.0), direct, frames)(evaluate(direct, frames[:3]))
         assert raw.forces.shape[1:] == (3, 3)
         torch.testing.assert_close(raw.forces[:, :, 1], raw.distance[:, None].expand(-1, 3))
 

@@ -101,8 +101,9 @@ class TestScores:
         raw = head(batch)
         np.testing.assert_allclose(raw.energy[:, 1], scores, rtol=1e-7)
         np.testing.assert_allclose(raw.distance, scores[batch.frame_of_atom], rtol=1e-7)
-        assert torch.equal(raw.forces[:, 0, 0], raw.distance)
-        assert torch.equal(raw.stress, raw.energy)
+        atoms = torch.stack([raw.distance, raw.energies], 1)
+        assert torch.equal(raw.forces[:, 0], atoms)
+        assert torch.equal(raw.stress, raw.energy.flip(1))
 
     def test_random_tangents_stand_for_all_components(self, conservative: Backend, new: list[Atoms]):
         """E‖∂(δ·F)/∂θ‖²/3N is the mean square of the rows of the Jacobian; 200 tangents are within a few percent."""
