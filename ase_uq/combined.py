@@ -337,11 +337,8 @@ def _residual_model(
         own = own_squares * torch.exp(-seen.base)
         # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
         # there is none at all, as with its own forces for labels, nothing is.
-        own = own / own.nanmean()
-        # Frames without a label must not take part in the making of folds, or some would be empty.
-        labelled = own.isfinite().all(1)
-        inputs, ratios = torch.cat([seen.inputs[labelled], inputs]), torch.cat([own[labelled], ratios])
-        frames = _interleaved(own_frames[labelled], frames)
+        inputs, ratios = torch.cat([seen.inputs, inputs]), torch.cat([own / own.nanmean(), ratios])
+        frames = _interleaved(own_frames, frames)
     ensemble = cross_fit(inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
     found = out_of_fold(ensemble, inputs, folds_of(frames, _FOLDS))
     return ensemble, found[len(inputs) - len(scene.inputs) :]
@@ -350,12 +347,13 @@ def _residual_model(
 def _interleaved(first: Tensor, second: Tensor) -> Tensor:
     """Numbers the frames of two data sets anew, so that consecutive ones are as far into the one as into the other.
 
-    Folds are made of consecutive frames. Of a few calibration frames after many training frames, all would be in one.
+    Folds are made of consecutive frames. A few calibration frames after many training frames would all be in one, and
+    where the training frames have no labels, none would be left to train a network on.
     """
     one, two = (frames.unique(return_inverse=True)[1] for frames in (first, second))
     n_one, n_two = (len(frames.unique()) for frames in (first, second))
     # Even numbers and odd ones: no frame of the one is taken for a frame of the other.
-    return torch.cat([2 * n_two * one, 2 * max(n_one, 1) * two + 1])
+    return torch.cat([2 * n_two * one, 2 * n_one * two + 1])
 
 
 def _nll(predictions: Tensor, ratios: Tensor) -> Tensor:

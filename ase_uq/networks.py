@@ -74,8 +74,9 @@ class Ensemble(torch.nn.Module):
 
     Args:
         settings: `sizes` of the layers from inputs to outputs, `output` of the last one, and what the training took.
-        tensors: `weights` (n_members, n_weights), those of all layers of a member in a row; `centre` and `spread`
-            (n_inputs,) of the inputs; `shift` and `unit` (n_outputs,): outputs are shift + unit · last layer; float64.
+        tensors: `weights` (n_members, n_weights), those of all layers of a member in a row, as trained in float32;
+            `centre` and `spread` (n_inputs,) of the inputs; `shift` and `unit` (n_outputs,): outputs are shift +
+            unit · last layer; float64.
     """
 
     weights: Tensor
@@ -99,7 +100,7 @@ class Ensemble(torch.nn.Module):
         """(n, n_inputs) → (n_members, n, n_outputs), float64: what each member says."""
         # float64: a row must not depend on the others of its batch, and float32 products do so at 1e-7.
         rows = ((inputs.double() - self.centre) / self.spread).expand(len(self.weights), -1, -1)
-        return self.shift + self.unit * _outputs(self.weights, rows, self._settings)
+        return self.shift + self.unit * _outputs(self.weights.double(), rows, self._settings)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, n_inputs) → (n, n_outputs), float64: the mean over the members."""
@@ -229,7 +230,7 @@ def cross_fit(
             if not descent.active:
                 break
     settings |= {"epochs": descent.epochs, "loss": descent.best_loss.tolist()}
-    return Ensemble(settings, {"weights": descent.best.double(), **data.scales})
+    return Ensemble(settings, {"weights": descent.best, **data.scales})
 
 
 @contextmanager

@@ -1,9 +1,9 @@
 """How good every method is on a data set, in and out of distribution, beside a committee: one table.
 
-    python benchmarks/quality.py ../shared/data/acac POTENTIAL.model [--committee MEMBER.model MEMBER.model ...]
+    python benchmarks/quality.py ../shared/data/acac POTENTIAL.model [--committee 'MEMBERS_*.model']
                                  [--out benchmarks/results/quality_acac] [--block 5] [--tolerance 0.3]
 
-The folder holds train*.xyz, calib*.xyz, test_id*.xyz and ood_*.xyz, labelled. Everything is fitted on the first,
+The folder holds train*.xyz, calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the first,
 calibrated on the second, and only looked at on the others. POTENTIAL is a MACE .model file, or a SPEC.
 
 The committee is judged on the errors of POTENTIAL, which should be one of its members: the standard deviation over
@@ -43,7 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("potential")
-    parser.add_argument("--committee", nargs="+", type=Path, default=[])
+    parser.add_argument("--committee", default="", help="pattern of the members' files, in quotes")
     parser.add_argument("--others", nargs="*", default=list(OTHERS), help="methods beside the default ones")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--block", type=int, default=5, help="frames that are resampled together")
@@ -59,7 +59,7 @@ def main() -> None:
     committee = Committee(arguments.committee, backend, splits["calib"]) if arguments.committee else None
     tests, skipped = {}, []
     for name, frames in splits.items():
-        if not name.startswith(("test_id", "ood")):
+        if name in ("train", "calib"):
             continue
         try:
             tests[name] = assessment(backend, models, committee, frames, arguments.block, arguments.tolerance)
@@ -76,7 +76,7 @@ def main() -> None:
 def splits_of(folder: Path) -> dict[str, list[Atoms]]:
     """Labelled frames by the name of their file; several training or calibration files are one."""
     found: dict[str, list[Atoms]] = {}
-    for prefix in ("train", "calib", "test_id", "ood"):
+    for prefix in ("train", "calib", "test", "ood"):
         for path in sorted(folder.glob(f"{prefix}*.xyz")):
             frames = [atoms for atoms in read_frames(path) if labels_of(atoms).forces is not None]
             if frames:
@@ -112,19 +112,14 @@ class Committee:
     """The standard deviation over members, calibrated for the errors of one potential.
 
     Args:
-        files: Of the members.
+        pattern: Of the members' files.
         backend: Of the potential.
         calibration: Frames.
     """
 
-    def __init__(self, files: Sequence[Path], backend: Backend, calibration: list[Atoms]) -> None:
-        from mace.calculators import MACECalculator
-
-        self.n_members = len(files)
-        calculator = MACECalculator(
-            model_paths=[str(path) for path in files], device=str(backend.device), default_dtype="float64"
-        )
-        self._members = load_backend(calculator)
+    def __init__(self, pattern: str, backend: Backend, calibration: list[Atoms]) -> None:
+        self._members = load_backend(f"mace:{pattern}", device=str(backend.device))
+        self.n_members = self._members.calculator.num_models
         residuals, variance, _, frame = self._observe(backend, calibration)
         self.calibrator: Calibrator = fit_calibrator(
             Residuals(variance[:, None], (residuals**2).sum(1), 3, frame)

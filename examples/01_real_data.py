@@ -42,7 +42,7 @@ def frames_of(path):
 # %% Fit and calibrate: one pass over each of the two files
 backend = load_backend(f"mace:{arguments.model}")
 train = frames_of(arguments.train)
-fitted = fit(backend, train, frames_of(arguments.calibration))
+fitted = fit(backend, train, frames_of(arguments.calibration), methods=["bll"])
 print(fitted.summary(), "\n")
 head = fitted.methods["bll"].head
 

@@ -41,7 +41,7 @@ CELL = 4.5
 @pytest.fixture(scope="module")
 def model() -> UncertaintyModel:
     train, held_out = labelled_frames(30, seed=1, cell=CELL), labelled_frames(30, seed=2, cell=CELL)
-    return fit(ToyCalculator(ELEMENTS), train, held_out, progress=False)
+    return fit(ToyCalculator(ELEMENTS), train, held_out, methods=["bll"], progress=False)
 
 
 @pytest.fixture
@@ -113,7 +113,7 @@ class TestResults:
     def test_a_direct_potential_has_no_stress(self):
         calculator = ToyCalculator(ELEMENTS, direct=True)
         train, held_out = labelled_frames(30, seed=1), labelled_frames(30, seed=2)
-        ours = UncertainCalculator(calculator, fit(calculator, train, held_out, progress=False))
+        ours = UncertainCalculator(calculator, fit(calculator, train, held_out, methods=["bll"], progress=False))
         assert "stress" not in ours.implemented_properties
         uncertainty = ours.get_property("forces_uncertainty", molecule("CH3OH"))
         assert not np.allclose(uncertainty[:, 0], uncertainty[:, 1])
@@ -126,7 +126,7 @@ class TestResults:
 class TestConstruction:
     def test_from_a_file_and_a_spec(self, tmp_path: Path):
         train, held_out = labelled_frames(30, seed=1), labelled_frames(30, seed=2)
-        model = fit("toy:", train, held_out, progress=False)
+        model = fit("toy:", train, held_out, methods=["bll"], progress=False)
         model.save(tmp_path / "toy.uq.safetensors")
         atoms = molecule("CH3OH")
         expected = UncertainCalculator("toy:", model).get_property("forces_uncertainty", atoms)
@@ -373,7 +373,7 @@ class TestMACE:
                 atoms.arrays["REF_forces"] = mace.get_property("forces", atoms) + random.normal(size=(len(atoms), 3))
             parts.append(frames)
         with pytest.warns(UQWarning):
-            model = fit(mace, *parts, progress=False)
+            model = fit(mace, *parts, methods=["bll"], progress=False)
         return UncertainCalculator(mace, model)
 
     def test_a_run_is_the_bare_one_bit_for_bit_and_charge_counts(self, mace: Any, ours: UncertainCalculator):

@@ -23,6 +23,7 @@ from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 
 N_VIEWS = 6
 Rows = tuple[Scene, Tensor, Tensor]
+FLAT = AffineCalibrator(1.0, 0.0)
 QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patience=5)
 
 
@@ -49,7 +50,7 @@ class World:
 
     @property
     def view(self) -> View:
-        return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {})
+        return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {}, FLAT)
 
     def rows(self, seed: int, n_frames: int = 80, n_atoms: int = 10, scale: float = 1.0) -> Rows:
         """Scene, squared residuals and frames."""
@@ -64,6 +65,7 @@ class World:
         squares = residuals**2 if self.n_components == 3 else (residuals**2).mean(1, keepdims=True)
         scene = Scene(
             base=torch.tensor(base),
+            careful=torch.zeros(shape, dtype=torch.float64),
             others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
             around=torch.tensor(level + 0.2 * random.normal(size=(n, N_VIEWS))),
             inputs=torch.tensor(inputs),
@@ -90,8 +92,8 @@ class TestWeights:
         random = np.random.default_rng(0)
         base, gate, good, useless = random.normal(size=(4, 900, 1))
         gate = 1 / (1 + np.exp(-gate))
-        harmful = -good + 0.5 * random.normal(size=good.shape)
         squares = np.exp(base + gate * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
+        harmful = base - np.log(squares)
         corrections = {"good": gate * good, "useless": gate * useless, "harmful": gate * harmful}
         return combined._Rows(base, gate, squares, corrections)
 
@@ -102,7 +104,7 @@ class TestWeights:
         def loss(x: np.ndarray) -> float:
             return rows.nll(rows.log_variance(names, x[0], x[1:]))
 
-        bounds = [(-5, 5), *[(0, 2)] * 3]
+        bounds = [(-5, 5), *[(0, 1)] * 3]
         expected = minimize(loss, [0.1] * 4, method="SLSQP", bounds=bounds, options={"ftol": 1e-13, "maxiter": 500})
         constant, weights = rows.fitted(names)
         np.testing.assert_allclose([constant, *weights], expected.x, atol=1e-4)
@@ -269,27 +271,33 @@ class TestOutOfFold:
         assert not np.allclose(fitted.variance, combination(rows[0], {}))
 
 
+@pytest.fixture(scope="module")
+def views() -> Tensor:
+    random = np.random.default_rng(3)
+    level = random.normal(size=(2000, 1))
+    mixed = random.normal(size=(2000, N_VIEWS)) @ (0.3 * random.normal(size=(N_VIEWS, N_VIEWS)))
+    return torch.from_numpy(level + mixed)
+
+
+@pytest.fixture(scope="module")
+def gate(views: Tensor) -> Gate:
+    return Gate.fit(views, views[1000:])
+
+
 class TestGate:
-    @pytest.fixture(scope="class")
-    def views(self) -> Tensor:
-        random = np.random.default_rng(3)
-        level = random.normal(size=(2000, 1))
-        mixed = random.normal(size=(2000, N_VIEWS)) @ (0.3 * random.normal(size=(N_VIEWS, N_VIEWS)))
-        return torch.from_numpy(level + mixed)
-
-    @pytest.fixture(scope="class")
-    def gate(self, views: Tensor) -> Gate:
-        return Gate.fit(views, views[1000:])
-
     def test_is_two_sigmoids_with_edges_at_quantiles_of_the_calibration_atoms(self, gate: Gate, views: Tensor):
         pattern = (views[:, 1:] - views[:, :1]).numpy()
         z = (pattern - pattern.mean(0)) / pattern.std(0, ddof=1)
         precision = np.linalg.inv(z.T @ z / len(z) + 1e-3 * np.eye(N_VIEWS - 1))
         far = np.log(np.einsum("ni,ij,nj->n", z, precision, z))
         level = views.mean(1).numpy()
-        edges = [np.quantile(far[1000:], 0.99), np.quantile(level[1000:], 0.999)]
+        edges = [
+            np.quantile(far[1000:], combined._PATTERN_QUANTILE),
+            np.quantile(level[1000:], combined._LEVEL_QUANTILE),
+        ]
         np.testing.assert_allclose(gate.edges, edges, rtol=1e-10)
-        expected = 1 / (1 + np.exp(4 * (far - edges[0]))) / (1 + np.exp(level - edges[1]))
+        pattern = 1 / (1 + np.exp(combined._PATTERN_SLOPE * (far - edges[0])))
+        expected = pattern / (1 + np.exp(combined._LEVEL_SLOPE * (level - edges[1])))
         np.testing.assert_allclose(gate(views), expected, rtol=1e-9)
 
     def test_is_open_deep_inside(self, gate: Gate):
@@ -320,7 +328,7 @@ class TestGate:
         views = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 1))).expand(-1, N_VIEWS)
         gate = Gate.fit(views, views)
         assert bool(torch.isfinite(gate(views)).all())
-        assert float(gate(views).median()) > 0.5
+        assert float(gate(views).min()) > 0.1
 
     def test_an_atom_does_not_depend_on_its_batch(self, gate: Gate, views: Tensor):
         alone = torch.cat([gate(view[None]) for view in views[:20]])
@@ -343,9 +351,20 @@ class TestFarAway:
         scene = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
         by_level = replace(scene, around=scene.around + 50)
         by_pattern = replace(scene, around=scene.around + torch.linspace(-500, 500, N_VIEWS, dtype=torch.float64))
+        careful = torch.linspace(0, 2, len(scene.base), dtype=torch.float64)[:, None]
         for far in (by_level, by_pattern):
-            torch.testing.assert_close(combination(far, {}), scene.base.exp(), rtol=1e-6, atol=0)
+            torch.testing.assert_close(combination(far, {}), far.base.exp(), rtol=1e-6, atol=0)
+            # Its other form, where that is larger.
+            both = combination(replace(far, careful=careful), {})
+            torch.testing.assert_close(both, (far.base + careful).exp(), rtol=1e-6, atol=0)
         assert not torch.allclose(combination(scene, {}), scene.base.exp())
+
+    def test_deep_inside_the_other_form_of_the_anchor_does_not_count(self, combination: Combination):
+        scene = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
+        deep = replace(scene, around=combination.gate.centre.mean() + torch.full_like(scene.around, -20.0))
+        deep.around[:, 1:] += combination.gate.centre
+        both = combination(replace(deep, careful=torch.full_like(scene.base, 2.0)), {})
+        torch.testing.assert_close(both, combination(deep, {}), rtol=1e-3, atol=0)
 
     def test_corrections_are_bounded_everywhere(self, combination: Combination):
         scene = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
@@ -372,7 +391,7 @@ class TestSameBits:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _state(combination)}
         calibrators = {"near": AffineCalibrator(1.0, 1.0)}
         again = Combination.load(settings, tensors, calibrators)
-        assert again.view == View("near", ("knows", "more"), (), (1,), calibrators)
+        assert again.view == View("near", ("knows", "more"), (), (1,), calibrators, FLAT)
         assert again.settings == combination.settings
         assert again.describe() == combination.describe()
         again.view = combination.view
@@ -440,7 +459,8 @@ class TestView:
             "near": PowerCalibrator(-2.0, (0.4, 0.3), (1e-3, 1e-3)),
             "other": PowerCalibrator(-1.0, (0.2, 0.1), (1e-3, 1e-3)),
         }
-        return View("near", ("other",), **{"distances": (), "elements": (1, 6), **options}, calibrators=calibrators)
+        settings = {"distances": (), "elements": (1, 6), "alternative": AffineCalibrator(0.08, 0.05), **options}
+        return View("near", ("other",), calibrators=calibrators, **settings)
 
     @pytest.mark.parametrize(("own", "other"), [(1, 1), (1, 3), (3, 1), (3, 3)])
     def test_components_are_those_of_the_anchor(self, own: int, other: int):
@@ -452,6 +472,9 @@ class TestView:
         np.testing.assert_allclose(scene.base, np.log(base), rtol=1e-12)
         if own == 1:
             others = others.mean(1, keepdims=True)
+        careful = np.log(view.alternative.variance(raws["near"].forces).numpy() / base)
+        assert 0.1 < np.mean(careful > 0) < 0.9
+        np.testing.assert_allclose(scene.careful, 2 * np.tanh(np.maximum(careful, 0) / 2), rtol=1e-9, atol=1e-12)
         expected = np.broadcast_to(np.log(others), base.shape)
         assert scene.others.shape == (len(batch.numbers), own, 1)
         np.testing.assert_allclose(scene.others[:, :, 0], expected, rtol=1e-12)

@@ -14,15 +14,24 @@ from ase.build import molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 
-from ase_uq import Predictor, UncertaintyModel, fit
+from ase_uq import Predictor, UncertaintyModel, combined, fit, fitting
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
+from ase_uq.combined import RESIDUAL
+from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import InputError, LabelError, UQWarning
+from ase_uq.methods.base import Head
 from ase_uq.methods.bll import BLL
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames, on_ranks
+from ase_uq.methods.mahalanobis import ElementSums, Mahalanobis
+from ase_uq.networks import Training
+from ase_uq.stream import LabelledStream
+from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames, on_ranks, with_labels
 
 # So few toy frames: errors of energies and of stresses that the distance does not order.
-pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.* tells nothing about the:ase_uq.errors.UQWarning"),
+    pytest.mark.filterwarnings("ignore:.* variance has no floor:ase_uq.errors.UQWarning"),
+]
 
 Change = Callable[[Atoms], Any]
 
@@ -57,7 +66,7 @@ def evaluations(train: list[Atoms], held_out: list[Atoms], monkeypatch: pytest.M
 
 
 def quick(calculator: Any, train: Any, calibration: Any, **options: Any) -> UncertaintyModel:
-    return fit(calculator, train, calibration, progress=False, **options)
+    return fit(calculator, train, calibration, **{"methods": ["bll"], "progress": False, **options})
 
 
 class TestCalibration:
@@ -183,7 +192,7 @@ class TestInputs:
 
     @pytest.mark.parametrize("progress", [True, False])
     def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, capfd):
-        fit(calculator, train, held_out, progress=progress)
+        fit(calculator, train, held_out, methods=["bll"], progress=progress)
         out, errors = capfd.readouterr()
         assert out == ""
         assert ("fit" in errors and "calibrate" in errors) == progress
@@ -196,6 +205,278 @@ class TestInputs:
         quick(backend, train, held_out)
         # Four frames for the units, all for the fit, all for the calibration.
         assert sum(evaluations) == 4 + 20 + 20
+
+
+class Shy(Mahalanobis):
+    """A method whose scores, it says, need not grow with the distance."""
+
+    name = "shy"
+
+    def start(self) -> ElementSums:
+        return _Marked(self, grows=False)
+
+
+class Costly(Mahalanobis):
+    """A method that, it says, needs passes of its own."""
+
+    name = "costly"
+    gradients = True
+
+    def start(self) -> ElementSums:
+        return _Marked(self, gradients=True)
+
+
+class _Marked(ElementSums):
+    def __init__(self, method: Mahalanobis, **marks: bool) -> None:
+        super().__init__(method)
+        self.marks = marks
+
+    def finish(self, communicator: Communicator) -> Head:
+        head = super().finish(communicator)
+        for name, value in self.marks.items():
+            setattr(head, name, value)
+        if head.gradients:
+            original = head.forward
+
+            def forward(evaluation: Any):
+                assert evaluation.gradients is not None, "asked for without gradients"
+                return original(evaluation)
+
+            head.forward = forward
+        return head
+
+
+# Fewer digits are lost with a larger ridge.
+PAIR = (BLL(ridge=1e-4), Mahalanobis(ridge=1e-4))
+
+
+class TestSeveralMethods:
+    @pytest.fixture(autouse=True)
+    def hardly_trained(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        training = Training(hidden=(8,), learning_rate=1e-2, batch=64, max_epochs=4, patience=4)
+        monkeypatch.setattr(combined, "_TRAINING", training)
+
+    @pytest.mark.parametrize("direct", [False, True])
+    def test_are_combined_and_stand_beside_it(self, train, held_out, direct: bool):
+        calculator = ToyCalculator(ELEMENTS, direct=direct)
+        model = quick(calculator, train, held_out, methods=PAIR)
+        assert model.primary == "combined"
+        assert model.combination is not None
+        assert model.combination.view.anchor == "bll"
+        assert model.combination.view.others == model.combination.view.distances == ("mahalanobis",)
+        assert model.combination.view.elements == (1, 6, 8)
+        assert list(model.combination.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
+        batch = evaluate(load_backend(calculator), labelled_frames(4, seed=3))
+        found = model.apply(batch)
+        quantities = [f"{quantity}_uncertainty" for quantity in ("forces", "energy", "energies")]
+        alone = {f"{key}_{name}" for key in quantities for name in ("bll", "mahalanobis")}
+        assert set(found) == set(model.results) == {*quantities, *alone, "gamma"}
+        assert len(model.results) == len(set(model.results))
+        for key, value in found.items():
+            assert bool((value > 0).all()), key
+            assert bool(value.isfinite().all()), key
+        assert found["forces_uncertainty"].shape == (len(batch.numbers), 3)
+        # What the combination does not give is its anchor's.
+        for key in quantities[1:]:
+            np.testing.assert_array_equal(found[key], found[f"{key}_bll"])
+        prediction = Predictor(load_backend(calculator), model).predict(labelled_frames(1, seed=3))[0]
+        assert {*quantities, *alone, "gamma"} <= set(prediction.results)
+
+    def test_each_gives_what_it_gives_alone(self, calculator, train, held_out):
+        both = quick(calculator, train, held_out, methods=PAIR)
+        batch = evaluate(load_backend(calculator), labelled_frames(4, seed=3))
+        together = both.apply(batch)
+        for method in PAIR:
+            for key, value in quick(calculator, train, held_out, methods=[method]).apply(batch).items():
+                if key != "gamma":
+                    np.testing.assert_array_equal(together[f"{key}_{method.name}"], value)
+
+    def test_one_alone_is_not_combined(self, calculator, train, held_out):
+        model = quick(calculator, train, held_out, methods=["mahalanobis"])
+        assert model.primary == "mahalanobis"
+        assert model.combination is None
+        assert not [key for key in model.results if key.endswith("_mahalanobis")]
+
+    def test_the_anchor_is_the_first_that_grows(self, calculator, train, held_out):
+        model = quick(calculator, train, held_out, methods=[Shy(), Mahalanobis(), BLL()])
+        assert model.combination is not None
+        view = model.combination.view
+        assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("shy", "bll"), ("bll",))
+        found = model.apply(evaluate(load_backend(calculator), labelled_frames(4, seed=3)))
+        np.testing.assert_array_equal(found["energy_uncertainty"], found["energy_uncertainty_mahalanobis"])
+
+    def test_of_which_none_grows_are_not_combined(self, calculator, train, held_out):
+        class Silent(Shy):
+            name = "silent"
+
+        with pytest.warns(UQWarning, match=r"none of shy, silent measures a distance .* Fit 'bll' with them") as caught:
+            model = quick(calculator, train, held_out, methods=[Shy(), Silent()])
+        (own,) = [warning for warning in caught if "measures a distance" in str(warning.message)]
+        assert own.filename == __file__
+        assert model.primary == "shy"
+        assert model.combination is None
+        found = model.apply(evaluate(load_backend(calculator), labelled_frames(4, seed=3)))
+        assert set(found) == set(model.results)
+        np.testing.assert_array_equal(found["forces_uncertainty"], found["forces_uncertainty_shy"])
+
+    def test_the_anchor_has_no_passes_of_its_own_if_possible(self, calculator, train, held_out):
+        """Evaluations of training frames are kept without the graph, which the scores of such a method need."""
+        model = quick(calculator, train, held_out, methods=[Costly(), Mahalanobis()])
+        assert model.combination is not None
+        view = model.combination.view
+        assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("costly",), ())
+
+    def test_an_anchor_with_passes_of_its_own_is_enough(self, calculator, train, held_out):
+        model = quick(calculator, train, held_out, methods=[Costly(), Shy()])
+        assert model.combination is not None
+        assert model.combination.view.anchor == "costly"
+
+    def test_the_record_is_that_of_the_combination(self, calculator, train, held_out):
+        model = quick(calculator, train, held_out, methods=PAIR)
+        assert model.combination is not None
+        alone = quick(calculator, train, held_out, methods=PAIR[:1])
+        expected = alone.record.uncertainty
+        if model.combination.weights:
+            assert not np.allclose(model.record.uncertainty, expected)
+        assert model.record.uncertainty.shape == expected.shape
+        np.testing.assert_array_equal(model.record.error, alone.record.error)
+        ratio = model.record.error**2 / model.record.uncertainty**2
+        assert ratio.mean() == pytest.approx(1, abs=0.1)
+
+    def test_calibration_without_energies(self, calculator, train, held_out):
+        for atoms in held_out:
+            del atoms.info["REF_energy"]
+        model = quick(calculator, train, held_out, methods=PAIR)
+        assert model.primary == "combined"
+        expected = ("forces_uncertainty", "gamma", "forces_uncertainty_bll", "forces_uncertainty_mahalanobis")
+        assert model.results == expected
+
+    @pytest.mark.parametrize("labelled", [0, 1, 2])
+    def test_training_frames_without_forces(self, calculator, held_out, labelled: int):
+        """Two that have forces among a hundred must not leave a fold of the networks without any."""
+        train = labelled_frames(100, seed=1)
+        for atoms in train[labelled:]:
+            del atoms.arrays["REF_forces"]
+        model = quick(calculator, train, held_out, methods=PAIR, batch_atoms=20)
+        assert model.primary == "combined"
+        assert np.isfinite(model.record.uncertainty).all()
+
+    def test_training_frames_with_labels_of_the_potential_itself(self, calculator, train, held_out):
+        for atoms in train:
+            atoms.calc = ToyCalculator(ELEMENTS)
+            atoms.arrays["REF_forces"] = atoms.get_forces()
+            atoms.calc = None
+        model = quick(calculator, train, held_out, methods=PAIR)
+        assert np.isfinite(model.record.uncertainty).all()
+
+    def test_the_fewest_frames_are_enough(self, calculator, train, held_out):
+        model = quick(calculator, train[:10], held_out[:10], methods=PAIR)
+        assert np.isfinite(model.record.uncertainty).all()
+
+    def test_lone_atoms_and_crystals_together(self):
+        """Frames without neighbours, of one atom, and of a cell smaller than the cutoff."""
+        calculator = ToyCalculator(ELEMENTS)
+
+        def frames(seed: int) -> list[Atoms]:
+            lone = with_labels([Atoms("O", [(0.1 * k, 0, 0)]) for k in range(seed, seed + 3)], seed=seed)
+            return [*labelled_frames(15, seed=seed), *lone, *labelled_frames(3, seed=seed + 50, cell=4.5)]
+
+        model = quick(calculator, frames(1), frames(20), methods=PAIR)
+        for atoms in frames(40):
+            (alone,) = Predictor(load_backend(calculator), model).predict([atoms])
+            assert np.isfinite(alone["forces_uncertainty"]).all()
+
+    @pytest.mark.parametrize("size", [2, 3])
+    def test_several_ranks_give_the_model_of_one(self, calculator, train, held_out, size: int):
+        options = {"methods": PAIR, "batch_atoms": 40}
+        batch = evaluate(load_backend(calculator), labelled_frames(3, seed=5))
+        serial = quick(calculator, train, held_out, **options)
+        assert serial.combination is not None
+        models = on_ranks(size, lambda ranks: quick(calculator, train, held_out, communicator=ranks, **options))
+        for model in models:
+            assert model.combination is not None
+            assert model.combination.likelihoods == pytest.approx(serial.combination.likelihoods, rel=1e-4)
+            for key, value in serial.apply(batch).items():
+                # Networks are trained in single precision, on inputs whose last digits differ.
+                np.testing.assert_allclose(model.apply(batch)[key], value, rtol=1e-3, err_msg=key)
+
+    def test_a_rank_without_frames_takes_part(self, calculator, train, held_out):
+        models = on_ranks(3, lambda ranks: quick(calculator, train, held_out, methods=PAIR, communicator=ranks))
+        summaries = {model.summary() for model in models}
+        assert len(summaries) == 1
+
+    def test_a_frame_is_evaluated_once_for_all_of_them(self, calculator, train, held_out, evaluations: list[int]):
+        backend = load_backend(calculator)
+        assert backend.identity  # the probe
+        evaluations.clear()
+        quick(backend, train, held_out, methods=[*PAIR, Shy()])
+        # Four frames for the units, all for the fit, all for the calibration.
+        assert sum(evaluations) == 4 + 20 + 20
+
+    @pytest.mark.parametrize("progress", [True, False])
+    def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, capfd):
+        fit(calculator, train, held_out, methods=PAIR, progress=progress)
+        out, errors = capfd.readouterr()
+        assert out == ""
+        assert ("combine" in errors) == progress
+        assert (errors == "") == (not progress)
+
+    def test_inputs_are_not_changed(self, calculator, train, held_out):
+        methods = list(PAIR)
+        before = [atoms.copy() for atoms in train + held_out]
+        quick(calculator, train, held_out, methods=methods)
+        assert methods == list(PAIR)
+        for atoms, copy in zip(train + held_out, before, strict=True):
+            assert atoms == copy
+            assert atoms.info == copy.info
+
+
+class TestKept:
+    """Which training frames the residual model of a combination is made of."""
+
+    @pytest.fixture
+    def water(self) -> list[Atoms]:
+        frames = [molecule("H2O") for _ in range(60)]
+        for seed, atoms in enumerate(frames):
+            atoms.rattle(0.05, seed=seed)
+        return with_labels(frames)
+
+    def kept(self, frames: list[Atoms], communicator: Communicator | None = None, batch_atoms: int = 15) -> list[int]:
+        """First frames of the batches that are kept."""
+        backend = load_backend(ToyCalculator(ELEMENTS))
+        stream = LabelledStream(backend, frames, communicator or Serial(), batch_atoms=batch_atoms, forces=True)
+        kept = fitting._Kept([len(atoms) for atoms in frames])
+        for evaluation, targets in stream:
+            kept.add(evaluation, targets)
+        return [int(targets.frames[0]) for _, targets in kept.batches]
+
+    def test_all_where_they_are_few(self, water):
+        assert self.kept(water) == list(range(0, 60, 5))
+        assert self.kept(water, batch_atoms=3) == list(range(60))
+
+    @pytest.mark.parametrize(("most", "expected"), [(60, [0, 15, 30, 45]), (90, list(range(0, 60, 10))), (1, [0])])
+    def test_evenly_spread_where_they_are_many(self, water, monkeypatch, most: int, expected: list[int]):
+        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", most)
+        assert self.kept(water) == expected
+
+    def test_about_as_many_of_frames_of_all_sizes(self, monkeypatch):
+        frames = labelled_frames(150, seed=1)
+        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", 200)
+        found = self.kept(frames, batch_atoms=1)
+        assert sum(len(frames[k]) for k in found) == pytest.approx(200, rel=0.2)
+        # No third of them without its share.
+        assert min(np.histogram(found, [0, 50, 100, 150])[0]) > 0.2 * len(found)
+
+    @pytest.mark.parametrize("size", [2, 5])
+    def test_the_same_whatever_the_ranks(self, water, monkeypatch, size: int):
+        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", 60)
+        ranks = on_ranks(size, lambda communicator: self.kept(water, communicator))
+        assert sorted(first for own in ranks for first in own) == [0, 15, 30, 45]
+
+    def test_none_without_forces(self, water):
+        for atoms in water[:30]:
+            del atoms.arrays["REF_forces"]
+        assert self.kept(water) == list(range(30, 60, 5))
 
 
 class TestLabels:
@@ -273,6 +554,11 @@ class TestRefusals:
     def test_an_unknown_method(self, calculator, train, held_out):
         with pytest.raises(ValueError, match="there is no method 'bl'"):
             quick(calculator, train, held_out, methods=("bl",))
+
+    @pytest.mark.parametrize("methods", [("bll", "bll"), ("bll", "mahalanobis", BLL(ridge=1e-3))])
+    def test_two_methods_of_one_name(self, calculator, train, held_out, methods):
+        with pytest.raises(ValueError, match="told apart by the name of their method, and there are several 'bll'"):
+            quick(calculator, train, held_out, methods=methods)
 
     def test_an_empty_file(self, calculator, held_out, tmp_path: Path):
         (tmp_path / "train.xyz").write_text("")

@@ -9,6 +9,7 @@ import uncertainty_toolbox as toolbox
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from mapie.metrics.regression import regression_coverage_score
 from scipy import integrate, stats
 from sklearn import metrics as sklearn_metrics
 
@@ -43,6 +44,15 @@ def test_errors_by_hand():
 
 def test_sharpness_by_hand():
     assert metrics.sharpness([3, 4]) == pytest.approx(math.sqrt(12.5))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.68, 0.9])
+def test_coverage_is_that_of_mapie(sample: tuple[np.ndarray, np.ndarray, np.ndarray], level: float):
+    true, predicted, std = sample
+    half = stats.norm.ppf(0.5 + level / 2) * std
+    intervals = np.stack([predicted - half, predicted + half], 1)
+    expected = float(np.squeeze(regression_coverage_score(true, intervals)))
+    assert metrics.coverage(true, predicted, std, level=level) == pytest.approx(expected, abs=1e-12)
 
 
 def test_coverage_by_hand():

@@ -19,7 +19,7 @@ def made(direct: bool, dtype: str = "float64") -> Predictor:
     calculator = ToyCalculator(ELEMENTS, direct=direct, dtype=dtype)
     cell = None if direct else 4.5
     train, held_out = labelled_frames(30, seed=1, cell=cell), labelled_frames(30, seed=2, cell=cell)
-    return Predictor(load_backend(calculator), fit(calculator, train, held_out, progress=False))
+    return Predictor(load_backend(calculator), fit(calculator, train, held_out, methods=["bll"], progress=False))
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["conservative", "direct"])

@@ -71,7 +71,9 @@ class TestLoops:
         for k, radius in enumerate(RADII):
             for i in range(len(atoms)):
                 weights = [weight(atoms, i, j, radius) for j in range(len(atoms))]
-                assert float(found.sums[i, 1 + k]) == pytest.approx(float(own[i]) + np.dot(weights, own.numpy()), rel=1e-10)
+                assert float(found.sums[i, 1 + k]) == pytest.approx(
+                    float(own[i]) + np.dot(weights, own.numpy()), rel=1e-10
+                )
                 assert float(found.counts[i, 1 + k]) == pytest.approx(1 + sum(weights), rel=1e-10)
 
     @pytest.mark.parametrize("kind", STRUCTURES)

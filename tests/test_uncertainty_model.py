@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from ase.build import molecule
 from safetensors.torch import load_file, save_file
 
-from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, fit
+from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, combined, fit
 from ase_uq.artefact import write_artefact
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.combined import RESIDUAL, Combination
 from ase_uq.errors import ArtefactError, PotentialMismatch, UQWarning
 from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
 from ase_uq.methods.bll import BLL
+from ase_uq.networks import Ensemble, Training
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 
 FITTED = Path(__file__).parent / "fitted"
@@ -33,13 +36,144 @@ def calculator() -> ToyCalculator:
 
 @pytest.fixture(scope="module")
 def model(calculator: ToyCalculator) -> UncertaintyModel:
-    return fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+    return fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False)
 
 
 @pytest.fixture
 def path(model: UncertaintyModel, tmp_path: Path) -> Path:
     model.save(tmp_path / "a.uq.safetensors")
     return tmp_path / "a.uq.safetensors"
+
+
+@pytest.fixture(scope="module", params=["conservative", "direct"])
+def potential(request: pytest.FixtureRequest) -> ToyCalculator:
+    return ToyCalculator(ELEMENTS, direct=request.param == "direct")
+
+
+@pytest.fixture(scope="module")
+def several(potential: ToyCalculator) -> UncertaintyModel:
+    """Two methods, and a combination in which everything was kept."""
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter("ignore", UQWarning)
+        patch.setattr(combined, "_TRAINING", Training(hidden=(8,), max_epochs=2))
+        methods = ("bll", "mahalanobis")
+        model = fit(
+            potential, labelled_frames(30, seed=1), labelled_frames(30, seed=2), methods=methods, progress=False
+        )
+    found = model.combination
+    assert found is not None
+    n_inputs = found.view.scene(
+        batch := evaluate(load_backend(potential), labelled_frames(1, seed=3)),
+        {name: fitted.head(batch) for name, fitted in model.methods.items()},
+    ).inputs.shape[1]
+    ensemble = _networks(n_inputs)
+    weights = {"mahalanobis": 0.3, RESIDUAL: 0.6}
+    kept = Combination(found.view, found.gate, ensemble, -0.1, weights, found.likelihoods)
+    return dataclasses.replace(model, combination=kept)
+
+
+def _networks(n_inputs: int) -> Ensemble:
+    """Untrained: what they say is beside the point, but it depends on all inputs."""
+    random = torch.Generator().manual_seed(0)
+    sizes = [n_inputs, 4, 1]
+    weights = torch.randn(5, 4 * n_inputs + 4 + 4 + 1, generator=random)
+    scales = {
+        "centre": torch.zeros(n_inputs, dtype=torch.float64),
+        "spread": torch.full((n_inputs,), 10.0, dtype=torch.float64),
+        "shift": torch.zeros(1, dtype=torch.float64),
+        "unit": torch.ones(1, dtype=torch.float64),
+    }
+    return Ensemble({"sizes": sizes, "output": "linear"}, {"weights": weights, **scales})
+
+
+class TestCombination:
+    def test_results_are_the_same_bits(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
+        several.save(tmp_path / "a")
+        again = UncertaintyModel.load(tmp_path / "a")
+        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        found, expected = again.apply(batch), several.apply(batch)
+        assert list(found) == list(expected)
+        assert set(found) == set(several.results) == set(again.results)
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), key
+        assert not torch.allclose(found["forces_uncertainty"], found["forces_uncertainty_bll"])
+        again.save(tmp_path / "b")
+        assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+    def test_all_else_is_the_same(self, several: UncertaintyModel, tmp_path: Path):
+        several.save(tmp_path / "a")
+        again = UncertaintyModel.load(tmp_path / "a")
+        assert again.primary == "combined"
+        assert again.summary() == several.summary()
+        assert again.results == several.results
+        assert again.combination is not None
+        assert several.combination is not None
+        assert again.combination.settings == several.combination.settings
+        assert again.combination.view == several.combination.view
+
+    def test_without_networks_too(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
+        found = several.combination
+        assert found is not None
+        plain = Combination(found.view, found.gate, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
+        model = dataclasses.replace(several, combination=plain)
+        model.save(tmp_path / "a")
+        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        result = UncertaintyModel.load(tmp_path / "a").apply(batch)["forces_uncertainty"]
+        assert torch.equal(result, model.apply(batch)["forces_uncertainty"])
+
+    def test_copies_on_a_device_are_copies(self, several: UncertaintyModel, potential: ToyCalculator):
+        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        expected = several.apply(batch)
+        copy, gone = several.to(torch.device("cpu")), several.to(torch.device("meta"))
+        assert copy.combination is not None
+        assert gone.combination is not None
+        for key, value in copy.apply(batch).items():
+            assert torch.equal(value, expected[key]), key
+        assert all(buffer.is_meta for buffer in gone.combination.buffers())
+        copy.combination.gate.edges += 5
+        for key, value in several.apply(batch).items():
+            assert torch.equal(value, expected[key]), key
+
+    def test_batch_equals_singles(self, several: UncertaintyModel, potential: ToyCalculator):
+        frames = [*labelled_frames(4, seed=3), molecule("O2")[:1]]
+        predictor = Predictor(load_backend(potential), several)
+        for together, atoms in zip(predictor.predict(frames), frames, strict=True):
+            (alone,) = predictor.predict([atoms])
+            for key in several.results:
+                # A ridge of 1e-9 loses nine digits of sixteen in directions that no frame explored.
+                np.testing.assert_allclose(together[key], alone[key], rtol=1e-5, atol=1e-12, err_msg=key)
+
+    def test_the_plain_keys_beside_the_forces_are_those_of_the_anchor(
+        self, several: UncertaintyModel, potential: ToyCalculator
+    ):
+        found = several.apply(evaluate(load_backend(potential), labelled_frames(6, seed=3)))
+        for key in ("energy_uncertainty", "energies_uncertainty"):
+            assert torch.equal(found[key], found[f"{key}_bll"])
+
+    def test_thresholds_are_those_of_its_record(self, several: UncertaintyModel, tmp_path: Path):
+        several.save(tmp_path / "a")
+        again = UncertaintyModel.load(tmp_path / "a")
+        assert again.threshold(Quantile(0.5)) == several.threshold(Quantile(0.5))
+        assert several.threshold(Quantile(0.5)) == np.quantile(several.record.readings(Reduction()), 0.5)
+
+    def test_the_summary_says_what_it_is_made_of(self, several: UncertaintyModel):
+        text = several.summary()
+        assert "combined (primary)" in text
+        assert "method bll\n" in text
+        assert "method mahalanobis\n" in text
+        assert f"+ 0.30·mahalanobis + 0.60·{RESIDUAL}" in text
+        assert several.combination is not None
+        assert several.combination.describe() in text
+
+    def test_any_flipped_bit_is_found(self, several: UncertaintyModel, tmp_path: Path):
+        several.save(tmp_path / "a")
+        data = (tmp_path / "a").read_bytes()
+        for offset in np.random.default_rng(0).integers(0, len(data), 20):
+            flipped = bytearray(data)
+            flipped[offset] ^= 1
+            (tmp_path / "a").write_bytes(flipped)
+            with pytest.raises(ArtefactError):
+                UncertaintyModel.load(tmp_path / "a")
 
 
 class TestRoundTrip:
@@ -71,7 +205,9 @@ class TestRoundTrip:
 
     def test_two_methods_keep_their_results_apart(self, calculator: ToyCalculator, tmp_path: Path):
         """Two methods would be two classes; here one of them is the other under a second name."""
-        plain = fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+        plain = fit(
+            calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False
+        )
         both = dataclasses.replace(plain, methods={"bll": plain.methods["bll"], "second": plain.methods["bll"]})
         batch = evaluate(load_backend(calculator), labelled_frames(3, seed=3))
         found = both.apply(batch)
@@ -269,7 +405,9 @@ class TestResults:
 
     def test_an_isotropic_method_gives_three_equal_numbers(self):
         calculator = ToyCalculator(ELEMENTS)
-        model = fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), progress=False)
+        model = fit(
+            calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False
+        )
         found = model.apply(evaluate(load_backend(calculator), [molecule("CH3OH")]))["forces_uncertainty"]
         assert found.shape == (6, 3)
         assert torch.equal(found[:, 0], found[:, 2])

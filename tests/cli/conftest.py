@@ -60,7 +60,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         write(path, frames)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)  # invented errors need not follow any method's form
-        fit("toy:", train, calibration, progress=False).save(files.uq)
+        fit("toy:", train, calibration, methods=["bll"], progress=False).save(files.uq)
     return files
 
 

@@ -40,7 +40,7 @@ def frames(seed: int, count: int) -> list[Atoms]:
 
 def main() -> None:
     calculator = ToyCalculator(("H", "O"), direct=True)
-    model = fit(calculator, frames(0, 80), frames(1, 80), progress=False)
+    model = fit(calculator, frames(0, 80), frames(1, 80), methods=["bll"], progress=False)
     model.save(FOLDER / "v1.uq.safetensors")
     backend = load_backend(calculator)
     evaluation = backend.evaluate(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
