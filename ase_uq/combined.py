@@ -7,8 +7,9 @@ default), if possible without passes of its own: it grows with the distance from
 t_k correct it:
 
     of a method      by what its own calibrated log σ² differs from the anchor's
-    of the errors    an ensemble of small networks reads the features of an atom, its element, the predicted force and
-                     the distances around it, and is trained for the likelihood of errors about the anchor
+    of the errors    an ensemble of small networks reads the features of an atom and the mean of those around it, its
+                     element, the predicted force and the distances around it, and is trained for the likelihood of
+                     errors about the anchor
 
 and are bounded, |t_k| ≤ 2. The gate g, between 0 and 1, closes them off where nothing supports them: likelihood on
 frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere. It looks at the
@@ -36,12 +37,13 @@ from ase_uq.calibration import Calibrator, load_calibrator
 from ase_uq.evaluation import Evaluation
 from ase_uq.methods.base import Raw
 from ase_uq.networks import Ensemble, Training, cross_fit, folds_of, out_of_fold
-from ase_uq.sites import RADII, around
+from ase_uq.sites import RADII, around, sum_over_sites
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
 _TRAINING = Training(hidden=(64, 64), batch=512, max_epochs=150, patience=30)
+_NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å, beside which a predicted force is none
 _PATTERN_RIDGE = 1e-3  # of the standardised pattern: directions that hardly vary decide nothing
@@ -104,9 +106,13 @@ class View:
         others = [
             _log_variance(self.calibrators[name], raws[name], base.shape[1]).expand_as(base) for name in self.others
         ]
+        features = evaluation.features.double()
+        counts = sites.counts[:, 1 + RADII.index(_NEIGHBOURHOOD), None]
         kinds = torch.tensor(self.elements, device=evaluation.numbers.device)
         columns = [
-            evaluation.features.double(),
+            features,
+            # Its neighbours pull at the atom, so their errors are in its force.
+            (sum_over_sites(features, evaluation.edges, [_NEIGHBOURHOOD]) / counts[:, None, :])[:, :, 0],
             views,
             (evaluation.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
             (evaluation.numbers[:, None] == kinds).double(),
@@ -246,14 +252,15 @@ class Combination(torch.nn.Module):
         gate = self.gate(scene.around)[:, None]
         return (scene.base + gate * total + (1 - gate) * scene.careful).exp()
 
-    def describe(self) -> str:
-        """What was kept and what each correction weighs, for people."""
-        tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
+    def describe(self) -> list[str]:
+        """What was kept and what each correction weighs, for people; a few lines."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        formula = f"log σ² = {self.view.anchor}"
-        if kept:
-            formula += f" + gate·({self.constant:+.2f} {kept})"
-        return f"{formula}   cross-validated NLL: {tried}"
+        inside = f"{self.view.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.view.anchor
+        tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
+        return [
+            f"log σ² = {inside}; far from the data what {self.view.alternative.describe()} is larger by is added",
+            f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}",
+        ]
 
 
 @dataclass(frozen=True)

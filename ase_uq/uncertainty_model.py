@@ -248,7 +248,8 @@ class UncertaintyModel:
             lines.append(f"  method {name}{' (primary)' if name == self.primary else ''}")
             lines += [_describe(quantity, fitted) for quantity in fitted.calibrators]
         if self.combination is not None:
-            lines.append(f"  combined (primary)\n    forces   {self.combination.describe()}")
+            first, *rest = self.combination.describe()
+            lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
         norms, errors = self.record.uncertainty, self.record.error
         lines.append(
             f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å a component, "

@@ -18,7 +18,7 @@ from ase_uq.calibration import AffineCalibrator, PowerCalibrator
 from ase_uq.combined import LARGEST_CORRECTION, RESIDUAL, Combination, Fitted, Gate, Scene, View, fit_combination
 from ase_uq.methods.base import Raw
 from ase_uq.networks import Training, folds_of
-from ase_uq.sites import RADII, around
+from ase_uq.sites import RADII, around, sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 
 N_VIEWS = 6
@@ -151,15 +151,17 @@ class TestWeights:
         assert fitted.combination.ensemble is None
         torch.testing.assert_close(fitted.combination(fresh, {}), fresh.base.exp(), rtol=1e-12, atol=0)
         np.testing.assert_allclose(fitted.variance, rows[0].base.exp(), rtol=1e-12)
-        assert fitted.combination.describe().startswith("log σ² = near   cross-validated NLL: anchor ")
+        assert fitted.combination.describe()[0].startswith("log σ² = near; far from the data ")
 
     @pytest.mark.usefixtures("quick")
     def test_likelihoods_name_what_was_tried(self):
         others = World(1.5, others=(("knows", 1.0, 0.3),)).fit().combination
         assert list(others.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
         assert list(World().fit().combination.likelihoods) == ["anchor", RESIDUAL]
-        assert "+ gate·(" in others.describe()
-        assert "·knows" in others.describe()
+        formula, tried = others.describe()
+        assert "near + gate·(" in formula
+        assert "·knows" in formula
+        assert tried.startswith(f"cross-validated NLL {min(others.likelihoods.values()):.3f} of anchor ")
 
 
 class TestResidual:
@@ -487,8 +489,11 @@ class TestView:
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).log()
         torch.testing.assert_close(scene.around, views)
         assert batch.forces is not None
+        ones = torch.ones(len(batch.numbers), 1, dtype=torch.float64)
+        near, weights = (sum_over_sites(x, batch.edges, [3.5])[:, :, 0] for x in (batch.features, ones))
         expected = [
             batch.features,
+            near / weights,
             views,
             (batch.forces.norm(dim=1, keepdim=True) + 1e-3).log(),
             torch.stack([batch.numbers == 1, batch.numbers == 6], 1).double(),

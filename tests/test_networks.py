@@ -38,7 +38,7 @@ class TestEnsemble:
         targets = torch.rand(30, 2, generator=generator, dtype=torch.float64)
         training = Training(hidden=(8, 5), max_epochs=2)
         ensemble = cross_fit(inputs, targets, torch.arange(30), training=training, folds=3, output=output)
-        for weights, found in zip(ensemble.weights, ensemble.members(inputs), strict=True):
+        for weights, found in zip(ensemble.weights.double(), ensemble.members(inputs), strict=True):
             layers, start = [], 0
             for fan_in, fan_out in ((4, 8), (8, 5), (5, 2)):
                 layer = torch.nn.Linear(fan_in, fan_out, dtype=torch.float64)

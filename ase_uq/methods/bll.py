@@ -58,7 +58,7 @@ class BLL(Method):
             raise ValueError(f"features are 'latent' or 'last_layer', not {self.features!r}.")
         if not 0 < self.ridge < 1:
             raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
-        if not all(radius > 0 for radius in self.radii):
+        if not self.radii or not all(radius > 0 for radius in self.radii):
             raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
         if not self.reach >= 0:
             raise ValueError(f"the reach is 0 or above, not {self.reach!r}.")

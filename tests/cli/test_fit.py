@@ -14,6 +14,8 @@ def test_fit_writes_what_the_library_fits(run, files, tmp_path):
         files.calibration,
         "--out",
         "a.uq.safetensors",
+        "--methods",
+        "bll",
     )
     assert result.exit_code == 0
     fitted, expected = UncertaintyModel.load(tmp_path / "a.uq.safetensors"), UncertaintyModel.load(files.uq)
@@ -32,13 +34,22 @@ def test_options_reach_the_library(run, files, tmp_path):
         write(path, atoms_list)
     words = ["fit", "--model", "toy:", "--train", "t.xyz", "--calibration", "c.xyz", "--out", "a.safetensors"]
     options = ["--energy-key", "E", "--forces-key", "F", "--features", "last_layer", "--dtype", "float32"]
+    options += ["--methods", "bll, mahalanobis"]
     result = run(*words, *options, "--device", "cpu", "--batch-atoms", 50, "--seed", 1)
     assert result.exit_code == 0
-    head = UncertaintyModel.load(tmp_path / "a.safetensors").methods["bll"].head
-    assert head.settings["features"] == "last_layer"
+    fitted = UncertaintyModel.load(tmp_path / "a.safetensors")
+    assert fitted.methods["bll"].head.settings["features"] == "last_layer"
+    assert (set(fitted.methods), fitted.primary) == ({"bll", "mahalanobis"}, "combined")
     missing = run(*words)
     assert missing.exit_code == 1
     assert "error: training frame 0 has no reference energy or forces" in missing.stderr
+
+
+def test_a_method_that_is_not_there(run, files):
+    words = ["fit", "--model", "toy:", "--train", files.train, "--calibration", files.calibration, "--out", "a.st"]
+    result = run(*words, "--methods", "bll,none")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("error: there is no method 'none'. There are: bll, committee, ")
 
 
 def test_frames_that_are_not_there(run, files):

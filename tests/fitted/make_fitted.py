@@ -1,11 +1,13 @@
-"""Makes the uncertainty model of file format 1 that `test_uncertainty_model.py` reads for ever. Run once, then kept.
+"""Makes the uncertainty models that `test_uncertainty_model.py` reads for ever: one a file format, then kept.
 
-    python tests/fitted/make_v1.py
+    python tests/fitted/make_fitted.py v2
 
-`v1.uq.safetensors` is the model, `v1_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
-it on the day it was written (`out/...`), so that the test needs no potential.
+`v2.uq.safetensors` is the model, `v2_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
+it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
+share of the receptive field in its site sums; format 2 has several and their combination.
 """
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,8 @@ from safetensors.torch import save_file
 from ase_uq import fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.methods import make_method
+from ase_uq.networks import Training
 
 FOLDER = Path(__file__).parent
 
@@ -38,10 +42,16 @@ def frames(seed: int, count: int) -> list[Atoms]:
     return made
 
 
-def main() -> None:
+def main(version: str) -> None:
     calculator = ToyCalculator(("H", "O"), direct=True)
-    model = fit(calculator, frames(0, 80), frames(1, 80), methods=["bll"], progress=False)
-    model.save(FOLDER / "v1.uq.safetensors")
+    methods = [
+        make_method("bll"),
+        make_method("pdrum", folds=2, training=Training(hidden=(8,))),
+        make_method("kernel", landmarks=16),
+    ]
+    model = fit(calculator, frames(0, 80), frames(1, 80), methods=methods, progress=False)
+    print(model.summary())
+    model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)
     evaluation = backend.evaluate(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
     layer = evaluation.force_layer
@@ -53,15 +63,19 @@ def main() -> None:
         "n_atoms_of_frame": evaluation.n_atoms_of_frame,
         "energy": evaluation.energy,
         "features": evaluation.features,
-        **{f"edges.{name}": value for name, value in vars(evaluation.edges).items() if torch.is_tensor(value)},
+        "forces": evaluation.forces,
+        "edges.source": evaluation.edges.source,
+        "edges.target": evaluation.edges.target,
+        "edges.vector": evaluation.edges.vector,
+        "edges.cutoff": torch.tensor(evaluation.edges.cutoff),
         **{f"energy_layer.{name}": value for name, value in vars(evaluation.energy_layer).items()},
         **{f"force_layer.{name}": value for name, value in vars(layer).items() if torch.is_tensor(value)},
     }
     outputs = model.apply(evaluation)
-    tensors = {f"in/{name}": value.contiguous() for name, value in inputs.items()}
-    tensors |= {f"out/{name}": value.contiguous() for name, value in outputs.items()}
-    save_file(tensors, FOLDER / "v1_expected.safetensors", metadata={"fingerprint": model.identity.fingerprint})
+    tensors = {f"in/{name}": value.clone() for name, value in inputs.items()}
+    tensors |= {f"out/{name}": value.clone() for name, value in outputs.items()}
+    save_file(tensors, FOLDER / f"{version}_expected.safetensors", metadata={"fingerprint": model.identity.fingerprint})
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])
