@@ -37,12 +37,12 @@ from ase_uq.calibration import Calibrator, load_calibrator
 from ase_uq.evaluation import Evaluation
 from ase_uq.methods.base import Raw
 from ase_uq.networks import Ensemble, Training, cross_fit, folds_of, out_of_fold
-from ase_uq.sites import RADII, around, sum_over_sites
+from ase_uq.sites import RADII, around, mean_around
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
-_TRAINING = Training(hidden=(64, 64), batch=512, max_epochs=150, patience=30)
+_TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å, beside which a predicted force is none
@@ -107,12 +107,11 @@ class View:
             _log_variance(self.calibrators[name], raws[name], base.shape[1]).expand_as(base) for name in self.others
         ]
         features = evaluation.features.double()
-        counts = sites.counts[:, 1 + RADII.index(_NEIGHBOURHOOD), None]
         kinds = torch.tensor(self.elements, device=evaluation.numbers.device)
         columns = [
             features,
             # Its neighbours pull at the atom, so their errors are in its force.
-            (sum_over_sites(features, evaluation.edges, [_NEIGHBOURHOOD]) / counts[:, None, :])[:, :, 0],
+            mean_around(features, evaluation.edges, _NEIGHBOURHOOD),
             views,
             (evaluation.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
             (evaluation.numbers[:, None] == kinds).double(),

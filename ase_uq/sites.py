@@ -6,7 +6,7 @@ atom the same in any batch and in any supercell.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,6 +39,15 @@ def sum_over_sites(values: Tensor, edges: Edges, radii: Sequence[float]) -> Tens
     potential's cutoff is cut to it, or its sum would jump where the neighbour list ends.
     """
     return _summed(values, edges, _weights(edges, radii))
+
+
+def mean_around(values: Tensor, edges: Edges, radius: float) -> Tensor:
+    """(n_atoms, m) → (n_atoms, m): weighted mean of an atom's row and those of its neighbours within a radius, Å."""
+    # Rows may be long, and most edges longer than the radius.
+    near = torch.nonzero(edges.distance < radius)[:, 0]
+    edges = replace(edges, source=edges.source[near], target=edges.target[near], vector=edges.vector[near])
+    ones = values.new_ones(len(values))
+    return sum_over_sites(values, edges, [radius])[..., 0] / sum_over_sites(ones, edges, [radius])
 
 
 def around(values: Tensor, edges: Edges, radii: Sequence[float]) -> Sites:

@@ -11,7 +11,7 @@ from ase.neighborlist import neighbor_list
 from torch import Tensor
 
 from ase_uq.evaluation import Edges
-from ase_uq.sites import HOPS, RADII, Sites, around, sum_over_sites
+from ase_uq.sites import HOPS, RADII, Sites, around, mean_around, sum_over_sites
 
 CUTOFF = 6.0
 FIELDS = ("sums", "counts", "hops")
@@ -202,3 +202,22 @@ def _assert_repeated(found: Sites, once: Sites) -> None:
         expected = getattr(once, name)
         copies = len(getattr(found, name)) // len(expected)
         torch.testing.assert_close(getattr(found, name), expected.repeat(copies, 1), rtol=1e-10, atol=0)
+
+
+class TestMeanAround:
+    def test_is_the_ratio_of_the_sums(self):
+        random = np.random.default_rng(0)
+        positions = torch.from_numpy(random.uniform(0, 6, size=(12, 3)))
+        pairs = [(i, j) for i in range(12) for j in range(12) if i != j]
+        target, source = (torch.tensor(side) for side in zip(*pairs, strict=True))
+        edges = Edges(source, target, positions[source] - positions[target])
+        values = torch.from_numpy(random.normal(size=(12, 3)))
+        sums = sum_over_sites(values, edges, [3.5])[:, :, 0]
+        counts = sum_over_sites(torch.ones(12, dtype=torch.float64), edges, [3.5])
+        torch.testing.assert_close(mean_around(values, edges, 3.5), sums / counts)
+
+    def test_of_a_lone_atom_is_its_own(self):
+        nothing = torch.zeros(0, dtype=torch.long)
+        edges = Edges(nothing, nothing, torch.zeros(0, 3, dtype=torch.float64))
+        values = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
+        assert torch.equal(mean_around(values, edges, 3.5), values)

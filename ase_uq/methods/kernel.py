@@ -63,7 +63,7 @@ class Kernel(Method):
     pooling: Literal["mean", "sum"] = "mean"
     noise: float = 1e-4
     length: float = 3.0
-    landmarks: int = 512
+    landmarks: int = 256
     radii: tuple[float, ...] = RADII
 
     def __post_init__(self) -> None:
@@ -142,15 +142,14 @@ class LinearVariance(torch.nn.Module):
 class LandmarkVariance(torch.nn.Module):
     """(n, d) → (n,): variance of the rbf kernel given landmarks, mean 1 over the fitted rows.
 
-    v(x) = k(x, x) - ‖Φ‖² + σ² Φᵀ(Φ_TᵀΦ_T + σ²I)⁻¹Φ,  Φ = k_xm K_mm^{-1/2}
+    v(x) = k(x, x) - ‖Φ‖² + σ² Φᵀ(Φ_TᵀΦ_T + σ²I)⁻¹Φ = 1 - ‖k_xm root‖²,  Φ = k_xm K_mm^{-1/2}
 
     The first two terms are what the landmarks cannot represent: without them the variance would vanish far away. With
     every training row a landmark it is the posterior variance of the Gaussian process.
     """
 
     landmarks: Tensor  # (m, d) in units of ℓ
-    whitening: Tensor  # (m, m) K_mm^{-1/2}, up to a rotation
-    root: Tensor  # (m, m) of the last term
+    root: Tensor  # (m, m)
     length: Tensor  # () ℓ
     mean: Tensor  # () of v over the fitted rows
 
@@ -160,8 +159,7 @@ class LandmarkVariance(torch.nn.Module):
             self.register_buffer(name, tensor)
 
     def forward(self, rows: Tensor) -> Tensor:
-        features = _rbf(rows / self.length, self.landmarks) @ self.whitening
-        known = features.square().sum(1) - (features @ self.root).square().sum(1)
+        known = (_rbf(rows / self.length, self.landmarks) @ self.root).square().sum(1)
         return (1 - known).clamp(min=0) / self.mean
 
 
@@ -258,10 +256,12 @@ class LandmarkSums:
         weights = torch.full_like(rows[:, 0], (seen - len(factor)) / max(len(rows) - len(factor), 1))
         weights[pivots.indices] = 1.0
         found = residual(pivots.factor.T @ (weights[:, None] * pivots.factor), seen, self.method.noise)
+        whitening = torch.linalg.solve_triangular(factor, eye, upper=False).T
+        # Of every direction among the landmarks, the share that the training rows have settled.
+        shares, directions = torch.linalg.eigh(eye - found.root @ found.root.T)
         tensors = {
             "landmarks": rows[pivots.indices],
-            "whitening": torch.linalg.solve_triangular(factor, eye, upper=False).T.contiguous(),
-            "root": found.root,
+            "root": (whitening @ (directions * shares.clamp(min=0).sqrt())).contiguous(),
             "length": rows.new_tensor(length),
             "mean": rows.new_tensor(1.0),
         }
@@ -284,9 +284,12 @@ def _rows(evaluation: Evaluation, settings: dict[str, Any]) -> tuple[Tensor, Ten
 
 def _rbf(rows: Tensor, landmarks: Tensor) -> Tensor:
     """(n, d), (m, d) → (n, m): exp(-‖x - y‖²/2) of rows in units of ℓ."""
-    # Differences, not the square of a sum: neighbours lie closer together than features are long.
-    distance = torch.cdist(rows, landmarks, compute_mode="donot_use_mm_for_euclid_dist")
-    return torch.exp(-distance.square() / 2)
+    # About the landmarks' centre the square of a difference can be multiplied out: features are much longer than
+    # neighbours are apart, but not than they are from it.
+    centre = landmarks.mean(0)
+    rows, landmarks = rows - centre, landmarks - centre
+    squares = rows.square().sum(1)[:, None] + landmarks.square().sum(1) - 2 * rows @ landmarks.T
+    return torch.exp(-squares.clamp(min=0) / 2)
 
 
 def _median_distance(rows: Tensor) -> float:

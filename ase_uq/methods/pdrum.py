@@ -78,7 +78,7 @@ class PDRUM(Method):
     target: Target = "magnitude"
     quantile: float = 0.9
     folds: int = 5
-    training: Training = field(default_factory=Training)
+    training: Training = field(default_factory=lambda: Training(hidden=(64, 64)))
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):

@@ -78,7 +78,12 @@ class TestLinear:
         self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation, layer: str, normalisation: str
     ):
         """K1."""
-        head = fit_head(Kernel(layer=layer, normalisation=normalisation, noise=NOISE), backend, frames, batch_atoms=20)
+        head = fit_head(
+            Kernel(kernel="linear", layer=layer, normalisation=normalisation, noise=NOISE),
+            backend,
+            frames,
+            batch_atoms=20,
+        )
         rows, at = normalised(atoms_of(train, layer), atoms_of(new, layer), normalisation)
         fitted, expected = (posterior_variance(linear(), rows, x, NOISE) for x in (rows, at))
         # Variances of 1e-4 are differences of numbers near 1 in the kernel form.
@@ -91,7 +96,7 @@ class TestLinear:
     def test_structures_have_a_kernel_of_their_own(
         self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation, pooling: str
     ):
-        head = fit_head(Kernel(pooling=pooling, noise=NOISE), backend, frames)
+        head = fit_head(Kernel(kernel="linear", pooling=pooling, noise=NOISE), backend, frames)
         rows, at = normalised(pooled(train, pooling), pooled(new, pooling), "centred")
         fitted, expected = (posterior_variance(linear(), rows, x, NOISE) for x in (rows, at))
         if pooling == "sum":  # of the total energy, as a variance of the energy per atom
@@ -101,7 +106,7 @@ class TestLinear:
         torch.testing.assert_close(raw.stress, raw.energy)
 
     def test_first_scores_are_those_of_the_atoms(self, backend: Backend, frames: list[Atoms], new: Evaluation):
-        raw = fit_head(Kernel(radii=(2.0, 3.0)), backend, frames)(new)
+        raw = fit_head(Kernel(kernel="linear", radii=(2.0, 3.0)), backend, frames)(new)
         expected = [float(raw.distance[new.frame_of_atom == k].mean()) for k in range(new.n_frames)]
         np.testing.assert_allclose(raw.energy[:, 0], expected, rtol=1e-12)
         assert torch.equal(raw.energies, raw.distance)
@@ -111,14 +116,14 @@ class TestLinear:
         """K2; the settings hold what the variance was divided by."""
         found = []
         for count in (10, 30):
-            head = fit_head(Kernel(normalisation="cosine", noise=NOISE), backend, frames[:count])
+            head = fit_head(Kernel(kernel="linear", normalisation="cosine", noise=NOISE), backend, frames[:count])
             atoms = head.settings["atoms"]
             found.append(head(new).distance * atoms["effective"] * NOISE / atoms["rows"])
         assert bool((found[1] <= found[0] * (1 + 1e-9)).all())
 
     def test_fitted_atoms_have_less_than_the_noise(self, backend: Backend, frames: list[Atoms], train: Evaluation):
         """K2."""
-        head = fit_head(Kernel(noise=NOISE), backend, frames)
+        head = fit_head(Kernel(kernel="linear", noise=NOISE), backend, frames)
         atoms = head.settings["atoms"]
         variance = head(train).distance * atoms["effective"] * NOISE / atoms["rows"]
         assert float(variance.max()) < NOISE
@@ -126,8 +131,8 @@ class TestLinear:
     def test_copies_of_the_training_set_change_only_what_the_noise_is_to_it(
         self, backend: Backend, frames: list[Atoms], new: Evaluation
     ):
-        once = fit_head(Kernel(noise=NOISE), backend, frames)
-        thrice = fit_head(Kernel(noise=3 * NOISE), backend, frames * 3)
+        once = fit_head(Kernel(kernel="linear", noise=NOISE), backend, frames)
+        thrice = fit_head(Kernel(kernel="linear", noise=3 * NOISE), backend, frames * 3)
         torch.testing.assert_close(thrice(new).distance, once(new).distance, rtol=1e-9, atol=0)
 
     def test_an_atom_torn_off_is_far_about_the_centre_and_near_about_zero(self, backend: Backend, frames: list[Atoms]):
@@ -135,8 +140,8 @@ class TestLinear:
         apart = molecule("H2O")
         apart.positions *= 20
         batch = evaluate(backend, [apart])
-        centred = fit_head(Kernel(), backend, frames)(batch).distance
-        about_zero = fit_head(Kernel(normalisation="global"), backend, frames)(batch).distance
+        centred = fit_head(Kernel(kernel="linear"), backend, frames)(batch).distance
+        about_zero = fit_head(Kernel(kernel="linear", normalisation="global"), backend, frames)(batch).distance
         assert float(centred.min()) > 1
         assert float(about_zero.max()) == 0
         assert float(fit_head(Kernel(kernel="rbf"), backend, frames)(batch).distance.min()) > 1
@@ -220,7 +225,7 @@ class TestRefusals:
     def test_frames_that_are_all_the_same_structure(self, backend: Backend):
         alike = with_labels([molecule("H2O") for _ in range(12)])
         with pytest.raises(LabelError, match="all training frames have the same features"):
-            fit_head(Kernel(), backend, alike)
+            fit_head(Kernel(kernel="linear"), backend, alike)
 
     @pytest.mark.parametrize(
         ("options", "message"),
