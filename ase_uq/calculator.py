@@ -1,6 +1,7 @@
 """The ASE calculator: the user's own, with uncertainties in its results."""
 
 import os
+import warnings
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
@@ -11,6 +12,7 @@ from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
 from ase_uq.readings import Reduction
 from ase_uq.thresholds import Quantile
@@ -53,6 +55,14 @@ class UncertainCalculator(Calculator):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
         self.predictor = Predictor(load_backend(calculator), uncertainty_model)
         self.implemented_properties = list(self.predictor.results)
+        if uncertainty_model.gradients:
+            dear = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
+            warnings.warn(
+                f"{' and '.join(dear)} takes further backward passes at every step, many times the cost of the rest. "
+                "For dynamics fit an uncertainty model without it.",
+                UQWarning,
+                stacklevel=2,
+            )
 
     @property
     def uncertainty_model(self) -> UncertaintyModel:

@@ -27,6 +27,7 @@ from ase.optimize import BFGS
 from ase_uq import Quantile, UncertainCalculator, UncertaintyModel, fit, read_frames, write_frames
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch, UQWarning
+from ase_uq.methods import make_method
 from ase_uq.properties import PROPERTIES
 from ase_uq.testing.backends import count_forwards
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
@@ -485,3 +486,11 @@ class TestWriters:
         stream = io.StringIO()
         write(stream, atoms, format="extxyz")
         assert "forces" in stream.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore:ntk tells nothing about the:ase_uq.errors.UQWarning")
+def test_what_is_too_dear_for_dynamics_says_so():
+    train, held_out = labelled_frames(12, seed=1), labelled_frames(12, seed=2)
+    model = fit(ToyCalculator(ELEMENTS), train, held_out, methods=[make_method("ntk", tangents=1)], progress=False)
+    with pytest.warns(UQWarning, match="ntk takes further backward passes at every step"):
+        UncertainCalculator(ToyCalculator(ELEMENTS), model)
