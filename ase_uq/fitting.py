@@ -21,7 +21,7 @@ from ase_uq.communicator import Communicator, Serial, gather
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.evaluation import Evaluation, Targets
 from ase_uq.frames import Frames, labels_of, read_frames
-from ase_uq.methods import Method, make_method
+from ase_uq.methods import Method, available_methods, make_method
 from ase_uq.methods.base import Head, Raw
 from ase_uq.stream import LabelledStream, targets_of
 from ase_uq.uncertainty_model import CalibrationRecord, FittedMethod, UncertaintyModel
@@ -72,10 +72,12 @@ def fit(
     communicator = communicator or Serial()
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
     if not makers:
-        raise ValueError("no method was given; available_methods() lists them.")
+        raise ValueError(f"no method was given. There are: {', '.join(available_methods())}.")
     names = [method.name for method in makers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"results are told apart by the name of their method, and there are several {twice[0]!r}.")
+        raise ValueError(
+            f"results are told apart by the name of their method, and there are several {twice[0]!r}: give it once."
+        )
     combines = len(makers) > 1
     backend = load_backend(calculator)
     train_frames = _molecules(read_frames(train, name="training frames"))

@@ -56,9 +56,9 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = ToyBackend._evaluate
 
-    def counted(self: ToyBackend, batch: Any, forces: bool):
+    def counted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         seen.append(len(batch.frames))
-        return original(self, batch, forces)
+        return original(self, batch, forces, gradients)
 
     monkeypatch.setattr(ToyBackend, "_evaluate", counted)
     return seen

@@ -134,8 +134,8 @@ def test_extras_of_the_wrapped_calculator_pass_through(predictor: Predictor, fra
 
     evaluate = type(predictor.backend)._evaluate
 
-    def with_extra(self, batch, forces):
-        evaluation = evaluate(self, batch, forces)
+    def with_extra(self, batch, forces, gradients):
+        evaluation = evaluate(self, batch, forces, gradients)
         return dataclasses.replace(evaluation, extras={"charges": evaluation.positions[:, 0] * 2})
 
     monkeypatch.setattr(type(predictor.backend), "_evaluate", with_extra)

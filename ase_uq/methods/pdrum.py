@@ -222,10 +222,12 @@ class ResidualAccumulator(Accumulator):
     def finish(self, communicator: Communicator) -> PDRUMHead:
         method = self.method
         rows = self.rows.finish(communicator)
-        if not bool(rows.residuals.isfinite().any()):
+        labelled = len(rows.with_forces().frame_of_atom.unique())
+        if labelled < 2 * method.folds:
             raise LabelError(
-                "P-DRUM learns from the errors of forces, and no training frame has reference forces: label them, or "
-                "use a method that needs none, such as 'bll'."
+                f"P-DRUM learns from the errors of forces: its {method.folds} folds need {2 * method.folds} labelled "
+                f"training frames, there are {labelled} with reference forces. Label more of them, or leave 'pdrum' "
+                "out of the methods: 'bll' and 'kernel' need none."
             )
         if method.variant == "diff_invariant" and communicator.rank == 0:
             warnings.warn(
