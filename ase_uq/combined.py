@@ -257,7 +257,7 @@ class Combination(torch.nn.Module):
         inside = f"{self.view.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.view.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
         return [
-            f"log σ² = {inside}; far from the data what {self.view.alternative.describe()} is larger by is added",
+            f"log σ² = {inside}; far from the data at least that of {self.view.alternative.describe()}",
             f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}",
         ]
 

@@ -98,6 +98,8 @@ def fit(
     )
     # One pass for all methods: what the potential costs is paid once.
     accumulators = {method.name: method.start() for method in makers}
+    for accumulator in accumulators.values():
+        accumulator.progress = progress
     kept = _Kept(list(map(len, train_frames)))
     for evaluation, targets in stream:
         for accumulator in accumulators.values():

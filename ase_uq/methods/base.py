@@ -58,7 +58,13 @@ class Head(torch.nn.Module, ABC):
 
 
 class Accumulator(ABC):
-    """What a method keeps of the training frames, batch by batch."""
+    """What a method keeps of the training frames, batch by batch.
+
+    Attributes:
+        progress: Whether to show bars for what takes long.
+    """
+
+    progress: bool = False
 
     @abstractmethod
     def add(self, evaluation: Evaluation, targets: Targets) -> None:

@@ -293,15 +293,16 @@ def _rbf(rows: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def _median_distance(rows: Tensor) -> float:
-    """Median of the distances between rows.
+    """Median of the distances between rows, without those of the same row twice, as in perfect crystals.
 
     Raises:
-        LabelError: More than half of them are the same row.
+        LabelError: All are the same row.
     """
     distances = torch.nn.functional.pdist(rows)
-    median = float(distances.median()) if len(distances) else 0.0
-    if median <= 1e-8 * float(rows.square().sum(1).mean().sqrt()):
+    distances = distances[distances > 1e-8 * rows.square().sum(1).mean().sqrt()]
+    if not len(distances):
         raise LabelError(
-            f"most of {len(rows)} training rows have the same features: they have no length scale for an rbf kernel."
+            f"all {len(rows)} training rows have the same features: they have no length scale for an rbf kernel. Fit "
+            "on frames that differ, or leave 'kernel' out of the methods."
         )
-    return median
+    return float(distances.median())

@@ -21,7 +21,6 @@ the logarithm, the equivariant and the conservative F-diff are own derivations.
 """
 
 import math
-import sys
 import warnings
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
@@ -236,8 +235,7 @@ class ResidualAccumulator(Accumulator):
                 UQWarning,
                 stacklevel=2,
             )
-        # In a file, such as that of nohup, the lines of a bar would pile up.
-        title = "pdrum" if communicator.rank == 0 and sys.stderr.isatty() else ""
+        title = "pdrum" if communicator.rank == 0 and self.progress else ""
         settings: dict[str, Any] = asdict(method)
         tensors: dict[str, Tensor] = {}
         # The first rank has frames if any has.
