@@ -195,3 +195,9 @@ class Targets:
     energy: Tensor | None = None
     forces: Tensor | None = None
     stress: Tensor | None = None
+
+
+def residuals_of(reference: Tensor | None, predicted: Tensor) -> Tensor:
+    """Label less prediction in float64; NaN where there is no label."""
+    predicted = predicted.double()
+    return torch.full_like(predicted, torch.nan) if reference is None else reference - predicted

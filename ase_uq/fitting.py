@@ -19,8 +19,8 @@ from ase_uq.calibration import Calibrator, Choice, Residuals, fit_affine, fit_ca
 from ase_uq.combined import Fitted, Scene, View, fit_combination
 from ase_uq.communicator import Communicator, Serial, gather
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.evaluation import Evaluation, Targets
-from ase_uq.frames import Frames, labels_of, read_frames
+from ase_uq.evaluation import Evaluation, Targets, residuals_of
+from ase_uq.frames import Frames, check_labels, labels_of, read_frames
 from ase_uq.methods import Method, available_methods, make_method
 from ase_uq.methods.base import Head, Raw
 from ase_uq.stream import LabelledStream, targets_of
@@ -215,7 +215,7 @@ _Rows = tuple[Scene, torch.Tensor, torch.Tensor]
 def _rows(view: View, evaluation: Evaluation, raws: Mapping[str, Raw], targets: Targets) -> _Rows:
     """Scene, squared residuals and frames of the atoms of a batch."""
     assert evaluation.forces is not None
-    squares = (_residuals(targets.forces, evaluation.forces)) ** 2
+    squares = (residuals_of(targets.forces, evaluation.forces)) ** 2
     scene = view.scene(evaluation, raws)
     if scene.base.shape[1] == 1:
         squares = squares.mean(1, keepdim=True)
@@ -316,9 +316,9 @@ def _observe(
         if keep:
             batches.append((replace(evaluation, gradients=None, members=None), own, targets))
         forces.append(targets.forces - evaluation.forces.double())
-        energy.append(_residuals(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
+        energy.append(residuals_of(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
         if evaluation.stress is not None:
-            stress.append(_residuals(targets.stress, evaluation.stress))
+            stress.append(residuals_of(targets.stress, evaluation.stress))
         numbers.append(evaluation.numbers)
         counts.append(evaluation.n_atoms_of_frame)
 
@@ -335,11 +335,6 @@ def _observe(
         n_atoms_of_frame=joined(counts),
     )
     return observed, batches
-
-
-def _residuals(reference: torch.Tensor | None, predicted: torch.Tensor) -> torch.Tensor:
-    """Label less prediction in float64; NaN where there is no label."""
-    return (torch.full_like(predicted, torch.nan) if reference is None else reference) - predicted.double()
 
 
 def _calibrated(name: str, head: Head, observed: _Observed) -> tuple[FittedMethod, Calibrator]:
@@ -414,14 +409,7 @@ def _check_labels(what: str, frames: list[Atoms], keys: tuple[str, str, str] | N
                 f"{what} frame {index} has no reference {wanted}. Looked for {names}; its info has "
                 f"{sorted(atoms.info)}, its arrays {sorted(atoms.arrays)}."
             )
-        if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
-            raise LabelError(
-                f"{what} frame {index} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want "
-                f"({len(atoms)}, 3)."
-            )
-        for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
-            if value is not None and not np.isfinite(value).all():
-                raise LabelError(f"{what} frame {index} has a reference {kind} that is not finite. Remove the frame.")
+        check_labels(f"{what} frame {index}", atoms, labels)
 
 
 def _refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:

@@ -162,6 +162,21 @@ def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
     return Labels(None, None, None)
 
 
+def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
+    """Refuses labels of another shape than their frame, or that are not finite; `which` is what messages call it.
+
+    Raises:
+        LabelError: The forces have another shape, or a label is not finite.
+    """
+    if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
+        raise LabelError(
+            f"{which} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want ({len(atoms)}, 3)."
+        )
+    for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
+        if value is not None and not np.isfinite(value).all():
+            raise LabelError(f"{which} has a reference {kind} that is not finite. Remove the frame.")
+
+
 def _voigt(stress: Any) -> np.ndarray:
     stress = np.asarray(stress, float)
     if stress.size not in (6, 9):

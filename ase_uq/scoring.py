@@ -19,7 +19,7 @@ from ase_uq.artefact import check_writable
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.frames import LABEL_KEYS, Frames, Labels, labels_of, read_frames
+from ase_uq.frames import LABEL_KEYS, Frames, Labels, check_labels, labels_of, read_frames
 from ase_uq.predictor import Predictor
 from ase_uq.properties import find_property
 from ase_uq.readings import Reduction, atom_norms, readings_of
@@ -372,7 +372,7 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
     """The frames with labels, and these; one warning counts the others."""
     pairs = [(atoms, labels_of(atoms, keys)) for atoms in frames]
     for index, (atoms, labels) in enumerate(pairs):
-        _check(f"test frame {index}", atoms, labels)
+        check_labels(f"test frame {index}", atoms, labels)
     kept = [(atoms, labels) for atoms, labels in pairs if labels.energy is not None or labels.forces is not None]
     if not kept:
         names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
@@ -392,16 +392,6 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
             stacklevel=3,
         )
     return [atoms for atoms, _ in kept], [labels for _, labels in kept]
-
-
-def _check(which: str, atoms: Atoms, labels: Labels) -> None:
-    if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
-        raise LabelError(
-            f"{which} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want ({len(atoms)}, 3)."
-        )
-    for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
-        if value is not None and not np.isfinite(value).all():
-            raise LabelError(f"{which} has a reference {kind} that is not finite. Remove the frame.")
 
 
 def _refuse_own_labels(predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels]) -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
 
 if TYPE_CHECKING:
     from ase_uq.scoring import Assessment
@@ -27,15 +27,9 @@ def evaluate(
     plots: Annotated[
         Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw PNG figures there; made if it is missing.")
     ] = None,
-    energy_key: Annotated[
-        str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
-    ] = None,
-    forces_key: Annotated[
-        str | None, typer.Option("--forces-key", show_default="REF_forces, else forces", help="Forces in arrays.")
-    ] = None,
-    stress_key: Annotated[
-        str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
-    ] = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
     device: Device = "",
     dtype: DType = "",
     batch_atoms: BatchAtoms = 1000,
@@ -50,17 +44,15 @@ def evaluate(
     """
     _check_outputs(csv, plots)
     from ase_uq.cli.potential import load_calculator, seed_all
-    from ase_uq.frames import LABEL_KEYS, read_frames
+    from ase_uq.frames import read_frames
     from ase_uq.scoring import evaluate as assess
 
     test_frames = read_frames(frames, name="test frames")
     seed_all(seed)
-    energy, forces, stress = LABEL_KEYS[0]
-    keys = (energy_key or energy, forces_key or forces, stress_key or stress)
     assessment = assess(
         load_calculator(model, uq, device, dtype).predictor,
         test_frames,
-        label_keys=keys if energy_key or forces_key or stress_key else None,
+        label_keys=label_keys(energy_key, forces_key, stress_key),
         batch_atoms=batch_atoms,
         tolerance=tolerance,
         block=block,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import BatchAtoms, Device, DType, Model, Seed
+from ase_uq.cli.options import BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
 
 
 class Features(StrEnum):
@@ -48,15 +48,9 @@ def fit(
         Features,
         typer.Option("--features", help="What bll measures distances in: invariants of all layers, or the last one."),
     ] = Features.latent,
-    energy_key: Annotated[
-        str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
-    ] = None,
-    forces_key: Annotated[
-        str | None, typer.Option("--forces-key", show_default="REF_forces, else forces", help="Forces in arrays.")
-    ] = None,
-    stress_key: Annotated[
-        str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
-    ] = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
     device: Device = "",
     dtype: DType = "",
     batch_atoms: BatchAtoms = 1000,
@@ -72,7 +66,7 @@ def fit(
     from ase_uq.artefact import check_writable
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.fitting import fit as fit_model
-    from ase_uq.frames import LABEL_KEYS, read_frames
+    from ase_uq.frames import read_frames
     from ase_uq.methods import make_method
 
     check_writable(out)
@@ -81,14 +75,12 @@ def fit(
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")
     seed_all(seed)
-    energy, forces, stress = LABEL_KEYS[0]
-    keys = (energy_key or energy, forces_key or forces, stress_key or stress)
     fitted = fit_model(
         load_potential(model, device, dtype),
         train_frames,
         calibration_frames,
         methods=makers,
-        label_keys=keys if energy_key or forces_key or stress_key else None,
+        label_keys=label_keys(energy_key, forces_key, stress_key),
         batch_atoms=batch_atoms,
     )
     fitted.save(out)

@@ -28,6 +28,25 @@ BatchAtoms = Annotated[
     int, typer.Option("--batch-atoms", min=1, help="Most atoms evaluated together. Lower it where memory runs out.")
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]
+EnergyKey = Annotated[
+    str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
+]
+ForcesKey = Annotated[
+    str | None, typer.Option("--forces-key", show_default="REF_forces, else forces", help="Forces in arrays.")
+]
+StressKey = Annotated[
+    str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
+]
+
+
+def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tuple[str, str, str] | None:
+    """Names of the labels, those that were not given by their first default; None where none was given."""
+    from ase_uq.frames import LABEL_KEYS
+
+    if not (energy or forces or stress):
+        return None
+    defaults = LABEL_KEYS[0]
+    return energy or defaults[0], forces or defaults[1], stress or defaults[2]
 
 
 def check_xyz_name(file: Path, option: str) -> None:

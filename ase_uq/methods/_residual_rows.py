@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.evaluation import Evaluation, Targets, residuals_of
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ class RowStore:
         """Takes a batch with its forces, and (n_atoms, 3, width) vectors of the method's own."""
         if evaluation.forces is None:
             raise ValueError("residuals of forces need the potential's forces: evaluate the training frames with them.")
-        columns = [_residual(targets.forces, evaluation.forces), evaluation.features]
+        columns = [residuals_of(targets.forces, evaluation.forces), evaluation.features]
         if vectors is not None:
             columns.append(vectors.flatten(1))
         self._atoms.append(torch.cat([column.float() for column in columns], 1))
-        energy = _residual(targets.energy, evaluation.energy)
+        energy = residuals_of(targets.energy, evaluation.energy)
         counts = evaluation.n_atoms_of_frame.double()
         self._frames.append(torch.stack([targets.frames.double(), counts, energy], 1))
         self._n_features = evaluation.features.shape[1]
@@ -98,9 +98,3 @@ class RowStore:
             frames=numbers[frame_order].long(),
             energy=energy[frame_order],
         )
-
-
-def _residual(reference: Tensor | None, predicted: Tensor) -> Tensor:
-    """Label less prediction in float64; NaN where there is no label."""
-    predicted = predicted.double()
-    return torch.full_like(predicted, torch.nan) if reference is None else reference - predicted
