@@ -51,7 +51,9 @@ def fit(
         calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
         train: Frames the potential was trained on, or frames like them: path or list. Energies are used where
             they are labelled; direct force heads need forces.
-        calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale.
+        calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale. Frames
+            of one trajectory follow each other in their order; `info["run"]` names the run of a frame, where there
+            are several.
         methods: Names or `Method` instances. Several are combined into the primary estimator; of one alone its own
             results are.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
@@ -131,7 +133,7 @@ def fit(
         methods=fitted,
         primary=primary,
         edges=fit_edges(observed.raw[leading].distance, observed.numbers, elements),
-        record=observed.record(variance),
+        record=observed.record(variance, _runs_of(calibration_frames)),
         provenance=_provenance(train_frames, calibration_frames),
         combination=combination,
     )
@@ -289,13 +291,13 @@ class _Observed:
         """(n_atoms, n_components) squared eV/Å, of one method."""
         return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces)).numpy()
 
-    def record(self, variance: np.ndarray) -> CalibrationRecord:
-        """What thresholds are made of, from the variances of the primary estimator."""
+    def record(self, variance: np.ndarray, runs: np.ndarray) -> CalibrationRecord:
+        """What thresholds are made of, from the variances of the primary estimator and the run of each frame."""
         norms = np.sqrt(np.broadcast_to(variance, self.forces.shape).sum(1))
         errors = np.linalg.norm(self.forces, axis=1)
         counts = self.n_atoms_of_frame.astype(np.int32)
         return CalibrationRecord(
-            norms.astype(np.float32), errors.astype(np.float32), self.numbers.astype(np.uint8), counts
+            norms.astype(np.float32), errors.astype(np.float32), self.numbers.astype(np.uint8), counts, runs
         )
 
 
@@ -410,6 +412,13 @@ def _check_labels(what: str, frames: list[Atoms], keys: tuple[str, str, str] | N
                 f"{sorted(atoms.info)}, its arrays {sorted(atoms.arrays)}."
             )
         check_labels(f"{what} frame {index}", atoms, labels)
+
+
+def _runs_of(frames: list[Atoms]) -> np.ndarray:
+    """(n_frames,) number of the run in `info["run"]`, in the order of first appearance; those without are one run."""
+    names = [str(atoms.info.get("run", "")) for atoms in frames]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names], np.int32)
 
 
 def _refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:

@@ -2,7 +2,9 @@
 
 import os
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from ase_uq import conformal
 from ase_uq.artefact import read_artefact, write_artefact
 from ase_uq.backends.base import Identity
 from ase_uq.calibration import AffineCalibrator, Calibrator, EdgeTable, load_calibrator
@@ -19,9 +22,10 @@ from ase_uq.evaluation import Evaluation
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Head, Raw
 from ase_uq.readings import Reduction, readings_of
-from ase_uq.thresholds import Quantile
+from ase_uq.thresholds import Evidence, Meaning, Quantile, ReferenceRuns, exchangeable_groups
 
-_KIND, _SCHEMA = "uncertainty model", 2  # 2: a combination of several methods
+_KIND = "uncertainty model"
+_SCHEMA = 3  # 2: a combination of several methods; 3: runs of the calibration frames, reference runs
 
 
 @dataclass(frozen=True)
@@ -62,16 +66,66 @@ class CalibrationRecord:
         error: (n_atoms,) ‖F_ref - F‖, eV/Å.
         numbers: (n_atoms,) atomic numbers.
         n_atoms_of_frame: (n_frames,).
+        run: (n_frames,) number of the run that a frame comes from; a change of it is a new run.
     """
 
     uncertainty: np.ndarray
     error: np.ndarray
     numbers: np.ndarray
     n_atoms_of_frame: np.ndarray
+    run: np.ndarray
 
     def readings(self, reduction: Reduction) -> np.ndarray:
         """(n_frames,) eV/Å."""
         return readings_of(self.uncertainty, self.numbers, self.n_atoms_of_frame, reduction)
+
+    def errors(self, reduction: Reduction) -> np.ndarray:
+        """(n_frames,) largest ‖F_ref - F‖ among the atoms that a reduction looks at, eV/Å."""
+        return readings_of(self.error, self.numbers, self.n_atoms_of_frame, replace(reduction, kind="max"))
+
+    @property
+    def _frames_numbers(self) -> list[np.ndarray]:
+        return np.split(self.numbers, np.cumsum(self.n_atoms_of_frame)[:-1])
+
+    @property
+    def is_one_system(self) -> bool:
+        """Whether all frames have the same atoms in the same order, so that an index names the same atom in each."""
+        first, *others = self._frames_numbers
+        return all(np.array_equal(first, other) for other in others)
+
+    @cached_property
+    def groups(self) -> np.ndarray:
+        """(n_frames,) exchangeable unit of each frame: itself, or a block where frames follow a trajectory.
+
+        Blocks are as long as the largest reading or error of a frame remembers, and end where the run or the
+        composition changes.
+        """
+        changed = [sorted(a) != sorted(b) for a, b in pairwise(self._frames_numbers)]
+        segments = np.concatenate([[0], np.cumsum(np.array(changed, bool) | (np.diff(self.run) != 0))])
+        whole = Reduction()
+        smallest = np.finfo(np.float32).tiny
+        series = [np.log(np.maximum(v, smallest)) for v in (self.readings(whole), self.errors(whole))]
+        return exchangeable_groups(series, segments)
+
+
+@dataclass(frozen=True)
+class IntervalTable:
+    """Conformal factors by element: bound = factor · ε_i.
+
+    Args:
+        factors: (n_elements,) by atomic number.
+        elements: Atomic numbers among the calibration atoms; the bound of any other is infinite.
+    """
+
+    factors: Tensor
+    elements: frozenset[int]
+
+    def __call__(self, forces_uncertainty: Tensor, numbers: Tensor) -> Tensor:
+        """(n_atoms, 3) eV/Å and (n_atoms,) atomic numbers → (n_atoms,) bounds of ‖F_ref - F‖, eV/Å."""
+        known = torch.zeros(len(self.factors), dtype=torch.bool)
+        known[list(self.elements)] = True
+        factors = torch.where(known, self.factors, torch.inf).to(numbers.device)
+        return factors[numbers] * forces_uncertainty.norm(dim=1)
 
 
 @dataclass(frozen=True)
@@ -87,6 +141,7 @@ class UncertaintyModel:
         edges: Distance at the edge of the calibration data, per element.
         record: Readings of the calibration frames.
         provenance: Versions, counts, splits and digests; JSON values.
+        reference: Runs that false alarms are counted on, where some were made.
     """
 
     identity: Identity
@@ -96,6 +151,7 @@ class UncertaintyModel:
     record: CalibrationRecord
     provenance: dict[str, Any]
     combination: Combination | None = None
+    reference: ReferenceRuns | None = None
 
     def apply(self, evaluation: Evaluation) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
@@ -145,22 +201,70 @@ class UncertaintyModel:
         ]
         return (*calibrated, "gamma", *alone)
 
-    def threshold(self, meaning: float | Quantile, reduction: Reduction | None = None) -> float:
+    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its meaning.
 
         Args:
-            meaning: A number, returned as it is, or a meaning such as `Quantile(0.99)`.
+            meaning: A number, returned as it is, or a meaning such as `Quantile(0.99)` or `MissRate(0.3, 0.1)`.
             reduction: How a frame becomes a reading; the largest ε_i by default.
 
+        Returns:
+            A float; of a meaning a `ResolvedThreshold`, which also says what it promises and how sure it is.
+
         Raises:
-            ValueError: The calibration data cannot support the meaning.
+            ValueError: The calibration data or reference runs cannot support the meaning.
             TypeError: It is neither a number nor a meaning.
         """
         if isinstance(meaning, Real):
             return float(meaning)
-        if not isinstance(meaning, Quantile):
+        if not isinstance(meaning, Meaning):
             raise TypeError(f"a threshold is a number in eV/Å or a meaning such as Quantile(0.99), not {meaning!r}.")
-        return meaning.resolve(self.record.readings(reduction or Reduction()))
+        return meaning.resolve(self.evidence(reduction))
+
+    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+        """What thresholds are made of, with frames read by a reduction."""
+        reduction = reduction or Reduction()
+        record = self.record
+        if reduction.indices is not None and not record.is_one_system:
+            raise ValueError(
+                "a meaning for chosen indices needs calibration frames of one system, in which an index is always the "
+                "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
+            )
+        return Evidence(record.readings(reduction), record.errors(reduction), record.groups, reduction, self.reference)
+
+    def with_reference(self, runs: ReferenceRuns) -> "UncertaintyModel":
+        """A copy that carries reference runs, which `FalseAlarms` and `Cusum` count on; those before are replaced."""
+        return replace(self, reference=runs)
+
+    def intervals(self, confidence: float) -> "IntervalTable":
+        """What turns the uncertainty of an atom into a bound of its force error.
+
+        Split conformal and Mondrian: for an atom of each element, of a frame like those of the calibration,
+        P(‖F_ref - F‖ ≤ bound) ≥ confidence. Elements with too few units share the factor of all atoms together.
+
+        Args:
+            confidence: In (0, 1).
+
+        Raises:
+            ValueError: `confidence` is outside (0, 1), or there are fewer than 1/(1 - confidence) - 1 units.
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"a confidence lies between 0 and 1, not at {confidence!r}.")
+        alpha = 1 - confidence
+        needed, record = conformal.fewest_units(alpha), self.record
+        unit = np.repeat(record.groups, record.n_atoms_of_frame)
+        scores = record.error / np.maximum(record.uncertainty, np.finfo(np.float32).tiny)
+        if (n_units := len(np.unique(unit))) < needed:
+            raise ValueError(
+                f"an interval of confidence {confidence:g} needs at least {needed} independent calibration frames or "
+                f"blocks, the uncertainty model has {n_units}. Calibrate on more, or ask for less confidence."
+            )
+        factors = torch.full((len(chemical_symbols),), conformal.conformal_quantile(scores, alpha, unit))
+        for z in np.unique(record.numbers):
+            own = record.numbers == z
+            if len(np.unique(unit[own])) >= needed:
+                factors[z] = conformal.conformal_quantile(scores[own], alpha, unit[own])
+        return IntervalTable(factors.double(), frozenset(int(z) for z in np.unique(record.numbers)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the model to one safetensors file, whole or not at all.
@@ -183,6 +287,10 @@ class UncertaintyModel:
             }
         if self.combination is not None:
             tensors |= {f"combination/{key}": value for key, value in self.combination.state_dict().items()}
+        if self.reference is not None:
+            runs = self.reference.readings
+            tensors["reference/readings"] = torch.from_numpy(np.concatenate(runs).astype(np.float32))
+            tensors["reference/lengths"] = torch.tensor([len(run) for run in runs])
         header = {
             "identity": {"settings": self.identity.settings, "weights": self.identity.weights},
             "methods": methods,
@@ -190,6 +298,7 @@ class UncertaintyModel:
             "combination": None if self.combination is None else self.combination.settings,
             "edges": {"counts": self.edges.counts, "inherited": list(self.edges.inherited)},
             "provenance": self.provenance,
+            "reference": None if self.reference is None else _settings_of(self.reference),
         }
         write_artefact(path, _KIND, _SCHEMA, header, tensors)
 
@@ -218,7 +327,10 @@ class UncertaintyModel:
             calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
             combination = Combination.load(header["combination"], own, calibrators)
         identity = header["identity"]
-        fields = ("uncertainty", "error", "numbers", "n_atoms_of_frame")
+        record = {key.removeprefix("record/"): v.numpy() for key, v in tensors.items() if key.startswith("record/")}
+        # Before version 3 nobody asked which run a frame came from.
+        record.setdefault("run", np.zeros(len(record["n_atoms_of_frame"]), np.int32))
+        reference = header.get("reference") and _reference(header["reference"], tensors)
         return cls(
             identity=Identity(identity["settings"], identity["weights"], tensors["identity/probe"]),
             methods=methods,
@@ -228,9 +340,10 @@ class UncertaintyModel:
                 {int(z): count for z, count in header["edges"]["counts"].items()},
                 tuple(header["edges"]["inherited"]),
             ),
-            record=CalibrationRecord(*(tensors[f"record/{name}"].numpy() for name in fields)),
+            record=CalibrationRecord(**record),
             provenance=header["provenance"],
             combination=combination,
+            reference=reference or None,
         )
 
     def summary(self) -> str:
@@ -260,12 +373,40 @@ class UncertaintyModel:
         known = [q for q in (0.5, 0.9, 0.99) if Quantile(q).needed <= np.isfinite(readings).sum()]
         quantiles = ", ".join(f"{q:.0%} {np.quantile(readings, q):.3f}" for q in known)
         lines.append(f"  largest ε of a calibration frame, eV/Å: {quantiles}")
+        n_units = len(np.unique(self.record.groups))
+        if n_units < len(readings):
+            lines.append(
+                f"  thresholds count {n_units} blocks, not {len(readings)} frames: neighbouring frames are alike"
+            )
+        if self.reference is not None:
+            runs = self.reference
+            lines.append(
+                f"  reference      {len(runs.readings)} runs, {runs.n_steps} readings every {runs.interval:g} fs"
+                + (f", {runs.conditions}" if runs.conditions else "")
+            )
         counted = ", ".join(
             f"{chemical_symbols[z]} {count}{' (edge inherited)' if z in self.edges.inherited else ''}"
             for z, count in self.edges.counts.items()
         )
         lines.append(f"  gamma edges from calibration atoms: {counted}")
         return "\n".join(lines)
+
+
+def _settings_of(runs: ReferenceRuns) -> dict[str, Any]:
+    return {"interval": runs.interval, "reduction": asdict(runs.reduction), "conditions": runs.conditions}
+
+
+def _reference(settings: dict[str, Any], tensors: dict[str, Tensor]) -> ReferenceRuns:
+    readings = tensors["reference/readings"].numpy()
+    lengths = tensors["reference/lengths"].numpy()
+    stored = settings["reduction"]
+    scope = (None if stored[key] is None else tuple(stored[key]) for key in ("elements", "indices"))
+    return ReferenceRuns(
+        tuple(np.split(readings, np.cumsum(lengths)[:-1])),
+        settings["interval"],
+        Reduction(stored["kind"], *scope),
+        settings["conditions"],
+    )
 
 
 def _describe(quantity: str, fitted: FittedMethod) -> str:

@@ -2,7 +2,9 @@
 
     python benchmarks/train_committee.py acac OUT_FOLDER [--data ../shared/data] [--seeds 1 2 3 4 5]
     python benchmarks/train_committee.py si_mlearn OUT_FOLDER
+    python benchmarks/train_committee.py malonaldehyde OUT_FOLDER --data ase_uq --seeds 1 2 3 4
 
+The last is for benchmarks/monitoring.py: the architecture and frames of the embedded MACE.
 Writes OUT_FOLDER/<name>_<seed>.model; a member that is there already is kept. The architecture is that of the P-DRUM
 paper: 32 scalar and 32 vector channels, 2 layers, 5 Å. MACE's own command does the training; this script fixes its
 arguments. Members differ in their seed, which is also that of the frames held out for validation.
@@ -32,6 +34,8 @@ ARCHITECTURE = {
     "default_dtype": "float64",
     "plot": False,
 }
+# GFN2-xTB energies of the isolated atoms, eV; see potentials/train_mace.py.
+ISOLATED_ATOMS = {1: -10.707211383283003, 6: -48.79807984748428, 8: -102.5218071447532}
 # Epochs are what two CPU cores train in an hour; a committee of better members would have smaller errors to rank.
 RECIPES = {
     "acac": {
@@ -48,6 +52,18 @@ RECIPES = {
         "batch_size": 2,
         "max_num_epochs": 60,
         "start_swa": 45,
+        "scheduler_patience": 15,
+        "eval_interval": 4,
+    },
+    "malonaldehyde": {
+        "folder": "embedded",
+        "frames": ["train_300K.xyz"],
+        "E0s": ISOLATED_ATOMS,
+        "hidden_irreps": "16x0e + 16x1o",
+        "radial_MLP": "[32, 32, 32]",
+        "batch_size": 8,
+        "max_num_epochs": 64,
+        "start_swa": 48,
         "scheduler_patience": 15,
         "eval_interval": 4,
     },
@@ -78,9 +94,10 @@ def train(name: str, seed: int, data: Path, out: Path, device: str) -> None:
         return
     recipe = dict(RECIPES[name])
     sources = recipe.pop("frames")
+    labelled = data / recipe.pop("folder", name)
     with tempfile.TemporaryDirectory() as folder:
         frames = Path(folder) / "train.xyz"
-        frames.write_text("".join((data / name / source).read_text() for source in sources))
+        frames.write_text("".join((labelled / source).read_text() for source in sources))
         arguments = ARCHITECTURE | recipe | {"name": "member", "train_file": frames, "seed": seed, "device": device}
         options = [f"--{key}={value}" for key, value in arguments.items()]
         subprocess.run(["mace_run_train", *options, "--ema", "--swa"], cwd=folder, check=True)
