@@ -39,6 +39,7 @@ def fit(
     train: Frames,
     calibration: Frames,
     *,
+    stressed: Frames | None = None,
     methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
     label_keys: tuple[str, str, str] | None = None,
     batch_atoms: int = 1000,
@@ -54,6 +55,8 @@ def fit(
         calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale. Frames
             of one trajectory follow each other in their order; `info["run"]` names the run of a frame, where there
             are several.
+        stressed: Deliberately bad frames with forces, such as `stress_frames` makes: nothing is fitted to them or
+            calibrated on them, but thresholds such as `MissRate` need frames with large errors.
         methods: Names or `Method` instances. Several are combined into the primary estimator; of one alone its own
             results are.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
@@ -84,9 +87,13 @@ def fit(
     backend = load_backend(calculator)
     train_frames = _molecules(read_frames(train, name="training frames"))
     calibration_frames = _molecules(read_frames(calibration, name="calibration frames"))
+    stressed_frames = None if stressed is None else _molecules(read_frames(stressed, name="stressed frames"))
     _check_labels("training", train_frames, label_keys, forces=False)
     _check_labels("calibration", calibration_frames, label_keys, forces=True)
     _refuse_overlap(train_frames, calibration_frames)
+    if stressed_frames is not None:
+        _check_labels("stressed", stressed_frames, label_keys, forces=True)
+        backend.check(stressed_frames, name="stressed structure")
     _check_first_frames(backend, train_frames, calibration_frames, label_keys)
     options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
     stream = LabelledStream(
@@ -128,7 +135,7 @@ def fit(
         primary, leading = "combined", view.anchor
         found = _combined(view, heads, kept.batches, batches, communicator, progress)
         variance, combination = found.variance, found.combination.to(backend.device)
-    return UncertaintyModel(
+    model = UncertaintyModel(
         identity=backend.identity,
         methods=fitted,
         primary=primary,
@@ -137,6 +144,34 @@ def fit(
         provenance=_provenance(train_frames, calibration_frames),
         combination=combination,
     )
+    return model if stressed_frames is None else _with_stressed(model, backend, stressed_frames, progress, options)
+
+
+def _with_stressed(
+    model: UncertaintyModel, backend: Backend, frames: list[Atoms], progress: bool, options: Mapping[str, Any]
+) -> UncertaintyModel:
+    """The model with what it says of deliberately bad frames, beside their errors."""
+    title = "stressed" if progress else ""
+    stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
+    uncertainty, error, numbers, counts = [], [], [], []
+    for evaluation, targets in stream:
+        assert evaluation.forces is not None
+        uncertainty.append(model.apply(evaluation)["forces_uncertainty"].norm(dim=1))
+        error.append(residuals_of(targets.forces, evaluation.forces).norm(dim=1))
+        numbers.append(evaluation.numbers)
+        counts.append(evaluation.n_atoms_of_frame)
+    record = CalibrationRecord(
+        uncertainty=_column(uncertainty, np.float32),
+        error=_column(error, np.float32),
+        numbers=_column(numbers, np.uint8),
+        n_atoms_of_frame=_column(counts, np.int32),
+        run=_runs_of(frames),
+    )
+    return replace(model, stressed=record)
+
+
+def _column(parts: Sequence[torch.Tensor], dtype: type) -> np.ndarray:
+    return torch.cat(list(parts)).cpu().numpy().astype(dtype)
 
 
 class _Kept:

@@ -7,7 +7,7 @@ refuses, with the number required, where there are too few.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Self
 
@@ -19,7 +19,7 @@ from ase_uq.readings import Reduction
 # Of a threshold beyond what was seen: runs this many times as long as the reference are a guess.
 _FARTHEST = 100.0
 _FEWEST_PEAKS = 30
-_TAIL = 0.95
+_TAIL = 0.98
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,7 @@ class Evidence:
         groups: (n_frames,) exchangeable unit of each frame: frames of one block of a trajectory have the same number.
         reduction: How atoms became readings.
         runs: Reference runs, where there are any.
+        stressed: The same of deliberately bad frames, where there are any.
     """
 
     readings: np.ndarray
@@ -79,12 +80,29 @@ class Evidence:
     groups: np.ndarray
     reduction: Reduction = field(default_factory=Reduction)
     runs: ReferenceRuns | None = None
+    stressed: "Evidence | None" = None
 
     @cached_property
     def finite(self) -> "Evidence":
         """Only the frames with a finite reading, of at least one atom that is looked at."""
         kept = np.isfinite(self.readings) & np.isfinite(self.errors)
-        return Evidence(self.readings[kept], self.errors[kept], self.groups[kept], self.reduction, self.runs)
+        return replace(self, readings=self.readings[kept], errors=self.errors[kept], groups=self.groups[kept])
+
+    def worse_than(self, error: float) -> "Evidence":
+        """The frames with a larger error, stressed ones too."""
+        found = self.finite
+        if found.stressed is not None:
+            other = found.stressed.finite
+            groups = other.groups + (found.groups.max() + 1 if len(found.groups) else 0)
+            found = replace(
+                found,
+                readings=np.concatenate([found.readings, other.readings]),
+                errors=np.concatenate([found.errors, other.errors]),
+                groups=np.concatenate([found.groups, groups]),
+                stressed=None,
+            )
+        bad = found.errors > error
+        return replace(found, readings=found.readings[bad], errors=found.errors[bad], groups=found.groups[bad])
 
     @property
     def n_units(self) -> int:
@@ -273,8 +291,9 @@ class ErrorBound(Meaning):
 class MissRate(Meaning):
     """Of the frames with an error above a tolerance, at most a given share is missed: recall-controlled.
 
-    The threshold lies below all but a few of the readings of the calibration frames that are that bad, so there
-    must be bad ones: make some with `ase-uq stress-frames`, label them with your reference and calibrate on them too.
+    The threshold lies below all but a few of the readings of the frames that are that bad, so there must be bad ones:
+    make some with `ase-uq stress-frames`, label them with your reference and give them to `fit` as `stressed`. The
+    promise is for bad frames like those.
 
     Without `confidence` the share is that expected over calibration sets, k/(n_bad + 1) ≤ `at_most`; with it, it
     holds with that probability for this calibration set (the exact binomial, or PAC, form).
@@ -315,28 +334,25 @@ class MissRate(Meaning):
         Raises:
             ValueError: Too few calibration frames are that bad.
         """
-        found = evidence.finite
-        bad = found.errors > self.error
-        readings, groups = found.readings[bad], found.groups[bad]
-        n_units = len(np.unique(groups))
-        if n_units < self.needed:
+        bad = evidence.worse_than(self.error)
+        if bad.n_units < self.needed:
             raise ValueError(
-                f"{self} needs at least {self.needed} independent calibration frames with an error above "
-                f"{self.error:g} eV/Å, the uncertainty model has {n_units} (of {_units(found)}). Make bad frames "
-                "with `ase-uq stress-frames`, label them with the reference and calibrate on them too; or ask for a "
-                "smaller error or a larger share."
+                f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, the "
+                f"uncertainty model has {bad.n_units} (among {_units(evidence.finite)}{_and_stressed(evidence)}). Make "
+                "bad frames with `ase-uq stress-frames`, label them with the reference and give them to fit as "
+                "stressed; or ask for a smaller error or a larger share."
             )
         if self.confidence is None:
-            value = conformal.recall_threshold(readings, self.at_most, groups)
+            value = conformal.recall_threshold(bad.readings, self.at_most, bad.groups)
             how = "on average over calibration sets"
         else:
-            value = conformal.recall_threshold_pac(readings, self.at_most, 1 - self.confidence, groups)
+            value = conformal.recall_threshold_pac(bad.readings, self.at_most, 1 - self.confidence, bad.groups)
             how = f"with confidence {self.confidence:g}"
         return ResolvedThreshold(
             value,
             meaning=self,
             promise=f"at most {self.at_most:.4g} of frames worse than {self.error:g} eV/Å are missed, {how}",
-            n_units=n_units,
+            n_units=bad.n_units,
             needed=self.needed,
         )
 
@@ -471,6 +487,10 @@ def _units(evidence: Evidence) -> str:
     if evidence.n_units == n_frames:
         return f"{n_frames} frames"
     return f"{n_frames} frames in {evidence.n_units} blocks, since neighbouring frames are alike"
+
+
+def _and_stressed(evidence: Evidence) -> str:
+    return "" if evidence.stressed is None else f" and {_units(evidence.stressed.finite)} that were stressed"
 
 
 def _check_error(error: float) -> None:

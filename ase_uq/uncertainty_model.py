@@ -2,7 +2,7 @@
 
 import os
 from copy import deepcopy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from numbers import Real
@@ -83,6 +83,19 @@ class CalibrationRecord:
         """(n_frames,) largest ‖F_ref - F‖ among the atoms that a reduction looks at, eV/Å."""
         return readings_of(self.error, self.numbers, self.n_atoms_of_frame, replace(reduction, kind="max"))
 
+    def evidence(self, reduction: Reduction) -> Evidence:
+        """Its frames as thresholds are made of them.
+
+        Raises:
+            ValueError: Chosen indices mean different atoms in different frames.
+        """
+        if reduction.indices is not None and not self.is_one_system:
+            raise ValueError(
+                "a meaning for chosen indices needs calibration frames of one system, in which an index is always the "
+                "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
+            )
+        return Evidence(self.readings(reduction), self.errors(reduction), self.groups, reduction)
+
     @property
     def _frames_numbers(self) -> list[np.ndarray]:
         return np.split(self.numbers, np.cumsum(self.n_atoms_of_frame)[:-1])
@@ -141,6 +154,8 @@ class UncertaintyModel:
         edges: Distance at the edge of the calibration data, per element.
         record: Readings of the calibration frames.
         provenance: Versions, counts, splits and digests; JSON values.
+        stressed: What deliberately bad frames read, where some were given: `MissRate` is made of them too. Nothing was
+            calibrated on them.
         reference: Runs that false alarms are counted on, where some were made.
     """
 
@@ -151,6 +166,7 @@ class UncertaintyModel:
     record: CalibrationRecord
     provenance: dict[str, Any]
     combination: Combination | None = None
+    stressed: CalibrationRecord | None = None
     reference: ReferenceRuns | None = None
 
     def apply(self, evaluation: Evaluation) -> dict[str, Tensor]:
@@ -224,13 +240,8 @@ class UncertaintyModel:
     def evidence(self, reduction: Reduction | None = None) -> Evidence:
         """What thresholds are made of, with frames read by a reduction."""
         reduction = reduction or Reduction()
-        record = self.record
-        if reduction.indices is not None and not record.is_one_system:
-            raise ValueError(
-                "a meaning for chosen indices needs calibration frames of one system, in which an index is always the "
-                "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
-            )
-        return Evidence(record.readings(reduction), record.errors(reduction), record.groups, reduction, self.reference)
+        stressed = None if self.stressed is None else self.stressed.evidence(reduction)
+        return replace(self.record.evidence(reduction), runs=self.reference, stressed=stressed)
 
     def with_reference(self, runs: ReferenceRuns) -> "UncertaintyModel":
         """A copy that carries reference runs, which `FalseAlarms` and `Cusum` count on; those before are replaced."""
@@ -275,7 +286,7 @@ class UncertaintyModel:
         tensors = {
             "identity/probe": self.identity.probe,
             "edges": self.edges.edges,
-            **{f"record/{name}": torch.from_numpy(values) for name, values in vars(self.record).items()},
+            **_record_tensors("record", self.record),
         }
         methods = {}
         for name, fitted in self.methods.items():
@@ -287,6 +298,8 @@ class UncertaintyModel:
             }
         if self.combination is not None:
             tensors |= {f"combination/{key}": value for key, value in self.combination.state_dict().items()}
+        if self.stressed is not None:
+            tensors |= _record_tensors("stressed", self.stressed)
         if self.reference is not None:
             runs = self.reference.readings
             tensors["reference/readings"] = torch.from_numpy(np.concatenate(runs).astype(np.float32))
@@ -327,9 +340,6 @@ class UncertaintyModel:
             calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
             combination = Combination.load(header["combination"], own, calibrators)
         identity = header["identity"]
-        record = {key.removeprefix("record/"): v.numpy() for key, v in tensors.items() if key.startswith("record/")}
-        # Before version 3 nobody asked which run a frame came from.
-        record.setdefault("run", np.zeros(len(record["n_atoms_of_frame"]), np.int32))
         reference = header.get("reference") and _reference(header["reference"], tensors)
         return cls(
             identity=Identity(identity["settings"], identity["weights"], tensors["identity/probe"]),
@@ -340,9 +350,10 @@ class UncertaintyModel:
                 {int(z): count for z, count in header["edges"]["counts"].items()},
                 tuple(header["edges"]["inherited"]),
             ),
-            record=CalibrationRecord(**record),
+            record=_record("record", tensors),
             provenance=header["provenance"],
             combination=combination,
+            stressed=_record("stressed", tensors) if "stressed/run" in tensors else None,
             reference=reference or None,
         )
 
@@ -378,6 +389,11 @@ class UncertaintyModel:
             lines.append(
                 f"  thresholds count {n_units} blocks, not {len(readings)} frames: neighbouring frames are alike"
             )
+        if self.stressed is not None:
+            lines.append(
+                f"  stressed       {len(self.stressed.run)} frames, largest force error of a frame: median "
+                f"{np.median(self.stressed.errors(Reduction())):.3f} eV/Å"
+            )
         if self.reference is not None:
             runs = self.reference
             lines.append(
@@ -390,6 +406,17 @@ class UncertaintyModel:
         )
         lines.append(f"  gamma edges from calibration atoms: {counted}")
         return "\n".join(lines)
+
+
+def _record_tensors(name: str, record: CalibrationRecord) -> dict[str, Tensor]:
+    return {f"{name}/{field.name}": torch.from_numpy(getattr(record, field.name)) for field in fields(record)}
+
+
+def _record(name: str, tensors: dict[str, Tensor]) -> CalibrationRecord:
+    stored = {key.removeprefix(f"{name}/"): v.numpy() for key, v in tensors.items() if key.startswith(f"{name}/")}
+    # Before version 3 nobody asked which run a frame came from.
+    stored.setdefault("run", np.zeros(len(stored["n_atoms_of_frame"]), np.int32))
+    return CalibrationRecord(**stored)
 
 
 def _settings_of(runs: ReferenceRuns) -> dict[str, Any]:

@@ -16,9 +16,10 @@ from ase_uq.cli.fit import fit
 from ase_uq.cli.info import info
 from ase_uq.cli.md import md
 from ase_uq.cli.predict import predict
+from ase_uq.cli.reference import reference
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, predict, md, demo):
+for verb in (fit, reference, info, evaluate, predict, md, demo):
     app.command()(verb)
 
 
