@@ -20,9 +20,10 @@ _RESAMPLES = 200
 
 
 def correlation_time(series: Sequence[np.ndarray]) -> float:
-    """Integrated autocorrelation time in samples, 1/2 + Σ_t ρ(t) over Sokal's window, pooled over runs.
+    """Integrated autocorrelation time in samples, 1/2 + Σ_t |ρ(t)| over Sokal's window, pooled over runs.
 
-    Each run is measured from its own mean, so that runs at different levels do not pass for slow ones.
+    Of magnitudes, so that the swings of a vibration do not cancel: half a period later it is not forgotten. Each run
+    is measured from its own mean, so that runs at different levels do not pass for slow ones.
 
     Returns:
         At least 0.5, which is white noise: also where the correlation of neighbours is not significant (below two
@@ -43,7 +44,7 @@ def correlation_time(series: Sequence[np.ndarray]) -> float:
     rho = covariances / np.maximum(pairs, 1) / (power / n)
     if rho[1] < 2 / np.sqrt(n):
         return 0.5
-    times = 0.5 + np.cumsum(rho[1:])
+    times = 0.5 + np.cumsum(np.abs(rho[1:]))
     (wide,) = np.nonzero(np.arange(1, longest) >= _WINDOW * times)
     return max(0.5, float(times[wide[0]] if len(wide) else times.max()))
 

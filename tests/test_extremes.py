@@ -28,6 +28,14 @@ def test_white_noise_has_no_memory_however_short_the_runs():
     assert extremes.correlation_time([rng.normal(size=5000)]) == pytest.approx(0.5, abs=0.1)
 
 
+def test_the_swings_of_a_vibration_do_not_cancel():
+    rng = np.random.default_rng(9)
+    time = np.arange(2000)
+    # Amplitude and phase of each run are its own, and kept for ever.
+    runs = [np.sin(time / 4 + 6 * rng.random()) + 0.1 * rng.normal(size=2000) for _ in range(5)]
+    assert extremes.correlation_time(runs) > 100
+
+
 def test_runs_at_different_levels_do_not_pass_for_slow_ones():
     rng = np.random.default_rng(2)
     runs = rng.normal(size=(20, 200)) + 100 * rng.normal(size=(20, 1))

@@ -12,18 +12,23 @@ import pytest
 import torch
 from ase.build import molecule
 from safetensors.torch import load_file, save_file
+from scipy.signal import lfilter
 
 from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, combined, fit
 from ase_uq.artefact import write_artefact
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.combined import RESIDUAL, Combination
-from ase_uq.errors import ArtefactError, PotentialMismatch, UQWarning
+from ase_uq.conformal import conformal_quantile
+from ase_uq.errors import ArtefactError, LabelError, PotentialMismatch, UQWarning
 from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer
 from ase_uq.methods.bll import BLL
 from ase_uq.networks import Ensemble, Training
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.thresholds import ErrorBound, Evidence, FalseAlarms, MissRate, ReferenceRuns
+from ase_uq.uncertainty_model import CalibrationRecord
 
+SEVERAL = ("bll", "pdrum", "kernel")
 FITTED = Path(__file__).parent / "fitted"
 # Sixty toy frames: energies whose errors the distance does not order.
 pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the energy:ase_uq.errors.UQWarning")
@@ -37,6 +42,19 @@ def calculator() -> ToyCalculator:
 @pytest.fixture(scope="module")
 def model(calculator: ToyCalculator) -> UncertaintyModel:
     return fit(calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False)
+
+
+@pytest.fixture(scope="module")
+def stressed(calculator: ToyCalculator) -> UncertaintyModel:
+    bad = labelled_frames(30, seed=5, spread=(0.3, 0.5))
+    return fit(
+        calculator,
+        labelled_frames(60, seed=1),
+        labelled_frames(60, seed=2),
+        stressed=bad,
+        methods=["bll"],
+        progress=False,
+    )
 
 
 @pytest.fixture
@@ -195,8 +213,9 @@ class TestRoundTrip:
         assert torch.equal(again.identity.probe, model.identity.probe)
         assert (again.edges.counts, again.edges.inherited) == (model.edges.counts, model.edges.inherited)
         torch.testing.assert_close(again.edges.edges, model.edges.edges, rtol=0, atol=0, equal_nan=True)
-        for name, values in vars(model.record).items():
-            np.testing.assert_array_equal(getattr(again.record, name), values)
+        for field in dataclasses.fields(model.record):
+            name = field.name
+            np.testing.assert_array_equal(getattr(again.record, name), getattr(model.record, name))
         assert again.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
 
     def test_saving_what_was_loaded_gives_the_same_file(self, path: Path, tmp_path: Path):
@@ -380,6 +399,191 @@ class TestThreshold:
             model.threshold("0.3")  # pyright: ignore
 
 
+class TestUnits:
+    """Frames of a trajectory are counted by its blocks; those of other runs and compositions are kept apart."""
+
+    @staticmethod
+    def record(readings: np.ndarray, *, run: np.ndarray | None = None, numbers: tuple[int, ...] = (1, 8)):
+        n_frames = len(readings)
+        return CalibrationRecord(
+            uncertainty=np.repeat(readings, 2).astype(np.float32),
+            error=np.repeat(readings, 2).astype(np.float32),
+            numbers=np.tile(np.array(numbers, np.uint8), n_frames),
+            n_atoms_of_frame=np.full(n_frames, 2, np.int32),
+            run=np.zeros(n_frames, np.int32) if run is None else run,
+        )
+
+    @staticmethod
+    def walk(n: int) -> np.ndarray:
+        """A slow series: a frame remembers those before it for about ten."""
+        noise = np.random.default_rng(0).normal(size=n)
+        return np.exp(0.3 * lfilter([1.0], [1.0, -0.9], noise))
+
+    def test_a_trajectory_is_counted_by_blocks(self):
+        slow = self.record(self.walk(200))
+        assert len(np.unique(slow.groups)) < 60
+        shuffled = self.record(np.random.default_rng(1).permutation(self.walk(200)))
+        np.testing.assert_array_equal(shuffled.groups, np.arange(200))
+
+    def test_the_slower_of_reading_and_error_decides(self):
+        fast = self.record(np.random.default_rng(1).permutation(self.walk(200)))
+        mixed = dataclasses.replace(fast, error=np.repeat(self.walk(200), 2).astype(np.float32))
+        assert len(np.unique(mixed.groups)) < 60
+
+    def test_blocks_end_with_their_run_and_with_a_change_of_composition(self):
+        of_run = np.repeat([0, 1, 2], [50, 3, 50]).astype(np.int32)
+        runs = self.record(self.walk(103), run=of_run)
+        for unit in np.unique(runs.groups):
+            assert len(np.unique(of_run[runs.groups == unit])) == 1
+        water, peroxide = self.record(self.walk(50)), self.record(self.walk(50), numbers=(8, 8))
+        columns = {
+            field.name: np.concatenate([getattr(water, field.name), getattr(peroxide, field.name)])
+            for field in dataclasses.fields(water)
+        }
+        groups = CalibrationRecord(**columns).groups
+        assert set(groups[:50]).isdisjoint(groups[50:])
+
+    def test_thresholds_say_how_many_units_they_had(self, model: UncertaintyModel):
+        walking = dataclasses.replace(model, record=self.record(self.walk(200)))
+        n_units = len(np.unique(walking.record.groups))
+        assert walking.threshold(ErrorBound(0.3, confidence=0.9)).n_units == n_units  # pyright: ignore
+        assert f"thresholds count {n_units} blocks, not 200 frames" in walking.summary()
+        assert "blocks" not in model.summary()
+
+    def test_errors_are_the_largest_of_the_atoms_that_are_looked_at(self, model: UncertaintyModel):
+        record = model.record
+        frames = np.split(np.arange(len(record.error)), np.cumsum(record.n_atoms_of_frame)[:-1])
+        for kind in ("mean", "max", 0.5):
+            expected = [record.error[own].max() for own in frames]
+            np.testing.assert_array_equal(record.errors(Reduction(kind)), expected)
+        carbon = [record.error[own][record.numbers[own] == 6].max(initial=-np.inf) for own in frames]
+        np.testing.assert_array_equal(record.errors(Reduction(elements=("C",))), carbon)
+
+    def test_indices_of_different_systems_are_refused(self, model: UncertaintyModel):
+        chosen = Reduction(indices=(0,))
+        with pytest.raises(ValueError, match=r"chosen indices needs calibration frames of one system"):
+            model.threshold(Quantile(0.5), chosen)
+        one = dataclasses.replace(model, record=self.record(self.walk(50)))
+        assert one.threshold(Quantile(0.5), chosen) > 0
+
+
+class TestReference:
+    RUNS = ReferenceRuns(
+        tuple(np.random.default_rng(0).lognormal(size=(25, 40))), 0.5, Reduction("mean", ("C", "O")), "300 K"
+    )
+
+    def test_it_comes_back_from_the_file(self, model: UncertaintyModel, tmp_path: Path):
+        model.with_reference(self.RUNS).save(tmp_path / "a")
+        again = UncertaintyModel.load(tmp_path / "a").reference
+        assert again is not None
+        assert (again.interval, again.reduction, again.conditions) == (0.5, self.RUNS.reduction, "300 K")
+        assert len(again.readings) == 25
+        for found, expected in zip(again.readings, self.RUNS.readings, strict=True):
+            np.testing.assert_array_equal(found, expected.astype(np.float32))
+        assert "reference      25 runs, 1000 readings every 0.5 fs, 300 K" in model.with_reference(self.RUNS).summary()
+
+    def test_false_alarms_are_counted_on_it(self, model: UncertaintyModel):
+        meaning = FalseAlarms(per_run=0.1, steps=40)
+        with pytest.raises(ValueError, match=r"the uncertainty model has none"):
+            model.threshold(meaning)
+        found = model.with_reference(self.RUNS).threshold(meaning, self.RUNS.reduction)
+        assert found == meaning.resolve(Evidence(np.ones(1), np.ones(1), np.ones(1), self.RUNS.reduction, self.RUNS))
+        with pytest.raises(ValueError, match=r"the reference runs were read with"):
+            model.with_reference(self.RUNS).threshold(meaning)
+
+    def test_the_model_it_was_added_to_stays_as_it_was(self, model: UncertaintyModel):
+        assert model.with_reference(self.RUNS) is not model
+        assert model.reference is None
+
+
+class TestStressed:
+    def test_nothing_but_thresholds_of_missed_frames_depends_on_them(
+        self, model: UncertaintyModel, stressed: UncertaintyModel
+    ):
+        assert dataclasses.replace(stressed, stressed=None).summary() == model.summary()
+        np.testing.assert_array_equal(stressed.record.uncertainty, model.record.uncertainty)
+        assert stressed.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
+        tolerance = float(np.sort(model.record.errors(Reduction()))[-5])
+        with pytest.raises(ValueError, match=r"needs at least 9 .* has 4 "):
+            model.threshold(MissRate(tolerance, 0.1))
+        found = stressed.threshold(MissRate(tolerance, 0.1))
+        assert found.n_units > 9  # pyright: ignore
+
+    def test_their_readings_and_errors_are_those_of_predictions(
+        self, stressed: UncertaintyModel, calculator: ToyCalculator
+    ):
+        frames = labelled_frames(30, seed=5, spread=(0.3, 0.5))
+        predictions = Predictor(load_backend(calculator), stressed).predict(frames)
+        record = stressed.stressed
+        assert record is not None
+        expected = np.concatenate([p.atom_uncertainty for p in predictions])
+        np.testing.assert_allclose(record.uncertainty, expected, rtol=1e-6)
+        errors = [
+            np.linalg.norm(atoms.arrays["REF_forces"] - p["forces"], axis=1)
+            for atoms, p in zip(frames, predictions, strict=True)
+        ]
+        np.testing.assert_allclose(record.error, np.concatenate(errors), rtol=1e-5)
+
+    def test_they_come_back_from_the_file(self, stressed: UncertaintyModel, tmp_path: Path):
+        stressed.save(tmp_path / "a")
+        again = UncertaintyModel.load(tmp_path / "a")
+        assert again.stressed is not None
+        for field in dataclasses.fields(again.stressed):
+            np.testing.assert_array_equal(getattr(again.stressed, field.name), getattr(stressed.stressed, field.name))
+        assert "stressed       30 frames" in again.summary()
+
+    def test_they_need_forces(self, calculator: ToyCalculator):
+        bad = labelled_frames(12, seed=5)
+        del bad[3].arrays["REF_forces"]
+        with pytest.raises(LabelError, match=r"stressed frame 3 has no reference forces"):
+            fit(calculator, labelled_frames(20, seed=1), labelled_frames(20, seed=2), stressed=bad, progress=False)
+
+
+class TestIntervals:
+    def test_atoms_of_each_element_are_covered_as_promised(self, calculator: ToyCalculator):
+        covered: dict[int, list[float]] = {1: [], 6: [], 8: []}
+        model = fit(
+            calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False
+        )
+        predictor = Predictor(load_backend(calculator), model)
+        fresh = labelled_frames(400, seed=9)
+        for atoms, p in zip(fresh, predictor.predict(fresh), strict=True):
+            bounds = model.intervals(0.9)(torch.from_numpy(p["forces_uncertainty"]), torch.tensor(atoms.numbers))
+            errors = np.linalg.norm(atoms.arrays["REF_forces"] - p["forces"], axis=1)
+            for z in np.unique(atoms.numbers):
+                covered[int(z)].append(float(np.mean((errors <= bounds.numpy())[atoms.numbers == z])))
+        for shares in covered.values():
+            assert len(shares) > 50
+            # One calibration set of sixty frames: its coverage scatters by √(0.9·0.1/60).
+            assert abs(np.mean(shares) - 0.9) < 3 * np.sqrt(0.09 / 60)
+
+    def test_an_element_with_too_few_units_shares_the_factor_of_all(self, model: UncertaintyModel):
+        record = model.record
+        frame = np.repeat(np.arange(len(record.n_atoms_of_frame)), record.n_atoms_of_frame)
+        rare = record.numbers.copy()
+        rare[(rare == 8) & (frame > 5)] = 6
+        table = dataclasses.replace(model, record=dataclasses.replace(record, numbers=rare)).intervals(0.9)
+        scores = record.error / record.uncertainty
+        assert float(table.factors[8]) == pytest.approx(conformal_quantile(scores, 0.1, frame), rel=1e-6)
+        carbon = rare == 6
+        expected = conformal_quantile(scores[carbon], 0.1, frame[carbon])
+        assert float(table.factors[6]) == pytest.approx(expected, rel=1e-6)
+
+    def test_an_element_never_seen_has_no_bound(self, model: UncertaintyModel):
+        bounds = model.intervals(0.9)(torch.ones((2, 3)), torch.tensor([6, 14]))
+        assert bounds[0] < torch.inf
+        assert bounds[1] == torch.inf
+
+    @pytest.mark.parametrize("confidence", [0, 1, 90, float("nan")])
+    def test_a_confidence_outside_0_and_1_is_refused(self, model: UncertaintyModel, confidence: float):
+        with pytest.raises(ValueError, match=r"a confidence lies between 0 and 1, not at"):
+            model.intervals(confidence)
+
+    def test_too_few_units_are_refused(self, model: UncertaintyModel):
+        with pytest.raises(ValueError, match=r"confidence 0\.99 needs at least 99 independent .* has 60\."):
+            model.intervals(0.99)
+
+
 class TestResults:
     def test_standard_deviations_are_positive_and_in_their_shapes(
         self, model: UncertaintyModel, calculator: ToyCalculator
@@ -427,7 +631,7 @@ class TestResults:
 class TestOldFiles:
     """A file of each format is read and says the same for ever; see fitted/make_fitted.py."""
 
-    @pytest.mark.parametrize(("version", "methods"), [("v1", ()), ("v2", ("bll", "pdrum", "kernel"))])
+    @pytest.mark.parametrize(("version", "methods"), [("v1", ()), ("v2", SEVERAL), ("v3", SEVERAL)])
     def test_it_gives_the_numbers_of_the_day_it_was_written(self, version: str, methods: tuple[str, ...]):
         stored = load_file(FITTED / f"{version}_expected.safetensors")
         found = UncertaintyModel.load(FITTED / f"{version}.uq.safetensors").apply(_evaluation(stored))
@@ -446,6 +650,19 @@ class TestOldFiles:
         assert model.methods["bll"].head.settings["features"] == BLL().features
         assert "fitted on      80 frames" in model.summary()
         assert model.threshold(Quantile(0.9)) == pytest.approx(1.4, abs=0.1)
+
+    def test_what_came_later_is_not_in_it(self):
+        for version in ("v1", "v2"):
+            model = UncertaintyModel.load(FITTED / f"{version}.uq.safetensors")
+            assert (model.stressed, model.reference) == (None, None)
+            assert set(model.record.run) == {0}
+
+    def test_stressed_frames_and_reference_runs_of_version_3_are_read(self):
+        model = UncertaintyModel.load(FITTED / "v3.uq.safetensors")
+        assert model.stressed is not None
+        assert model.reference is not None
+        assert len(model.stressed.run) == 20
+        assert model.threshold(FalseAlarms(per_run=0.2, steps=20)) == pytest.approx(2, rel=1e-6)
 
 
 def _evaluation(stored: dict[str, torch.Tensor]) -> Evaluation:

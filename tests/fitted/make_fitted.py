@@ -1,10 +1,11 @@
 """Makes the uncertainty models that `test_uncertainty_model.py` reads for ever: one a file format, then kept.
 
-    python tests/fitted/make_fitted.py v2
+    python tests/fitted/make_fitted.py v3
 
-`v2.uq.safetensors` is the model, `v2_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
+`v3.uq.safetensors` is the model, `v3_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
 it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
-share of the receptive field in its site sums; format 2 has several and their combination.
+share of the receptive field in its site sums; format 2 has several and their combination; format 3 the runs of its
+calibration frames, stressed frames and reference runs.
 """
 
 import sys
@@ -21,6 +22,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.methods import make_method
 from ase_uq.networks import Training
+from ase_uq.thresholds import ReferenceRuns
 
 FOLDER = Path(__file__).parent
 
@@ -49,7 +51,9 @@ def main(version: str) -> None:
         make_method("pdrum", folds=2, training=Training(hidden=(8,))),
         make_method("kernel", landmarks=16),
     ]
-    model = fit(calculator, frames(0, 80), frames(1, 80), methods=methods, progress=False)
+    model = fit(
+        calculator, frames(0, 80), frames(1, 80), stressed=frames(4, 20), methods=methods, progress=False
+    ).with_reference(ReferenceRuns((np.linspace(1, 2, 20),) * 9, interval=0.5))
     print(model.summary())
     model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)
