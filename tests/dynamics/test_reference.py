@@ -1,0 +1,86 @@
+"""Reference runs: they are what ASE would run, count no step twice, and say what they need."""
+
+import numpy as np
+import pytest
+from ase import units
+from ase.calculators.emt import EMT
+from ase.constraints import FixAtoms
+from ase.md.langevin import Langevin
+
+from ase_uq.dynamics.momenta import set_thermal_momenta
+from ase_uq.dynamics.reference import reference_runs
+from ase_uq.readings import Reduction
+from tests.dynamics.builders import crystal
+
+SHORT = {"temperature": 300, "n_runs": 2, "ps": 0.02, "timestep": 2.0, "equilibration": 0.01, "progress": False}
+
+
+def test_a_run_is_that_of_ase_and_a_reading_that_of_its_steps():
+    atoms = crystal()
+    found = reference_runs(atoms, **SHORT)
+    assert [len(run) for run in found.readings] == [10, 10]
+    assert (found.interval, found.conditions) == (2.0, "AlCu3, Langevin 300 K")
+    rng = np.random.default_rng([0, 1])
+    copy = atoms.copy()
+    copy.calc = atoms.calc
+    set_thermal_momenta(copy, 300, rng)
+    dynamics = Langevin(copy, 2 * units.fs, temperature_K=300, friction=0.01 / units.fs, fixcm=False, rng=rng)
+    expected = []
+    for step, _ in enumerate(dynamics.irun(15)):
+        if step > 5:
+            expected.append(np.linalg.norm(copy.calc.results["forces_uncertainty"], axis=1).max())
+    np.testing.assert_array_equal(found.readings[1], expected)
+    assert not np.array_equal(found.readings[0], found.readings[1])
+
+
+def test_it_costs_one_calculation_a_step_and_leaves_the_structure_alone():
+    atoms = crystal()
+    before = atoms.copy()
+    reference_runs(atoms, **SHORT)
+    assert atoms.calc.n_calls == 2 * 16  # five to equilibrate, ten to read, one to begin with
+    assert atoms == before
+    np.testing.assert_array_equal(atoms.get_momenta(), before.get_momenta())
+
+
+def test_the_same_seed_gives_the_same_runs_and_every_nth_step_is_read():
+    found = reference_runs(crystal(), **SHORT, seed=3)
+    again = reference_runs(crystal(), **SHORT, seed=3, interval=2)
+    assert again.interval == 4.0
+    for run, thinned in zip(found.readings, again.readings, strict=True):
+        np.testing.assert_array_equal(run[1::2], thinned)
+
+
+def test_the_reduction_is_kept():
+    found = reference_runs(crystal(), **SHORT, reduction=Reduction("mean", ("Cu",)))
+    assert found.reduction == Reduction("mean", ("Cu",))
+    assert not np.array_equal(found.readings[0], reference_runs(crystal(), **SHORT).readings[0])
+
+
+def test_constraints_are_kept():
+    atoms = crystal()
+    atoms.set_constraint(FixAtoms([1]))
+    # The uncertainty of this potential is how far an atom has moved: the fixed one reads zero, which no reference may.
+    with pytest.raises(ValueError, match=r"reference run 0 has readings that are not finite and positive"):
+        reference_runs(atoms, **SHORT, reduction=Reduction("max", ("Al",)))
+
+
+@pytest.mark.parametrize("name", ["temperature", "n_runs", "ps", "timestep", "interval"])
+def test_numbers_that_are_not_positive_are_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} of reference runs is a positive number, not 0"):
+        reference_runs(crystal(), **{**SHORT, name: 0})
+
+
+def test_a_calculator_without_uncertainties_is_refused():
+    atoms = crystal()
+    atoms.calc = EMT()
+    with pytest.raises(ValueError, match=r"whose calculator gives forces_uncertainty.*UncertainCalculator"):
+        reference_runs(atoms, **SHORT)
+    atoms.calc = None
+    with pytest.raises(ValueError, match=r"whose calculator gives forces_uncertainty"):
+        reference_runs(atoms, **SHORT)
+
+
+def test_a_run_that_left_the_realm_of_finite_uncertainties_is_no_reference():
+    atoms = crystal(script=[0.1] * 8 + [np.inf])
+    with pytest.raises(ValueError, match=r"reference run 0 has no finite uncertainty after 4 fs: at 300 K"):
+        reference_runs(atoms, **SHORT)
