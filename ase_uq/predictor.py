@@ -22,44 +22,58 @@ class Predictor:
     Args:
         backend: The potential.
         uncertainty_model: What was fitted for it.
+        interval: Confidence in (0, 1) of `forces_interval`, a bound of the norm of each atom's force error; None
+            leaves it out. It costs a product for each atom. See `UncertaintyModel.intervals`.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
+        ValueError: The calibration data cannot support the interval.
     """
 
-    def __init__(self, backend: Backend, uncertainty_model: UncertaintyModel) -> None:
+    def __init__(self, backend: Backend, uncertainty_model: UncertaintyModel, interval: float | None = None) -> None:
         warning = backend.check_identity(uncertainty_model.identity)
         if warning:
             warnings.warn(warning, UQWarning, stacklevel=3)
         self.backend = backend
         self.uncertainty_model = uncertainty_model.to(backend.device)
+        self._intervals = None if interval is None else self.uncertainty_model.intervals(interval)
         self._named: set[int] = set()
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Results keys that every prediction has."""
-        return (*self.backend.results, *self.uncertainty_model.results)
+        """Results keys that every prediction with uncertainties has."""
+        interval = () if self._intervals is None else ("forces_interval",)
+        return (*self.backend.results, *self.uncertainty_model.results, *interval)
 
-    def predict(self, frames: Sequence[Atoms], *, first: int = 0) -> list[Prediction]:
+    def predict(self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True) -> list[Prediction]:
         """Predictions of structures, evaluated together as one batch.
 
         Args:
             frames: Structures; not changed.
             first: Number of the first structure, for messages.
+            uncertainties: Whether they are wanted; without them no method is applied and predictions hold what the
+                potential gives, at the cost of the potential alone.
 
         Raises:
             InputError: A structure cannot be evaluated.
         """
-        gradients = self.uncertainty_model.gradients
+        gradients = uncertainties and self.uncertainty_model.gradients
         # A derivative of one structure runs through the graph of its whole batch.
         batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
         predictions, done = [], first
         for batch in batches:
             evaluation = self.backend.evaluate(self.backend.collate(batch, first=done), gradients=gradients)
-            predictions += _split(evaluation, self.uncertainty_model.apply(evaluation))
+            predictions += _split(evaluation, self._uncertainties(evaluation) if uncertainties else {})
             done += len(batch)
-        self._name_unseen(frames)
+        if uncertainties:
+            self._name_unseen(frames)
         return predictions
+
+    def _uncertainties(self, evaluation: Evaluation) -> dict[str, Tensor]:
+        found = self.uncertainty_model.apply(evaluation)
+        if self._intervals is not None:
+            found["forces_interval"] = self._intervals(found["forces_uncertainty"], evaluation.numbers)
+        return found
 
     def _name_unseen(self, frames: Sequence[Atoms]) -> None:
         present = {int(z) for atoms in frames for z in np.unique(atoms.numbers)}

@@ -31,6 +31,7 @@ _TABLE = (
     Property("energy_uncertainty", False, (), "eV", "standard deviation of the total energy"),
     Property("energies_uncertainty", True, (), "eV", "standard deviation of each atom's energy"),
     Property("forces_uncertainty", True, (3,), "eV/Å", "standard deviation of each force component"),
+    Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
     Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, Voigt"),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
 )

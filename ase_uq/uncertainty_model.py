@@ -137,8 +137,8 @@ class IntervalTable:
         """(n_atoms, 3) eV/Å and (n_atoms,) atomic numbers → (n_atoms,) bounds of ‖F_ref - F‖, eV/Å."""
         known = torch.zeros(len(self.factors), dtype=torch.bool)
         known[list(self.elements)] = True
-        factors = torch.where(known, self.factors, torch.inf).to(numbers.device)
-        return factors[numbers] * forces_uncertainty.norm(dim=1)
+        bounds = self.factors.to(numbers.device)[numbers] * forces_uncertainty.norm(dim=1)
+        return torch.where(known.to(numbers.device)[numbers], bounds, torch.inf)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
 """What uncertainties cost: the time of a full ASE step (energy, forces, stress) with and without them, as a ratio.
 
-    python benchmarks/overhead.py [--device cpu|cuda] [--seconds 60] [--smallest 8] [--largest 512] [--out NAME]
+    python benchmarks/overhead.py [--device cpu|cuda] [--seconds 60] [--smallest 8] [--largest 512] [--every N]
+        [--out NAME]
 
-Both sides of every ratio are timed in one run, step by step in turns, because machines are noisy: the ratio is the
-median over pairs of neighbouring steps, its spread the quartiles. Potentials have the full published sizes and random
+All sides of every ratio are timed in one run, step by step in turns, because machines are noisy: the ratio is the
+median over pairs of neighbouring steps, its spread the quartiles. With `--every N` a third side takes uncertainties
+at every Nth step only; its ratios, to the potential alone and to uncertainties at each step, are of the time of N
+steps in a row, one of which has them. What that saves is shown also for `ntk` on the MACE, whose backward passes are
+dear. Potentials have the full published sizes and random
 weights: MACE-MP medium (128x0e + 128x1o, 89 elements), orb-v3 direct and conservative. Beside them stands a MACE
 committee of four, the way to force uncertainties without this package. Writes NAME.json and NAME.md.
 """
@@ -11,11 +15,10 @@ committee of four, the way to force uncertainties without this package. Writes N
 import argparse
 import json
 import platform
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +28,14 @@ from ase.build import bulk
 from ase.calculators.calculator import Calculator
 from tqdm import tqdm
 
-from ase_uq import UncertainCalculator, fit
+from ase_uq import UncertainCalculator, UncertaintyModel, fit
 from ase_uq.combined import RESIDUAL
 
 SIZES = {8: 1, 64: 2, 216: 3, 512: 4, 1000: 5, 1728: 6, 4096: 8}
 POTENTIALS = ("MACE-MP medium size", "orb-v3 direct", "orb-v3 conservative")
 METHODS = {"bll": ["bll"], "bll, pdrum, kernel and combined": ["bll", "pdrum", "kernel"]}
+DEAR = {"ntk": ["ntk"]}
+COMMITTEE = "4-member committee, stock calculator"
 
 
 def crystal(repeat: int, seed: int = 0) -> Atoms:
@@ -107,7 +112,7 @@ def labelled(seeds: range) -> list[Atoms]:
     return frames
 
 
-def with_uncertainties(plain: Calculator, methods: Sequence[str]) -> UncertainCalculator:
+def fitted(plain: Calculator, methods: Sequence[str]) -> UncertaintyModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # made-up labels make the fit complain, rightly
         model = fit(plain, labelled(range(12)), labelled(range(100, 112)), methods=methods, progress=False)
@@ -115,12 +120,13 @@ def with_uncertainties(plain: Calculator, methods: Sequence[str]) -> UncertainCa
         # Everything is to be timed, whatever the made-up labels made of it.
         assert model.combination.ensemble is not None, "the networks were not kept"
         model.combination.weights = dict.fromkeys((*model.combination.view.others, RESIDUAL), 0.5)
-    return UncertainCalculator(plain, model)
+    return model
 
 
 def step(atoms: Atoms, index: int) -> float:
     """Seconds of one step: atoms move, then energy, forces and stress are asked for."""
-    atoms.positions[0, 0] += 1e-3 * (-1) ** index
+    # Never to where it was before: such a structure would be remembered.
+    atoms.positions[0, 0] += 1e-3 * np.cos(index)
     start = time.perf_counter()
     atoms.get_potential_energy()
     atoms.get_forces()
@@ -128,35 +134,37 @@ def step(atoms: Atoms, index: int) -> float:
     return time.perf_counter() - start
 
 
-def pairs(first: Atoms, second: Atoms, seconds: float) -> Iterator[tuple[float, float]]:
-    """Times of the two sides in turns, each going first every other time."""
-    for index in range(2):
-        step(first, index), step(second, index)
+def times_in_turns(sides: Sequence[Atoms], seconds: float, fewest: int) -> np.ndarray:
+    """(n_steps, n_sides) seconds; the sides take turns in going first."""
+    times = []
     end = time.perf_counter() + seconds
-    index = 2
-    while index < 8 or time.perf_counter() < end:
-        if index % 2:
-            a, b = step(first, index), step(second, index)
-        else:
-            b, a = step(second, index), step(first, index)
-        yield a, b
-        index += 1
+    while len(times) < 2 + fewest or time.perf_counter() < end:
+        index = len(times)
+        row = [0.0] * len(sides)
+        for turn in range(len(sides)):
+            side = (index + turn) % len(sides)
+            row[side] = step(sides[side], index)
+        times.append(row)
+    return np.array(times[2:])  # the first ones warm up
 
 
-def compare(plain: Calculator, other: Calculator, repeat: int, seconds: float) -> dict[str, float]:
-    first, second = crystal(repeat), crystal(repeat)
-    first.calc, second.calc = plain, other
-    times = list(pairs(first, second, seconds))
-    ratios = [b / a for a, b in times]
+def spread(name: str, ratios: np.ndarray) -> dict[str, float]:
     low, middle, high = np.quantile(ratios, [0.25, 0.5, 0.75])
-    return {
-        "atoms": len(first),
-        "plain_ms": 1e3 * statistics.median(a for a, _ in times),
-        "ratio": float(middle),
-        "ratio_25": float(low),
-        "ratio_75": float(high),
-        "pairs": len(times),
-    }
+    return {name: float(middle), f"{name}_25": float(low), f"{name}_75": float(high)}
+
+
+def compare(calculators: Sequence[Calculator], repeat: int, seconds: float, every: int) -> dict[str, float]:
+    """Times of the potential alone, with uncertainties, and if there is a third with them at every Nth step."""
+    sides = [crystal(repeat) for _ in calculators]
+    for atoms, calc in zip(sides, calculators, strict=True):
+        atoms.calc = calc
+    times = times_in_turns(sides, seconds, fewest=max(6, 4 * every))
+    row = {"atoms": len(sides[0]), "plain_ms": 1e3 * float(np.median(times[:, 0])), "pairs": len(times)}
+    row |= spread("ratio", times[:, 1] / times[:, 0])
+    if len(sides) == 3:
+        cycles = times[: len(times) // every * every].reshape(-1, every, 3).sum(1)
+        row |= spread("every_ratio", cycles[:, 2] / cycles[:, 0]) | spread("saved", cycles[:, 2] / cycles[:, 1])
+    return row
 
 
 def machine(device: str) -> str:
@@ -166,17 +174,29 @@ def machine(device: str) -> str:
 
 
 def table(results: dict) -> str:
+    every = results["every"]
     lines = [
         f"# Overhead of uncertainties\n\n{results['machine']}; `{results['command']}`\n",
         "| potential | with | atoms | plain step (ms) | with / plain | quartiles | pairs |",
         "|---|---|---:|---:|---:|---|---:|",
     ]
-    lines += [
-        f"| {row['potential']} | {row['with']} | {row['atoms']} | {row['plain_ms']:.1f} | {row['ratio']:.3f} | "
-        f"{row['ratio_25']:.3f} to {row['ratio_75']:.3f} | {row['pairs']} |"
-        for row in results["rows"]
-    ]
+    if every > 1:
+        lines[1] += f" 1 step in {every} / plain | quartiles | 1 step in {every} / each step | quartiles |"
+        lines[2] += "---:|---|---:|---|"
+    for row in results["rows"]:
+        cells = [row["potential"], row["with"], row["atoms"], f"{row['plain_ms']:.1f}"]
+        cells += [*ratio_cells(row, "ratio"), row["pairs"]]
+        if every > 1:
+            cells += [*ratio_cells(row, "every_ratio"), *ratio_cells(row, "saved")]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
+
+
+def ratio_cells(row: dict, name: str) -> list[str]:
+    """A ratio and its quartiles; empty where it was not measured."""
+    if name not in row:
+        return ["", ""]
+    return [f"{row[name]:.3f}", f"{row[f'{name}_25']:.3f} to {row[f'{name}_75']:.3f}"]
 
 
 def main() -> None:
@@ -186,26 +206,37 @@ def main() -> None:
     parser.add_argument("--smallest", type=int, default=8, help="smallest number of atoms")
     parser.add_argument("--largest", type=int, default=512, help="largest number of atoms")
     parser.add_argument("--potentials", nargs="+", choices=POTENTIALS, default=list(POTENTIALS))
+    parser.add_argument("--every", type=int, default=1, help="also uncertainties at every Nth step only")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     out = arguments.out or Path(f"benchmarks/results/overhead_{arguments.device}")
     sizes = [repeat for atoms, repeat in SIZES.items() if arguments.smallest <= atoms <= arguments.largest]
-    results = {"machine": machine(arguments.device), "command": " ".join(["python", *sys.argv]), "rows": []}
+    every, known = arguments.every, METHODS | DEAR
+    results = {
+        "machine": machine(arguments.device),
+        "command": " ".join(["python", *sys.argv]),
+        "every": every,
+        "rows": [],
+    }
     jobs = [(name, methods, repeat) for name in arguments.potentials for methods in METHODS for repeat in sizes]
+    if every > 1 and POTENTIALS[0] in arguments.potentials:
+        jobs += [(POTENTIALS[0], methods, repeat) for methods in DEAR for repeat in sizes]
     # A committee's ratio does not depend on size; four times a long step is long.
-    jobs += [("MACE-MP medium size", "4-member committee, stock calculator", repeat) for repeat in sizes if repeat <= 2]
-    plain = certain = None
+    jobs += [(POTENTIALS[0], COMMITTEE, repeat) for repeat in sizes if repeat <= 2]
+    calculators: list[Calculator] = []
     current = None
     for name, methods, repeat in tqdm(jobs, unit="size"):
         if (name, methods) != current:
             current = (name, methods)
             plain = calculator(name, arguments.device)
-            known = METHODS.get(methods)
-            certain = with_uncertainties(plain, known) if known else mace_calculator(arguments.device, 4)
-        assert plain is not None
-        assert certain is not None
+            if methods == COMMITTEE:
+                calculators = [plain, mace_calculator(arguments.device, 4)]
+            else:
+                model = fitted(plain, known[methods])
+                steps = sorted({1, every})
+                calculators = [plain, *(UncertainCalculator(plain, model, every=n) for n in steps)]
         try:
-            row = compare(plain, certain, repeat, arguments.seconds)
+            row = compare(calculators, repeat, arguments.seconds, every)
         except torch.OutOfMemoryError:
             tqdm.write(f"{name}, {methods}: {8 * repeat**3} atoms do not fit")
             continue

@@ -1,12 +1,15 @@
 """Fits the uncertainty models of the embedded potentials.
 
-python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; two minutes)
+python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; half an hour)
+
+The reference runs take most of it: twenty a potential at 300 K, on which thresholds count false alarms.
 """
 
 import sys
 from pathlib import Path
 
-from ase_uq import fit
+from ase_uq import UncertainCalculator, fit, read_frames
+from ase_uq.dynamics.reference import reference_runs
 from ase_uq.methods import make_method
 from ase_uq.networks import Training
 
@@ -23,7 +26,16 @@ METHODS = (
 def main(names: tuple[str, ...]) -> None:
     for name in names:
         spec = f"embedded:{name.replace('_', '-')}"
-        model = fit(spec, FOLDER / "train_300K.xyz", FOLDER / "calibration_300K.xyz", methods=METHODS)
+        model = fit(
+            spec,
+            FOLDER / "train_300K.xyz",
+            FOLDER / "calibration_300K.xyz",
+            stressed=FOLDER / "stressed.xyz",
+            methods=METHODS,
+        )
+        (atoms,) = read_frames(FOLDER / "malonaldehyde.xyz")
+        atoms.calc = UncertainCalculator(spec, model)
+        model = model.with_reference(reference_runs(atoms, temperature=300, n_runs=20, ps=0.5, equilibration=0.5))
         model.save(FOLDER / f"{name}.uq.safetensors")
         print(model.summary())
 

@@ -4,7 +4,8 @@
 
 Every split is drawn from Langevin runs of its own, so that no test or calibration frame is a neighbour in
 time of a training frame. `info["run"]` numbers the runs: they are the exchangeable unit of the set.
-The 900 K file is a test set only; nothing is fitted or calibrated on it.
+The 900 K file is a test set only; nothing is fitted or calibrated on it. The stressed file holds deliberately bad
+variants of training frames: nothing is fitted to them either, but thresholds on missed frames need large errors.
 """
 
 import sys
@@ -12,12 +13,16 @@ from pathlib import Path
 
 import numpy as np
 from ase import Atoms, units
+from ase.calculators.calculator import CalculationFailed
 from ase.io import write
 from ase.md.langevin import Langevin
 from ase.md.velocitydistribution import MaxwellBoltzmannDistribution, Stationary, ZeroRotation
 from ase.optimize import BFGS
 from tblite.ase import TBLite
 from tqdm import tqdm
+
+from ase_uq.frames import read_frames
+from ase_uq.stress import stress_frames
 
 # name: (temperature in K, independent runs, frames a run)
 SPLITS = {
@@ -70,11 +75,26 @@ def sample(name: str, temperature: float, n_runs: int, n_frames: int, seed: int)
     return frames
 
 
+def stressed(parents: list[Atoms]) -> list[Atoms]:
+    """Labelled bad variants; those whose self-consistency does not converge are left out."""
+    reference = TBLite(method="GFN2-xTB", verbosity=0)
+    kinds = ("rattled", "strained", "compressed", "hot")
+    frames = []
+    for variant in stress_frames(parents, kinds=kinds, per_kind=50, calculator=reference, progress=True):
+        variant.calc = reference
+        try:
+            frames.append(labelled_copy(variant, **variant.info))
+        except CalculationFailed:
+            continue
+    return frames
+
+
 def main(folder: Path) -> None:
     relaxed = malonaldehyde()
     write(folder / "malonaldehyde.xyz", labelled_copy(relaxed, config_type="relaxed"))
     for seed, (name, (temperature, n_runs, n_frames)) in enumerate(SPLITS.items()):
         write(folder / f"{name}.xyz", sample(name, temperature, n_runs, n_frames, seed))
+    write(folder / "stressed.xyz", stressed(read_frames(folder / "train_300K.xyz")))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The ASE calculator: the potential's own numbers, recomputed exactly when an input changes, wherever ASE takes one."""
 
+import copy
 import io
 import os
 import pickle
@@ -21,10 +22,20 @@ from ase.io import Trajectory, read, write
 from ase.md.langevin import Langevin
 from ase.md.nptberendsen import NPTBerendsen
 from ase.md.verlet import VelocityVerlet
-from ase.mep import NEB
+from ase.mep import NEB, DimerControl, MinModeAtoms, MinModeTranslate
 from ase.optimize import BFGS
 
-from ase_uq import Quantile, UncertainCalculator, UncertaintyModel, fit, read_frames, write_frames
+from ase_uq import (
+    Quantile,
+    Reduction,
+    UncertainCalculator,
+    UncertaintyModel,
+    UncertaintyMonitor,
+    fit,
+    read_frames,
+    write_frames,
+)
+from ase_uq import calculator as calculator_module
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch, UQWarning
 from ase_uq.methods import make_method
@@ -64,10 +75,50 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def box(calculator: BaseCalculator | None = None) -> Atoms:
+@pytest.fixture
+def structures(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
+    """Positions of every structure that the potential was called for so far."""
+    seen: list[bytes] = []
+    original = ToyBackend._evaluate
+
+    def noted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
+        seen.extend(atoms.positions.tobytes() for atoms in batch.frames)
+        return original(self, batch, forces, gradients)
+
+    monkeypatch.setattr(ToyBackend, "_evaluate", noted)
+    return seen
+
+
+@pytest.fixture
+def applications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Atoms of every batch that the methods were applied to so far."""
+    seen: list[int] = []
+    original = UncertaintyModel.apply
+
+    def counted(self: UncertaintyModel, evaluation: Any):
+        seen.append(len(evaluation.numbers))
+        return original(self, evaluation)
+
+    monkeypatch.setattr(UncertaintyModel, "apply", counted)
+    return seen
+
+
+def box(calculator: BaseCalculator | None = None, seed: int = 1) -> Atoms:
     atoms = molecule("CH3OH", cell=[CELL] * 3, pbc=True, calculator=calculator)
-    atoms.rattle(0.05, seed=1)
+    atoms.rattle(0.05, seed=seed)
     return atoms
+
+
+def langevin(atoms: Atoms) -> Langevin:
+    """With the same random numbers each time."""
+    return Langevin(
+        atoms,
+        0.5 * units.fs,
+        temperature_K=300,
+        friction=0.01 / units.fs,
+        rng=np.random.default_rng(1),
+        fixcm=False,
+    )
 
 
 class TestResults:
@@ -122,6 +173,14 @@ class TestResults:
     def test_thresholds_are_those_of_the_model(self, calculator: UncertainCalculator, model: UncertaintyModel):
         assert calculator.threshold(0.2) == 0.2
         assert calculator.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
+
+    def test_so_is_the_evidence_for_them(self, calculator: UncertainCalculator, model: UncertaintyModel):
+        reduction = Reduction("mean", elements=("O",))
+        ours, theirs = calculator.evidence(reduction), model.evidence(reduction)
+        assert ours.reduction == theirs.reduction == reduction
+        np.testing.assert_array_equal(ours.readings, theirs.readings)
+        np.testing.assert_array_equal(ours.errors, theirs.errors)
+        assert calculator.evidence().reduction == Reduction()
 
 
 class TestConstruction:
@@ -211,6 +270,7 @@ class TestCache:
             atoms.get_forces()
             counts.append(len(evaluations))
         assert counts == [1, 2, 2, 2, 3, 4, 4, 5]
+        calculator.reset()  # or the structure without a charge would be remembered
         del atoms.info["charge"]
         atoms.get_forces()
         assert len(evaluations) == 6
@@ -255,6 +315,409 @@ class TestCache:
                 atoms.get_forces()
 
 
+class TestMemory:
+    """Structures that were calculated lately, and come again."""
+
+    def test_two_structures_in_turns_cost_one_evaluation_each(
+        self, calculator: UncertainCalculator, evaluations: list[int]
+    ):
+        one, other = box(calculator, seed=1), box(calculator, seed=2)
+        first = [(atoms.get_forces(), calculator.get_property("forces_uncertainty", atoms)) for atoms in (one, other)]
+        assert not np.array_equal(first[0][0], first[1][0])
+        for _ in range(3):
+            for atoms, (forces, uncertainty) in zip((one, other), first, strict=True):
+                np.testing.assert_array_equal(atoms.get_forces(), forces)
+                np.testing.assert_array_equal(calculator.get_property("forces_uncertainty", atoms), uncertainty)
+                assert calculator.results.keys() == set(calculator.implemented_properties)
+                assert not calculator.check_state(atoms)
+        assert evaluations == [1, 1]
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda atoms: atoms.positions.__setitem__((0, 0), np.nextafter(atoms.positions[0, 0], 9)),
+            lambda atoms: atoms.set_cell(atoms.cell * 1.001),
+            lambda atoms: atoms.numbers.__setitem__(0, 8),
+            lambda atoms: atoms.set_pbc(False),
+            lambda atoms: atoms.set_pbc((True, True, False)),
+            lambda atoms: atoms.set_initial_charges([1] * len(atoms)),
+            lambda atoms: atoms.set_initial_magnetic_moments([1] * len(atoms)),
+            lambda atoms: atoms.info.__setitem__("charge", 1),
+            lambda atoms: atoms.info.__setitem__("head", "b"),
+            lambda atoms: atoms.info.pop("charge"),
+            lambda atoms: atoms.pop(),
+        ],
+        ids=["positions", "cell", "numbers", "pbc", "pbc of c", "charges", "moments", "info", "text", "none", "fewer"],
+    )
+    def test_another_input_is_another_structure(
+        self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch, change
+    ):
+        monkeypatch.setattr(calculator.predictor.backend, "info_keys", ("charge", "head"))
+        atoms = box()
+        atoms.info |= {"charge": 0, "head": "a"}
+        changed = atoms.copy()
+        change(changed)
+        calculator.calculate(atoms)
+        calculator.calculate(changed)
+        assert len(evaluations) == 2
+        bare = changed.copy()
+        bare.calc = ToyCalculator(ELEMENTS)
+        np.testing.assert_array_equal(calculator.results["forces"], bare.get_forces())
+        calculator.calculate(atoms)
+        calculator.calculate(changed)
+        assert len(evaluations) == 2
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda atoms: atoms.arrays.__setitem__("numbers", atoms.numbers.astype(np.int32)),
+            lambda atoms: atoms.info.__setitem__("charge", np.float32(0)),
+            lambda atoms: atoms.info.__setitem__("note", "another"),
+            lambda atoms: atoms.set_velocities(np.ones((len(atoms), 3))),
+            lambda atoms: atoms.set_tags(1),
+        ],
+        ids=["precision of numbers", "precision of info", "notes", "velocities", "tags"],
+    )
+    def test_what_is_the_same_to_the_potential_is_the_same_structure(
+        self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch, change
+    ):
+        monkeypatch.setattr(calculator.predictor.backend, "info_keys", ("charge",))
+        atoms = box()
+        atoms.info["charge"] = 0
+        changed = atoms.copy()
+        change(changed)
+        for structure in (atoms, box(seed=2), changed):
+            calculator.calculate(structure)
+        assert len(evaluations) == 2
+
+    @pytest.mark.parametrize("value", [np.nan, np.array([0.0, np.nan]), {"a": 1}, 1j], ids=str)
+    def test_what_cannot_be_compared_is_calculated_each_time(
+        self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch, value
+    ):
+        monkeypatch.setattr(calculator.predictor.backend, "info_keys", ("field",))
+        atoms = box()
+        atoms.info["field"] = value
+        for structure in (atoms, box(seed=2), atoms):
+            calculator.calculate(structure)
+        assert len(evaluations) == 3
+
+    def test_positions_that_are_not_finite_fail_each_time(self, calculator: UncertainCalculator):
+        broken = box()
+        broken.positions[0, 0] = np.nan
+        for _ in range(2):
+            with pytest.raises(InputError, match="are not finite"):
+                calculator.calculate(broken)
+            calculator.calculate(box())
+
+    @pytest.mark.parametrize("repeats", [0, 1])
+    def test_who_writes_into_results_does_not_change_what_is_remembered(
+        self, calculator: UncertainCalculator, evaluations: list[int], repeats: int
+    ):
+        one, other = box(calculator, seed=1), box(calculator, seed=2)
+        calculator.calculate(one)
+        expected = copy.deepcopy(calculator.results)
+        for _ in range(repeats):  # also what was itself remembered
+            calculator.calculate(other)
+            calculator.calculate(one)
+        for key, value in calculator.results.items():
+            if isinstance(value, np.ndarray):
+                value[...] = -17
+            else:
+                calculator.results[key] = -17
+        calculator.calculate(other)
+        calculator.calculate(one)
+        assert calculator.results.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_array_equal(calculator.results[key], value, err_msg=key)
+        assert len(evaluations) == 2
+
+    def test_the_structure_not_used_for_the_longest_time_is_forgotten(
+        self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(calculator_module, "_MOST_STRUCTURES", 2)
+        a, b, c = (box(seed=seed) for seed in range(3))
+        counts = []
+        for atoms in (a, b, a, c, a, b):
+            calculator.calculate(atoms)
+            counts.append(len(evaluations))
+        assert counts == [1, 2, 2, 3, 3, 4]
+
+    def test_large_structures_are_kept_up_to_a_number_of_atoms(
+        self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(calculator_module, "_MOST_ATOMS", 2 * len(box()))
+        a, b, large = box(seed=0), box(seed=1), box(seed=2).repeat((3, 1, 1))
+        counts = []
+        for atoms in (a, b, a, b, large, large, a, b, a, b):
+            calculator.calculate(atoms)
+            counts.append(len(evaluations))
+        # The last one is always kept, whatever its size.
+        assert counts == [1, 2, 2, 2, 3, 3, 4, 5, 5, 5]
+
+    def test_reset_forgets(self, calculator: UncertainCalculator, evaluations: list[int]):
+        calculator.calculate(box(seed=1))
+        calculator.calculate(box(seed=2))
+        calculator.reset()
+        assert calculator.results == {}
+        calculator.calculate(box(seed=1))
+        assert len(evaluations) == 3
+
+    @pytest.mark.parametrize("copied", [lambda c: pickle.loads(pickle.dumps(c)), copy.deepcopy], ids=["pickle", "copy"])
+    def test_copies_carry_the_last_results_and_no_memory(
+        self, calculator: UncertainCalculator, evaluations: list[int], copied
+    ):
+        calculator.calculate(box(seed=0))
+        size = len(pickle.dumps(calculator))
+        for seed in range(1, 5):
+            calculator.calculate(box(seed=seed))
+        assert len(pickle.dumps(calculator)) == size
+        again = copied(calculator)
+        np.testing.assert_array_equal(
+            again.get_property("forces", box(seed=4)), calculator.get_property("forces", box(seed=4))
+        )
+        assert len(evaluations) == 5
+        again.calculate(box(seed=3))
+        assert len(evaluations) == 6
+        # The original still remembers, and what the copy learns is its own.
+        calculator.calculate(box(seed=3))
+        assert len(evaluations) == 6
+        again.calculate(box(seed=9))
+        calculator.calculate(box(seed=9))
+        assert len(evaluations) == 8
+
+
+class TestEvery:
+    """Uncertainties at every Nth calculation only."""
+
+    def steps_with_uncertainties(self, calculator: UncertainCalculator, steps: int = 20) -> list[int]:
+        atoms = box(calculator)
+        dynamics, found = langevin(atoms), []
+        dynamics.attach(lambda: found.append("forces_uncertainty" in calculator.results))
+        dynamics.run(steps)
+        return [step for step, there in enumerate(found) if there]
+
+    def test_a_run_is_bit_for_bit_the_same(
+        self, model: UncertaintyModel, evaluations: list[int], applications: list[int]
+    ):
+        trajectories, passes, applied = [], [], []
+        bare = ToyCalculator(ELEMENTS)
+        for calculator in (bare, *(UncertainCalculator(bare, model, every=every) for every in (1, 5, 7))):
+            evaluations.clear()
+            applications.clear()
+            atoms = box(calculator)
+            atoms.set_momenta(np.random.default_rng(0).normal(scale=0.5, size=(len(atoms), 3)))
+            dynamics, positions = langevin(atoms), []
+            dynamics.attach(lambda atoms=atoms, positions=positions: positions.append(atoms.positions.copy()))
+            dynamics.run(20)
+            trajectories.append(np.array(positions))
+            passes.append(len(evaluations))
+            applied.append(len(applications))
+        for other in trajectories[1:]:
+            np.testing.assert_array_equal(other, trajectories[0])
+        assert np.abs(trajectories[0][-1] - trajectories[0][0]).max() > 1e-3
+        assert passes == [0, 21, 21, 21]
+        assert applied == [0, 21, 5, 3]
+
+    @pytest.mark.parametrize(("every", "expected"), [(1, [*range(21)]), (5, [0, 5, 10, 15, 20]), (30, [0])])
+    def test_results_have_them_at_those_steps_only(self, model: UncertaintyModel, every: int, expected: list[int]):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
+        assert self.steps_with_uncertainties(calculator) == expected
+        assert calculator.every == every
+
+    def test_a_skipped_step_has_all_of_the_potential_and_none_of_ours(self, model: UncertaintyModel):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=np.int64(2), interval=0.5)
+        calculator.calculate(box(seed=1))
+        assert calculator.results.keys() == set(calculator.implemented_properties)
+        calculator.calculate(box(seed=2))
+        assert calculator.results.keys() == set(ToyCalculator(ELEMENTS).implemented_properties)
+        assert "forces_uncertainty" in calculator.implemented_properties
+
+    @pytest.mark.parametrize("key", ["forces_uncertainty", "gamma", "forces_interval"])
+    def test_an_uncertainty_that_is_asked_for_is_there_after_all(
+        self, model: UncertaintyModel, evaluations: list[int], key: str
+    ):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=3, interval=0.5)
+        each = UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=0.5)
+        with_uncertainties = []
+        for seed in range(7):
+            atoms = box(calculator, seed=seed)
+            forces = atoms.get_forces()
+            with_uncertainties.append(key in calculator.results)
+            if seed == 1:
+                evaluations.clear()
+                assert calculator.get_property(key, atoms, allow_calculation=False) is None
+                assert evaluations == []
+                found = calculator.get_property(key, atoms)
+                assert evaluations == [1]
+                np.testing.assert_array_equal(found, each.get_property(key, atoms))
+                np.testing.assert_array_equal(calculator.results["forces"], forces)
+                evaluations.clear()
+                calculator.get_property(key, atoms)
+                assert evaluations == []
+        # It took no other step's turn.
+        assert with_uncertainties == [True, False, False, True, False, False, True]
+
+    def test_what_was_handed_out_for_a_structure_stands(self, model: UncertaintyModel, monkeypatch: pytest.MonkeyPatch):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
+        calculator.calculate(box(seed=1))
+        atoms = box(calculator, seed=2)
+        forces, energy = atoms.get_forces(), atoms.get_potential_energy()
+        predict = type(calculator.predictor).predict
+
+        def wavering(self, frames, **options):
+            # As a GPU does, which adds in any order.
+            (prediction,) = predict(self, frames, **options)
+            prediction["forces"][:] += 1e-7
+            prediction.results["energy"] += 1e-7
+            return [prediction]
+
+        monkeypatch.setattr(type(calculator.predictor), "predict", wavering)
+        calculator.get_property("forces_uncertainty", atoms)
+        np.testing.assert_array_equal(atoms.get_forces(), forces)
+        assert atoms.get_potential_energy() == energy
+
+    def test_a_remembered_structure_takes_no_turn_and_is_calculated_again_for_an_uncertainty(
+        self, model: UncertaintyModel, evaluations: list[int]
+    ):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
+        evaluations.clear()
+        a, b, c = (box(seed=seed) for seed in range(3))
+        found = []
+        for atoms in (a, b, a, b, c):
+            calculator.calculate(atoms)
+            found.append("gamma" in calculator.results)
+        assert len(evaluations) == 3
+        assert found == [True, False, True, False, True]
+        calculator.calculate(b, ["gamma"])
+        assert len(evaluations) == 4
+        calculator.calculate(c)
+        calculator.calculate(b)
+        assert "gamma" in calculator.results
+        assert len(evaluations) == 4
+
+    def test_a_structure_calculated_again_takes_no_second_place_in_memory(
+        self, model: UncertaintyModel, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
+    ):
+        monkeypatch.setattr(calculator_module, "_MOST_ATOMS", 2 * len(box()))
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
+        calculator.calculate(box(seed=1))
+        calculator.calculate(box(seed=2))
+        calculator.calculate(box(seed=2), ["gamma"])
+        evaluations.clear()
+        calculator.calculate(box(seed=1))
+        calculator.calculate(box(seed=2))
+        assert evaluations == []
+
+    def test_a_failed_calculation_takes_no_turn(self, model: UncertaintyModel):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
+        calculator.calculate(box(seed=1))
+        with pytest.raises(InputError, match="contains Si"):
+            calculator.calculate(bulk("Si", cubic=True))
+        calculator.calculate(box(seed=2))
+        assert "gamma" not in calculator.results
+        calculator.calculate(box(seed=3))
+        assert "gamma" in calculator.results
+
+    def test_after_a_reset_the_next_calculation_has_them(self, model: UncertaintyModel):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=5)
+        calculator.calculate(box(seed=1))
+        calculator.reset()
+        calculator.calculate(box(seed=2))
+        assert "gamma" in calculator.results
+
+    def test_a_copy_goes_on_with_the_count(self, model: UncertaintyModel):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=3)
+        calculator.calculate(box(seed=0))
+        calculator.calculate(box(seed=1))
+        again = pickle.loads(pickle.dumps(calculator))
+        found = []
+        for seed in (2, 3):
+            again.calculate(box(seed=seed))
+            found.append("gamma" in again.results)
+        assert found == [False, True]
+
+    def test_a_monitor_judges_the_steps_that_have_them_at_no_further_cost(
+        self, model: UncertaintyModel, evaluations: list[int], applications: list[int]
+    ):
+        readings = {}
+        for every in (1, 5):
+            atoms = box(UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every))
+            evaluations.clear()
+            applications.clear()
+            dynamics, log = langevin(atoms), io.StringIO()
+            dynamics.attach(UncertaintyMonitor(dynamics, flag=1e-6, log=log))
+            dynamics.run(20)
+            assert len(evaluations) == 21
+            assert len(applications) == len(range(0, 21, every))
+            readings[every] = [line.split(",") for line in log.getvalue().splitlines()[1:]]
+        assert [int(row[0]) for row in readings[5]] == [0, 5, 10, 15, 20]
+        assert readings[5] == readings[1][::5]
+
+    def test_a_frame_of_a_skipped_step_is_written_without_them(self, model: UncertaintyModel, tmp_path: Path):
+        atoms = box(UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2))
+        for _ in range(2):
+            atoms.get_forces()
+            write_frames(tmp_path / "run.xyz", [atoms], append=True)
+            atoms.rattle(0.01, seed=5)
+        first, second = read_frames(tmp_path / "run.xyz")
+        assert first.calc is not None
+        assert second.calc is not None
+        assert "forces_uncertainty" in first.calc.results
+        assert second.calc.results.keys() == {"energy", "free_energy", "energies", "forces", "stress"}
+
+    @pytest.mark.parametrize("every", [0, -1, 2.5, 5.0, "5", None], ids=repr)
+    def test_what_is_no_whole_number_of_calculations_is_refused(self, model: UncertaintyModel, every: Any):
+        with pytest.raises(ValueError, match=r"every=.* is not a whole number of 1 or more\. Give every=1 for"):
+            UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
+
+
+class TestInterval:
+    """A bound of each atom's force error."""
+
+    def test_it_is_a_result_like_any_other(self, model: UncertaintyModel, evaluations: list[int]):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=0.8)
+        plain = UncertainCalculator(ToyCalculator(ELEMENTS), model)
+        evaluations.clear()
+        atoms = box(calculator)
+        assert calculator.implemented_properties == [*plain.implemented_properties, "forces_interval"]
+        atoms.get_forces()
+        interval = calculator.get_property("forces_interval", atoms)
+        assert evaluations == [1]
+        assert interval.shape == (len(atoms),)
+        norms = np.linalg.norm(calculator.results["forces_uncertainty"], axis=1)
+        factors = model.intervals(0.8).factors.numpy()
+        np.testing.assert_allclose(interval, factors[atoms.numbers] * norms, rtol=1e-12)
+        assert (interval > 0).all()
+
+    def test_without_it_there_is_none(self, calculator: UncertainCalculator):
+        assert "forces_interval" not in calculator.implemented_properties
+        with pytest.raises(PropertyNotImplementedError, match="forces_interval property not implemented"):
+            calculator.get_property("forces_interval", box())
+        calculator.calculate(box())
+        assert "forces_interval" not in calculator.results
+
+    def test_it_comes_back_from_a_file(self, model: UncertaintyModel, tmp_path: Path):
+        atoms = box(UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=0.8))
+        atoms.get_forces()
+        write_frames(tmp_path / "a.xyz", [atoms])
+        (again,) = read_frames(tmp_path / "a.xyz")
+        assert again.calc is not None
+        assert atoms.calc is not None
+        np.testing.assert_allclose(
+            again.calc.results["forces_interval"], atoms.calc.results["forces_interval"], atol=1e-7
+        )
+        assert again.calc.results["forces_interval"].shape == (len(atoms),)
+
+    @pytest.mark.parametrize("confidence", [0, 1, -0.5, 90, np.nan])
+    def test_what_is_no_confidence_is_refused(self, model: UncertaintyModel, confidence: float):
+        with pytest.raises(ValueError, match="a confidence lies between 0 and 1, not at"):
+            UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=confidence)
+
+    def test_too_few_calibration_frames_are_refused_when_it_is_made(self, model: UncertaintyModel):
+        with pytest.raises(ValueError, match=r"confidence 0\.99 needs at least 99 independent calibration frames"):
+            UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=0.99)
+
+
 class TestDynamics:
     """Uncertainty changes nothing about a run."""
 
@@ -282,10 +745,7 @@ class TestDynamics:
 
     def test_langevin_with_the_same_seed_is_the_bare_trajectory(self, calculator: UncertainCalculator):
         def run(atoms: Atoms, note) -> None:
-            rng = np.random.default_rng(1)
-            dynamics = Langevin(
-                atoms, 0.5 * units.fs, temperature_K=300, friction=0.01 / units.fs, rng=rng, fixcm=False
-            )
+            dynamics = langevin(atoms)
             dynamics.attach(note)
             dynamics.run(20)
 
@@ -350,6 +810,45 @@ class TestOptimisers:
             paths.append([image.positions for image in images])
         np.testing.assert_array_equal(paths[0], paths[1])
 
+    @pytest.mark.parametrize("every", [1, 4])
+    def test_images_that_share_it_cost_one_evaluation_a_structure_and_the_ends_one_for_the_whole_run(
+        self, model: UncertaintyModel, structures: list[bytes], every: int
+    ):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
+        structures.clear()
+        start = box()
+        end = start.copy()
+        end.rattle(0.1, seed=3)
+        images = [start, *(start.copy() for _ in range(3)), end]
+        for image in images:
+            image.calc = calculator
+        neb = NEB(images, allow_shared_calculator=True, method="improvedtangent")
+        neb.interpolate()
+        BFGS(neb, logfile=None).run(fmax=1e-9, steps=5)
+        assert len(structures) == len(set(structures)) == 2 + 3 * 6
+        # Each image's results can be asked for although the calculator has seen others since.
+        for image in images:
+            image.get_forces()
+            image.get_potential_energy()
+            if every == 1:
+                assert calculator.get_property("forces_uncertainty", image).shape == (len(image), 3)
+        assert len(structures) == 20
+
+    def test_a_dimer_finds_the_same_saddle_without_calculating_a_structure_twice(
+        self, model: UncertaintyModel, structures: list[bytes]
+    ):
+        ends, ours = [], UncertainCalculator(ToyCalculator(ELEMENTS), model)
+        structures.clear()
+        for calculator in (ours, ToyCalculator(ELEMENTS)):
+            atoms = box(calculator)
+            control = DimerControl(initial_eigenmode_method="displacement", displacement_method="vector", logfile=None)
+            dimer = MinModeAtoms(atoms, control, random_seed=1)
+            dimer.displace(displacement_vector=0.1 * np.eye(len(atoms), 3), mask=[True] * len(atoms))
+            MinModeTranslate(dimer, logfile=None).run(fmax=1e-3, steps=5)
+            ends.append(atoms.positions)
+        np.testing.assert_array_equal(ends[0], ends[1])
+        assert len(structures) == len(set(structures)) > 10
+
 
 class TestMACE:
     """The same with a small MACE of random weights that reads charge and spin."""
@@ -384,6 +883,7 @@ class TestMACE:
             VelocityVerlet(atoms, 0.5 * units.fs).run(3)
             positions.append(atoms.positions)
         np.testing.assert_array_equal(positions[0], positions[1])
+        ours.reset()  # or the start of the run would be remembered
         atoms = molecule("CH3OH", calculator=ours, info={"charge": 0, "spin": 1})
         with count_forwards(ours.predictor.backend._modules()) as count:
             neutral = atoms.get_potential_energy()
@@ -394,6 +894,10 @@ class TestMACE:
             atoms.info["charge"] = 1
             charged = atoms.get_potential_energy()
             assert count() == 2
+            atoms.info["charge"] = 0
+            assert atoms.get_potential_energy() == neutral
+            assert count() == 2
+        atoms.info["charge"] = 1
         assert charged != neutral
         bare = molecule("CH3OH", calculator=mace, info={"charge": 1, "spin": 1})
         assert charged == bare.get_potential_energy()
@@ -489,8 +993,22 @@ class TestWriters:
 
 
 @pytest.mark.filterwarnings("ignore:ntk tells nothing about the:ase_uq.errors.UQWarning")
-def test_what_is_too_dear_for_dynamics_says_so():
+def test_what_is_too_dear_for_dynamics_says_so(monkeypatch: pytest.MonkeyPatch):
     train, held_out = labelled_frames(12, seed=1), labelled_frames(12, seed=2)
     model = fit(ToyCalculator(ELEMENTS), train, held_out, methods=[make_method("ntk", tangents=1)], progress=False)
-    with pytest.warns(UQWarning, match="ntk takes further backward passes at every step"):
+    with pytest.warns(UQWarning, match=r"ntk takes further backward passes at every step.* every=N"):
         UncertainCalculator(ToyCalculator(ELEMENTS), model)
+    # At some steps only it is the user's choice, and costs nothing at the others.
+    calculator, bare = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2), ToyCalculator(ELEMENTS)
+    graphs = []
+    original = ToyBackend._evaluate
+
+    def noted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
+        graphs.append(gradients)
+        return original(self, batch, forces, gradients)
+
+    monkeypatch.setattr(ToyBackend, "_evaluate", noted)
+    for seed in range(4):
+        atoms = box(seed=seed)
+        np.testing.assert_array_equal(calculator.get_property("forces", atoms), bare.get_property("forces", atoms))
+    assert graphs == [True, False, True, False]

@@ -8,7 +8,7 @@ from ase.build import molecule
 from ase_uq import Prediction, Predictor, UncertaintyModel, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.errors import InputError
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.properties import PROPERTIES, STANDARD
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
@@ -97,6 +97,62 @@ def test_single_precision_gives_the_same_to_its_digits():
     np.testing.assert_allclose(one["forces"], other["forces"], atol=1e-4)
     # Fitted in single precision as well: features of seven digits, a ridge of 1e-9.
     np.testing.assert_allclose(one["forces_uncertainty"], other["forces_uncertainty"], rtol=0.05)
+
+
+def test_without_uncertainties_there_is_the_potential_alone_bit_for_bit(
+    predictor: Predictor, frames: list[Atoms], monkeypatch: pytest.MonkeyPatch
+):
+    whole = [predictor.predict([atoms])[0] for atoms in frames]
+
+    def refused(self, evaluation):
+        raise AssertionError("a method was applied")
+
+    monkeypatch.setattr(UncertaintyModel, "apply", refused)
+    for atoms, expected in zip(frames, whole, strict=True):
+        (alone,) = predictor.predict([atoms], uncertainties=False)
+        assert tuple(alone.results) == predictor.backend.results
+        for key, value in alone.results.items():
+            np.testing.assert_array_equal(value, expected[key], err_msg=key)
+
+
+def test_an_element_never_seen_is_named_where_uncertainties_are_given():
+    calculator = ToyCalculator((*ELEMENTS, "N"))
+    frames = labelled_frames(30, seed=1), labelled_frames(30, seed=2)
+    model = fit(calculator, *frames, methods=["bll"], progress=False)
+    fresh = Predictor(load_backend(calculator), model, interval=0.8)
+    ammonia = molecule("NH3")
+    fresh.predict([ammonia], uncertainties=False)
+    with pytest.warns(UQWarning, match="fitted without N"):
+        (prediction,) = fresh.predict([ammonia])
+    # Nor is anything promised of it.
+    np.testing.assert_array_equal(np.isinf(prediction["forces_interval"]), ammonia.numbers == 7)
+
+
+def test_an_interval_is_the_factor_of_the_element_times_the_norm(predictor: Predictor, frames: list[Atoms]):
+    with_interval = Predictor(predictor.backend, predictor.uncertainty_model, interval=0.8)
+    assert with_interval.results == (*predictor.results, "forces_interval")
+    factors = predictor.uncertainty_model.intervals(0.8).factors.cpu().numpy()
+    for atoms, prediction in zip(frames, with_interval.predict(frames), strict=True):
+        assert set(prediction.results) == set(with_interval.results)
+        assert prediction["forces_interval"].shape == (len(atoms),)
+        np.testing.assert_allclose(
+            prediction["forces_interval"], factors[atoms.numbers] * prediction.atom_uncertainty, rtol=1e-12
+        )
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.9])
+def test_errors_of_fresh_frames_stay_inside_their_interval_as_often_as_promised(confidence: float):
+    calculator = ToyCalculator(ELEMENTS)
+    model = fit(calculator, labelled_frames(60, seed=1), labelled_frames(200, seed=2), methods=["bll"], progress=False)
+    predictor = Predictor(load_backend(calculator), model, interval=confidence)
+    fresh = labelled_frames(200, seed=3)
+    errors, bounds = [], []
+    for atoms, prediction in zip(fresh, predictor.predict(fresh), strict=True):
+        errors.append(np.linalg.norm(atoms.arrays["REF_forces"] - prediction["forces"], axis=1))
+        bounds.append(prediction["forces_interval"])
+    inside = np.concatenate(errors) <= np.concatenate(bounds)
+    # Both samples have 200 units: the coverage scatters by sqrt(2 c (1 - c) / 200) at the most; four of those.
+    assert abs(inside.mean() - confidence) < 4 * np.sqrt(2 * confidence * (1 - confidence) / 200)
 
 
 def test_nothing_to_predict_is_an_error(predictor: Predictor):

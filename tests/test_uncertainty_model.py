@@ -570,9 +570,10 @@ class TestIntervals:
         assert float(table.factors[6]) == pytest.approx(expected, rel=1e-6)
 
     def test_an_element_never_seen_has_no_bound(self, model: UncertaintyModel):
-        bounds = model.intervals(0.9)(torch.ones((2, 3)), torch.tensor([6, 14]))
-        assert bounds[0] < torch.inf
-        assert bounds[1] == torch.inf
+        for uncertainty in (1.0, 0.0):
+            bounds = model.intervals(0.9)(torch.full((2, 3), uncertainty), torch.tensor([6, 14]))
+            assert bounds[0] < torch.inf
+            assert bounds[1] == torch.inf
 
     @pytest.mark.parametrize("confidence", [0, 1, 90, float("nan")])
     def test_a_confidence_outside_0_and_1_is_refused(self, model: UncertaintyModel, confidence: float):
