@@ -7,15 +7,28 @@ Importing this package imports neither mace nor orb_models and changes nothing i
 
 from ase_uq import metrics
 from ase_uq.backends import available_backends, load_backend
+from ase_uq.bias import UncertaintyBias
 from ase_uq.calculator import UncertainCalculator
 from ase_uq.dynamics import (
+    AllOf,
+    AnyOf,
+    Bonds,
     Call,
+    Cusum,
+    EnergySpike,
+    Finite,
     Flag,
     Halt,
     Log,
+    MaxTemperature,
     Patience,
+    Refractory,
+    Relaxation,
     Threshold,
     UncertaintyMonitor,
+    WatchedCalculator,
+    reference_runs,
+    relax,
 )
 from ase_uq.errors import UncertaintyHalt, UQError, UQWarning
 from ase_uq.fitting import fit
@@ -25,26 +38,43 @@ from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
 from ase_uq.readings import Reduction
 from ase_uq.scoring import evaluate
-from ase_uq.thresholds import Quantile
+from ase_uq.stress import stress_frames
+from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ReferenceRuns
 from ase_uq.uncertainty_model import UncertaintyModel
 
 __all__ = [
+    "AllOf",
+    "AnyOf",
+    "Bonds",
     "Call",
+    "Cusum",
+    "EnergySpike",
+    "ErrorBound",
+    "FalseAlarms",
+    "Finite",
     "Flag",
     "Halt",
     "Log",
+    "MaxTemperature",
+    "MissRate",
     "Patience",
+    "PerElement",
     "Prediction",
     "Predictor",
     "Quantile",
     "Reduction",
+    "ReferenceRuns",
+    "Refractory",
+    "Relaxation",
     "Threshold",
     "UQError",
     "UQWarning",
     "UncertainCalculator",
+    "UncertaintyBias",
     "UncertaintyHalt",
     "UncertaintyModel",
     "UncertaintyMonitor",
+    "WatchedCalculator",
     "available_backends",
     "available_methods",
     "evaluate",
@@ -52,6 +82,9 @@ __all__ = [
     "load_backend",
     "metrics",
     "read_frames",
+    "reference_runs",
+    "relax",
+    "stress_frames",
     "write_frames",
 ]
 

@@ -140,6 +140,12 @@ class UncertainCalculator(Calculator):
         self._memory = _Memory()
         self._n_calculated = 0
 
+    def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
+        """Whether these properties cost a forward pass: not those of a structure that is remembered."""
+        if not super().calculation_required(atoms, list(properties)):
+            return False
+        return not set(properties) <= self._memory.recall(_inputs(atoms, self.predictor.backend.info_keys)).keys()
+
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation, among the inputs that the potential reads.
 

@@ -8,6 +8,7 @@ ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_fram
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     if results is None:
         results = _current_results(atoms)
     copy = atoms.copy()
-    known = {key: value for key, value in results.items() if find_property(key) is not None}
+    # Copies: some calculators write the next results into the same arrays.
+    known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
     if stale or any(key not in STANDARD for key in known):
         # What a file or an earlier calculation left in info and arrays would pass for this calculation's.
         _drop_uncertainties(copy)

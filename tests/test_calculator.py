@@ -103,6 +103,15 @@ def applications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def displaced_dimer(atoms: Atoms) -> MinModeAtoms:
+    # With None for a file it would open one and leave it so.
+    files = {"logfile": io.StringIO(), "eigenmode_logfile": io.StringIO()}
+    control = DimerControl(initial_eigenmode_method="displacement", displacement_method="vector", **files)
+    dimer = MinModeAtoms(atoms, control, random_seed=1)
+    dimer.displace(displacement_vector=0.1 * np.eye(len(atoms), 3), mask=[True] * len(atoms))
+    return dimer
+
+
 def box(calculator: BaseCalculator | None = None, seed: int = 1) -> Atoms:
     atoms = molecule("CH3OH", cell=[CELL] * 3, pbc=True, calculator=calculator)
     atoms.rattle(0.05, seed=seed)
@@ -834,6 +843,57 @@ class TestOptimisers:
                 assert calculator.get_property("forces_uncertainty", image).shape == (len(image), 3)
         assert len(structures) == 20
 
+    @pytest.mark.parametrize("every", [1, 4])
+    def test_a_monitor_reads_every_image_without_another_forward_pass(
+        self, model: UncertaintyModel, structures: list[bytes], every: int
+    ):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
+        structures.clear()
+        start = box()
+        end = start.copy()
+        end.rattle(0.1, seed=3)
+        images = [start, *(start.copy() for _ in range(3)), end]
+        for image in images:
+            image.calc = calculator
+        neb = NEB(images, allow_shared_calculator=True, method="improvedtangent")
+        neb.interpolate()
+        optimizer = BFGS(neb, logfile=None)
+        log = io.StringIO()
+        monitor = UncertaintyMonitor(optimizer, halt=1e6, log=log)
+        optimizer.attach(monitor)
+        optimizer.run(fmax=1e-9, steps=5)
+        assert len(structures) == len(set(structures)) == 2 + 3 * 6
+        if every == 1:
+            assert len(log.getvalue().splitlines()) == 1 + 6
+            norms = [np.linalg.norm(calculator.get_property("forces_uncertainty", i), axis=1) for i in images[1:-1]]
+            assert monitor.last is not None
+            assert monitor.last.reading == max(norm.max() for norm in norms)
+
+    def test_a_monitor_reads_the_centre_of_a_dimer(self, model: UncertaintyModel, structures: list[bytes]):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model)
+        atoms = box(calculator)
+        optimizer = MinModeTranslate(displaced_dimer(atoms), logfile=None)
+        monitor = UncertaintyMonitor(optimizer, halt=1e6)
+        optimizer.attach(monitor)
+        structures.clear()
+        optimizer.run(fmax=1e-3, steps=3)
+        assert len(structures) == len(set(structures))
+        assert monitor.last is not None
+        expected = np.linalg.norm(calculator.get_property("forces_uncertainty", atoms), axis=1).max()
+        assert monitor.last.reading == expected
+
+    def test_what_is_remembered_is_not_required(self, model: UncertaintyModel):
+        calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
+        first, second = box(), box()
+        second.rattle(0.1, seed=1)
+        assert calculator.calculation_required(first, ["forces"])
+        for atoms in (first, second):
+            calculator.get_property("forces", atoms)
+        assert not calculator.calculation_required(first, ["forces", "forces_uncertainty"])
+        assert not calculator.calculation_required(second, ["energy"])
+        # The second calculation was skipped by `every`.
+        assert calculator.calculation_required(second, ["forces_uncertainty"])
+
     def test_a_dimer_finds_the_same_saddle_without_calculating_a_structure_twice(
         self, model: UncertaintyModel, structures: list[bytes]
     ):
@@ -841,9 +901,7 @@ class TestOptimisers:
         structures.clear()
         for calculator in (ours, ToyCalculator(ELEMENTS)):
             atoms = box(calculator)
-            control = DimerControl(initial_eigenmode_method="displacement", displacement_method="vector", logfile=None)
-            dimer = MinModeAtoms(atoms, control, random_seed=1)
-            dimer.displace(displacement_vector=0.1 * np.eye(len(atoms), 3), mask=[True] * len(atoms))
+            dimer = displaced_dimer(atoms)
             MinModeTranslate(dimer, logfile=None).run(fmax=1e-3, steps=5)
             ends.append(atoms.positions)
         np.testing.assert_array_equal(ends[0], ends[1])

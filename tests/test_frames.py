@@ -259,3 +259,12 @@ def test_a_stress_of_another_shape_is_refused():
     atoms = Atoms("H", info={"REF_energy": 0.0, "REF_stress": [0.0] * 4})
     with pytest.raises(LabelError, match=r"stress has shape \(4,\); 6 \(Voigt\) or 9 numbers"):
         labels_of(atoms)
+
+
+def test_what_is_carried_is_not_overwritten_by_the_next_calculation():
+    atoms = molecule("CH4")
+    results = results_of(5)
+    frame = annotated(atoms, results)
+    kept = frame.get_forces().copy()
+    results["forces"] += 1
+    np.testing.assert_array_equal(frame.get_forces(), kept)

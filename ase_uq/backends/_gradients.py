@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ase_uq.errors import InputError
 from ase_uq.evaluation import Gradients
 
 # Threads may share a potential: flags that one has set must not be put back by another.
@@ -37,6 +38,7 @@ class GraphGradients(Gradients):
         parameters: θ, in the order of `named_parameters`.
         positions: (n_rows, 3) leaf of the graph; rows beyond n_atoms are padding.
         features: (n_atoms, n_features).
+        energy_features: (n_atoms, n_last) of the energy's last layer, with a graph; None where there is none.
         energy: (n_frames,) eV.
         forces: (n_atoms, 3) eV/Å, with a graph of their own; None where they are to be taken from the energy.
         frame_of_atom: (n_atoms,).
@@ -52,18 +54,26 @@ class GraphGradients(Gradients):
         energy: Tensor,
         forces: Tensor | None,
         frame_of_atom: Tensor,
+        energy_features: Tensor | None = None,
         length_unit: float = 1.0,
     ) -> None:
         self._parameters = parameters
         # The ends of the graph: they serve when the parameters' own flags are long put back.
         self._edges = [torch.autograd.graph.get_gradient_edge(parameter) for parameter in parameters]
         self._positions, self._features, self._energy = positions, features, energy
+        self._energy_features = energy_features
         self._given_forces, self._frame_of_atom, self._length_unit = forces, frame_of_atom, length_unit
 
-    def of_features(self, cotangent: Tensor) -> Tensor:
-        cotangent = -cotangent.to(self._features) / self._length_unit
+    def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
+        outputs, cotangents = [self._features], [cotangent]
+        if energy_cotangent is not None:
+            if self._energy_features is None:
+                raise InputError("this potential keeps no graph of the last layer of its energy to differentiate.")
+            outputs.append(self._energy_features)
+            cotangents.append(energy_cotangent)
+        cotangents = [-c.to(output) / self._length_unit for c, output in zip(cotangents, outputs, strict=True)]
         (gradient,) = torch.autograd.grad(
-            self._features, self._positions, cotangent, retain_graph=True, materialize_grads=True
+            outputs, self._positions, cotangents, retain_graph=True, materialize_grads=True
         )
         return gradient[: len(self._features)]
 

@@ -1,15 +1,18 @@
 """Options that verbs share: one name, one meaning, one text."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ase_uq.cli.levels import reduction, threshold
 
 _SPEC_HELP = (
     "The potential: mace:PATH, mace-mp:NAME, mace-off:NAME, mace-omol:NAME, orb:FUNCTION, orb:FUNCTION@WEIGHTS, "
     "FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator, or embedded:mace, "
     "embedded:orb-direct, embedded:orb-conservative to try things on."
 )
+_LEVEL: dict[str, Any] = {"metavar": "LEVEL", "parser": threshold}
 
 Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=_SPEC_HELP)]
 UQ = Annotated[
@@ -38,6 +41,33 @@ StressKey = Annotated[
     str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
 ]
 
+# Of the verbs that move atoms.
+Flag = Annotated[Any, typer.Option("--flag", help="Keep frames from this uncertainty on.", **_LEVEL)]
+Halt = Annotated[Any, typer.Option("--halt", help="Halt at this uncertainty.", **_LEVEL)]
+EachElement = Annotated[
+    bool,
+    typer.Option(
+        "--per-element",
+        help="A threshold for each element of its own; --flag and --halt are meanings then, like q0.99.",
+    ),
+]
+Reduce = Annotated[
+    Any,
+    typer.Option(
+        "--reduce",
+        metavar="max|mean|top3|Q",
+        parser=reduction,
+        help="How atoms become one reading: max, mean, top3, or a quantile like 0.9.",
+    ),
+]
+Bonds = Annotated[bool, typer.Option("--bonds", help="Halt where a bond of the start breaks, or atoms fuse.")]
+FlaggedFrames = Annotated[
+    Path | None, typer.Option("--frames", metavar="FILE", help="Flagged frames are added to this .xyz file.")
+]
+Before = Annotated[
+    int, typer.Option("--before", min=0, help="Frames before a flagged one that go to --frames with it.")
+]
+
 
 def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tuple[str, str, str] | None:
     """Names of the labels, those that were not given by their first default; None where none was given."""
@@ -54,4 +84,12 @@ def check_xyz_name(file: Path, option: str) -> None:
     if file.suffix not in (".xyz", ".extxyz"):
         raise typer.BadParameter(
             f"{file} is written as extended XYZ: give a name that ends in .xyz or .extxyz.", param_hint=f"'{option}'"
+        )
+
+
+def check_before(before: int, frames: Path | None) -> None:
+    """Refuses frames before a flagged one that would be written nowhere."""
+    if before and frames is None:
+        raise typer.BadParameter(
+            "the frames before a flagged one go to --frames: give it too.", param_hint="'--before'"
         )

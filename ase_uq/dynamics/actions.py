@@ -6,14 +6,21 @@ in order, and an exception from one ends the run there.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from ase import Atoms
+from ase.mep.neb import NEBOptimizer
+from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
-from ase.optimize.sciopt import Converged, SciPyGradientlessOptimizer, SciPyOptimizer
+from ase.optimize.sciopt import (
+    Converged,
+    OptimizerConvergenceError,
+    SciPyGradientlessOptimizer,
+    SciPyOptimizer,
+)
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
@@ -26,13 +33,17 @@ class Event:
 
     Args:
         level: `"ok"`, `"flag"` or `"halt"`.
-        step: Step number; it goes on where a restored run was left.
+        step: Step number; it goes on where a restored run was left. The number of the calculation in a
+            `WatchedCalculator`, of the judged minimum in basin hopping.
         time_fs: Simulated time, fs; None in an optimiser.
-        reading: Reduced force uncertainty, eV/Å.
-        threshold: Threshold of the rule that triggered, eV/Å; at level `"ok"` the lowest one of the monitor.
-        reason: What triggered, for people: the rule, the worst atom and its element; empty at level `"ok"`.
-        atoms: The running structure itself, with its calculator; copy it to keep it.
-        dynamics: The run.
+        reading: Reduced force uncertainty that triggered, or is nearest to its threshold, eV/Å; on a path that of the
+            worst image. NaN also where there is none: a monitor with only checks, or a step that skipped it.
+        threshold: Threshold of the same rule, eV/Å; NaN where a check triggered.
+        reason: What triggered, for people: the rule, the worst atom and its element, or the check; empty at `"ok"`.
+        atoms: The running structure itself, with its calculator; copy it to keep it. A copy with its results where
+            the calculator holds those of another structure by now.
+        dynamics: The run; None in a `WatchedCalculator`.
+        image: Number of the image on a path, from 1 for the first that moves; None without a path.
     """
 
     level: Level
@@ -42,7 +53,8 @@ class Event:
     threshold: float
     reason: str
     atoms: Atoms
-    dynamics: BaseDynamics
+    dynamics: BaseDynamics | None
+    image: int | None = None
 
 
 Action = Callable[[Event], Any]
@@ -54,8 +66,8 @@ class Halt:
 
     Args:
         mode: `"raise"` raises `UncertaintyHalt` out of `run()`; `"stop"` lets `run()` return as if its steps were
-            done. A dynamics with a loop of its own that cannot be told to stop, such as SwitchLangevin, raises in
-            either mode.
+            done. What has a loop of its own that cannot be told to stop raises in either mode: SwitchLangevin,
+            BasinHopping, a NEBOptimizer with the method "static", and whatever uses a `WatchedCalculator`.
 
     Raises:
         ValueError: Another mode.
@@ -68,22 +80,32 @@ class Halt:
             raise ValueError(f"Halt knows the modes 'raise' and 'stop', not {self.mode!r}.")
 
     def __call__(self, event: Event) -> None:
-        dynamics = event.dynamics
-        if self.mode == "stop":
+        dynamics, error = event.dynamics, UncertaintyHalt
+        if self.mode == "stop" and dynamics is not None:
             # SciPy owns the loop of these; ASE gives this exception to leave it quietly.
             if isinstance(dynamics, SciPyOptimizer | SciPyGradientlessOptimizer):
                 raise Converged
-            # Only a loop that never looks at max_steps can have run past it.
-            if dynamics.nsteps <= dynamics.max_steps:
+            if isinstance(dynamics, NEBOptimizer):
+                error = _EndOfODE
+            # Only a loop that never looks at max_steps can have run past it; basin hopping does not even count.
+            elif not isinstance(dynamics, BasinHopping) and dynamics.nsteps <= dynamics.max_steps:
                 dynamics.max_steps = dynamics.nsteps
                 return
         when = "" if event.time_fs is None else f" ({event.time_fs:.6g} fs)"
-        raise UncertaintyHalt(
-            f"halted at step {event.step}{when}: {event.reason}. run() goes on from this step.",
+        if dynamics is None:
+            where, then = f"calculation {event.step}", "Its results stand: what asks for them again goes on"
+        else:
+            where, then = f"step {event.step}{when}", "run() goes on from this step"
+        raise error(
+            f"halted at {where}: {event.reason}. {then}.",
             step=event.step,
             reading=event.reading,
             threshold=event.threshold,
         )
+
+
+class _EndOfODE(UncertaintyHalt, OptimizerConvergenceError):
+    """The one exception that NEBOptimizer takes for a quiet end of its method "ode"; "static" lets it through."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +113,8 @@ class Flag:
     """Appends the frame to an extended XYZ file, on the disk before the run goes on.
 
     The frame carries every result, and `flag_reason`, `flag_level`, `flag_step`, `flag_time_fs` (not in an
-    optimiser), `flag_reading` and `flag_threshold` in its info. `REF_*` labels of the structure that the run began
-    with are left out: they are not this frame's.
+    optimiser), `flag_image` (on a path), `flag_reading` and `flag_threshold` in its info. `REF_*` labels of the
+    structure that the run began with are left out: they are not this frame's.
 
     Args:
         path: File; what an earlier run left in it stays.
@@ -107,22 +129,12 @@ class Flag:
         _check_writable(self.path)
 
     def __call__(self, event: Event) -> None:
-        frame = annotated(
-            event.atoms,
-            flag_reason=event.reason,
-            flag_level=event.level,
-            flag_step=event.step,
-            flag_time_fs=event.time_fs,
-            flag_reading=event.reading,
-            flag_threshold=event.threshold,
-        )
-        if event.time_fs is None:
-            del frame.info["flag_time_fs"]
-        # Reference values of the structure that the run began with would label this one wrongly.
-        for key in LABEL_KEYS[0]:
-            frame.info.pop(key, None)
-            frame.arrays.pop(key, None)
-        write_frames(self.path, [frame], append=True)
+        write_frames(self.path, [_flagged(event, event.level, event.reason)], append=True)
+
+    def before(self, events: Sequence[Event], alarm: Event) -> None:
+        """Appends the frames that led to an alarm, with `flag_level="before"` and what they were themselves."""
+        reason = f"before the {alarm.level} at step {alarm.step}"
+        write_frames(self.path, [_flagged(event, "before", reason) for event in events], append=True)
 
 
 @dataclass(frozen=True)
@@ -191,6 +203,60 @@ def as_actions(actions: Action | Sequence[Action] | None) -> tuple[Action, ...]:
                 f"an action is a callable that takes one Event, such as Halt() or Log('log.csv'), not {action!r}."
             )
     return chosen
+
+
+def actions_of_levels(
+    levels: Collection[Level],
+    frames: str | os.PathLike[str] | None,
+    log: str | os.PathLike[str] | TextIO | None,
+    on_halt: Action | Sequence[Action] | None,
+    on_flag: Action | Sequence[Action] | None,
+) -> dict[Level, tuple[Action, ...]]:
+    """What is done at each level, in order: the log, the frame, and the user's actions.
+
+    Args:
+        levels: Those that can be reached.
+        frames: File of flagged and halting frames; None for none.
+        log: File, stream or `"-"` for every judged step; None for none.
+        on_halt: At the halt level; None for `Halt()`.
+        on_flag: At the flag level; None for nothing more.
+
+    Raises:
+        ValueError: An action that could never run, or a file that cannot be written.
+        TypeError: An action that cannot be called.
+    """
+    for level, actions in (("halt", on_halt), ("flag", on_flag)):
+        if actions is not None and level not in levels:
+            raise ValueError(f"on_{level} is given but {level} is not, so it would never run. Give {level} too.")
+    keep = () if frames is None else (Flag(frames),)
+    always = () if log is None else (Log(log),)
+    return {
+        "ok": always,
+        "flag": (*always, *keep, *as_actions(on_flag)),
+        "halt": (*always, *keep, *(as_actions(on_halt) if on_halt is not None else (Halt(),))),
+    }
+
+
+def _flagged(event: Event, level: str, reason: str) -> Atoms:
+    """The frame of an event as it is written."""
+    frame = annotated(
+        event.atoms,
+        flag_reason=reason,
+        flag_level=level,
+        flag_step=event.step,
+        flag_time_fs=event.time_fs,
+        flag_image=event.image,
+        flag_reading=event.reading,
+        flag_threshold=event.threshold,
+    )
+    for key in ("flag_time_fs", "flag_image"):
+        if frame.info[key] is None:
+            del frame.info[key]
+    # Reference values of the structure that the run began with would label this one wrongly.
+    for key in LABEL_KEYS[0]:
+        frame.info.pop(key, None)
+        frame.arrays.pop(key, None)
+    return frame
 
 
 def _check_writable(path: str | os.PathLike[str]) -> None:

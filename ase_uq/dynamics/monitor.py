@@ -1,21 +1,26 @@
 """The monitor: reads the uncertainty of each step of a run, judges it, and acts."""
 
-import math
 import os
+from collections import deque
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import replace
+from numbers import Integral
 from typing import Any, TextIO
 
 import numpy as np
-from ase import Atoms, units
-from ase.filters import Filter
+from ase import units
 from ase.md.md import MolecularDynamics
+from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
 
-from ase_uq.dynamics.actions import Action, Event, Flag, Halt, Log, as_actions
-from ase_uq.dynamics.rules import Level, Meaning, Rule, rules_of_levels, settled
-from ase_uq.readings import Reduction, atom_norms
-
-_KEY = "forces_uncertainty"
+from ase_uq.dynamics.actions import Action, Event, Flag, actions_of_levels
+from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, reduction_of, symbols_looked_at
+from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
+from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
+from ase_uq.frames import annotated
+from ase_uq.thresholds import Meaning, PerElement
 
 
 class UncertaintyMonitor:
@@ -29,11 +34,18 @@ class UncertaintyMonitor:
     A reading at or above a threshold reaches that level; NaN reaches both. Fixed atoms count like all others; leave
     them out with `indices`.
 
-    It works in every ASE molecular dynamics and optimiser, also on cell filters and with constraints. A step is
-    judged once, also where `run()` shows it again, and not at all where the calculator skipped its uncertainty.
-    Observers attached after the monitor do not see a step at which it raises. A resumed run is judged as before, so
-    it halts again at its next step above the threshold unless the cause is gone; a new `atoms.calc` is picked up,
-    with its own meaning of the thresholds.
+    It works in every ASE molecular dynamics and optimiser, also on cell filters, with constraints, in a dimer, and on
+    the images of a NEB. A step is judged once, also where `run()` shows it again, and not at all where the calculator
+    skipped its uncertainty, but for the checks. Observers attached after the monitor do not see a step at which it
+    raises. A resumed run is judged as before, so it halts again at its next step above the threshold unless the cause
+    is gone; a new `atoms.calc` is picked up, with its own meaning of the thresholds.
+
+    On a path every image between the ends is read. The rules judge the largest reading, so their memory is that of
+    the path, not of an image; checks remember each image. Meanings are asked of the first image's calculator. Images
+    may share a calculator, and a dimer one between its ends and its centre, where it remembers several structures, as
+    `UncertainCalculator` does: another has lost the results by then, and the monitor says so rather than computing
+    them again. `BasinHopping` shows each new lowest minimum. For the steps in between, and for searches that are no
+    ASE dynamics, such as `AutoNEB`, `MinimaHopping` or `Vibrations`, use a `WatchedCalculator`.
 
     Args:
         dynamics: The run to attach it to.
@@ -44,6 +56,12 @@ class UncertaintyMonitor:
         indices: Atom indices to look at; None for all.
         patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
             of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
+        at_once: Number or meaning above `halt` at which the run is halted without patience.
+        refractory: fs after a flag for which no other frame is flagged.
+        before: Frames to keep from before an alarm, of the last judged steps: they go to `frames` ahead of the
+            flagged or halting one, oldest first, with `flag_level="before"`, and never twice. A restart forgets them.
+        checks: What halts the run beside the uncertainty: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need
+            none, so with them `halt` and `flag` may be left out.
         frames: Extended XYZ file to which every flagged frame and the halting one are appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
@@ -56,32 +74,36 @@ class UncertaintyMonitor:
 
     Raises:
         ValueError: No level, levels in the wrong order, no atom to look at, a calculator without uncertainties, a
-            file that cannot be written, or a rule that needs the time of a run that has none.
+            file that cannot be written, a rule that needs the time of a run that has none, or `before` without
+            `frames`.
+        TypeError: A threshold, a check or an action that is none.
     """
 
     def __init__(
         self,
         dynamics: BaseDynamics,
         *,
-        halt: float | Meaning | Rule | None = None,
-        flag: float | Meaning | Rule | None = None,
+        halt: float | Meaning | PerElement | Rule | None = None,
+        flag: float | Meaning | PerElement | Rule | None = None,
         reduce: str | float = "max",
         elements: Sequence[str] | None = None,
         indices: Sequence[int] | None = None,
         patience: float | None = None,
+        at_once: float | Meaning | None = None,
+        refractory: float | None = None,
+        before: int = 0,
+        checks: Check | Sequence[Check] = (),
         frames: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | TextIO | None = None,
         on_halt: Action | Sequence[Action] | None = None,
         on_flag: Action | Sequence[Action] | None = None,
     ) -> None:
         self.dynamics = dynamics
-        self.atoms = _structure(dynamics)
-        self.reduction = _reduction(reduce, elements, indices, self.atoms)
-        self._asked = rules_of_levels(halt, flag, patience)
-        for level, actions in (("halt", on_halt), ("flag", on_flag)):
-            if actions is not None and level not in self._asked:
-                raise ValueError(f"on_{level} is given but {level} is not, so it would never run. Give {level} too.")
-        self._states: dict[Level, Any] = dict.fromkeys(self._asked)
+        self._structures = structures_of(dynamics)
+        levels = (halt, flag, patience, at_once, refractory)
+        # Checks alone are enough to watch for.
+        asked = {} if checks and levels.count(None) == len(levels) else rules_of_levels(*levels)
+        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
         self._counts: dict[Level, int] = {"ok": 0, "flag": 0, "halt": 0}
         self._step_offset = 0
         self._time_offset = 0.0
@@ -89,24 +111,31 @@ class UncertaintyMonitor:
         self._judged_positions: np.ndarray | None = None
         self.last: Event | None = None
         self._prepare()
+        if not isinstance(before, Integral) or before < 0:
+            raise ValueError(f"before is a number of frames, 0 or more, not {before!r}.")
+        if before and frames is None:
+            raise ValueError(f"before={before} frames have nowhere to go. Give frames too, such as 'flagged.xyz'.")
+        self._actions = actions_of_levels(self._judge.levels, frames, log, on_halt, on_flag)
+        self._keep = None if frames is None else Flag(frames)
+        self._recent: deque[Event] = deque(maxlen=int(before))
 
-        keep = () if frames is None else (Flag(frames),)
-        self._actions: dict[Level, tuple[Action, ...]] = {
-            "ok": (),
-            "flag": (*keep, *as_actions(on_flag)),
-            "halt": (*keep, *(as_actions(on_halt) if on_halt is not None else (Halt(),))),
-        }
-        self._log = () if log is None else (Log(log),)
+    @property
+    def watches(self) -> dict[Level, tuple[Watch, ...]]:
+        """The rules of each level with their numbers, and what they read: one, or one an element."""
+        return dict(self._judge.watches)
 
     @property
     def halt(self) -> Rule | None:
-        """The rule of the halt level, with its threshold as a number; None without that level."""
-        return self._rules.get("halt")
+        """The rule of the halt level, with its threshold as a number; None without that level.
+
+        The lowest of several, where elements have their own.
+        """
+        return self._lowest("halt")
 
     @property
     def flag(self) -> Rule | None:
-        """The rule of the flag level, with its threshold as a number; None without that level."""
-        return self._rules.get("flag")
+        """The rule of the flag level, as `halt` is that of the halt level."""
+        return self._lowest("flag")
 
     @property
     def n_flagged(self) -> int:
@@ -121,22 +150,32 @@ class UncertaintyMonitor:
 
         Raises:
             UncertaintyHalt: By the action `Halt`.
-            ValueError: The calculator has no uncertainties.
+            ValueError: The calculator has no uncertainties, or the monitor is attached twice.
         """
+        if sum(observer[0] is self for observer in self.dynamics.observers) > 1:
+            raise ValueError(
+                f"this monitor is attached to its {type(self.dynamics).__name__} more than once. Attach it once, at "
+                "one interval; to watch for something else as well, make another UncertaintyMonitor."
+            )
         step = self._step()
         if self._was_judged(step):
             return
-        if self.atoms.calc is not self._calculator:
+        if any(s.atoms.calc is not known for s, known in zip(self._structures, self._calculators, strict=True)):
             self._prepare()
-        norms = self._norms()
-        if norms is None:
+        results = [results_of(structure) for structure in self._structures]
+        time = self._time()
+        verdict = self._judge([self._site(*pair, time) for pair in zip(self._structures, results, strict=True)], time)
+        if not any(self._counts.values()):
+            self._check_first(step, results)
+        if verdict is None:
             return
-        event = self._judge(step, norms)
+        event = self._event(verdict, step, time, results)
         # Before the actions: one of them may raise, and the step is judged all the same.
-        self._judged_step, self._judged_positions = step, self.atoms.positions.copy()
+        self._judged_step, self._judged_positions = step, self._positions()
         self._counts[event.level] += 1
         self.last = event
-        for action in (*self._log, *self._actions[event.level]):
+        self._keep_before(event)
+        for action in self._actions[event.level]:
             action(event)
 
     def state(self) -> dict[str, Any]:
@@ -146,52 +185,48 @@ class UncertaintyMonitor:
             "time_fs": self._time(),
             "judged_step": self._judged_step,
             "counts": dict(self._counts),
-            "rules": dict(self._states),
+            **self._judge.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the dynamics now stands at the step where `state()` was taken.
 
         Steps and time count on from there, also in a new dynamics whose own count begins at 0, and the step that
-        was judged last is not judged, or written, again.
+        was judged last is not judged, or written, again. A rule or check that was given otherwise than before, such
+        as a higher number, begins anew.
 
         Args:
             state: What `state()` returned, of a monitor with the same levels.
 
         Raises:
-            ValueError: It is not such a state, or has other levels.
+            ValueError: It is not such a state, has other levels, or was taken with another uncertainty model.
         """
         missing = [key for key in self.state() if key not in state]
         if missing:
             raise ValueError(f"this is no state of an UncertaintyMonitor: it lacks {missing[0]!r}.")
-        if set(state["rules"]) != set(self._rules):
-            raise ValueError(
-                f"the state has the levels {sorted(state['rules'])}, this monitor {sorted(self._rules)}. "
-                "Make the monitor with the same levels as before."
-            )
+        self._judge.restore(state)
+        self._counts = dict(state["counts"])
         self._step_offset += state["step"] - self._step()
         time = self._time()
         if time is not None and state["time_fs"] is not None:
             self._time_offset += state["time_fs"] - time
         self._judged_step, self._judged_positions = state["judged_step"], None
-        self._counts = dict(state["counts"])
-        self._states = dict(state["rules"])
 
     def _prepare(self) -> None:
-        """Turns the asked rules into numbers by the present calculator."""
-        calculator = self.atoms.calc
-        if calculator is None:
-            raise ValueError("the structure has no calculator. Set atoms.calc = UncertainCalculator(...) first.")
-        if _KEY not in calculator.implemented_properties:
-            raise ValueError(
-                f"{type(calculator).__name__} gives no {_KEY}, so there is nothing to watch. Wrap it: "
-                "atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
-            )
-        self._rules = settled(self._asked, calculator, self.reduction, self._time())
-        self._calculator = calculator
+        """Turns the asked rules into numbers by the present calculators."""
+        uncertain = bool(self._judge.asked)
+        self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
+        symbols = symbols_looked_at(self._judge.reduction, self._structures[0].atoms)
+        self._judge.settle(self._calculators[0], symbols, self._time())
+
+    def _lowest(self, level: Level) -> Rule | None:
+        rules = [watch.rule for watch in self._judge.watches.get(level, ())]
+        return min(rules, key=lambda rule: rule.threshold, default=None)
 
     def _step(self) -> int:
-        return self.dynamics.nsteps + self._step_offset
+        # Basin hopping counts no steps; each minimum that it shows is one.
+        counted = sum(self._counts.values()) if isinstance(self.dynamics, BasinHopping) else self.dynamics.nsteps
+        return counted + self._step_offset
 
     def _time(self) -> float | None:
         # FIRE and MDMin have a `dt` too, but theirs is not a time of anything.
@@ -199,96 +234,69 @@ class UncertaintyMonitor:
             return None
         return float(self.dynamics.nsteps * self.dynamics.dt / units.fs + self._time_offset)
 
+    def _positions(self) -> np.ndarray:
+        return np.concatenate([structure.atoms.positions for structure in self._structures])
+
     def _was_judged(self, step: int) -> bool:
         # ASE shows step 0 again when a run that was halted there is resumed. Positions tell it from a structure
         # that was changed in between; they are unknown after `restore`.
         if step != self._judged_step:
             return False
         before = self._judged_positions
-        return before is None or np.array_equal(before, self.atoms.positions, equal_nan=True)
+        return before is None or np.array_equal(before, self._positions(), equal_nan=True)
 
-    def _norms(self) -> np.ndarray | None:
-        """(n_atoms,) ε_i in eV/Å, or None where the calculator skipped the uncertainty of this step."""
-        atoms, calculator = self.atoms, self._calculator
-        if not np.isfinite(atoms.positions).all():
-            # NaN differs from itself, so no cache would hold and the model would be called for nothing.
-            return np.full(len(atoms), math.nan)
-        if not calculator.check_state(atoms) and _KEY not in calculator.results:
-            if not any(self._counts.values()):
+    def _check_first(self, step: int, results: Sequence[Mapping[str, Any] | None]) -> None:
+        """Raises ValueError where nothing will ever be judged, or only a part: no later step would say so."""
+        for structure, found in zip(self._structures, results, strict=True):
+            calculator = type(structure.atoms.calc).__name__
+            what = "the structure" if structure.image is None else f"image {structure.image}"
+            if found is None:
                 raise ValueError(
-                    f"{type(calculator).__name__} promises {_KEY} but its results at step {self._step()} have none. "
+                    f"{calculator} no longer has the results of {what} at step {step}: others share it, and it keeps "
+                    "one structure at a time. Use UncertainCalculator, which remembers several, or give each image a "
+                    "calculator of its own."
+                )
+            every = getattr(structure.atoms.calc, "every", 1)
+            if self._judge.asked and every == 1 and norms_of(structure.atoms, found) is None:
+                raise ValueError(
+                    f"{calculator} promises {KEY} but its results of {what} at step {step} have none. "
                     "Ask for it where the calculator is made."
                 )
-            return None
-        norms = atom_norms(calculator.get_property(_KEY, atoms))
-        gamma = calculator.results.get("gamma")
-        # NaN stays NaN: it triggers at once, where infinity may have to wait.
-        return norms if gamma is None else np.where(np.isinf(gamma) & ~np.isnan(norms), math.inf, norms)
 
-    def _judge(self, step: int, norms: np.ndarray) -> Event:
-        reading = self.reduction(norms, self.atoms.numbers)
-        time = self._time()
-        level: Level = "ok"
-        threshold = min(rule.threshold for rule in self._rules.values())
-        for name, rule in self._rules.items():  # flag before halt, so that the higher level stands
-            self._states[name], triggered = rule.judge(self._states[name], reading, time)
-            if triggered:
-                level, threshold = name, rule.threshold
-        reason = "" if level == "ok" else self._reason(level, reading, norms)
+    def _site(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Site:
+        known = results or {}
+        snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time)
+        norms = norms_of(structure.atoms, known) if self._judge.asked else None
+        return Site(snapshot, norms, structure.image)
+
+    def _event(
+        self, verdict: Verdict, step: int, time: float | None, results: Sequence[Mapping[str, Any] | None]
+    ) -> Event:
+        chosen = max(range(len(results)), key=lambda number: self._structures[number].image == verdict.image)
+        structure, atoms = self._structures[chosen], self._structures[chosen].atoms
+        assert atoms.calc is not None
+        if not structure.alone and atoms.calc.check_state(atoms):
+            atoms = annotated(atoms, results[chosen])
         return Event(
-            level=level,
+            level=verdict.level,
             step=step,
             time_fs=time,
-            reading=reading,
-            threshold=threshold,
-            reason=reason,
-            atoms=self.atoms,
+            reading=verdict.reading,
+            threshold=verdict.threshold,
+            reason=verdict.reason,
+            atoms=atoms,
             dynamics=self.dynamics,
+            image=verdict.image,
         )
 
-    def _reason(self, level: Level, reading: float, norms: np.ndarray) -> str:
-        # Plain ASCII: it goes into files that other programs read.
-        chosen = _looked_at(self.reduction, self.atoms)
-        worst = chosen[np.argmax(norms[chosen])]
-        return (
-            f"force uncertainty ({self.reduction.kind}) {reading:.4g} eV/A reached {level} at "
-            f"{self._rules[level].threshold:.4g} eV/A by {self._asked[level]}; "
-            f"worst atom {worst} ({self.atoms[worst].symbol}, {norms[worst]:.4g} eV/A)"
-        )
-
-
-def _structure(dynamics: BaseDynamics) -> Atoms:
-    """The atoms of a run, also from under a cell filter."""
-    atoms = dynamics.atoms
-    while isinstance(atoms, Filter):
-        atoms = atoms.atoms
-    if not isinstance(atoms, Atoms):
-        raise ValueError(
-            f"{type(dynamics).__name__} moves a {type(atoms).__name__}, not one structure. A monitor watches molecular "
-            "dynamics and relaxations of one structure; score the frames of others afterwards."
-        )
-    return atoms
-
-
-def _reduction(
-    kind: str | float, elements: Sequence[str] | None, indices: Sequence[int] | None, atoms: Atoms
-) -> Reduction:
-    reduction = Reduction(
-        kind,
-        None if elements is None else (elements,) if isinstance(elements, str) else tuple(elements),
-        None if indices is None else tuple(int(index) for index in indices),
-    )
-    if reduction(np.zeros(len(atoms)), atoms.numbers) == -math.inf:
-        raise ValueError(
-            f"no atom of {atoms.get_chemical_formula()} is looked at with elements={elements!r} and "
-            f"indices={indices!r}, so the monitor could never trigger."
-        )
-    return reduction
-
-
-def _looked_at(reduction: Reduction, atoms: Atoms) -> np.ndarray:
-    """Indices of the atoms that a reduction looks at."""
-    indices = np.arange(len(atoms)) if reduction.indices is None else np.arange(len(atoms))[list(reduction.indices)]
-    if reduction.elements is None:
-        return indices
-    return indices[np.isin(np.array(atoms.get_chemical_symbols())[indices], reduction.elements)]
+    def _keep_before(self, event: Event) -> None:
+        """Remembers a frame without an alarm; with one, writes those that it remembers."""
+        if not self._recent.maxlen:
+            return
+        if event.level == "ok":
+            # Some calculators write their next results into the same arrays.
+            self._recent.append(replace(event, atoms=deepcopy(annotated(event.atoms))))
+        elif self._recent:
+            assert self._keep is not None
+            self._keep.before(self._recent, event)
+            self._recent.clear()

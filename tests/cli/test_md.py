@@ -1,11 +1,20 @@
 import csv
+import itertools
+import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.calculators.lj import LennardJones
+from ase.constraints import FixAtoms
 from ase.io import read, write
 
 from ase_uq import Quantile, UncertaintyModel, read_frames
+from ase_uq.cli import _stopwatch
+from ase_uq.cli._ensembles import Ensemble, make_dynamics, set_temperature
+from ase_uq.dynamics.momenta import set_thermal_momenta
+from ase_uq.thresholds import ErrorBound
 
 
 @pytest.fixture
@@ -170,6 +179,218 @@ def test_the_thermostat_follows_the_ramp(md, files):
     assert np.mean(kelvin[-20:]) > 2500
 
 
+# --- ensembles -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def crystal(files):
+    """A file with the start in a periodic box."""
+    atoms = read(files.start)
+    atoms.set_cell([6, 6, 6])
+    atoms.pbc = True
+    write("crystal.xyz", atoms)
+    return "crystal.xyz"
+
+
+def test_without_a_thermostat_the_energy_stays(md):
+    words = ["--halt", 1e9, "--interval", 1]
+    assert md(*words, "--ensemble", "nve", "--trajectory", "nve.xyz", steps=40).exit_code == 0
+    assert md(*words, "--ensemble", "bussi", "--thermostat-time", 5, "--trajectory", "nvt.xyz", steps=40).exit_code == 0
+    spread = {}
+    for name in ("nve.xyz", "nvt.xyz"):
+        frames = read(name, ":")
+        spread[name] = np.std([atoms.get_total_energy() for atoms in frames])
+        assert np.std([atoms.get_kinetic_energy() for atoms in frames]) > 0.01
+    assert spread["nve.xyz"] < 0.05 * spread["nvt.xyz"]
+
+
+def test_bussi_heats_what_moves_to_the_temperature():
+    # Free particles: what the thermostat does is all that happens. Of ten atoms 3·10 - 6 degrees of freedom move;
+    # their energy is a gamma variable of shape 24/2, so 4000 steps of a fast thermostat know its mean to some 1 %.
+    rng = np.random.default_rng(1)
+    atoms = Atoms("Ar10", positions=rng.uniform(-50, 50, (10, 3)))
+    atoms.calc = LennardJones(epsilon=0.0)
+    set_thermal_momenta(atoms, 100, rng)
+    options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
+    dynamics = make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=100, rng=rng, **options)
+    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(4000)]
+    assert np.mean(energies[100:]) == pytest.approx(0.5 * 24 * units.kB * 100, rel=0.03)
+    set_temperature(dynamics, 300)
+    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(4000)]
+    assert np.mean(energies[100:]) == pytest.approx(0.5 * 24 * units.kB * 300, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("symbols", "pbc", "drift", "n_heated"),
+    [
+        ("H3", False, 0, 3),
+        ("H3", True, 0, 6),
+        ("H3", False, 1, 6),
+        ("H3", True, 1, 9),
+        ("H", True, 0, 3),
+        ("H", False, 0, 3),
+    ],
+)
+def test_degrees_of_freedom_that_a_scaling_thermostat_heats(symbols, pbc, drift, n_heated):
+    positions = [(0, 0, 0), (0, 0, 1.1), (0, 0.9, 0.4)]
+    atoms = Atoms(symbols, positions=positions[: len(Atoms(symbols))], pbc=pbc, cell=[5, 5, 5])
+    atoms.calc = LennardJones(epsilon=0.0)
+    set_thermal_momenta(atoms, 300, np.random.default_rng(0))
+    atoms.set_momenta(atoms.get_momenta() + drift)
+    options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
+    rng = np.random.default_rng(0)
+    assert make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == n_heated
+
+
+def test_of_two_atoms_only_their_distance_is_heated():
+    atoms = Atoms("CO", positions=[(0, 0, 0), (0, 0, 1.1)])
+    atoms.calc = LennardJones(epsilon=0.0)
+    atoms.set_momenta([(0, 0, 1), (0, 0, -1)])
+    options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
+    rng = np.random.default_rng(0)
+    assert make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == 3 * 2 - 5
+
+
+def test_bussi_follows_the_ramp(md):
+    words = ["--trajectory", "run.xyz", "--interval", 1, "--thermostat-time", 2, "--temperature-end", 5000]
+    assert md("--halt", 1e9, "--ensemble", "bussi", *words, steps=80).exit_code == 0
+    kelvin = [atoms.get_temperature() for atoms in read("run.xyz", ":")]
+    assert np.mean(kelvin[:20]) < 1500
+    assert np.mean(kelvin[-20:]) > 2000
+
+
+def test_pressure_makes_a_cell_smaller(md, crystal):
+    words = ["--halt", 1e9, "--ensemble", "npt", "--barostat-time", 50, "--interval", 1]
+    volumes = {}
+    for pressure in (0, 1):
+        name = f"{pressure}.xyz"
+        assert md(*words, "--pressure", pressure, "--trajectory", name, start=crystal, steps=40).exit_code == 0
+        frames = read(name, ":")
+        volumes[pressure] = [atoms.get_volume() for atoms in frames]
+        shapes = [atoms.cell.array / np.cbrt(atoms.get_volume()) for atoms in frames]
+        np.testing.assert_allclose(shapes, np.broadcast_to(np.eye(3), (len(shapes), 3, 3)), atol=1e-6)
+    assert volumes[0][0] == volumes[1][0] == pytest.approx(216)
+    assert volumes[1][-1] < 216 < volumes[0][-1]
+
+
+@pytest.mark.parametrize("ensemble", ["langevin", "nve", "bussi", "npt"])
+def test_in_every_ensemble_a_halted_run_goes_on(md, crystal, ensemble):
+    words = ["--ensemble", ensemble, "--trajectory", "run.xyz", "--interval", 1]
+    halted = md("--halt", 1e-6, *words, start=crystal)
+    assert halted.exit_code == 3
+    assert md("--halt", 1e9, *words, "--append", start="run.xyz", steps=3).exit_code == 0
+    frames = read("run.xyz", ":")
+    assert [atoms.info["step"] for atoms in frames] == [0, 1, 2, 3]
+    assert [atoms.info["time_fs"] for atoms in frames] == pytest.approx([0, 0.25, 0.5, 0.75])
+    # With its velocities: where they take it.
+    moved = frames[1].get_scaled_positions() - frames[0].get_scaled_positions()
+    expected = frames[0].get_velocities() * 0.25 * units.fs
+    assert np.corrcoef(moved.ravel(), expected.ravel())[0, 1] > 0.95
+
+
+# --- what else is watched --------------------------------------------------------------------------------
+
+
+def test_uncertainties_of_each_nth_step_and_what_that_saved(md):
+    words = ["--halt", 1e9, "--log", "run.csv", "--trajectory"]
+    result = md(*words, "run.xyz", "--interval", 1, "--every", 4)
+    assert result.exit_code == 0
+    assert [int(row["step"]) for row in rows("run.csv")] == [0, 4, 8, 12, 16, 20]
+    with_them = [atoms.info["step"] for atoms in read("run.xyz", ":") if "forces_uncertainty" in atoms.arrays]
+    assert with_them == [0, 4, 8, 12, 16, 20]
+    assert "nan eV/Å" not in result.stderr
+    saved = result.stdout.splitlines()[0]
+    assert re.fullmatch(
+        r"steps took \S+ ms with uncertainties and \S+ ms without; "
+        r"with them every 4 steps (saved|cost) \S+% of the time",
+        saved,
+    )
+    # The run is the same.
+    assert md("--halt", 1e9, "--trajectory", "all.xyz").exit_code == 0
+    np.testing.assert_array_equal(read("run.xyz", "-1").positions, read("all.xyz", "-1").positions)
+
+
+def test_what_was_saved_is_counted_from_the_times(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(_stopwatch, "perf_counter", lambda: now[0])
+    calculator = SimpleNamespace(results={})
+    watch = _stopwatch.Stopwatch(calculator)
+    watch.stop()  # ASE shows the first structure before a step was made
+    # The first step of either kind takes long; of the others the bare ones take 6 ms, those with uncertainties 10.
+    for step, seconds in enumerate([9.0, 5.0, 0.006, 0.006, 0.010, 0.006, 0.006, 0.006]):
+        calculator.results = {"forces_uncertainty": 0} if step % 4 == 0 else {}
+        watch.start()
+        now[0] += seconds
+        watch.stop()
+        now[0] += 100  # what observers do is nobody's saving
+    # Six of eight steps took 60 % of the time that they would have.
+    assert watch.saved(4) == (
+        "steps took 10 ms with uncertainties and 6 ms without; with them every 4 steps saved 30.0% of the time"
+    )
+
+
+def test_of_too_few_steps_nothing_is_said_to_be_saved(md):
+    result = md("--halt", 1e9, "--every", 4, steps=3)
+    assert result.stdout.splitlines()[0] == "too few steps to say what --every saved"
+
+
+def test_what_thresholds_mean_is_told_at_the_start(md, files):
+    result = md("--flag", "q0.5", "--halt", "bound=0.9@1000", steps=2)
+    assert result.exit_code == 0
+    model = UncertaintyModel.load(files.uq)
+    told = [line for line in result.stderr.splitlines() if line.startswith(("flag:", "halt:"))]
+    assert told == [
+        f"flag: {model.threshold(Quantile(0.5)).describe()}",
+        f"halt: {model.threshold(ErrorBound(1000, confidence=0.9)).describe()}",
+    ]
+
+
+def test_each_element_has_its_threshold(md):
+    result = md("--halt", "q0.5", "--per-element", temperature=3000, steps=500)
+    assert result.exit_code == 3
+    told = [line.split(":")[0] for line in result.stderr.splitlines() if line.startswith("halt of")]
+    assert told == ["halt of C", "halt of O", "halt of H"]
+
+
+def test_at_once_does_not_wait(md):
+    words = ["--patience", 3, "--log", "run.csv"]
+    assert md("--halt", 1e-6, "--at-once", 1e-5, *words).exit_code == 3
+    assert [row["level"] for row in rows("run.csv")] == ["halt"]
+
+
+def test_after_a_flag_there_is_a_pause(md):
+    # 20 steps of 0.25 fs, each above the flag: flagged at 0, 2 and 4 fs.
+    result = md("--flag", 1e-6, "--refractory", 2, "--frames", "flagged.xyz")
+    assert result.exit_code == 0
+    steps = [atoms.info["flag_step"] for atoms in read("flagged.xyz", ":")]
+    assert len(steps) in (2, 3)
+    assert all(later - earlier >= 8 for earlier, later in itertools.pairwise(steps))
+
+
+def test_frames_before_an_alarm_are_kept(md):
+    result = md("--halt", "q0.9", "--before", 3, "--frames", "flagged.xyz", temperature=3000, steps=500)
+    assert result.exit_code == 3
+    assert "1 frame added to flagged.xyz (and those before them)" in result.stderr
+    frames = read("flagged.xyz", ":")
+    last = frames[-1].info["flag_step"]
+    assert [atoms.info["flag_level"] for atoms in frames] == [*["before"] * min(3, last), "halt"]
+    assert [atoms.info["flag_step"] for atoms in frames] == list(range(max(0, last - 3), last + 1))
+
+
+def test_hot_atoms_halt_it(md):
+    result = md("--halt", 1e9, "--max-temperature", 100, temperature=3000)
+    assert result.exit_code == 3
+    assert "MaxTemperature: temperature is" in result.stderr
+    assert "more than 100 K" in result.stderr
+
+
+def test_broken_bonds_halt_it(md):
+    assert md("--halt", 1e9, temperature=1e6, steps=40).exit_code == 0
+    result = md("--halt", 1e9, "--bonds", temperature=1e6, steps=40)
+    assert result.exit_code == 3
+    assert "Bonds: " in result.stderr
+
+
 def test_patience_and_reduction_reach_the_monitor(md):
     result = md("--halt", 1e-6, "--patience", 2, "--reduce", "0.9", "--log", "run.csv")
     assert result.exit_code == 3
@@ -195,6 +416,18 @@ def test_patience_and_reduction_reach_the_monitor(md):
         (["--halt", 1, "--reduce", "median"], "'median' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--reduce", "0.x"], "'0.x' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--reduce", "0"], "'0' is none of max, mean and top3, nor a quantile"),
+        (["--halt", 1, "--every", 0], "--every"),
+        (["--halt", 1, "--max-temperature", 0], "0.0 is not positive"),
+        (["--halt", 1, "--ensemble", "nph"], "'nph' is not one of"),
+        (["--halt", 1, "--ensemble", "npt", "--barostat-time", 0], "0.0 is not positive"),
+        (["--halt", 1, "--ensemble", "bussi", "--thermostat-time", -2], "-2.0 is not positive"),
+        (["--halt", 1, "--pressure", 1], "it belongs to --ensemble npt, not to langevin. Leave it out"),
+        (["--halt", 1, "--thermostat-time", 1], "it belongs to --ensemble bussi and npt, not to langevin"),
+        (["--halt", 1, "--ensemble", "bussi", "--barostat-time", 9], "it belongs to --ensemble npt, not to bussi"),
+        (["--halt", 1, "--ensemble", "nve", "--friction", 1], "it belongs to --ensemble langevin, not to nve"),
+        (["--halt", 1, "--ensemble", "nve", "--temperature-end", 9], "it belongs to --ensemble langevin and bussi"),
+        (["--halt", 1, "--per-element"], "with --per-element it is a meaning"),
+        (["--halt", 1, "--before", 2], "the frames before a flagged one go to --frames: give it too"),
         (["--halt", 1, "--trajectory", "run.traj"], "give a name that ends in .xyz or .extxyz"),
         (["--halt", 1, "--frames", "flagged"], "give a name that ends in .xyz or .extxyz"),
     ],
@@ -210,6 +443,10 @@ def test_wrong_usage(md, words, part):
     [
         (["--halt", "q0.9999"], "calibration frames"),
         (["--flag", 1, "--patience", 5], "patience belongs to halt"),
+        (["--halt", 1, "--at-once", 2], "no patience is given"),
+        (["--halt", 1, "--refractory", 5], "refractory belongs to flag"),
+        (["--halt", "alarms=0.1@9ps"], "the uncertainty model has none. Make them with `ase-uq reference`"),
+        (["--halt", 1, "--ensemble", "npt"], "START is not periodic along all three vectors"),
         (["--halt", 1, "--trajectory", "no/run.xyz"], "cannot write no/run.xyz: No such file or directory. Choose"),
         (["--halt", 1, "--frames", "no/flagged.xyz"], "no/flagged.xyz cannot be written"),
         (["--halt", 1, "--device", "gpu9"], "device is 'gpu9'"),
@@ -222,6 +459,36 @@ def test_what_is_refused_is_one_line(md, words, part):
     assert result.stderr.startswith("error: ")
     assert part in result.stderr
     assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_scaling_thermostat_needs_something_to_scale(md, files):
+    atoms = read(files.start)
+    atoms.set_momenta(np.zeros((len(atoms), 3)))
+    write("still.xyz", atoms)
+    result = md("--halt", 1, "--ensemble", "bussi", start="still.xyz")
+    assert result.exit_code == 1
+    assert "Bussi's thermostat scales velocities, and all of them are zero at the start" in result.stderr
+
+
+def test_npt_takes_no_constraints_but_a_temperature_and_a_pressure(md, crystal):
+    result = md("--halt", 1, "--ensemble", "npt", start=crystal, temperature=0)
+    assert result.exit_code == 1
+    assert "--ensemble npt needs a --temperature above 0 K, not 0 K" in result.stderr
+    result = md("--halt", 1, "--ensemble", "npt", "--pressure", "nan", start=crystal)
+    assert (result.exit_code, result.stderr) == (1, "error: --pressure is a number in GPa, not nan.\n")
+    atoms = read(crystal)
+    atoms.set_constraint(FixAtoms([0]))
+    write("fixed.xyz", atoms)
+    result = md("--halt", 1, "--ensemble", "npt", start="fixed.xyz")
+    assert result.exit_code == 1
+    assert "--ensemble npt of ASE knows no constraints, and START has some" in result.stderr
+
+
+def test_npt_needs_a_stress():
+    atoms = Atoms("H", cell=[5, 5, 5], pbc=True, calculator=SimpleNamespace(implemented_properties=["energy"]))
+    options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0, "rng": None}
+    with pytest.raises(ValueError, match="npt needs the stress, which this potential does not give"):
+        make_dynamics(Ensemble.npt, atoms, timestep=1.0, temperature=300, **options)
 
 
 def test_a_start_that_is_not_there(md):

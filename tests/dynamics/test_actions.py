@@ -8,8 +8,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ase.build import molecule
+from ase.mep import NEB
+from ase.mep.neb import NEBOptimizer
 from ase.optimize import BFGS
-from ase.optimize.sciopt import Converged, SciPyFminCG
+from ase.optimize.basin import BasinHopping
+from ase.optimize.sciopt import Converged, OptimizerConvergenceError, SciPyFminCG
 
 from ase_uq.dynamics import Call, Event, Flag, Halt, Log
 from ase_uq.dynamics.actions import as_actions
@@ -69,9 +72,31 @@ def test_halt_leaves_scipy_by_the_exception_that_ase_expects():
 
 
 def test_halt_raises_where_a_loop_cannot_be_told_to_stop():
-    # SwitchLangevin and BasinHopping count past max_steps, which stays 0.
-    with pytest.raises(UncertaintyHalt):
-        Halt(mode="stop")(event(dynamics=SimpleNamespace(nsteps=12, max_steps=0)))
+    # SwitchLangevin counts past max_steps, which stays 0; BasinHopping does not count; a calculator has no loop.
+    hopping = BasinHopping.__new__(BasinHopping)
+    hopping.nsteps = hopping.max_steps = 0
+    for dynamics in (SimpleNamespace(nsteps=12, max_steps=0), hopping, None):
+        with pytest.raises(UncertaintyHalt):
+            Halt(mode="stop")(event(dynamics=dynamics))
+
+
+def test_halt_leaves_the_ode_of_a_path_quietly_and_its_other_method_loudly():
+    # ASE catches the one in the method "ode" and nothing in "static", whatever the object says its method is.
+    path = NEBOptimizer(NEB([frame() for _ in range(3)], method="improvedtangent"), logfile=None)
+    with pytest.raises(OptimizerConvergenceError) as caught:
+        Halt(mode="stop")(event(dynamics=path))
+    assert isinstance(caught.value, UncertaintyHalt)
+    assert (caught.value.step, caught.value.reading) == (12, 0.7)
+    with pytest.raises(UncertaintyHalt) as caught:
+        Halt()(event(dynamics=path))
+    assert not isinstance(caught.value, OptimizerConvergenceError)
+
+
+def test_halt_of_a_calculator_speaks_of_calculations():
+    with pytest.raises(
+        UncertaintyHalt, match=r"halted at calculation 12: .*Its results stand: what asks for them again"
+    ):
+        Halt()(event(dynamics=None, time_fs=None))
 
 
 def test_halt_refuses_other_modes():
@@ -109,6 +134,25 @@ def test_flag_has_no_time_in_an_optimiser(tmp_path):
     Flag(tmp_path / "a.xyz")(event(atoms=atoms, time_fs=None, dynamics=BFGS(atoms, logfile=None)))
     assert "flag_time_fs" not in read_frames(tmp_path / "a.xyz")[0].info
     assert atoms.info["flag_time_fs"] == 3.0
+
+
+def test_flag_says_which_image_of_a_path_it_was(tmp_path):
+    Flag(tmp_path / "a.xyz")(event(image=3))
+    Flag(tmp_path / "a.xyz")(event())
+    first, second = read_frames(tmp_path / "a.xyz")
+    assert first.info["flag_image"] == 3
+    assert "flag_image" not in second.info
+
+
+def test_frames_before_an_alarm_keep_what_they_were_themselves(tmp_path):
+    events = [event(level="ok", step=step, time_fs=step / 2, reading=step / 20, reason="") for step in (10, 11)]
+    Flag(tmp_path / "a.xyz").before(events, event(level="halt"))
+    frames = read_frames(tmp_path / "a.xyz")
+    assert [frame.info["flag_step"] for frame in frames] == [10, 11]
+    assert [frame.info["flag_time_fs"] for frame in frames] == [5.0, 5.5]
+    assert [frame.info["flag_reading"] for frame in frames] == [0.5, 0.55]
+    assert {frame.info["flag_level"] for frame in frames} == {"before"}
+    assert {frame.info["flag_reason"] for frame in frames} == {"before the halt at step 12"}
 
 
 def test_flag_does_not_pass_on_the_labels_of_the_first_structure(tmp_path):

@@ -2,10 +2,11 @@
 
 import json
 import math
+from typing import ClassVar
 
 import numpy as np
 import pytest
-from ase.build import bulk, molecule
+from ase.build import molecule
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
@@ -17,55 +18,27 @@ from ase.optimize import BFGS, FIRE
 from ase.optimize.sciopt import SciPyFminBFGS, SciPyFminCG
 from ase.units import fs
 
-from ase_uq.dynamics import Call, Flag, Halt, Log, Patience, Threshold, UncertaintyMonitor
+from ase_uq.dynamics import (
+    AllOf,
+    AnyOf,
+    Bonds,
+    Call,
+    Check,
+    Cusum,
+    EnergySpike,
+    Finite,
+    Flag,
+    Halt,
+    Log,
+    MaxTemperature,
+    Patience,
+    Threshold,
+    UncertaintyMonitor,
+)
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.frames import read_frames
-from ase_uq.thresholds import Quantile
-
-EXTRA = ["energy_uncertainty", "forces_uncertainty", "gamma"]
-
-
-class Uncertain(EMT):
-    """EMT; σ of each force component is 1 eV/Å² times how far the atom is from where it began, or scripted.
-
-    Args:
-        atoms: Where σ is zero.
-        script: Largest ε of each call, one after the other, in eV/Å; the last goes on for ever.
-        skipped: Calls that give no uncertainty.
-    """
-
-    implemented_properties = [*EMT.implemented_properties, *EXTRA]  # noqa: RUF012
-
-    def __init__(self, atoms, script=None, skipped=()):
-        super().__init__()
-        self.origin = atoms.positions.copy()
-        self.script = script
-        self.skipped = skipped
-        self.gamma = np.ones(len(atoms))
-        self.n_calls = 0
-        self.asked = []
-
-    def calculate(self, atoms=None, properties=("energy",), system_changes=("positions",)):
-        super().calculate(atoms, properties, list(system_changes))
-        sigma = np.abs(atoms.positions - self.origin)
-        if self.script is not None:
-            sigma = np.zeros_like(sigma)
-            sigma[1, 2] = self.script[min(self.n_calls, len(self.script) - 1)]
-        if self.n_calls not in self.skipped:
-            self.results |= {"energy_uncertainty": 0.1, "forces_uncertainty": sigma, "gamma": self.gamma}
-        self.n_calls += 1
-
-    def threshold(self, meaning, reduction):
-        self.asked.append((meaning, reduction))
-        return meaning.resolve(np.linspace(0, 1, 101))
-
-
-def crystal(script=None, **options):
-    atoms = bulk("Cu", cubic=True)
-    atoms.symbols[1] = "Al"
-    atoms.set_momenta(np.random.default_rng(0).normal(scale=1.5, size=(4, 3)))
-    atoms.calc = Uncertain(atoms, script, **options)
-    return atoms
+from ase_uq.thresholds import FalseAlarms, PerElement, Quantile, ReferenceRuns
+from tests.dynamics.builders import EXTRA, Uncertain, crystal
 
 
 def verlet(atoms, dt=2.0):
@@ -195,11 +168,10 @@ def test_a_new_calculator_is_picked_up_with_its_own_thresholds():
     assert monitor.halt.threshold == pytest.approx(0.7)
     with pytest.raises(UncertaintyHalt):
         dynamics.run(5)
-    atoms.calc = Uncertain(atoms, [0.8])
-    atoms.calc.threshold = lambda meaning, reduction: 0.9
+    atoms.calc = Uncertain(atoms, [0.8], readings=np.linspace(0, 2, 101))
     dynamics.run(5)
     assert dynamics.nsteps == 6
-    assert monitor.halt == Threshold(0.9)
+    assert monitor.halt.threshold == pytest.approx(1.4)
     atoms.calc = EMT()
     with pytest.raises(ValueError, match=r"EMT gives no forces_uncertainty"):
         dynamics.run(5)
@@ -303,9 +275,113 @@ def test_the_reading_is_reduced_over_the_chosen_atoms(options, reading, worst):
 def test_meanings_are_asked_of_the_calculator_for_the_same_reduction():
     atoms = crystal()
     monitor = UncertaintyMonitor(verlet(atoms), flag=Quantile(0.5), halt=Patience(Quantile(0.9), fs=3), elements=["Al"])
-    assert monitor.flag.threshold == pytest.approx(0.5)
-    assert (monitor.halt.threshold, monitor.halt.fs) == (pytest.approx(0.9), 3)
-    assert [(asked.q, reduction.elements) for asked, reduction in atoms.calc.asked] == [(0.5, ("Al",)), (0.9, ("Al",))]
+    assert monitor.flag.threshold == pytest.approx(0.25)  # aluminium's readings go up to 0.5
+    assert (monitor.halt.threshold, monitor.halt.fs) == (pytest.approx(0.45), 3)
+    assert {reduction.elements for reduction in atoms.calc.asked} == {("Al",)}
+
+
+def test_each_element_has_a_reading_and_a_threshold_of_its_own():
+    atoms = crystal([0.3])  # atom 1, the aluminium; half of its calibration atoms read more than 0.25
+    dynamics = verlet(atoms)
+    monitor = attached(dynamics, flag=PerElement(Quantile(0.5)), halt=0.9)
+    found = {watch.reduction.elements: watch.rule.threshold for watch in monitor.watches["flag"]}
+    assert found == {("Al",): pytest.approx(0.25), ("Cu",): pytest.approx(0.5)}
+    assert monitor.flag.threshold == pytest.approx(0.25)
+    dynamics.run(0)
+    assert (monitor.last.level, monitor.last.reading, monitor.last.threshold) == ("flag", 0.3, pytest.approx(0.25))
+    assert "at 0.25 eV/A by a threshold of PerElement(Quantile(0.5)); worst atom 1 (Al" in monitor.last.reason
+
+    atoms = crystal([0.3])
+    atoms.symbols[:2] = "AlCu"  # the same reading, on a copper atom, whose threshold is higher
+    monitor = attached(verlet(atoms), flag=PerElement(Quantile(0.5)), halt=0.9)
+    monitor()
+    assert (monitor.last.level, monitor.last.reading, monitor.last.threshold) == ("ok", 0.3, pytest.approx(0.5))
+
+
+def test_of_two_levels_the_higher_one_stands_with_its_own_threshold():
+    monitor = attached(verlet(crystal([0.8])), flag=PerElement(Quantile(0.5)), halt=0.7, on_halt=[])
+    monitor()
+    assert (monitor.last.level, monitor.last.reading, monitor.last.threshold) == ("halt", 0.8, 0.7)
+
+
+# --- checks ----------------------------------------------------------------------------------------
+
+
+def broken(atoms, dynamics, step):
+    """Tears an atom away at a step, as a potential does that no longer knows."""
+
+    def tear():
+        if dynamics.nsteps == step:
+            atoms.positions[2] += 1.0
+            atoms.get_forces()
+
+    dynamics.attach(tear)
+
+
+def test_a_check_halts_the_run_and_says_which_and_why(tmp_path):
+    atoms = crystal([0.4])
+    dynamics = verlet(atoms)
+    broken(atoms, dynamics, 3)
+    monitor = attached(dynamics, flag=0.3, halt=0.5, checks=[Finite(), Bonds()], frames=tmp_path / "a.xyz")
+    with pytest.raises(UncertaintyHalt, match=r"halted at step 3 \(6 fs\): Bonds: .*(broken|fused)") as caught:
+        dynamics.run(10)
+    assert caught.value.reading == 0.4
+    assert math.isnan(caught.value.threshold)
+    assert (monitor.n_flagged, monitor.n_halted) == (3, 1)
+    last = read_frames(tmp_path / "a.xyz")[-1]
+    assert last.info["flag_level"] == "halt"
+    assert last.info["flag_reason"].startswith("Bonds: ")
+
+
+def test_a_check_adds_its_reason_to_that_of_a_rule():
+    monitor = attached(verlet(crystal([0.8])), halt=0.5, checks=MaxTemperature(100), on_halt=[])
+    monitor()
+    assert monitor.last.reason.startswith("force uncertainty (max) 0.8 eV/A reached halt")
+    assert "; MaxTemperature: temperature is" in monitor.last.reason
+    assert monitor.last.threshold == 0.5
+
+
+def test_checks_look_at_steps_whose_uncertainty_was_skipped():
+    atoms = crystal([0.1], skipped=range(1, 100))
+    dynamics = verlet(atoms)
+    broken(atoms, dynamics, 3)
+    events = []
+    attached(dynamics, halt=0.5, checks=Bonds(), on_halt=events.append)
+    dynamics.run(4)
+    assert [event.step for event in events] == [3, 4]
+    assert math.isnan(events[0].reading)
+
+
+def test_checks_alone_need_no_uncertainty(tmp_path):
+    atoms = crystal()
+    atoms.calc = EMT()
+    dynamics = verlet(atoms)
+    broken(atoms, dynamics, 3)
+    monitor = attached(dynamics, checks=[Bonds()], frames=tmp_path / "a.xyz", log=tmp_path / "a.csv", before=2)
+    with pytest.raises(UncertaintyHalt, match="halted at step 3"):
+        dynamics.run(10)
+    assert (monitor.halt, monitor.flag, monitor.watches) == (None, None, {})
+    assert [frame.info["flag_level"] for frame in read_frames(tmp_path / "a.xyz")] == ["before", "before", "halt"]
+    assert (tmp_path / "a.csv").read_text().splitlines()[-1] == "3,6,nan,halt"
+    with pytest.raises(ValueError, match="on_flag is given but flag is not"):
+        UncertaintyMonitor(dynamics, checks=[Bonds()], on_flag=Halt())
+
+
+def test_checks_see_energy_forces_and_time():
+    class Seen(Check):
+        snapshots: ClassVar[list] = []
+
+        def inspect(self, state, snapshot):
+            self.snapshots.append((snapshot.energy, snapshot.forces.copy(), snapshot.time))
+            return None, ""
+
+    atoms = crystal()
+    dynamics = verlet(atoms)
+    attached(dynamics, checks=Seen())
+    dynamics.run(2)
+    assert [time for *_, time in Seen.snapshots] == pytest.approx([0, 2, 4])
+    assert Seen.snapshots[-1][0] == atoms.get_potential_energy()
+    np.testing.assert_array_equal(Seen.snapshots[-1][1], atoms.get_forces())
 
 
 # --- levels and time -------------------------------------------------------------------------------
@@ -392,6 +468,68 @@ def test_raising_the_threshold_never_halts_earlier():
     assert steps[0] < steps[-1]
 
 
+def test_a_spike_far_above_halts_without_patience():
+    dynamics = verlet(crystal([0.1, 0.8, 0.8, 2.0]))
+    attached(dynamics, halt=0.5, patience=20, at_once=1.5)
+    with pytest.raises(UncertaintyHalt, match=r"halted at step 3.* or a threshold of 1.5"):
+        dynamics.run(10)
+
+
+def test_a_refractory_time_lets_one_frame_of_an_event_through(tmp_path):
+    dynamics = verlet(crystal([0.1, 0.4]))
+    attached(dynamics, flag=0.3, refractory=10, frames=tmp_path / "a.xyz")
+    dynamics.run(14)
+    assert [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")] == [1, 6, 11]
+
+
+# --- frames before an alarm ------------------------------------------------------------------------
+
+
+def test_frames_before_an_alarm_come_first_oldest_first_and_never_twice(tmp_path):
+    #               0     1     2    3     4    5     6     7     8    9     10
+    script = [0.10, 0.11, 0.12, 0.4, 0.41, 0.2, 0.42, 0.21, 0.22, 0.23, 0.9]
+    dynamics = verlet(crystal(script))
+    monitor = attached(dynamics, flag=0.3, halt=0.5, before=2, frames=tmp_path / "a.xyz")
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(20)
+    infos = [frame.info for frame in read_frames(tmp_path / "a.xyz")]
+    kept = [(info["flag_step"], info["flag_level"]) for info in infos]
+    assert kept == [
+        (1, "before"), (2, "before"), (3, "flag"), (4, "flag"), (5, "before"), (6, "flag"),
+        (8, "before"), (9, "before"), (10, "halt"),
+    ]  # fmt: skip
+    assert [info["flag_reading"] for info in infos] == [script[info["flag_step"]] for info in infos]
+    assert [info["flag_time_fs"] for info in infos] == pytest.approx([2.0 * info["flag_step"] for info in infos])
+    assert infos[0]["flag_reason"] == "before the flag at step 3"
+    assert infos[-2]["flag_reason"] == "before the halt at step 10"
+    assert (monitor.n_flagged, monitor.n_halted) == (3, 1)
+
+
+def test_frames_before_an_alarm_are_those_of_their_own_step(tmp_path):
+    atoms = crystal([0.1] * 5 + [0.9])
+    dynamics = verlet(atoms)
+    path = []
+    dynamics.attach(lambda: path.append((atoms.positions.copy(), atoms.get_forces(), atoms.get_momenta())))
+    attached(dynamics, halt=0.5, before=3, frames=tmp_path / "a.xyz")
+    with pytest.raises(UncertaintyHalt):
+        dynamics.run(20)
+    frames = read_frames(tmp_path / "a.xyz")
+    assert len(frames) == 4
+    for frame in frames:
+        positions, forces, momenta = path[frame.info["flag_step"]]
+        np.testing.assert_allclose(frame.positions, positions, atol=1e-7)
+        np.testing.assert_allclose(frame.calc.results["forces"], forces, atol=1e-7)
+        np.testing.assert_allclose(frame.get_momenta(), momenta, atol=1e-7)
+        assert set(frame.calc.results) >= set(EXTRA)
+
+
+def test_a_run_without_alarm_writes_no_frame_before_it(tmp_path):
+    dynamics = verlet(crystal([0.1]))
+    attached(dynamics, halt=0.5, before=3, frames=tmp_path / "a.xyz")
+    dynamics.run(10)
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- restarting ------------------------------------------------------------------------------------
 
 
@@ -424,6 +562,99 @@ def test_only_a_state_of_the_same_levels_is_taken():
     other = UncertaintyMonitor(verlet(crystal()), halt=0.5, flag=0.3)
     with pytest.raises(ValueError, match=r"levels \['halt'\], this monitor \['flag', 'halt'\]"):
         other.restore(monitor.state())
+
+
+LONG = ReferenceRuns(tuple(np.random.default_rng(0).lognormal(-2.3, 0.1, (20, 500))), interval=2.0)
+EVERYTHING = {
+    "patience": {"halt": 0.5, "flag": 0.3, "patience": 6},
+    "at once, refractory": {"halt": 0.5, "flag": 0.3, "patience": 6, "at_once": 0.93, "refractory": 7},
+    "per element": {"halt": PerElement(Quantile(0.9)), "flag": PerElement(Quantile(0.5))},
+    "per element, waiting": {"halt": Patience(PerElement(Quantile(0.9)), fs=6)},
+    "cusum": {"halt": Cusum(FalseAlarms(per_run=0.05, steps=100))},
+    "all of": {"halt": AllOf(Patience(0.3, fs=8), Threshold(0.4))},
+    "any of": {"halt": AnyOf(Patience(0.3, fs=8), Threshold(0.9))},
+    "checks": {"halt": 5.0, "checks": [Finite(), Bonds(), MaxTemperature(100), EnergySpike()]},
+    "checks alone": {"checks": [Bonds(shortest=0.93)]},
+}
+
+
+@pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
+@pytest.mark.parametrize("split", [1, 4, 9])
+def test_a_run_in_two_parts_is_judged_as_one(options, split):
+    script = [0.1, 0.32, 0.34, 0.1, 0.42, 0.45, 0.44, 0.46, 0.47, 0.51, 0.52, 0.2, 0.53, 0.9, 0.95, 0.96, 0.1]
+    steps = len(script) + 8
+    parts, whole = [], []
+
+    def judged(dynamics, events):
+        monitor = attached(dynamics, **options, on_halt=[])
+        # A restored monitor has judged nothing yet when it is shown the step it was left at.
+        dynamics.attach(
+            lambda: monitor.last and events.append((monitor.last.step, monitor.last.level, monitor.last.reason))
+        )
+        return monitor
+
+    dynamics = verlet(crystal(script, runs=LONG))
+    judged(dynamics, whole)
+    dynamics.run(steps)
+
+    dynamics = verlet(atoms := crystal(script, runs=LONG))
+    monitor = judged(dynamics, parts)
+    dynamics.run(split)
+    state = json.loads(json.dumps(monitor.state()))
+    again = atoms.copy()
+    again.calc = Uncertain(crystal(), script[split:], runs=LONG)
+    dynamics = verlet(again)
+    monitor = judged(dynamics, parts)
+    monitor.restore(state)
+    assert json.loads(json.dumps(monitor.state())) == state
+    dynamics.run(steps - split)
+    assert parts == whole
+    assert {"ok", "halt"} <= {level for _, level, _ in whole}
+
+
+class Fitted:
+    """What tells one uncertainty model from another."""
+
+    def __init__(self, fingerprint):
+        self.identity = self
+        self.fingerprint = fingerprint
+
+
+def test_a_restart_with_another_uncertainty_model_is_refused():
+    monitor = UncertaintyMonitor(verlet(crystal()), halt=Quantile(0.7), flag=0.1)
+    state = json.loads(json.dumps(monitor.state()))
+    message = (
+        r"restart with another uncertainty model \(halt by a threshold of Quantile\(0.7\) 0.7 eV/Å then, 1.4 eV/Å "
+    )
+    with pytest.raises(ValueError, match=message + r"now\). Make the monitor on the calculator of the run before"):
+        UncertaintyMonitor(verlet(crystal(readings=np.linspace(0, 2, 101))), halt=Quantile(0.7), flag=0.1).restore(
+            state
+        )
+
+    monitors = []
+    for fingerprint in ("0123456789", "0123456789", "abcdefghij", None):
+        atoms = crystal()
+        atoms.calc.uncertainty_model = None if fingerprint is None else Fitted(fingerprint)
+        monitors.append(UncertaintyMonitor(verlet(atoms), halt=0.5))
+    state = monitors[0].state()
+    monitors[1].restore(state)
+    with pytest.raises(ValueError, match=r"another uncertainty model \(potential 01234567 then, abcdefgh now\)"):
+        monitors[2].restore(state)
+    with pytest.raises(ValueError, match=r"potential 01234567 then, None now"):
+        monitors[3].restore(state)
+
+
+def test_a_rule_that_is_given_otherwise_begins_anew_after_a_restart():
+    dynamics = verlet(crystal([0.6]))
+    attached(dynamics, halt=0.5, patience=20)
+    dynamics.run(8)
+    state = dynamics.observers[0][0].state()
+    for halt, step in ((0.5, 10), (0.55, 18)):  # waiting since step 0, or since the restart at 8
+        dynamics = verlet(crystal([0.6]))
+        monitor = attached(dynamics, halt=halt, patience=20)
+        monitor.restore(state)
+        with pytest.raises(UncertaintyHalt, match=f"halted at step {step + (halt > 0.5)} "):
+            dynamics.run(30)
 
 
 def test_an_optimiser_restores_without_time():
@@ -459,6 +690,14 @@ def test_an_optimiser_restores_without_time():
         ({"halt": 0.5, "elements": ["Fe"]}, ValueError, r"no atom of \w+ is looked at with elements=\['Fe'\]"),
         ({"halt": 0.5, "indices": []}, ValueError, r"no atom of \w+ is looked at"),
         ({"halt": 0.5, "indices": [7]}, IndexError, r"atom index 7 is beyond the frame's 4 atoms"),
+        ({"halt": 0.5, "patience": 5, "at_once": 0.4}, ValueError, r"Give at_once above halt"),
+        ({"halt": 0.5, "refractory": 5}, ValueError, r"refractory belongs to flag"),
+        ({"checks": [Bonds()], "patience": 5}, ValueError, r"nothing to watch for"),
+        ({"halt": 0.5, "before": 3}, ValueError, r"before=3 frames have nowhere to go. Give frames too"),
+        ({"halt": 0.5, "before": -1, "frames": "a.xyz"}, ValueError, r"a number of frames, 0 or more, not -1"),
+        ({"halt": 0.5, "before": 2.5, "frames": "a.xyz"}, ValueError, r"a number of frames, 0 or more, not 2.5"),
+        ({"halt": 0.5, "checks": ["bonds"]}, TypeError, r"checks are objects such as Finite\(\).*not 'bonds'"),
+        ({"halt": 0.5, "flag": PerElement(Quantile(0.8))}, ValueError, r"for Cu, so no frame could be flagged"),
         ({"halt": 0.5, "frames": "/no/such/folder/a.xyz"}, ValueError, r"cannot be written"),
         ({"halt": 0.5, "log": "/no/such/folder/log"}, ValueError, r"cannot be written"),
     ],
@@ -487,7 +726,18 @@ def test_calculators_without_uncertainty_are_refused():
 def test_a_calculator_that_breaks_its_promise_is_refused_at_the_first_step():
     dynamics = verlet(crystal([0.1], skipped=range(10)))
     attached(dynamics, halt=0.5)
-    with pytest.raises(ValueError, match=r"Uncertain promises forces_uncertainty but its results at step 0 have none"):
+    with pytest.raises(
+        ValueError, match=r"Uncertain promises forces_uncertainty but its results of the structure at step 0 have none"
+    ):
+        dynamics.run(5)
+
+
+def test_a_calculator_that_skips_may_skip_the_first_step():
+    atoms = crystal([0.8], skipped=(0, 1))
+    atoms.calc.every = 3
+    dynamics = verlet(atoms)
+    attached(dynamics, halt=0.5)
+    with pytest.raises(UncertaintyHalt, match="halted at step 2"):
         dynamics.run(5)
 
 
@@ -501,17 +751,32 @@ def test_meanings_need_a_calculator_that_knows_its_calibration_data():
         UncertaintyMonitor(verlet(atoms), halt=Quantile(0.9))
 
 
-def test_several_structures_at_once_are_refused():
+def test_what_is_neither_a_structure_nor_a_path_is_refused():
     images = [crystal() for _ in range(3)]
-    with pytest.raises(ValueError, match=r"BFGS moves a NEB, not one structure"):
-        UncertaintyMonitor(BFGS(NEB(images, method="improvedtangent"), logfile=None), halt=0.5)
+    path = NEB(images, method="improvedtangent")
+    dynamics = BFGS(path, logfile=None)
+    path.images = images[:2]
+    with pytest.raises(ValueError, match=r"BFGS moves a NEB, which is neither a structure nor a path of at least thr"):
+        UncertaintyMonitor(dynamics, halt=0.5)
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_a_monitor_attached_twice_says_so_at_once(interval):
+    dynamics = verlet(crystal([0.1]))
+    monitor = attached(dynamics, halt=0.5)
+    dynamics.attach(monitor, interval=interval)
+    with pytest.raises(ValueError, match=r"attached to its VelocityVerlet more than once. Attach it once"):
+        dynamics.run(10)
+    assert dynamics.nsteps == 0
+    dynamics.observers.pop()
+    dynamics.run(10)
+    assert sum(monitor.state()["counts"].values()) == 11
 
 
 def test_two_monitors_watch_one_run(tmp_path):
     dynamics = verlet(crystal([0.1, 0.4, 0.9]))
     attached(dynamics, flag=0.3, on_flag=[Flag(tmp_path / "a.xyz"), Log(tmp_path / "a.csv")])
     monitor = attached(dynamics, halt=0.5)
-    dynamics.attach(monitor)  # twice by mistake: a step is judged once all the same
     with pytest.raises(UncertaintyHalt):
         dynamics.run(10)
     assert [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")] == [1, 2]

@@ -1,0 +1,175 @@
+"""The ensembles of `ase-uq md`: ASE's dynamics, with options that belong to them."""
+
+import math
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.md.md import MolecularDynamics
+
+THERMOSTAT_TIME, BAROSTAT_TIME, FRICTION = 100.0, 1000.0, 0.01  # fs, fs, 1/fs
+
+
+class Ensemble(StrEnum):
+    """The ensembles: NVT by Langevin or Bussi, NVE, and NPT at a shape of the cell that stays."""
+
+    langevin = "langevin"
+    nve = "nve"
+    bussi = "bussi"
+    npt = "npt"
+
+
+# Options that only some of them have.
+_BELONG: dict[str, tuple[Ensemble, ...]] = {
+    "--temperature-end": (Ensemble.langevin, Ensemble.bussi),
+    "--friction": (Ensemble.langevin,),
+    "--thermostat-time": (Ensemble.bussi, Ensemble.npt),
+    "--barostat-time": (Ensemble.npt,),
+    "--pressure": (Ensemble.npt,),
+}
+
+
+def check_belong(ensemble: Ensemble, given: dict[str, float | None]) -> None:
+    """Refuses options that an ensemble has no use for.
+
+    Args:
+        ensemble: The ensemble.
+        given: Values of the options of `_BELONG`; None where one was not given.
+
+    Raises:
+        BadParameter: One of them belongs to others.
+    """
+    for option, value in given.items():
+        if value is not None and ensemble not in _BELONG[option]:
+            raise typer.BadParameter(
+                f"it belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
+                param_hint=f"'{option}'",
+            )
+
+
+def make_dynamics(
+    ensemble: Ensemble,
+    atoms: "Atoms",
+    *,
+    timestep: float,
+    temperature: float,
+    friction: float,
+    thermostat_time: float,
+    barostat_time: float,
+    pressure: float,
+    rng: Any,
+) -> "MolecularDynamics":
+    """The dynamics of an ensemble.
+
+    Args:
+        ensemble: The ensemble.
+        atoms: Structure with velocities and a calculator.
+        timestep: fs.
+        temperature: K.
+        friction: Of Langevin, 1/fs.
+        thermostat_time: Of Bussi and NPT, fs.
+        barostat_time: Of NPT, fs.
+        pressure: Of NPT, GPa.
+        rng: Generator of the noise.
+
+    Raises:
+        ValueError: The structure cannot be in that ensemble.
+    """
+    from ase import units
+    from ase.md.langevin import Langevin
+    from ase.md.verlet import VelocityVerlet
+
+    dt = timestep * units.fs
+    match ensemble:
+        case Ensemble.langevin:
+            # With `fixcm` the centre of mass would stand still and small systems be sampled at a wrong temperature.
+            return Langevin(atoms, dt, temperature_K=temperature, friction=friction / units.fs, fixcm=False, rng=rng)
+        case Ensemble.nve:
+            return VelocityVerlet(atoms, dt)
+        case Ensemble.bussi:
+            return _bussi(atoms, dt, temperature, thermostat_time * units.fs, rng)
+        case Ensemble.npt:
+            return _npt(atoms, dt, temperature, thermostat_time, barostat_time, pressure)
+
+
+def set_temperature(dynamics: "MolecularDynamics", temperature: float) -> None:
+    """Sets the temperature of a Langevin or Bussi thermostat, K."""
+    from ase import units
+    from ase.md.bussi import Bussi
+    from ase.md.langevin import Langevin
+
+    if isinstance(dynamics, Bussi):
+        dynamics.temp = units.kB * temperature
+        dynamics.target_kinetic_energy = 0.5 * dynamics.temp * dynamics.ndof
+    else:
+        assert isinstance(dynamics, Langevin)
+        dynamics.set_temperature(temperature_K=temperature)
+
+
+def _bussi(atoms: "Atoms", dt: float, temperature: float, time: float, rng: Any) -> "MolecularDynamics":
+    from ase.md.bussi import Bussi
+
+    if not atoms.get_momenta().any():
+        raise ValueError(
+            "Bussi's thermostat scales velocities, and all of them are zero at the start. Give a --temperature above 0 "
+            "and a START without velocities, or take --ensemble langevin."
+        )
+    dynamics = Bussi(atoms, dt, temperature_K=temperature, taut=time, rng=rng)
+    # ASE counts the centre of mass and rotation, which never get any of the heat: the rest would be too hot for it,
+    # a small molecule by a third.
+    dynamics.ndof = _n_heated(atoms)
+    set_temperature(dynamics, temperature)
+    return dynamics
+
+
+def _n_heated(atoms: "Atoms") -> int:
+    """Degrees of freedom that share their energy: without translation and rotation where these are at rest."""
+    import numpy as np
+
+    n_heated = atoms.get_number_of_degrees_of_freedom()
+    if atoms.constraints:
+        return n_heated
+    momenta = atoms.get_momenta()
+    if np.linalg.norm(momenta.sum(axis=0)) <= 1e-5 * np.linalg.norm(momenta, axis=1).sum():
+        n_heated -= 3
+    arms = atoms.positions - atoms.get_center_of_mass()
+    each = np.cross(arms, momenta)
+    if not atoms.pbc.any() and np.linalg.norm(each.sum(axis=0)) <= 1e-5 * np.linalg.norm(each, axis=1).sum():
+        n_heated -= (0, 2, 3, 3)[np.linalg.matrix_rank(arms, tol=1e-3)]  # of a point, a line, a plane, a body
+    return max(1, n_heated)
+
+
+def _npt(
+    atoms: "Atoms", dt: float, temperature: float, thermostat_time: float, barostat_time: float, pressure: float
+) -> "MolecularDynamics":
+    from ase import units
+    from ase.md.nose_hoover_chain import IsotropicMTKNPT
+
+    if not atoms.pbc.all():
+        raise ValueError(
+            "--ensemble npt changes the volume of a cell, and START is not periodic along all three vectors. Take "
+            "langevin, bussi or nve, or a START with a periodic cell."
+        )
+    if atoms.constraints:
+        raise ValueError(
+            "--ensemble npt of ASE knows no constraints, and START has some. Take langevin, bussi or nve, or a START "
+            "without them."
+        )
+    if not math.isfinite(pressure):
+        raise ValueError(f"--pressure is a number in GPa, not {pressure:g}.")
+    if not temperature > 0:
+        raise ValueError(f"--ensemble npt needs a --temperature above 0 K, not {temperature:g} K.")
+    assert atoms.calc is not None
+    if "stress" not in atoms.calc.implemented_properties:
+        raise ValueError("--ensemble npt needs the stress, which this potential does not give. Take langevin or bussi.")
+    return IsotropicMTKNPT(
+        atoms,
+        dt,
+        temperature_K=temperature,
+        pressure_au=pressure * units.GPa,
+        tdamp=thermostat_time * units.fs,
+        pdamp=barostat_time * units.fs,
+    )

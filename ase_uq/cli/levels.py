@@ -1,0 +1,144 @@
+"""Thresholds and reductions as words of the command line, and what is told of them."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from ase_uq.calculator import UncertainCalculator
+    from ase_uq.thresholds import Meaning, PerElement
+
+FORMS = (
+    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below); "
+    "miss=0.1@0.3 (misses at most 0.1 of the frames with an error above 0.3 eV/Å; with confidence 0.9: "
+    "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it errors stay within 0.3 eV/Å with confidence 0.95); "
+    "alarms=0.05@100ps or alarms=0.05@20000 (disturbs at most 0.05 of good runs of 100 ps, or of 20000 readings)"
+)
+
+
+def threshold(text: str) -> "float | Meaning":
+    """A threshold from one of `FORMS`: a number in eV/Å, or what it is to mean.
+
+    Raises:
+        BadParameter: It has none of the forms, or a number in it is out of range.
+    """
+    try:
+        level = _threshold(text)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is neither a number in eV/Å nor a meaning: {str(error).rstrip('.')}. Give one of {FORMS}."
+        ) from error
+    if isinstance(level, float) and not level > 0:
+        raise typer.BadParameter(f"a threshold is a positive number in eV/Å, not {text}.")
+    return level
+
+
+def _threshold(text: str) -> "float | Meaning":
+    from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, Quantile
+
+    match re.split("([=@/])", text):
+        case [word] if word.startswith("q"):
+            return Quantile(_number(word[1:]))
+        case [word]:
+            return _number(word)
+        case ["miss", "=", share, "@", error]:
+            return MissRate(_number(error), _number(share))
+        case ["miss", "=", share, "@", error, "/", confidence]:
+            return MissRate(_number(error), _number(share), _number(confidence))
+        case ["bound", "=", confidence, "@", error]:
+            return ErrorBound(_number(error), _number(confidence))
+        case ["alarms", "=", share, "@", length] if length.endswith("ps"):
+            return FalseAlarms(_number(share), ps=_number(length.removesuffix("ps")))
+        case ["alarms", "=", share, "@", length]:
+            if not length.isdecimal():
+                raise ValueError(f"{length!r} is neither a time like 100ps nor a number of readings like 20000")
+            return FalseAlarms(_number(share), steps=int(length))
+        case _:
+            raise ValueError("it has none of their forms")
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is no number") from None
+
+
+def reduction(text: str) -> str | float:
+    """A kind of `Reduction`: max, mean, top3 or a quantile of the atoms.
+
+    Raises:
+        BadParameter: It is none of them.
+    """
+    from ase_uq.readings import Reduction
+
+    try:
+        kind = float(text) if text[:1] in "0." else text
+        Reduction(kind)
+    except ValueError as error:
+        raise typer.BadParameter(
+            f"{text!r} is none of max, mean and top3, nor a quantile of the atoms between 0 and 1, like 0.9."
+        ) from error
+    return kind
+
+
+def check_levels(flag: "float | Meaning | None", halt: "float | Meaning | None") -> None:
+    """Refuses a flag at or above the halt, where both are numbers; meanings are compared once they are resolved."""
+    if isinstance(flag, float) and isinstance(halt, float) and flag >= halt:
+        raise typer.BadParameter(
+            f"{flag:g} eV/Å is not below --halt, {halt:g} eV/Å: no frame could be flagged before the run is halted.",
+            param_hint="'--flag'",
+        )
+
+
+def per_element(level: "float | Meaning | None", option: str) -> "PerElement | None":
+    """The level with a threshold for each element of its own.
+
+    Raises:
+        BadParameter: The level is a number, or a meaning that is no matter of elements.
+    """
+    from ase_uq.thresholds import Meaning, PerElement
+
+    if level is None:
+        return None
+    if not isinstance(level, Meaning):
+        raise typer.BadParameter(
+            f"with --per-element it is a meaning, which calibration data turn into a number for each element, such as "
+            f"q0.99; {level:g} eV/Å would be the same for all.",
+            param_hint=f"'{option}'",
+        )
+    try:
+        return PerElement(level)
+    except TypeError as error:
+        raise typer.BadParameter(
+            f"{level} counts alarms of whole runs, not of elements. Leave --per-element out, or give q0.99, "
+            "miss=0.1@0.3 or bound=0.95@0.3.",
+            param_hint=f"'{option}'",
+        ) from error
+
+
+def told(
+    levels: "Mapping[str, float | Meaning | PerElement | None]",
+    calculator: "UncertainCalculator",
+    reduce: str | float,
+    symbols: "Sequence[str]",
+) -> "Iterator[str]":
+    """A line for each threshold that was given as a meaning: its number, what it promises and how sure that is.
+
+    Raises:
+        ValueError: The calibration data cannot support a meaning.
+    """
+    from ase_uq.dynamics.rules import Threshold, settled
+    from ase_uq.readings import Reduction
+    from ase_uq.thresholds import ResolvedThreshold
+
+    for name, level in levels.items():
+        if level is None:
+            continue
+        for watch in settled({"halt": Threshold(level)}, calculator, Reduction(reduce), symbols, None)["halt"]:
+            assert isinstance(watch.rule, Threshold)
+            if isinstance(watch.rule.value, ResolvedThreshold):
+                of = "" if not watch.reduction.elements else f" of {' and '.join(watch.reduction.elements)}"
+                yield f"{name}{of}: {watch.rule.value.describe()}"

@@ -1,0 +1,184 @@
+"""The CUSUM rule: readings that have drifted upwards, though each is below any threshold."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+from scipy.optimize import brentq
+
+from ase_uq import extremes
+from ase_uq.dynamics.rules import Rule
+from ase_uq.thresholds import Evidence, FalseAlarms, Meaning, PerElement, ReferenceRuns
+
+# Of a CUSUM: independent readings without which mean and spread are not known (with fewer, simulated runs alarmed more
+# often than promised), series of the bootstrap, readings of all of them together (a second of work), and length of a
+# block in independent readings. Where blocks meet, readings have forgotten each other: 1/(2·10) of the variance of
+# their sums is lost, which longer blocks would keep, but there would be too few of them to differ.
+_FEWEST_INDEPENDENT = 100
+_SERIES = 400
+_MOST_READINGS = 20_000_000
+_BLOCK = 10
+
+
+@dataclass(frozen=True)
+class Cusum(Rule):
+    """Triggers when readings add up to more than reference runs ever do: a small rise that stays is found early.
+
+    One-sided cumulative sum of x = (log reading - mean)/sd, with mean and sd of the reference runs:
+    S ← max(0, S + (x - drift)·Δt/interval), alarm at S ≥ h. S counts simulated time and not steps; one reading
+    stands for no longer than readings remember, since beyond that it says nothing. S never grows beyond h, so that
+    the alarm ends soon after its cause. NaN and infinity trigger at once.
+
+    h follows from the false alarms that are allowed: Siegmund's run length between two of them, for independent
+    readings, times the long-run variance 2τ of correlated ones; it is raised where runs put together from blocks of
+    the reference runs alarm more often than that. Both allow for what a short reference leaves unknown.
+
+    Source: Page, Biometrika 41, 100 (1954); Siegmund, Sequential Analysis, 1985, for the run length.
+
+    Args:
+        meaning: The false alarms that are allowed.
+        drift: Rise that is let pass, in standard deviations of the reference: half of what should be found.
+        mean: Of the logarithms of the reference; this and all below are set by `resolved`.
+        sd: Of the logarithms of the reference.
+        h: Where S is an alarm.
+        interval: Time between two readings of the reference, fs.
+        memory: Time for which one reading stands at most, 2τ·interval, fs.
+
+    Raises:
+        TypeError: `meaning` is no `FalseAlarms`.
+        ValueError: `drift` is not positive.
+    """
+
+    meaning: FalseAlarms
+    drift: float = 0.5
+    mean: float | None = None
+    sd: float | None = None
+    h: float | None = None
+    interval: float | None = None
+    memory: float | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.meaning, FalseAlarms):
+            raise TypeError(
+                "a Cusum is made from the false alarms that are allowed, such as "
+                f"Cusum(FalseAlarms(per_run=0.05, ps=100)), not from {self.meaning!r}."
+            )
+        if not 0 < self.drift < math.inf:
+            raise ValueError(f"the drift of a Cusum is a positive number of standard deviations, not {self.drift!r}.")
+
+    def __str__(self) -> str:
+        return f"a CUSUM by {self.meaning}"
+
+    @property
+    def threshold(self) -> float:
+        """exp(mean + drift·sd), eV/Å: from this reading on the sum grows."""
+        mean, sd, *_ = self._numbers()
+        return math.exp(mean + self.drift * sd)
+
+    @property
+    def meanings(self) -> tuple[Meaning | PerElement, ...]:
+        return (self.meaning,)
+
+    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> "Cusum":
+        runs = evidence.require_runs(self.meaning)
+        logs = [np.log(run) for run in runs.readings]
+        mean, sd = float(np.concatenate(logs).mean()), float(np.concatenate(logs).std())
+        if sd <= 1e-12 * max(1.0, abs(mean)):
+            raise ValueError(
+                f"all readings of the reference runs are {math.exp(mean):.4g} eV/Å, so {self} cannot tell what is "
+                "more than usual. Make reference runs of a structure that moves."
+            )
+        scores = [(log - mean) / sd for log in logs]
+        memory = _memory(scores)
+        self._require(runs, memory)
+        length = self.meaning.n_readings(runs)
+        between_alarms = -length / math.log1p(-self.meaning.per_run)
+        h = max(
+            memory * cusum_limit(between_alarms / memory, self.drift),
+            _bootstrapped_limit(scores, memory, self.drift, length, self.meaning.per_run),
+        )
+        return replace(self, mean=mean, sd=sd, h=h, interval=runs.interval, memory=memory * runs.interval)
+
+    def judge(self, state: Sequence[float] | None, reading: float, time: float | None) -> tuple[list[float], bool]:
+        if time is None:
+            raise ValueError(
+                f"{self} adds up over simulated time, and an optimiser has none. Use Threshold({self.meaning}) here."
+            )
+        mean, sd, h, interval, memory = self._numbers()
+        total, before = (0.0, time - interval) if state is None else state
+        if math.isnan(reading) or reading == math.inf:
+            return [total, time], True
+        # A clock that was set back tells no time since the last reading; it counts as a first one does.
+        elapsed = min(time - before if time >= before else interval, memory)
+        # Of no atom, or of no uncertainty at all, as low as can be; times no time at all that would be NaN.
+        score = (math.log(reading) - mean) / sd if reading > 0 else -math.inf
+        total = min(h, max(0.0, total + (score - self.drift) * elapsed / interval)) if elapsed > 0 else total
+        return [total, time], total >= h
+
+    def _require(self, runs: ReferenceRuns, memory: float) -> None:
+        needed = math.ceil(_FEWEST_INDEPENDENT * memory)
+        if runs.n_steps < needed:
+            raise ValueError(
+                f"{self} needs at least {needed} readings of reference runs, {_FEWEST_INDEPENDENT} times the "
+                f"{memory * runs.interval:.3g} fs that they remember; the uncertainty model has {runs.n_steps}. Make "
+                "longer reference runs, or more."
+            )
+
+    def _numbers(self) -> tuple[float, float, float, float, float]:
+        numbers = (self.mean, self.sd, self.h, self.interval, self.memory)
+        if None in numbers:
+            raise ValueError(
+                f"{self} has no numbers yet: they depend on the reference runs. UncertaintyMonitor asks the calculator "
+                "for them; elsewhere use rule.resolved(calc.evidence(Reduction()))."
+            )
+        return cast(tuple[float, float, float, float, float], numbers)
+
+
+def cusum_limit(run_length: float, drift: float) -> float:
+    """Where a CUSUM of independent standard normal readings alarms, with so many readings between two false alarms.
+
+    Siegmund: run_length = (e^(2kb) - 2kb - 1)/(2k²) with k the drift and b = h + 1.166; h is at least zero.
+    """
+    scaled = 2 * drift**2 * run_length
+    # y = 2kb solves e^y - y - 1 = scaled, of which the left side is above at e^y = (scaled + 3)².
+    y = brentq(lambda y: math.expm1(y) - y - scaled, 0.0, 2 * math.log(scaled + 3))
+    return max(0.0, cast(float, y) / (2 * drift) - 1.166)
+
+
+def _memory(scores: Sequence[np.ndarray]) -> float:
+    """Readings 2τ that are worth one independent one.
+
+    τ stands one standard error above its estimate, τ·sqrt(2(2W + 1)/n) with Sokal's window W = 5τ: too short a memory
+    would break the promise, too long a one only delays an alarm. Where the means of the runs differ by more than it
+    explains, runs remember all their lives, and the spread of the means tells for how long.
+
+    Source: Madras and Sokal, J. Stat. Phys. 50, 109 (1988).
+    """
+    time = extremes.correlation_time(scores)
+    within = 2 * time * (1 + math.sqrt(2 * (10 * time + 1) / sum(map(len, scores))))
+    if len(scores) == 1:
+        return within
+    return max(within, sum(len(run) * float(run.mean()) ** 2 for run in scores) / (len(scores) - 1))
+
+
+def _bootstrapped_limit(
+    scores: Sequence[np.ndarray], memory: float, drift: float, length: int, per_run: float
+) -> float:
+    """The sum that a share `per_run` of runs of this length reaches, by blocks of the reference runs."""
+    rng = np.random.default_rng(0)
+    n_steps = sum(map(len, scores))
+    seen = min(length, _MOST_READINGS // _SERIES)
+    block = math.ceil(_BLOCK * memory)
+    maxima = []
+    for _ in range(_SERIES // 50):
+        drawn = extremes.block_bootstrap(scores, seen, 50, block, rng)
+        # The mean of the reference is known to sqrt(memory/n) only, and a run drifts by all of that error.
+        error = rng.normal(0, math.sqrt(memory / n_steps), (50, 1))
+        sums = np.cumsum(drawn + error - drift, 1)
+        maxima.append((sums - np.minimum(np.minimum.accumulate(sums, 1), 0)).max(1))
+    # Runs longer than those seen have as many chances more: P(no alarm) is a power of the length.
+    limit = np.quantile(np.concatenate(maxima), (1 - per_run) ** (seen / length), method="higher")
+    # An alarm is a sum at or above h: that of the quantile itself is none.
+    return float(np.nextafter(limit, np.inf))

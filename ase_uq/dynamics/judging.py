@@ -1,0 +1,272 @@
+"""Judging one step: every rule and check on every structure, and the one verdict that comes of it."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+
+from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.rules import Level, Rule, Watch, settled
+from ase_uq.dynamics.structures import KEY
+from ase_uq.readings import Reduction
+
+_RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """One structure of a step, with what is known of it.
+
+    Args:
+        snapshot: What the checks look at.
+        norms: (n_atoms,) ε_i, eV/Å; None where there is no uncertainty.
+        image: Number of the image on a path; None for the only structure.
+    """
+
+    snapshot: Snapshot
+    norms: np.ndarray | None
+    image: int | None = None
+
+    def reading(self, reduction: Reduction) -> float:
+        """Of this structure, eV/Å."""
+        assert self.norms is not None
+        return reduction(self.norms, self.snapshot.atoms.numbers)
+
+    def __str__(self) -> str:
+        return "" if self.image is None else f"image {self.image}: "
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What comes of one step.
+
+    Args:
+        level: The highest level that was reached.
+        reading: Of the watch that triggered, else of the one nearest to its threshold, eV/Å; NaN without any.
+        threshold: Of the same watch, eV/Å; NaN where a check triggered.
+        reason: What triggered, for people; empty at level `"ok"`.
+        image: The image it happened at; None for the only structure.
+    """
+
+    level: Level = "ok"
+    reading: float = math.nan
+    threshold: float = math.nan
+    reason: str = ""
+    image: int | None = None
+
+
+class Judge:
+    """The rules and checks of one run and what they remember.
+
+    Of several images a rule judges the worst reading, with one state for the path; a check remembers each image.
+
+    Args:
+        asked: Rules of the levels as the user gave them.
+        reduction: How the atoms of a structure become one reading.
+        checks: Looked at beside the rules; what one finds is a halt.
+
+    Raises:
+        TypeError: One of the checks is none.
+    """
+
+    def __init__(self, asked: Mapping[Level, Rule], reduction: Reduction, checks: Check | Sequence[Check]) -> None:
+        self.asked, self.reduction = asked, reduction
+        self.checks = (checks,) if isinstance(checks, Check) else tuple(checks)
+        for check in self.checks:
+            if not isinstance(check, Check):
+                raise TypeError(f"checks are objects such as Finite() or MaxTemperature(2000), not {check!r}.")
+        self.watches: dict[Level, tuple[Watch, ...]] = {}
+        self._fingerprint: str | None = None
+        self._rules: dict[Level, list[Any]] = {}
+        self._checks: list[dict[str, Any]] = [{} for _ in self.checks]
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Those that can be reached."""
+        return (*self.asked, "halt") if self.checks else tuple(self.asked)
+
+    def settle(self, calculator: BaseCalculator, symbols: Sequence[str], time: float | None) -> None:
+        """Turns the rules into numbers by a calculator.
+
+        Args:
+            calculator: Must know its calibration data where a rule has a meaning.
+            symbols: Of the atoms that are looked at.
+            time: Time of the run now, fs; None where it has none.
+
+        Raises:
+            ValueError: A rule cannot be settled with this calculator.
+        """
+        self.watches = settled(self.asked, calculator, self.reduction, symbols, time)
+        identity = getattr(getattr(calculator, "uncertainty_model", None), "identity", None)
+        self._fingerprint = getattr(identity, "fingerprint", None)
+        for level, watches in self.watches.items():
+            if len(self._rules.get(level, ())) != len(watches):
+                self._rules[level] = [None] * len(watches)
+
+    def __call__(self, sites: Sequence[Site], time: float | None) -> Verdict | None:
+        """The verdict on a step; None where there is nothing to judge: no uncertainty and no checks.
+
+        Args:
+            sites: The structures of the step.
+            time: Simulated time, fs; None where there is none.
+        """
+        uncertain = [site for site in sites if site.norms is not None]
+        by_rules = self._by_rules(uncertain, time) if uncertain and self.watches else None
+        if by_rules is None and not self.checks:
+            return None
+        return self._by_checks(sites, by_rules or Verdict())
+
+    def state(self) -> dict[str, Any]:
+        """What the rules and checks remember, and of what uncertainty model; `json.dumps` takes it."""
+        return {
+            "fingerprint": self._fingerprint,
+            "rules": {
+                level: [
+                    {"rule": _name(watch), "threshold": float(watch.rule.threshold), "state": state}
+                    for watch, state in zip(watches, self._rules[level], strict=True)
+                ]
+                for level, watches in self.watches.items()
+            },
+            "checks": [
+                {"check": str(check), "states": dict(states)}
+                for check, states in zip(self.checks, self._checks, strict=True)
+            ],
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes a state up; a rule or check that was not there before begins anew.
+
+        Raises:
+            ValueError: Other levels, or another uncertainty model.
+        """
+        if set(state["rules"]) != set(self.watches):
+            raise ValueError(
+                f"the state has the levels {sorted(state['rules'])}, this monitor {sorted(self.watches)}. "
+                "Make the monitor with the same levels as before."
+            )
+        before = {(level, entry["rule"]): entry for level, entries in state["rules"].items() for entry in entries}
+        self._check_model(state["fingerprint"], before)
+        for level, watches in self.watches.items():
+            self._rules[level] = [before.get((level, _name(watch)), {}).get("state") for watch in watches]
+        checked = {entry["check"]: entry["states"] for entry in state["checks"]}
+        self._checks = [dict(checked.get(str(check), {})) for check in self.checks]
+
+    def _by_rules(self, sites: Sequence[Site], time: float | None) -> Verdict | None:
+        found: list[tuple[tuple[int, float], Verdict]] = []
+        for name, watches in self.watches.items():
+            for number, watch in enumerate(watches):
+                readings = [site.reading(watch.reduction) for site in sites]
+                worst = int(np.argmax(readings))  # the first NaN, where there is one
+                reading, threshold = readings[worst], float(watch.rule.threshold)
+                self._rules[name][number], triggered = watch.rule.judge(self._rules[name][number], reading, time)
+                level: Level = name if triggered else "ok"
+                reason = _reason(name, watch, sites[worst], reading) if triggered else ""
+                verdict = Verdict(level, reading, threshold, reason, sites[worst].image)
+                found.append(((_RANKS[level], _excess(reading, threshold)), verdict))
+        return max(found, key=lambda ranked: ranked[0])[1] if found else None
+
+    def _by_checks(self, sites: Sequence[Site], verdict: Verdict) -> Verdict:
+        complaints: list[tuple[str, int | None]] = []
+        for check, states in zip(self.checks, self._checks, strict=True):
+            for site in sites:
+                key = str(site.image or 0)
+                states[key], complaint = check.inspect(states.get(key), site.snapshot)
+                if complaint:
+                    complaints.append((f"{site}{type(check).__name__}: {complaint}", site.image))
+        if not complaints:
+            return verdict
+        text = "; ".join(complaint for complaint, _ in complaints)
+        if verdict.level == "halt":
+            return replace(verdict, reason=f"{verdict.reason}; {text}")
+        return Verdict("halt", verdict.reading, math.nan, text, complaints[0][1])
+
+    def _check_model(self, fingerprint: str | None, before: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+        """Raises ValueError where the potential is another, or the same rules have other numbers."""
+        changed = []
+        if fingerprint != self._fingerprint:
+            changed.append(f"potential {str(fingerprint)[:8]} then, {str(self._fingerprint)[:8]} now")
+        for level, watches in self.watches.items():
+            for watch in watches:
+                now = float(watch.rule.threshold)
+                then = before.get((level, _name(watch)), {}).get("threshold", now)
+                if not math.isclose(then, now, rel_tol=1e-9):
+                    changed.append(f"{level} by {_name(watch)} {then:.4g} eV/Å then, {now:.4g} eV/Å now")
+        if changed:
+            raise ValueError(
+                f"this is a restart with another uncertainty model ({'; '.join(changed)}). Make the monitor on the "
+                "calculator of the run before; or leave restore() out, so that it begins anew with this one."
+            )
+
+
+def checked(calculator: BaseCalculator | None, *, uncertain: bool) -> BaseCalculator:
+    """The calculator; raises ValueError where there is none or, if `uncertain`, it gives no uncertainties."""
+    if calculator is None:
+        raise ValueError("the structure has no calculator. Set atoms.calc = UncertainCalculator(...) first.")
+    if uncertain and KEY not in calculator.implemented_properties:
+        raise ValueError(
+            f"{type(calculator).__name__} gives no {KEY}, so there is nothing to watch. Wrap it: "
+            "atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
+        )
+    return calculator
+
+
+def reduction_of(kind: str | float, elements: Sequence[str] | None, indices: Sequence[int] | None) -> Reduction:
+    """The reduction that a user's arguments mean."""
+    return Reduction(
+        kind,
+        None if elements is None else (elements,) if isinstance(elements, str) else tuple(elements),
+        None if indices is None else tuple(int(index) for index in indices),
+    )
+
+
+def symbols_looked_at(reduction: Reduction, atoms: Atoms) -> list[str]:
+    """Chemical symbols of the atoms that a reduction looks at.
+
+    Raises:
+        ValueError: It looks at none, so that nothing could ever trigger.
+        IndexError: An index lies beyond the structure.
+    """
+    if reduction(np.zeros(len(atoms)), atoms.numbers) == -math.inf:
+        elements = None if reduction.elements is None else list(reduction.elements)
+        raise ValueError(
+            f"no atom of {atoms.get_chemical_formula()} is looked at with elements={elements} and "
+            f"indices={reduction.indices}, so the monitor could never trigger."
+        )
+    symbols = atoms.get_chemical_symbols()
+    return [symbols[index] for index in _looked_at(reduction, atoms)]
+
+
+def _looked_at(reduction: Reduction, atoms: Atoms) -> np.ndarray:
+    """Indices of the atoms that a reduction looks at."""
+    indices = np.arange(len(atoms)) if reduction.indices is None else np.arange(len(atoms))[list(reduction.indices)]
+    if reduction.elements is None:
+        return indices
+    return indices[np.isin(np.array(atoms.get_chemical_symbols())[indices], reduction.elements)]
+
+
+def _excess(reading: float, threshold: float) -> float:
+    """How near a reading is to its threshold: 1 at it; NaN and infinity are beyond any."""
+    return math.inf if math.isnan(reading) or reading == math.inf else reading / threshold
+
+
+def _reason(level: Level, watch: Watch, site: Site, reading: float) -> str:
+    # Plain ASCII: it goes into files that other programs read.
+    assert site.norms is not None
+    atoms = site.snapshot.atoms
+    chosen = _looked_at(watch.reduction, atoms)
+    worst = chosen[np.argmax(site.norms[chosen])]
+    return (
+        f"{site}force uncertainty ({watch.reduction.kind}) {reading:.4g} eV/A reached {level} at "
+        f"{watch.rule.threshold:.4g} eV/A by {watch.asked}; "
+        f"worst atom {worst} ({atoms.symbols[worst]}, {site.norms[worst]:.4g} eV/A)"
+    )
+
+
+def _name(watch: Watch) -> str:
+    """What tells a watch from the others of its level, the same in every run."""
+    elements = watch.reduction.elements
+    return str(watch.asked) if elements is None else f"{watch.asked} of {' '.join(elements)}"

@@ -1,0 +1,330 @@
+"""Relaxations that stop where the potential no longer knows, and say how far to trust what they found.
+
+How far atoms could still move is not said: the only Hessian at hand is the optimiser's, which knows the few directions
+it went along and takes the soft ones for stiff. What it says is too small, up to ten times, and the more so the closer
+a relaxation began to its minimum.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TextIO, cast
+
+import numpy as np
+from ase import Atoms, units
+from ase.calculators.calculator import BaseCalculator
+from ase.constraints import FixAtoms
+from ase.filters import Filter, FrechetCellFilter
+from ase.optimize import BFGS, FIRE, LBFGS
+from ase.optimize.optimize import Optimizer
+from tqdm import tqdm
+
+from ase_uq.dynamics.checks import Check
+from ase_uq.dynamics.judging import checked
+from ase_uq.dynamics.monitor import UncertaintyMonitor
+from ase_uq.dynamics.rules import Rule
+from ase_uq.dynamics.structures import KEY
+from ase_uq.errors import UncertaintyHalt
+from ase_uq.frames import LABEL_KEYS, annotated, write_frames
+from ase_uq.readings import atom_norms
+from ase_uq.thresholds import Meaning, PerElement
+
+OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
+
+
+@dataclass(frozen=True)
+class Relaxation:
+    """What a relaxation came to, and how far to trust it; `str()` says it for people.
+
+    All of it is about the last structure, whatever the status. Uncertainties are standard deviations, those of
+    forces ε_i = sqrt(Σ_c σ_ic²) of an atom, the largest among the atoms that may move.
+
+    Args:
+        status: `"converged"`; `"uncertain"`, halted by a threshold or a check; or `"unfinished"`, out of steps.
+        reason: Why it was halted; empty unless it is `"uncertain"`.
+        n_steps: Steps of the optimiser.
+        fmax: Largest force that was asked for, eV/Å.
+        largest_force: Of an atom, or of the cell where that is relaxed too, eV/Å.
+        forces_uncertainty: Largest ε_i, eV/Å.
+        atom: Index of that atom.
+        symbol: Its element.
+        gamma: Largest `gamma`; None where the calculator has none.
+        energy: eV.
+        energy_uncertainty: eV; None where the calculator has none.
+        start_energy: Of the structure it began with, eV.
+        start_energy_uncertainty: eV; None where the calculator has none.
+        stress_uncertainty: Largest of a component, eV/Å³; None unless the cell is relaxed.
+    """
+
+    status: Literal["converged", "uncertain", "unfinished"]
+    reason: str
+    n_steps: int
+    fmax: float
+    largest_force: float
+    forces_uncertainty: float
+    atom: int
+    symbol: str
+    gamma: float | None
+    energy: float
+    energy_uncertainty: float | None
+    start_energy: float
+    start_energy_uncertainty: float | None
+    stress_uncertainty: float | None
+
+    @property
+    def converged(self) -> bool:
+        return self.status == "converged"
+
+    @property
+    def is_located(self) -> bool:
+        """Whether it converged, and forces are known as well as `fmax` asks there."""
+        return self.converged and self.forces_uncertainty <= self.fmax and self.gamma != math.inf
+
+    @property
+    def gain(self) -> float:
+        """Energy that the relaxation gained, eV; positive where it went downhill."""
+        return self.start_energy - self.energy
+
+    @property
+    def gain_uncertainty(self) -> float | None:
+        """sqrt(σ_start² + σ_end²), eV, as if the errors of both ends had nothing in common.
+
+        Those of similar structures have, so it is rather too large. None where the calculator has no uncertainty.
+        """
+        if self.energy_uncertainty is None or self.start_energy_uncertainty is None:
+            return None
+        return math.hypot(self.energy_uncertainty, self.start_energy_uncertainty)
+
+    def describe(self) -> str:
+        """A few lines for people: how it ended, and what is known of forces, energy and cell there."""
+        lines = [self._outcome(), self._forces(), self._energy()]
+        if self.stress_uncertainty is not None:
+            lines.append(f"the stress on the cell is uncertain by up to {self.stress_uncertainty / units.GPa:.2g} GPa")
+        if self.gamma is not None and not self.gamma <= 1:
+            lines.append(
+                "an element is there that the uncertainty model has never seen: no uncertainty can be believed"
+                if self.gamma == math.inf
+                else f"gamma is up to {self.gamma:.3g}: beyond the calibration data (1), uncertainties are a hint only"
+            )
+        return "\n  ".join(lines)
+
+    def __str__(self) -> str:
+        return self.describe()
+
+    def _outcome(self) -> str:
+        steps = f"{self.n_steps} step" + "s" * (self.n_steps != 1)
+        force = f"largest force {self.largest_force:.3g} eV/Å, {self.fmax:g} asked for"
+        match self.status:
+            case "converged":
+                return f"converged in {steps}: {force}"
+            case "uncertain":
+                return f"stopped after {steps}, since {self.reason}; {force}"
+            case "unfinished":
+                return f"not converged in {steps}: {force}"
+
+    def _forces(self) -> str:
+        line = f"forces are uncertain by up to {self.forces_uncertainty:.3g} eV/Å (atom {self.atom}, {self.symbol})"
+        if not self.converged or self.gamma == math.inf:
+            return line
+        if self.is_located:
+            return f"{line}: the minimum is located as well as was asked for"
+        return f"{line}, more than {self.fmax:g}: the minimum is located only to that"
+
+    def _energy(self) -> str:
+        line = f"energy {self.energy:.6f} eV"
+        if self.energy_uncertainty is not None:
+            line += f", uncertain by {self.energy_uncertainty:.2g} eV"
+        if not self.n_steps:
+            return line
+        line += f"; {abs(self.gain):.3g} eV {'below' if self.gain >= 0 else 'above'} the start"
+        if self.gain_uncertainty is None:
+            return line
+        if abs(self.gain) <= self.gain_uncertainty:
+            return f"{line}, no more than the uncertainty of that difference, at most {self.gain_uncertainty:.2g} eV"
+        return f"{line}, uncertain by at most {self.gain_uncertainty:.2g} eV"
+
+
+def relax(
+    atoms: Atoms,
+    *,
+    fmax: float = 0.05,
+    steps: int = 500,
+    optimizer: str | type[Optimizer] = "bfgs",
+    cell: bool = False,
+    halt: float | Meaning | PerElement | Rule | None = None,
+    flag: float | Meaning | PerElement | Rule | None = None,
+    reduce: str | float = "max",
+    elements: Sequence[str] | None = None,
+    indices: Sequence[int] | None = None,
+    checks: Sequence[Check] = (),
+    before: int = 0,
+    frames: str | os.PathLike[str] | None = None,
+    log: str | os.PathLike[str] | TextIO | None = None,
+    trajectory: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> Relaxation:
+    """Relaxes a structure until forces are small, or until the potential no longer knows.
+
+        relaxation = relax(atoms, fmax=0.02, halt=Quantile(0.999))
+        print(relaxation)
+
+    `atoms` is left at the last structure. Call `relax` again to go on from a stopped one: the first structure is judged
+    too, so with a higher `halt` or none. It costs no model call beyond those of the optimiser, unless the calculator
+    skipped the uncertainties of the last structure.
+
+    Args:
+        atoms: Structure with an `UncertainCalculator`; constraints hold.
+        fmax: Converged where no force on an atom is larger, eV/Å.
+        steps: Most steps.
+        optimizer: `"bfgs"`, `"lbfgs"`, `"fire"` or an optimiser class of ASE.
+        cell: Whether to relax the cell too, with `FrechetCellFilter`.
+        halt: As of `UncertaintyMonitor`; None never stops.
+        flag: As of `UncertaintyMonitor`.
+        reduce: As of `UncertaintyMonitor`.
+        elements: As of `UncertaintyMonitor`.
+        indices: As of `UncertaintyMonitor`.
+        checks: As of `UncertaintyMonitor`.
+        before: As of `UncertaintyMonitor`.
+        frames: As of `UncertaintyMonitor`.
+        log: As of `UncertaintyMonitor`.
+        trajectory: Extended XYZ file to which every step is added, with its uncertainties.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: A number that is not positive, an unknown optimiser, a cell that is not periodic or has no stress,
+            a calculator without uncertainties, or what `UncertaintyMonitor` refuses.
+        TypeError: `optimizer` is no optimiser of ASE.
+    """
+    for name, value in (("fmax", fmax), ("steps", steps)):
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} of a relaxation is a positive number, not {value!r}.")
+    make = _optimizer(optimizer)
+    calculator = checked(atoms.calc, uncertain=True)
+    target = _cell(atoms, calculator) if cell else atoms
+    start_energy, start_energy_uncertainty = _energy(atoms, calculator)
+    run = make(cast(Atoms, target), logfile=None)  # ASE's annotation knows no filters
+    if trajectory is not None:
+        run.attach(_add_frame, 1, trajectory, atoms, run)
+    monitor = None
+    if any(option is not None for option in (halt, flag, frames, log)) or checks or before:
+        monitor = UncertaintyMonitor(
+            run,
+            halt=halt,
+            flag=flag,
+            reduce=reduce,
+            elements=elements,
+            indices=indices,
+            checks=checks,
+            before=before,
+            frames=frames,
+            log=log,
+        )
+    reason = ""
+    with tqdm(total=steps, desc="relax", unit="step", disable=not progress) as bar:
+        if progress:
+            run.attach(_show, 1, bar, run, atoms)
+        if monitor is not None:
+            run.attach(monitor)  # last: what comes after it does not see a step at which it raises
+        try:
+            status = "converged" if run.run(fmax, steps) else "unfinished"
+        except UncertaintyHalt:
+            if monitor is None or monitor.last is None or monitor.last.level != "halt":
+                raise  # by a watch of the user's own
+            status, reason = "uncertain", monitor.last.reason
+    energy, energy_uncertainty = _energy(atoms, calculator)
+    norms = _free_norms(atoms, calculator)
+    worst = int(np.argmax(norms))
+    gamma = calculator.results.get("gamma")
+    return Relaxation(
+        status=status,
+        reason=reason,
+        n_steps=run.nsteps,
+        fmax=fmax,
+        largest_force=_largest_force(target),
+        forces_uncertainty=float(norms[worst]),
+        atom=worst,
+        symbol=str(atoms.symbols[worst]),
+        gamma=None if gamma is None else float(np.max(gamma)),
+        energy=energy,
+        energy_uncertainty=energy_uncertainty,
+        start_energy=start_energy,
+        start_energy_uncertainty=start_energy_uncertainty,
+        stress_uncertainty=_stress_uncertainty(atoms, calculator) if cell else None,
+    )
+
+
+def _optimizer(chosen: str | type[Optimizer]) -> type[Optimizer]:
+    if isinstance(chosen, str):
+        if chosen.lower() not in OPTIMIZERS:
+            raise ValueError(
+                f"there is no optimiser {chosen!r}; there are {', '.join(OPTIMIZERS)}. Give one of them or a class "
+                "of ASE, such as ase.optimize.FIRE2."
+            )
+        return OPTIMIZERS[chosen.lower()]
+    if not (isinstance(chosen, type) and issubclass(chosen, Optimizer)):
+        raise TypeError(f"an optimiser is one of {', '.join(OPTIMIZERS)} or an optimiser class of ASE, not {chosen!r}.")
+    return chosen
+
+
+def _cell(atoms: Atoms, calculator: BaseCalculator) -> Filter:
+    if not atoms.pbc.all():
+        missing = [name for name, periodic in zip("abc", atoms.pbc, strict=True) if not periodic]
+        raise ValueError(
+            f"cell=True relaxes all of the cell, and the structure is not periodic along {' and '.join(missing)}. "
+            "Leave cell out, or set atoms.pbc = True if it is a crystal."
+        )
+    if "stress" not in calculator.implemented_properties:
+        raise ValueError(f"{type(calculator).__name__} gives no stress, which relaxes a cell. Leave cell out.")
+    return FrechetCellFilter(atoms)
+
+
+def _energy(atoms: Atoms, calculator: BaseCalculator) -> tuple[float, float | None]:
+    """Energy and its uncertainty, eV."""
+    energy = float(atoms.get_potential_energy())
+    if "energy_uncertainty" not in calculator.implemented_properties:
+        return energy, None
+    return energy, float(_read(atoms, calculator, "energy_uncertainty"))
+
+
+def _read(atoms: Atoms, calculator: BaseCalculator, key: str) -> Any:
+    """A result, also where the calculator skipped the uncertainties of this step."""
+    return calculator.get_property(key, atoms)
+
+
+def _stress_uncertainty(atoms: Atoms, calculator: BaseCalculator) -> float | None:
+    if "stress_uncertainty" not in calculator.implemented_properties:
+        return None
+    return float(np.max(_read(atoms, calculator, "stress_uncertainty")))
+
+
+def _free_norms(atoms: Atoms, calculator: BaseCalculator) -> np.ndarray:
+    """(n_atoms,) ε_i, eV/Å; -inf for atoms that are fixed, whose forces decide nothing, unless all are."""
+    norms = atom_norms(_read(atoms, calculator, KEY))
+    is_fixed = np.zeros(len(atoms), bool)
+    for constraint in atoms.constraints:
+        if isinstance(constraint, FixAtoms):
+            is_fixed[constraint.get_indices()] = True
+    return norms if is_fixed.all() else np.where(is_fixed, -math.inf, norms)
+
+
+def _largest_force(target: Atoms | Filter) -> float:
+    return float(np.linalg.norm(target.get_forces(), axis=1).max())
+
+
+def _add_frame(path: str | os.PathLike[str], atoms: Atoms, run: Optimizer) -> None:
+    frame = annotated(atoms, step=run.nsteps)
+    # Reference values of the structure that the relaxation began with would label this one wrongly.
+    for key in LABEL_KEYS[0]:
+        frame.info.pop(key, None)
+        frame.arrays.pop(key, None)
+    write_frames(path, [frame], append=True)
+
+
+def _show(bar: tqdm, run: Optimizer, atoms: Atoms) -> None:
+    assert atoms.calc is not None
+    force = _largest_force(run.atoms)
+    uncertainty = atoms.calc.results.get(KEY)
+    known = "" if uncertainty is None else f" ± {atom_norms(uncertainty).max():.3f}"
+    bar.set_postfix_str(f"largest force {force:.3f}{known} eV/Å", refresh=False)
+    bar.update(run.nsteps - bar.n)

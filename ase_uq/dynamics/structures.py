@@ -1,0 +1,87 @@
+"""The structures that a run moves, and what their calculators know of them without another calculation."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.mep.dimer import MinModeAtoms
+from ase.optimize.optimize import BaseDynamics
+
+from ase_uq.readings import atom_norms
+
+KEY = "forces_uncertainty"
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """One structure that a run moves.
+
+    Args:
+        atoms: The running structure.
+        image: Number of the image on a path, from 1 on; None for the only structure of a run.
+        alone: Whether its calculator sees no other structure between two steps.
+    """
+
+    atoms: Atoms
+    image: int | None = None
+    alone: bool = True
+
+
+def structures_of(dynamics: BaseDynamics) -> tuple[Structure, ...]:
+    """What a run moves: its one structure, also under filters and in a dimer, or the images between two ends.
+
+    Raises:
+        ValueError: It moves neither.
+    """
+    moved: Any = dynamics.atoms
+    alone = True
+    while not isinstance(moved, Atoms):
+        if isinstance(moved, MinModeAtoms):
+            alone = False  # the ends of the dimer come after its centre
+        elif len(images := getattr(moved, "images", ())) > 2:
+            return tuple(Structure(image, number, alone=False) for number, image in enumerate(images[1:-1], 1))
+        if not hasattr(moved, "atoms"):
+            raise ValueError(
+                f"{type(dynamics).__name__} moves a {type(moved).__name__}, which is neither a structure nor a path "
+                "of at least three images. Score the frames it makes afterwards."
+            )
+        moved = moved.atoms
+    return (Structure(moved, alone=alone),)
+
+
+def results_of(structure: Structure) -> Mapping[str, Any] | None:
+    """Results of a structure that cost no model call; None where its calculator has forgotten them.
+
+    They hold no uncertainty where the calculator skipped it.
+    """
+    atoms, calculator = structure.atoms, structure.atoms.calc
+    assert calculator is not None
+    if not np.isfinite(atoms.positions).all():
+        # NaN differs from itself, so no cache would hold and the model would be called for nothing.
+        return {}
+    if not calculator.check_state(atoms):
+        return calculator.results
+    # A single structure was moved since its forces were computed, as by `atoms.wrap`: the run asks for these forces
+    # next and gets them from the cache. Any other must be remembered.
+    if structure.alone or not calculator.calculation_required(atoms, ["forces"]):
+        calculator.get_property("forces", atoms)
+        return calculator.results
+    return None
+
+
+def norms_of(atoms: Atoms, results: Mapping[str, Any]) -> np.ndarray | None:
+    """(n_atoms,) ε_i in eV/Å, infinite for an atom of an element never seen; None without an uncertainty.
+
+    Of broken positions all are NaN, whatever the calculator says.
+    """
+    if not np.isfinite(atoms.positions).all():
+        return np.full(len(atoms), math.nan)
+    if KEY not in results:
+        return None
+    norms = atom_norms(results[KEY])
+    gamma = results.get("gamma")
+    # NaN stays NaN: it triggers at once, where infinity may have to wait.
+    return norms if gamma is None else np.where(np.isinf(gamma) & ~np.isnan(norms), math.inf, norms)

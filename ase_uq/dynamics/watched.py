@@ -1,0 +1,175 @@
+"""A calculator that judges every calculation, for whatever moves atoms without being an ASE dynamics."""
+
+import os
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import NamedTuple, TextIO
+
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+
+from ase_uq.dynamics.actions import Action, Event, actions_of_levels
+from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.judging import Judge, Site, checked, reduction_of, symbols_looked_at
+from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
+from ase_uq.dynamics.structures import norms_of
+from ase_uq.thresholds import Meaning, PerElement
+
+
+class Record(NamedTuple):
+    """One judged calculation.
+
+    Args:
+        step: Its number, from 0 on.
+        reading: Reduced force uncertainty, eV/Å; NaN where there was none.
+        level: `"ok"`, `"flag"` or `"halt"`.
+    """
+
+    step: int
+    reading: float
+    level: Level
+
+
+class WatchedCalculator(Calculator):
+    """Another calculator, each of whose calculations is judged as a monitor judges a step.
+
+    For vibrations, phonons, elastic constants, equations of state, the steps of basin or minima hopping and the
+    images of an AutoNEB: all that uses a calculator without showing its steps to an observer.
+
+        atoms.calc = WatchedCalculator(UncertainCalculator(...), halt=0.5, flag=0.3, frames="flagged.xyz")
+        Vibrations(atoms).run()
+        max(atoms.calc.records, key=lambda record: record.reading)  # the worst displacement
+
+    Results are those of the wrapped calculator, bit for bit, and none is computed twice. The step of an event is the
+    number of the calculation. There is no time between calculations, so rules that need one are refused. A halt is
+    always an `UncertaintyHalt` out of whatever asked for the results. These stand: asking again for the same
+    structure gives them without a second halt.
+
+    What was under way is left as it is: `Vibrations` leaves the atom displaced and an empty file, so set the
+    positions back and call `clean(empty_files=True)` before its `run()` goes on.
+
+    Args:
+        calculator: Calculator with uncertainties, such as an `UncertainCalculator`.
+        halt: As in `UncertaintyMonitor`.
+        flag: As in `UncertaintyMonitor`.
+        reduce: As in `UncertaintyMonitor`.
+        elements: As in `UncertaintyMonitor`.
+        indices: As in `UncertaintyMonitor`.
+        checks: As in `UncertaintyMonitor`.
+        frames: As in `UncertaintyMonitor`.
+        log: As in `UncertaintyMonitor`.
+        on_halt: As in `UncertaintyMonitor`.
+        on_flag: As in `UncertaintyMonitor`.
+
+    Attributes:
+        calculator: The wrapped calculator.
+        implemented_properties: A list of this instance, with those of the wrapped one.
+        last: The `Event` of the last judged calculation; None before.
+        records: A `Record` of every judged calculation, in their order.
+
+    Raises:
+        ValueError: As `UncertaintyMonitor` does, and for a rule that needs time.
+        TypeError: A threshold, a check or an action that is none.
+    """
+
+    def __init__(
+        self,
+        calculator: BaseCalculator,
+        *,
+        halt: float | Meaning | PerElement | Rule | None = None,
+        flag: float | Meaning | PerElement | Rule | None = None,
+        reduce: str | float = "max",
+        elements: Sequence[str] | None = None,
+        indices: Sequence[int] | None = None,
+        checks: Check | Sequence[Check] = (),
+        frames: str | os.PathLike[str] | None = None,
+        log: str | os.PathLike[str] | TextIO | None = None,
+        on_halt: Action | Sequence[Action] | None = None,
+        on_flag: Action | Sequence[Action] | None = None,
+    ) -> None:
+        super().__init__()
+        asked = {} if checks and halt is None and flag is None else rules_of_levels(halt, flag)
+        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
+        self.calculator = checked(calculator, uncertain=bool(asked))
+        self.implemented_properties = list(calculator.implemented_properties)
+        self._settle([])  # mistakes are told now, not at the first calculation
+        self._symbols: list[str] | None = None
+        self._actions = actions_of_levels(self._judge.levels, frames, log, on_halt, on_flag)
+        self._n_calculations = 0
+        self._is_judged = False
+        self.last: Event | None = None
+        self.records: list[Record] = []
+
+    @property
+    def watches(self) -> dict[Level, tuple[Watch, ...]]:
+        """The rules of each level with their numbers, and what they read: one, or one an element."""
+        return dict(self._judge.watches)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, also among what only the wrapped calculator reads."""
+        return super().check_state(atoms, tol=tol) or list(self.calculator.check_state(atoms, tol=tol))
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """Asks the wrapped calculator, and judges a structure that is new.
+
+        Raises:
+            UncertaintyHalt: By the action `Halt`.
+        """
+        self.results = {}
+        super().calculate(atoms, list(properties), list(system_changes))
+        assert self.atoms is not None
+        for name in properties:
+            self.calculator.get_property(name, self.atoms)
+        # Some calculators write their next results into the same arrays.
+        self.results = deepcopy(dict(self.calculator.results))
+        if system_changes:
+            self._n_calculations += 1
+            self._is_judged = False
+        if not self._is_judged:
+            self._judge_now()
+
+    def _judge_now(self) -> None:
+        atoms = self.atoms
+        assert atoms is not None
+        symbols = symbols_looked_at(self._judge.reduction, atoms)
+        if symbols != self._symbols:
+            self._settle(symbols)
+            self._symbols = symbols
+        snapshot = Snapshot(atoms, self.results.get("energy"), self.results.get("forces"), None)
+        norms = norms_of(atoms, self.results) if self._judge.asked else None
+        verdict = self._judge([Site(snapshot, norms)], None)
+        if verdict is None:
+            return
+        self._is_judged = True
+        shown = atoms.copy()
+        shown.calc = self
+        self.last = Event(
+            level=verdict.level,
+            step=self._n_calculations - 1,
+            time_fs=None,
+            reading=verdict.reading,
+            threshold=verdict.threshold,
+            reason=verdict.reason,
+            atoms=shown,
+            dynamics=None,
+        )
+        self.records.append(Record(self.last.step, verdict.reading, verdict.level))
+        for action in self._actions[verdict.level]:
+            action(self.last)
+
+    def _settle(self, symbols: Sequence[str]) -> None:
+        # With a time all rules can be settled; then one that cannot judge without it is named here.
+        self._judge.settle(self.calculator, symbols, 0.0)
+        for watch in (watch for watches in self._judge.watches.values() for watch in watches):
+            try:
+                watch.rule.judge(None, 0.0, None)
+            except ValueError as error:
+                raise ValueError(
+                    f"{watch.asked} needs simulated time, and there is none between the calculations of a "
+                    "WatchedCalculator. Use a threshold, or an UncertaintyMonitor on the dynamics."
+                ) from error

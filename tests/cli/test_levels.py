@@ -1,0 +1,147 @@
+"""Thresholds and reductions as words."""
+
+import math
+
+import pytest
+import typer
+
+from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told
+from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+
+
+class Calibrated:
+    """A calculator whose calibration data are resolved as if by themselves."""
+
+    def __init__(self):
+        self.asked = []
+
+    def evidence(self, reduction):
+        self.asked.append(reduction)
+        return reduction
+
+
+class Named(Quantile):
+    """A quantile whose number is how often it was asked for, so that no calibration data are needed."""
+
+    def resolve(self, evidence):
+        return ResolvedThreshold(0.25, meaning=self, promise=f"read as {evidence.kind}", n_units=7, needed=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "level"),
+    [
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("inf", math.inf),
+        ("q0.99", Quantile(0.99)),
+        ("miss=0.1@0.3", MissRate(error=0.3, at_most=0.1)),
+        ("miss=0.1@0.3/0.9", MissRate(error=0.3, at_most=0.1, confidence=0.9)),
+        ("bound=0.95@0.3", ErrorBound(error=0.3, confidence=0.95)),
+        ("alarms=0.05@100ps", FalseAlarms(per_run=0.05, ps=100)),
+        ("alarms=0.05@0.5ps", FalseAlarms(per_run=0.05, ps=0.5)),
+        ("alarms=0.05@20000", FalseAlarms(per_run=0.05, steps=20000)),
+    ],
+)
+def test_a_word_is_a_number_or_a_meaning(text, level):
+    assert threshold(text) == level
+
+
+@pytest.mark.parametrize(
+    ("text", "what"),
+    [
+        ("hot", "'hot' is no number"),
+        ("", "'' is no number"),
+        ("qq", "'q' is no number"),
+        ("q1.5", "a quantile lies between 0 and 1, not at 1.5"),
+        ("q99", "a quantile lies between 0 and 1, not at 99.0"),
+        ("miss=0.1", "it has none of their forms"),
+        ("miss=0.1@0.3@0.9", "it has none of their forms"),
+        ("0.1@0.3", "it has none of their forms"),
+        ("missing=0.1@0.3", "it has none of their forms"),
+        ("miss=0.1@far", "'far' is no number"),
+        ("miss=10@0.3", "at_most lies between 0 and 1, not at 10.0"),
+        ("miss=0.1@-1", "a tolerated force error is a positive number in eV/Å, not -1.0"),
+        ("miss=0.1@0.3/2", "confidence lies between 0 and 1, not at 2.0"),
+        ("bound=95@0.3", "confidence lies between 0 and 1, not at 95.0"),
+        ("bound=0.95@", "'' is no number"),
+        ("bound=0.95@0.3/0.9", "it has none of their forms"),
+        ("alarms=0.05@100fs", "'100fs' is neither a time like 100ps nor a number of readings like 20000"),
+        ("alarms=0.05@2e4", "'2e4' is neither a time like 100ps nor a number of readings like 20000"),
+        ("alarms=5@100ps", "per_run lies between 0 and 1, not at 5.0"),
+        ("alarms=0.05@0", "the length of a run is positive, not 0"),
+        ("alarms=0.05@-1ps", "the length of a run is positive, not -1.0"),
+    ],
+)
+def test_another_word_is_refused_with_what_is_wrong_and_all_forms(text, what):
+    with pytest.raises(typer.BadParameter) as caught:
+        threshold(text)
+    assert str(caught.value) == f"{text!r} is neither a number in eV/Å nor a meaning: {what}. Give one of {FORMS}."
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "-inf"])
+def test_a_number_is_positive(text):
+    with pytest.raises(typer.BadParameter, match=f"a threshold is a positive number in eV/Å, not {text}"):
+        threshold(text)
+
+
+@pytest.mark.parametrize("form", ["0.5", "q0.99", "miss=0.1@0.3", "miss=0.1@0.3/0.9", "bound=0.95@0.3"])
+def test_the_forms_that_are_named_are_forms(form):
+    assert form in FORMS
+    threshold(form)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"), [("max", "max"), ("mean", "mean"), ("top3", "top3"), ("0.9", 0.9), (".9", 0.9)]
+)
+def test_a_reduction(text, kind):
+    assert reduction(text) == kind
+
+
+@pytest.mark.parametrize("text", ["median", "0", "0.x", "1", ""])
+def test_what_is_no_reduction(text):
+    with pytest.raises(typer.BadParameter, match=f"'{text}' is none of max, mean and top3, nor a quantile"):
+        reduction(text)
+
+
+@pytest.mark.parametrize("flag", [0.3, 0.2])
+def test_a_flag_at_or_above_the_halt_is_refused(flag):
+    with pytest.raises(typer.BadParameter, match=f"{flag} eV/Å is not below --halt, 0.2 eV/Å"):
+        check_levels(flag, 0.2)
+
+
+def test_levels_in_order_and_meanings_pass():
+    check_levels(0.1, 0.2)
+    check_levels(None, 0.2)
+    check_levels(0.3, Quantile(0.99))
+
+
+def test_meanings_are_had_for_each_element():
+    assert per_element(Quantile(0.9), "--flag") == PerElement(Quantile(0.9))
+    assert per_element(None, "--flag") is None
+
+
+def test_a_number_is_the_same_for_all_elements():
+    with pytest.raises(
+        typer.BadParameter, match=r"with --per-element it is a meaning.*0.5 eV/Å would be the same"
+    ) as caught:
+        per_element(0.5, "--halt")
+    assert caught.value.param_hint == "'--halt'"
+
+
+def test_false_alarms_are_not_counted_by_element():
+    with pytest.raises(typer.BadParameter, match=r"FalseAlarms\(per_run=0.05, ps=100\) counts alarms of whole runs"):
+        per_element(FalseAlarms(per_run=0.05, ps=100), "--halt")
+
+
+def test_what_a_meaning_comes_to_is_told_and_numbers_are_not():
+    calculator = Calibrated()
+    levels = {"flag": Named(0.9), "halt": 0.5, "at once": None}
+    assert list(told(levels, calculator, "top3", ["C", "H", "H"])) == [
+        "flag: 0.25 eV/Å by Quantile(0.9): read as top3 (7 units, 3 needed)"
+    ]
+
+
+def test_of_each_element_it_is_told_once():
+    lines = list(told({"halt": PerElement(Named(0.9))}, Calibrated(), "max", ["C", "H", "H"]))
+    assert [line.split(":")[0] for line in lines] == ["halt of C", "halt of H"]
+    assert all("0.25 eV/Å by Quantile(0.9)" in line for line in lines)
