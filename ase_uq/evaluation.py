@@ -107,8 +107,15 @@ class Gradients(ABC):
     """
 
     @abstractmethod
-    def of_features(self, cotangent: Tensor) -> Tensor:
-        """(n_atoms, n_features) → (n_atoms, 3): -∂/∂R_j Σ_ik cotangent_ik features_ik; one backward pass."""
+    def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
+        """(n_atoms, n_features) → (n_atoms, 3): -∂/∂R_j Σ_ik cotangent_ik features_ik; one backward pass.
+
+        With `energy_cotangent`, (n_atoms, n_last), the same pass adds -∂/∂R_j Σ_ik energy_cotangent_ik φ_ik of the
+        features of the energy's last layer.
+
+        Raises:
+            InputError: This potential cannot differentiate the features of its last layer.
+        """
 
     @abstractmethod
     def of_energies(self) -> Iterator[Tensor]:

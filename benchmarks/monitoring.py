@@ -67,7 +67,6 @@ TOLERANCES = (0.3, 1.0)  # eV/Å
 PROMISES = (0.05, 0.1, 0.2)  # false alarms a run
 TYPED = (0.1, 0.3)  # eV/Å, what people type
 PATIENCE = 10.0  # fs
-FEW = 10  # reference runs, each half as long, that leave nothing but the tail
 FRAMES_A_RUN = 10  # labelled frames of a run at 300 K that count as calibration frames
 TOO_EARLY = 100.0  # fs before the event; an alarm before that is a false one
 RESAMPLES = 200
@@ -479,10 +478,10 @@ class Data:
         """All reference runs."""
         return ReferenceRuns(tuple(self.series("reference", method)), self.interval(method))
 
-    def few(self, method: str) -> ReferenceRuns:
-        """So few and short ones that maxima promise nothing."""
-        some = self.series("reference", method)[:FEW]
-        return ReferenceRuns(tuple(run[: len(run) // 2] for run in some), self.interval(method))
+    def halves(self, method: str) -> ReferenceRuns:
+        """Half of each reference run: too short for maxima of whole runs, so that only the tail is left."""
+        runs = self.series("reference", method)
+        return ReferenceRuns(tuple(run[: len(run) // 2] for run in runs), self.interval(method))
 
 
 THERMAL, CALIBRATION = ("reference",), ("reference", "calibration")
@@ -538,7 +537,7 @@ def false_alarms(data: Data) -> list[Row]:
             independent = float(np.quantile(pooled, (1 - promise) ** (1 / n_readings)))
             ways: dict[str, tuple[Rule, Evidence]] = {
                 MAXIMA: (Threshold(meaning), evidence),
-                f"tail of {FEW} half runs": (Threshold(meaning), replace(evidence, runs=data.few(method))),
+                "tail of half runs": (Threshold(meaning), replace(evidence, runs=data.halves(method))),
                 f"{MAXIMA}, {PATIENCE:g} fs patience": (Patience(meaning, PATIENCE), evidence),
                 "Cusum": (Cusum(meaning), evidence),
                 "frames as if independent": (Threshold(independent), evidence),
@@ -760,20 +759,21 @@ def chance_of_keeping(meaning: MissRate, n_bad: int, m_bad: int) -> float:
 
 
 def _resampled_tail(data: Data, method: str) -> list[Row]:
-    """False alarms by the tail of few half runs, over many choices of these."""
+    """False alarms by the tail of half runs, over many choices of these."""
     series = [run for name in ("reference", "test") for run in data.series(name, method)]
     length = round(1000 * LENGTH / data.interval(method))
     rows, rng = [], np.random.default_rng(0)
     drawn = [rng.permutation(len(series)) for _ in range(RESAMPLES)]
-    tails = [extremes.fit_tail([series[i][: len(series[i]) // 2] for i in order[:FEW]]) for order in drawn]
+    n_runs = len(data.runs["reference"])
+    tails = [extremes.fit_tail([series[i][: len(series[i]) // 2] for i in order[:n_runs]]) for order in drawn]
     maxima = np.array([run.max() for run in series])
     for promise in PROMISES:
         shares = [
-            float(np.mean(maxima[order[FEW:]] >= tail.return_level(promise, length)))
+            float(np.mean(maxima[order[n_runs:]] >= tail.return_level(promise, length)))
             for order, tail in zip(drawn, tails, strict=True)
         ]
         low, high = np.quantile(shares, [0.05, 0.95])
-        rule = f"FalseAlarms by the tail of {FEW} half runs"
+        rule = "FalseAlarms by the tail of half runs"
         rows.append(
             Row("resampled", "test", method, rule, f"{promise:g}", float(np.mean(shares)), low, high, RESAMPLES)
         )
@@ -848,8 +848,8 @@ def markdown(data: Data, rows: Sequence[Row], out: Path) -> str:
         "|---|---|" + "---|" * len(elements),
         *_element_lines(rows, elements),
         "",
-        f"Over {RESAMPLES} calibration sets, halves of all calibration and fresh frames, or {FEW} of all runs at",
-        f"{COLD:.0f} K; in brackets 90 % of them:",
+        f"Over {RESAMPLES} calibration sets, halves of all calibration and fresh frames, or {len(data.runs['reference'])}",
+        f"of all runs at {COLD:.0f} K, half of each; in brackets 90 % of them:",
         "",
         "| guarantee | method | mean over calibration sets | sets that keep it, on so many fresh frames |",
         "|---|---|---|---|",
@@ -880,7 +880,7 @@ def _alarm_lines(rows: Sequence[Row]) -> list[str]:
         promise = float(row.quantity)
         start = f"| {row.method} | {row.rule} | {promise:.0%} |"
         if np.isnan(row.value):
-            lines.append(f"{start} refused: {row.note} | | | | |")
+            lines.append(f"{start} refused: {row.note.partition('. ')[0]} | | | | |")
             continue
         notes = dict(part.split("=") for part in row.note.split(";"))
         count, expected = round(row.value * row.n), notes["expected"]
@@ -904,7 +904,7 @@ def _failing_lines(data: Data, rows: Sequence[Row], name: str, tolerance: float)
         for method in shown:
             cells = {row.quantity: row for row in own if (row.rule, row.method) == (rule, method)}
             if "refused" in cells:
-                lines.append(f"| {rule} | {method} | refused: {cells['refused'].note} | | | | |")
+                lines.append(f"| {rule} | {method} | refused: {cells['refused'].note.partition('. ')[0]} | | | | |")
             elif cells:
                 lead, false = cells["lead"], cells["false alarms per ns"]
                 saved = _share(cells["halted before failure"])
@@ -928,7 +928,7 @@ def _guarantee_lines(rows: Sequence[Row]) -> list[str]:
     for rule, quantity, method in dict.fromkeys((row.rule, row.quantity, row.method) for row in own):
         cells = {row.ensemble: row for row in own if (row.rule, row.quantity, row.method) == (rule, quantity, method)}
         if quantity == "refused":
-            lines.append(f"| {rule} | {method} | refused: {cells['fresh'].note} | | | | |")
+            lines.append(f"| {rule} | {method} | refused: {cells['fresh'].note.partition('. ')[0]} | | | | |")
             continue
         shares = [f"{cells[e].value:.1%} ({cells[e].low:.1%} to {cells[e].high:.1%}, n={cells[e].n})" for e in cells]
         lines.append(f"| {rule} | {method} | {quantity} | {promises[quantity]} | {' | '.join(shares)} |")

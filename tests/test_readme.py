@@ -1,4 +1,6 @@
-"""Every `python` and `bash` block of README.md runs as it stands, one process each, from top to bottom in one folder.
+"""Every `python` and `bash` block of README.md and docs/ runs as it stands, one process each, from top to bottom.
+
+The blocks of a page share a folder.
 
 Blocks of another kind (`sh`: the installation) are not run here; the test command is itself one of them. The files
 that the README calls the reader's own (`my.model`, `train.xyz`, ...) are made from the embedded potentials.
@@ -15,7 +17,8 @@ import pytest
 
 from ase_uq import embedded
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 READERS_FILES = {
@@ -30,7 +33,12 @@ from ase_uq.backends import load_backend
 torch.save(load_backend("embedded:mace", device="cpu").calculator.models[0], "my.model")
 """
 # A run of the README may end by halting, and is as long as the reader likes.
-SHORTER = {"dyn.run(100_000)": "dyn.run(50)", "--steps 100000": "--steps 50"}
+SHORTER = {
+    "dyn.run(100_000)": "dyn.run(50)",
+    "--steps 100000": "--steps 50",
+    "n_runs=20, ps=1)": "n_runs=20, ps=0.005, equilibration=0.005)",
+    "per_run=0.05, ps=1)": "per_run=0.05, ps=0.005)",
+}
 # Pretrained weights would have to be fetched: orb's loader gives the embedded potential instead.
 OFFLINE_ORB = """
 from orb_models.forcefield import pretrained as _pretrained
@@ -40,17 +48,26 @@ _pretrained.orb_v3_conservative_inf_omat = lambda device: (_orb.model, _orb.adap
 """
 
 
-def blocks() -> list[tuple[str, str]]:
-    return BLOCK.findall(README.read_text(encoding="utf-8"))
+def blocks() -> dict[str, tuple[str, str, str]]:
+    """Page, language and text of each block, by a name for it."""
+    return {
+        f"{page.stem}-{number}": (page.stem, language, text)
+        for page in PAGES
+        for number, (language, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
+    }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("readme")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A folder with the reader's files for each page."""
+    first = tmp_path_factory.mktemp("page")
     for name, source in READERS_FILES.items():
-        shutil.copy(embedded.path(source), folder / name)
-    run(["python", "-c", MAKE_MODEL], folder)
-    return folder
+        shutil.copy(embedded.path(source), first / name)
+    run(["python", "-c", MAKE_MODEL], first)
+    made = {page.stem: tmp_path_factory.mktemp(page.stem) for page in PAGES}
+    for folder in made.values():
+        shutil.copytree(first, folder, dirs_exist_ok=True)
+    return made
 
 
 def run(command: list[str], folder: Path) -> None:
@@ -61,15 +78,15 @@ def run(command: list[str], folder: Path) -> None:
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
 
 
-@pytest.mark.parametrize("number", range(len(blocks())))
-def test_block_runs(number: int, folder: Path):
-    language, text = blocks()[number]
+@pytest.mark.parametrize("name", blocks())
+def test_block_runs(name: str, folders: dict[str, Path]):
+    page, language, text = blocks()[name]
     for long, short in SHORTER.items():
         text = text.replace(long, short)
     if "pretrained.orb" in text:
         text = OFFLINE_ORB + text
-    run(["python", "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text], folder)
+    run(["python", "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text], folders[page])
 
 
 def test_readme_has_blocks_to_run():
-    assert {language for language, _ in blocks()} == {"python", "bash"}
+    assert {language for page, language, _ in blocks().values() if page == "README"} == {"python", "bash"}

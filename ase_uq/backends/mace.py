@@ -217,7 +217,8 @@ class MACEBackend(Backend):
             )
         features = outputs[0]["node_feats"].detach()[:n_atoms]
         frame_of_atom = data["batch"][:n_atoms]
-        phi = self._last_layer(features) * energy_unit
+        with torch.no_grad():
+            phi = self._last_layer(features) * energy_unit
         weights = self._readout.weights.to(phi)
         energy = mean("energy", n_frames, energy_unit)
         summed = torch.zeros(n_frames, dtype=torch.float64, device=phi.device)
@@ -255,6 +256,7 @@ class MACEBackend(Backend):
             parameters=parameters,
             positions=leaf,
             features=self._latent(out["node_feats"][:n_atoms]),
+            energy_features=self._last_layer(out["node_feats"][:n_atoms]) * energy_unit,
             energy=out["energy"][:n_frames] * energy_unit,
             forces=None if forces is None else forces[:n_atoms] * (energy_unit / length_unit),
             frame_of_atom=frame_of_row[:n_atoms],
@@ -328,9 +330,8 @@ class MACEBackend(Backend):
         readout = self._readout
         layers = torch.split(features, readout.layer_dims, -1)
         parts = [layers[index][:, : readout.n_scalars] for index in readout.linear]
-        with torch.no_grad():
-            for (block, index), kept in zip(readout.hidden, readout.kept, strict=True):
-                parts.append(_hidden_activations(block, layers[index], readout)[:, kept])
+        for (block, index), kept in zip(readout.hidden, readout.kept, strict=True):
+            parts.append(_hidden_activations(block, layers[index], readout)[:, kept])
         return torch.cat(parts, 1) * readout.scale
 
     def _check_last_layer(self) -> None:

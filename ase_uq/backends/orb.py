@@ -188,6 +188,7 @@ class OrbBackend(Backend):
             parameters=parameters,
             positions=out["positions"],
             features=out["node_features"],
+            energy_features=self._energy_features(out["node_features"], graph, frame_of_atom),
             energy=out["energy"],
             forces=out["forces"],
             frame_of_atom=frame_of_atom,
@@ -255,24 +256,31 @@ class OrbBackend(Backend):
 
     def _energy_layer(self, nodes: Tensor, graph: Any, energy: Tensor, frame_of_atom: Tensor) -> EnergyLayer:
         head = self._model.heads["energy"]
-        hidden, last = _penultimate(head.mlp)
+        _, last = _penultimate(head.mlp)
         std, mean = _scale(head.normalizer)
         with torch.no_grad():
-            if isinstance(head, ChargeConditionedEnergyHead):
-                inputs = [nodes, self._model.heads["latent_charges"](nodes, graph)]
-                if "latent_spins" in self._model.heads:
-                    inputs.append(self._model.heads["latent_spins"](nodes, graph))
-                activations = hidden(torch.cat(inputs, -1))
-            else:
-                centre = segment_ops.aggregate_nodes(nodes, graph.n_node, reduction="mean")
-                at_centre = centre[frame_of_atom]
-                value_and_tangent = torch.func.jvp(hidden, (at_centre,), (nodes - at_centre,))
-                activations = value_and_tangent[0] + value_and_tangent[1]
-        features = std * torch.cat([activations, torch.ones_like(activations[:, :1])], 1)
+            features = self._energy_features(nodes, graph, frame_of_atom)
         weights = torch.cat([last.weight[0], last.bias + mean / std]).detach()
         summed = torch.zeros(len(graph.n_node), dtype=torch.float64, device=nodes.device)
         summed.index_add_(0, frame_of_atom, features.double() @ weights.double())
         return EnergyLayer(features, weights, energy.double() - summed)
+
+    def _energy_features(self, nodes: Tensor, graph: Any, frame_of_atom: Tensor) -> Tensor:
+        """(n_atoms, n_last) φ_i, of node features with or without a graph."""
+        head = self._model.heads["energy"]
+        hidden, _ = _penultimate(head.mlp)
+        std, _ = _scale(head.normalizer)
+        if isinstance(head, ChargeConditionedEnergyHead):
+            inputs = [nodes, self._model.heads["latent_charges"](nodes, graph)]
+            if "latent_spins" in self._model.heads:
+                inputs.append(self._model.heads["latent_spins"](nodes, graph))
+            activations = hidden(torch.cat(inputs, -1))
+        else:
+            centre = segment_ops.aggregate_nodes(nodes, graph.n_node, reduction="mean")
+            at_centre = centre[frame_of_atom]
+            value_and_tangent = torch.func.jvp(hidden, (at_centre,), (nodes - at_centre,))
+            activations = value_and_tangent[0] + value_and_tangent[1]
+        return std * torch.cat([activations, torch.ones_like(activations[:, :1])], 1)
 
     def _force_layer(self, nodes: Tensor, graph: Any, out: dict[str, Tensor]) -> ForceLayer:
         head = self._model.heads["forces"]

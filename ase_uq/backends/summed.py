@@ -137,8 +137,10 @@ class _ScaledGradients(Gradients):
     def __init__(self, own: Gradients, weight: float) -> None:
         self._own, self._weight = own, weight
 
-    def of_features(self, cotangent: Tensor) -> Tensor:
-        return self._own.of_features(cotangent)
+    def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
+        # Of the last layer's features the sum has the weight times the potential's.
+        own = None if energy_cotangent is None else self._weight * energy_cotangent
+        return self._own.of_features(cotangent, own)
 
     def of_energies(self) -> Iterator[Tensor]:
         return (self._weight * gradient for gradient in self._own.of_energies())

@@ -266,6 +266,7 @@ class ToyBackend(Backend):
             parameters=parameters,
             positions=out["positions"],
             features=out["features"],
+            energy_features=out["phi"],
             energy=out["energy"],
             forces=out.get("forces"),
             frame_of_atom=graph.frame_of_atom,

@@ -181,8 +181,7 @@ def md(
         origin = _end_of_run(atoms)
         # From the seed alone, it would be the noise of the first steps once more.
         rng = np.random.default_rng([seed, origin.step])
-    calculator = load_calculator(model, uq, device, dtype)
-    calculator.every = every
+    calculator = load_calculator(model, uq, device, dtype, every)
     give_calculator(atoms, calculator)
     dynamics = make_dynamics(
         ensemble,

@@ -61,7 +61,7 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
         raise ValueError(str(error)) from error
 
 
-def load_calculator(model: str, uq: Path | None, device: str, dtype: str) -> "UncertainCalculator":
+def load_calculator(model: str, uq: Path | None, device: str, dtype: str, every: int = 1) -> "UncertainCalculator":
     """The potential with the uncertainty model of `--uq`, or with the one that ships with an embedded potential."""
     from ase_uq.calculator import UncertainCalculator
     from ase_uq.uncertainty_model import UncertaintyModel
@@ -76,4 +76,4 @@ def load_calculator(model: str, uq: Path | None, device: str, dtype: str) -> "Un
         from ase_uq import embedded
 
         fitted = UncertaintyModel.load(embedded.path(f"{embedded_name.replace('-', '_')}.uq.safetensors"))
-    return UncertainCalculator(backend, fitted)
+    return UncertainCalculator(backend, fitted, every=every)

@@ -427,16 +427,24 @@ class BackendContract:
         e = backend.evaluate(backend.collate(frames), gradients=True)
         assert e.gradients is not None
         cotangent = torch.as_tensor(random.normal(size=tuple(e.features.shape))).to(e.features)
-        gradient = _array(e.gradients.of_features(cotangent)).astype(float)
+        last = e.energy_layer.features
+        own = (
+            torch.as_tensor(random.normal(size=tuple(last.shape))).to(last)
+            * _scale(_array(e.features))
+            / _scale(_array(last))
+        )
+        gradient = _array(e.gradients.of_features(cotangent, own)).astype(float)
         direction = random.normal(size=gradient.shape)
         values = []
         for sign in (1, -1):
             moved = _evaluate(backend, _moved(frames, sign * step * direction))
-            values.append(_array(moved.sum_over_atoms(cotangent.double() * moved.features.double())).sum(1))
+            terms = [cotangent.double() * moved.features.double(), own.double() * moved.energy_layer.features.double()]
+            values.append(_array(moved.sum_over_atoms(torch.cat(terms, 1))).sum(1))
         differences = -(values[0] - values[1]) / (2 * step)
         starts = np.cumsum([0, *map(len, frames[:-1])])
         expected = np.add.reduceat((direction * gradient).sum(1), starts)
-        noise = 10 * torch.finfo(backend.dtype).eps * _scale(_array(cotangent * e.features)) * len(direction)
+        size = _scale(_array(cotangent * e.features), _array(own * last))
+        noise = 10 * torch.finfo(backend.dtype).eps * size * len(direction)
         atol = tolerance * _scale(expected, gradient) + noise / step
         np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
 
