@@ -1,6 +1,6 @@
 """Fits the uncertainty models of the embedded potentials.
 
-python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; half an hour)
+python potentials/fit.py [NAME ...]        (default: mace orb_direct orb_conservative; a quarter of an hour)
 
 The reference runs take most of it: twenty a potential at 300 K, on which thresholds count false alarms.
 """
@@ -22,6 +22,8 @@ METHODS = (
     make_method("kernel", landmarks=128),
 )
 
+REFERENCE = {"temperature": 300, "n_runs": 20, "ps": 0.25, "friction": 0.02, "equilibration": 0.2}
+
 
 def main(names: tuple[str, ...]) -> None:
     for name in names:
@@ -35,7 +37,7 @@ def main(names: tuple[str, ...]) -> None:
         )
         (atoms,) = read_frames(FOLDER / "malonaldehyde.xyz")
         atoms.calc = UncertainCalculator(spec, model)
-        model = model.with_reference(reference_runs(atoms, temperature=300, n_runs=20, ps=0.5, equilibration=0.5))
+        model = model.with_reference(reference_runs(atoms, **REFERENCE))
         model.save(FOLDER / f"{name}.uq.safetensors")
         print(model.summary())
 

@@ -25,6 +25,7 @@ def test_every_example_is_run_here():
         "01_real_data.py",
         "02_md_that_halts.py",
         "03_your_own_frames.py",
+        "04_relax_and_neb.py",
     }
 
 
@@ -53,3 +54,13 @@ def test_your_own_frames(tmp_path: Path):
     assert "test_300K.xyz: force MAE" in text
     assert "atom 0 O" in text
     assert (tmp_path / "my.uq.safetensors").exists()
+
+
+def test_relax_and_neb(tmp_path: Path):
+    text = run("04_relax_and_neb.py", tmp_path)
+    assert "by FalseAlarms(per_run=0.05, ps=0.25): at most 0.05 of runs" in text
+    assert "stopped after 0 steps, since force uncertainty" in text
+    assert "the minimum is located as well as was asked for" in text
+    assert "proton transfer: converged" in text
+    assert re.search(r"turning O-H: halted at step \d+: image \d: force uncertainty", text)
+    assert (tmp_path / "path.xyz").exists()
