@@ -236,6 +236,7 @@ def ause(errors: ArrayLike, y_std: ArrayLike) -> float:
     errors, scores = _ranked(errors, y_std)
     if not errors.any():
         return float("nan")
+    errors = errors / np.abs(errors).max()  # a ratio: the mean of the smallest numbers there are would vanish
     _, by_score = _levelled(errors, scores)
     # Ascending, the first m values are what is left after n - m were removed.
     left = np.arange(1, errors.size + 1)

@@ -270,6 +270,11 @@ def test_order_does_not_matter(judge, triple, order):
     assert judge(*shuffled) == pytest.approx(judge(*triple), rel=1e-9, abs=1e-12, nan_ok=True)
 
 
+def test_ause_of_the_smallest_errors_there_are():
+    assert metrics.ause([5e-324, 0, 0, 0], [4.0, 3, 2, 1]) == 0
+    assert metrics.ause([5e-324, 0, 0, 0], [1.0, 2, 3, 4]) > 0
+
+
 @given(triple=triples(), factor=st.floats(0.01, 100))
 def test_units(triple, factor):
     scaled = [factor * values for values in triple]

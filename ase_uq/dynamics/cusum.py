@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 from scipy.optimize import brentq
 
-from ase_uq import extremes
+from ase_uq import conformal, extremes
 from ase_uq.dynamics.rules import Rule
 from ase_uq.thresholds import Evidence, FalseAlarms, Meaning, PerElement, ReferenceRuns
 
@@ -33,7 +33,10 @@ class Cusum(Rule):
 
     h follows from the false alarms that are allowed: Siegmund's run length between two of them, for independent
     readings, times the long-run variance 2τ of correlated ones; it is raised where runs put together from blocks of
-    the reference runs alarm more often than that. Both allow for what a short reference leaves unknown.
+    the reference runs alarm more often than that, and to the conformal quantile of the sums of the reference runs
+    themselves where these are long and many enough, each against mean and sd of all the others. All allow for what a
+    short reference leaves unknown; what holds is a share on average over references, and that of one may be several
+    times as large.
 
     Source: Page, Biometrika 41, 100 (1954); Siegmund, Sequential Analysis, 1985, for the run length.
 
@@ -98,6 +101,7 @@ class Cusum(Rule):
         h = max(
             memory * cusum_limit(between_alarms / memory, self.drift),
             _bootstrapped_limit(scores, memory, self.drift, length, self.meaning.per_run),
+            _seen_limit(logs, self.drift, length, self.meaning.per_run),
         )
         return replace(self, mean=mean, sd=sd, h=h, interval=runs.interval, memory=memory * runs.interval)
 
@@ -163,6 +167,28 @@ def _memory(scores: Sequence[np.ndarray]) -> float:
     return max(within, sum(len(run) * float(run.mean()) ** 2 for run in scores) / (len(scores) - 1))
 
 
+def _largest_sums(scores: np.ndarray, drift: float) -> np.ndarray:
+    """(n_series, n_readings) → (n_series,): the most that each CUSUM reaches."""
+    sums = np.cumsum(scores - drift, 1)
+    return (sums - np.minimum(np.minimum.accumulate(sums, 1), 0)).max(1)
+
+
+def _seen_limit(logs: Sequence[np.ndarray], drift: float, length: int, per_run: float) -> float:
+    """The sum that reference runs of this length reach in a share `per_run`; 0 where they are too few or too short."""
+    if len(logs) < 2:  # nothing to hold the only one against
+        return 0.0
+    maxima, runs = [], []
+    for number, log in enumerate(logs):
+        if n_pieces := len(log) // length:
+            others = np.concatenate([other for i, other in enumerate(logs) if i != number])
+            scores = (log[: n_pieces * length] - others.mean()) / others.std()
+            maxima.append(_largest_sums(scores.reshape(n_pieces, length), drift))
+            runs += [number] * n_pieces
+    if len(set(runs)) < conformal.fewest_units(per_run):
+        return 0.0
+    return float(np.nextafter(conformal.conformal_quantile(np.concatenate(maxima), per_run, np.array(runs)), np.inf))
+
+
 def _bootstrapped_limit(
     scores: Sequence[np.ndarray], memory: float, drift: float, length: int, per_run: float
 ) -> float:
@@ -176,8 +202,7 @@ def _bootstrapped_limit(
         drawn = extremes.block_bootstrap(scores, seen, 50, block, rng)
         # The mean of the reference is known to sqrt(memory/n) only, and a run drifts by all of that error.
         error = rng.normal(0, math.sqrt(memory / n_steps), (50, 1))
-        sums = np.cumsum(drawn + error - drift, 1)
-        maxima.append((sums - np.minimum(np.minimum.accumulate(sums, 1), 0)).max(1))
+        maxima.append(_largest_sums(drawn + error, drift))
     # Runs longer than those seen have as many chances more: P(no alarm) is a power of the length.
     limit = np.quantile(np.concatenate(maxima), (1 - per_run) ** (seen / length), method="higher")
     # An alarm is a sum at or above h: that of the quantile itself is none.

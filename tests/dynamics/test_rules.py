@@ -402,6 +402,37 @@ def test_runs_that_differ_for_all_their_lives_are_not_taken_for_independent_read
     assert share_with_an_alarm(rule, fresh) < 0.1 + 0.04
 
 
+def test_enough_runs_of_the_length_keep_the_promise_also_where_theory_and_bootstrap_do_not(monkeypatch):
+    """Log readings with a heavy tail; references of 19 runs, each with runs of its own to alarm in."""
+    rng = np.random.default_rng(7)
+    meaning = FalseAlarms(0.05, steps=300)
+    monkeypatch.setattr(cusum, "_SERIES", 50)
+    shares = []
+    for _ in range(40):
+        runs = rng.gamma(0.5, size=(19, 300))
+        rule = Cusum(meaning).resolved(evidence_of(runs=list(np.exp(runs))))
+        shares.append(share_with_an_alarm(rule, rng.gamma(0.5, size=(100, 300))))
+    assert np.mean(shares) <= 0.05 + 3 * np.std(shares) / math.sqrt(len(shares))
+    assert np.mean(shares) > 0.005
+
+
+def test_the_limit_of_seen_runs_is_the_conformal_quantile_of_sums_against_all_others():
+    rng = np.random.default_rng(8)
+    logs = list(rng.normal(size=(9, 100)) + 0.3 * rng.normal(size=(9, 1)))
+    highest = []
+    for number, log in enumerate(logs):
+        others = np.concatenate(logs[:number] + logs[number + 1 :])
+        total = most = 0.0
+        for x in (log - others.mean()) / others.std():
+            total = max(0.0, total + x - 0.5)
+            most = max(most, total)
+        highest.append(most)
+    assert cusum._seen_limit(logs, 0.5, 100, 0.1) == pytest.approx(max(highest))
+    assert cusum._seen_limit(logs, 0.5, 100, 0.2) == pytest.approx(sorted(highest)[7])
+    assert cusum._seen_limit(logs, 0.5, 100, 0.05) == 0
+    assert cusum._seen_limit(logs, 0.5, 101, 0.1) == 0
+
+
 def test_runs_longer_than_the_bootstrap_are_judged_by_the_chances_of_shorter_ones(monkeypatch):
     # Without the limit of theory, which would hide it.
     monkeypatch.setattr(cusum, "cusum_limit", lambda run_length, drift: 0.0)
