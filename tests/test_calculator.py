@@ -103,6 +103,18 @@ def applications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
+def shared_band(calculator: BaseCalculator) -> tuple[list[Atoms], NEB]:
+    start = box()
+    end = start.copy()
+    end.rattle(0.1, seed=3)
+    images = [start, *(start.copy() for _ in range(3)), end]
+    for image in images:
+        image.calc = calculator
+    band = NEB(images, allow_shared_calculator=True, method="improvedtangent")
+    band.interpolate()
+    return images, band
+
+
 def displaced_dimer(atoms: Atoms) -> MinModeAtoms:
     # With None for a file it would open one and leave it so.
     files = {"logfile": io.StringIO(), "eigenmode_logfile": io.StringIO()}
@@ -825,14 +837,7 @@ class TestOptimisers:
     ):
         calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
         structures.clear()
-        start = box()
-        end = start.copy()
-        end.rattle(0.1, seed=3)
-        images = [start, *(start.copy() for _ in range(3)), end]
-        for image in images:
-            image.calc = calculator
-        neb = NEB(images, allow_shared_calculator=True, method="improvedtangent")
-        neb.interpolate()
+        images, neb = shared_band(calculator)
         BFGS(neb, logfile=None).run(fmax=1e-9, steps=5)
         assert len(structures) == len(set(structures)) == 2 + 3 * 6
         # Each image's results can be asked for although the calculator has seen others since.
@@ -849,14 +854,7 @@ class TestOptimisers:
     ):
         calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=every)
         structures.clear()
-        start = box()
-        end = start.copy()
-        end.rattle(0.1, seed=3)
-        images = [start, *(start.copy() for _ in range(3)), end]
-        for image in images:
-            image.calc = calculator
-        neb = NEB(images, allow_shared_calculator=True, method="improvedtangent")
-        neb.interpolate()
+        images, neb = shared_band(calculator)
         optimizer = BFGS(neb, logfile=None)
         log = io.StringIO()
         monitor = UncertaintyMonitor(optimizer, halt=1e6, log=log)
