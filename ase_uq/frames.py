@@ -8,6 +8,7 @@ ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_fram
 import io
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,13 +134,50 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
         path: File to write.
         frames: Structures; results are taken from their calculators.
         append: Whether to add to an existing file.
+
+    Raises:
+        OSError: The file cannot be written, as on a full disk; what was in it before stands, without half a frame.
+        ValueError: What is in the file already ends in the middle of a line.
     """
+    if append:
+        check_whole(path)
     buffer = io.StringIO()
     write(buffer, [_writable(atoms) for atoms in frames], format="extxyz")
-    with open(path, "a" if append else "w") as file:
-        file.write(buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "ab" if append else "wb", buffering=0) as file:
+        before = file.tell() if file.seekable() else None
+        try:
+            _write_whole(file, buffer.getvalue().encode())
+        except OSError as error:
+            if before is not None:
+                with suppress(OSError):  # of a device
+                    file.truncate(before)
+            # Of what was being written the system names nothing.
+            raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def check_whole(path: str | os.PathLike[str]) -> None:
+    """Refuses a file to add to that ends in the middle of a line: all of it would become unreadable.
+
+    Raises:
+        ValueError: It was cut off, as a run that is killed while it writes may leave it.
+    """
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            raise ValueError(
+                f"{path} ends in the middle of a line: it was cut off. Remove its last, broken frame, or give another "
+                "file."
+            )
+
+
+def _write_whole(file: io.FileIO, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
 
 
 def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:

@@ -236,12 +236,12 @@ def ause(errors: ArrayLike, y_std: ArrayLike) -> float:
     errors, scores = _ranked(errors, y_std)
     if not errors.any():
         return float("nan")
-    errors = errors / np.abs(errors).max()  # a ratio: the mean of the smallest numbers there are would vanish
-    _, by_score = _levelled(errors, scores)
+    sizes = errors / errors.max()  # a ratio: the mean of the smallest numbers there are would vanish
+    _, by_score = _levelled(sizes, scores)
     # Ascending, the first m values are what is left after n - m were removed.
-    left = np.arange(1, errors.size + 1)
-    difference = (np.cumsum(by_score) - np.cumsum(np.sort(errors))) / left
-    return float(difference.mean() / errors.mean())
+    left = np.arange(1, sizes.size + 1)
+    difference = (np.cumsum(by_score) - np.cumsum(np.sort(sizes))) / left
+    return float(difference.mean() / sizes.mean())
 
 
 def attainable_spearman(

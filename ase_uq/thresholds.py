@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from numbers import Integral, Real
 from typing import Self
 
 import numpy as np
@@ -163,6 +164,17 @@ class ResolvedThreshold(float):
         # Pickle and copy would call __new__ without the keywords.
         return (float(self),), dict(vars(self))
 
+    def shared(self) -> "ResolvedThreshold":
+        """The same, saying that it was made of all atoms since one element had too few data."""
+        return ResolvedThreshold(
+            self,
+            meaning=self.meaning,
+            promise=f"{self.promise}, of all atoms together: there are too few data of this element alone",
+            n_units=self.n_units,
+            needed=self.needed,
+            band=self.band,
+        )
+
     def describe(self) -> str:
         """Value, promise and how sure it is, in one line."""
         band = "" if self.band is None else f"; 90 % band {self.band[0]:.3g} to {self.band[1]:.3g}"
@@ -196,7 +208,7 @@ class Quantile(Meaning):
     q: float
 
     def __post_init__(self) -> None:
-        if not 0 < self.q < 1:
+        if not isinstance(self.q, Real) or not 0 < self.q < 1:
             raise ValueError(f"a quantile lies between 0 and 1, not at {self.q!r}.")
 
     def __str__(self) -> str:
@@ -273,9 +285,9 @@ class ErrorBound(Meaning):
                 f"{self} needs at least {needed} independent calibration frames or blocks, the uncertainty model has "
                 f"{_units(found)}. Calibrate on more, or ask for less confidence."
             )
-        # Readings near zero would blow the scores up: they count as the smallest ones.
-        floor = np.quantile(found.readings, 0.01)
-        scores = found.errors / np.maximum(found.readings, max(floor, 1e-12))
+        # No floor but that of division: where low readings were raised to a quantile of all, frames that read less
+        # than that could be worse than the tolerance, unflagged, and as many as that quantile says.
+        scores = found.errors / np.maximum(found.readings, np.finfo(np.float32).tiny)
         bound = conformal.conformal_quantile(scores, alpha, found.groups)
         return ResolvedThreshold(
             self.error / bound if bound > 0 else np.inf,
@@ -388,8 +400,10 @@ class FalseAlarms(Meaning):
                 f"FalseAlarms counts runs of one length: give steps or ps, not {self.steps} and {self.ps}."
             )
         length = self.ps if self.steps is None else self.steps
-        if length is None or not 0 < length < np.inf:
+        if not isinstance(length, Real) or not 0 < length < np.inf:
             raise ValueError(f"the length of a run is positive, not {length!r}.")
+        if self.steps is not None and not isinstance(self.steps, Integral):
+            raise ValueError(f"steps is a whole number of readings, not {self.steps!r}. Give a time as ps.")
 
     def __str__(self) -> str:
         length = f"ps={self.ps:g}" if self.steps is None else f"steps={self.steps}"
@@ -400,7 +414,12 @@ class FalseAlarms(Meaning):
         if self.steps is not None:
             return int(self.steps)
         assert self.ps is not None
-        return max(1, round(1000 * self.ps / runs.interval))
+        if 1000 * self.ps < runs.interval:
+            raise ValueError(
+                f"{self} is shorter than the {runs.interval:g} fs between two readings of the reference runs. Give a "
+                "longer run."
+            )
+        return round(1000 * self.ps / runs.interval)
 
     def resolve(self, evidence: Evidence) -> ResolvedThreshold:
         """The threshold in eV/Å.
@@ -494,12 +513,12 @@ def _and_stressed(evidence: Evidence) -> str:
 
 
 def _check_error(error: float) -> None:
-    if not 0 < error < np.inf:
+    if not isinstance(error, Real) or not 0 < error < np.inf:
         raise ValueError(f"a tolerated force error is a positive number in eV/Å, not {error!r}.")
 
 
 def _check_share(name: str, value: float) -> None:
-    if not 0 < value < 1:
+    if not isinstance(value, Real) or not 0 < value < 1:
         raise ValueError(f"{name} lies between 0 and 1, not at {value!r}.")
 
 

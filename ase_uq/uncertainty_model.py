@@ -1,5 +1,6 @@
 """The artefact: heads, calibrators, edges and provenance for one potential, in one safetensors file."""
 
+import hashlib
 import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -66,7 +67,7 @@ class CalibrationRecord:
         error: (n_atoms,) ‖F_ref - F‖, eV/Å.
         numbers: (n_atoms,) atomic numbers.
         n_atoms_of_frame: (n_frames,).
-        run: (n_frames,) number of the run that a frame comes from; a change of it is a new run.
+        run: (n_frames,) number of the run that a frame comes from.
     """
 
     uncertainty: np.ndarray
@@ -111,14 +112,18 @@ class CalibrationRecord:
         """(n_frames,) exchangeable unit of each frame: itself, or a block where frames follow a trajectory.
 
         Blocks are as long as the largest reading or error of a frame remembers, and end where the run or the
-        composition changes.
+        composition changes. Frames of one run follow each other, also where those of others stand between them.
         """
-        changed = [sorted(a) != sorted(b) for a, b in pairwise(self._frames_numbers)]
-        segments = np.concatenate([[0], np.cumsum(np.array(changed, bool) | (np.diff(self.run) != 0))])
+        order = np.argsort(self.run, kind="stable")
+        numbers = self._frames_numbers
+        changed = [sorted(numbers[a]) != sorted(numbers[b]) for a, b in pairwise(order)]
+        segments = np.concatenate([[0], np.cumsum(np.array(changed, bool) | (np.diff(self.run[order]) != 0))])
         whole = Reduction()
         smallest = np.finfo(np.float32).tiny
-        series = [np.log(np.maximum(v, smallest)) for v in (self.readings(whole), self.errors(whole))]
-        return exchangeable_groups(series, segments)
+        series = [np.log(np.maximum(v, smallest))[order] for v in (self.readings(whole), self.errors(whole))]
+        groups = np.empty(len(order), int)
+        groups[order] = exchangeable_groups(series, segments)
+        return groups
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,11 @@ class UncertaintyModel:
         edges = replace(self.edges, edges=self.edges.edges.to(device))
         combination = None if self.combination is None else deepcopy(self.combination).to(device)
         return replace(self, methods=methods, edges=edges, combination=combination)
+
+    @cached_property
+    def digest(self) -> str:
+        """Of what it says of its calibration frames: another for another fit, the same with other reference runs."""
+        return hashlib.sha256(np.ascontiguousarray(self.record.uncertainty).tobytes()).hexdigest()
 
     @property
     def gradients(self) -> bool:

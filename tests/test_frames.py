@@ -1,6 +1,7 @@
 """Frames on disk keep every key, and nothing that is not theirs."""
 
 import math
+import resource
 
 import numpy as np
 import pytest
@@ -268,3 +269,39 @@ def test_what_is_carried_is_not_overwritten_by_the_next_calculation():
     kept = frame.get_forces().copy()
     results["forces"] += 1
     np.testing.assert_array_equal(frame.get_forces(), kept)
+
+
+@pytest.mark.parametrize("append", [True, False])
+def test_a_full_disk_is_told_by_name_and_leaves_no_half_frame(append, tmp_path):
+    path = tmp_path / "a.xyz"
+    write_frames(path, [molecule("CH4")])
+    before = path.stat().st_size if append else 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (before + 100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*a\.xyz'"):
+            write_frames(path, [molecule("C6H6")], append=append)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.stat().st_size == before
+    if append:
+        write_frames(path, [molecule("H2O")], append=True)
+        assert [str(atoms.symbols) for atoms in read_frames(path)] == ["CH4", "OH2"]
+
+
+def test_a_device_that_is_full_is_told_by_name():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'"):
+        write_frames("/dev/full", [molecule("CH4")])
+
+
+def test_nothing_is_added_to_a_file_that_was_cut_off(tmp_path):
+    path = tmp_path / "a.xyz"
+    write_frames(path, [annotated(molecule("CH4"), results_of(5))])
+    cut = path.read_bytes()[:-20]
+    path.write_bytes(cut)
+    with pytest.raises(ValueError, match=r"a\.xyz ends in the middle of a line: it was cut off\. Remove its last"):
+        write_frames(path, [molecule("CH4")], append=True)
+    assert path.read_bytes() == cut
+    path.write_bytes(b"")
+    write_frames(path, [molecule("CH4")], append=True)
+    assert len(read_frames(path)) == 1

@@ -115,6 +115,22 @@ def test_readings_near_zero_do_not_blow_the_bound_up():
     assert ErrorBound(1.0, confidence=0.9).resolve(evidence(readings, np.ones(201))) == pytest.approx(1.0)
 
 
+def test_low_readings_with_large_errors_are_not_forgiven():
+    rng = np.random.default_rng(0)
+
+    def frames_with_low_ones(n):
+        """One frame in a hundred reads next to nothing and is wrong."""
+        is_low = rng.random(n) < 0.009
+        return np.where(is_low, rng.uniform(0.001, 0.01, n), rng.uniform(1, 2, n)), np.where(is_low, 0.5, 0.1)
+
+    slipped = []
+    for _ in range(20):
+        threshold = ErrorBound(0.3, confidence=0.998).resolve(evidence(*frames_with_low_ones(2000)))
+        readings, errors = frames_with_low_ones(20_000)
+        slipped.append(np.mean((errors > 0.3) & (readings < threshold)))
+    assert np.mean(slipped) <= 0.002
+
+
 def test_too_few_units_for_a_bound_are_refused():
     ErrorBound(0.3, confidence=0.95).resolve(evidence(np.ones(19)))
     with pytest.raises(ValueError, match=r"ErrorBound\(0\.3, confidence=0\.95\) needs at least 19 .* has 18 frames\."):
@@ -213,12 +229,30 @@ def test_short_runs_are_extrapolated_by_their_tail_and_say_so():
     assert FalseAlarms(per_run=0.05, steps=20_000).resolve(evidence([1.0], runs=runs)) > found
 
 
+@pytest.mark.parametrize("steps", [0.5, 10.7])
+def test_a_share_of_a_reading_is_no_length_of_a_run(steps):
+    with pytest.raises(ValueError, match=rf"steps is a whole number of readings, not {steps}. Give a time as ps"):
+        FalseAlarms(per_run=0.05, steps=steps)
+
+
+@pytest.mark.parametrize("make", [lambda: Quantile("0.9"), lambda: ErrorBound(None), lambda: MissRate(0.3, "0.1")])  # pyright: ignore
+def test_what_is_no_number_is_refused_in_words(make):
+    with pytest.raises(ValueError, match=r"not (at )?('0.9'|None|'0.1')"):
+        make()
+
+
 def test_picoseconds_are_readings_at_the_interval_of_the_reference():
     rng = np.random.default_rng(6)
     for interval, steps in ((0.5, 200), (2.0, 50)):
         data = evidence([1.0], runs=reference(correlated(rng, 20, 200), interval))
         by_time, by_steps = (FalseAlarms(0.1, **length).resolve(data) for length in ({"ps": 0.1}, {"steps": steps}))
         assert float(by_time) == float(by_steps)
+
+
+def test_a_run_shorter_than_a_reading_is_refused():
+    data = evidence([1.0], runs=reference(np.ones((20, 10)), interval=2.0))
+    with pytest.raises(ValueError, match=r"ps=0\.001\) is shorter than the 2 fs between two readings"):
+        FalseAlarms(0.1, ps=0.001).resolve(data)
 
 
 def test_runs_too_short_to_extrapolate_from_are_refused():

@@ -443,6 +443,23 @@ class TestUnits:
         groups = CalibrationRecord(**columns).groups
         assert set(groups[:50]).isdisjoint(groups[50:])
 
+    def test_a_run_is_one_also_where_frames_of_another_stand_between(self):
+        other = np.exp(np.roll(np.log(self.walk(200)), 77))
+        mixed = np.stack([self.walk(200), other], 1).reshape(-1)
+        of_run = np.tile([0, 1], 200).astype(np.int32)
+        apart = self.record(np.concatenate([self.walk(200), other]), run=np.repeat([0, 1], 200).astype(np.int32))
+        found = self.record(mixed, run=of_run).groups
+        assert len(np.unique(found)) == len(np.unique(apart.groups)) < 120
+        for unit in np.unique(found):
+            assert len(np.unique(of_run[found == unit])) == 1
+
+    def test_its_digest_is_that_of_what_it_says(self, model: UncertaintyModel, tmp_path: Path):
+        model.save(tmp_path / "a.uq.safetensors")
+        assert UncertaintyModel.load(tmp_path / "a.uq.safetensors").digest == model.digest
+        assert model.with_reference(ReferenceRuns((np.ones(3),), 1.0)).digest == model.digest
+        other = dataclasses.replace(model, record=dataclasses.replace(model.record, uncertainty=model.record.error))
+        assert other.digest != model.digest
+
     def test_thresholds_say_how_many_units_they_had(self, model: UncertaintyModel):
         walking = dataclasses.replace(model, record=self.record(self.walk(200)))
         n_units = len(np.unique(walking.record.groups))

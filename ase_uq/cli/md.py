@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_uq.cli._ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, Ensemble, check_belong
+from ase_uq.cli._interrupt import INTERRUPTED, ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
 from ase_uq.cli.levels import check_levels, per_element, threshold, told
 from ase_uq.cli.options import (
@@ -157,6 +158,7 @@ def md(
     check_belong(ensemble, belonging)
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
+    _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
     _check_watched(flag, halt)
     check_before(before, frames)
     if element:
@@ -234,8 +236,14 @@ def md(
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, value in numbers.items():
-        if value is not None and not value > 0:
-            raise typer.BadParameter(f"{value} is not positive.", param_hint=f"'{name}'")
+        if value is not None and not 0 < value < math.inf:
+            raise typer.BadParameter(f"{value} is no positive number.", param_hint=f"'{name}'")
+
+
+def _check_finite(temperatures: dict[str, float | None]) -> None:
+    for name, value in temperatures.items():
+        if value == math.inf:
+            raise typer.BadParameter("inf is no temperature.", param_hint=f"'{name}'")
 
 
 def _check_watched(flag: Any, halt: Any) -> None:
@@ -253,11 +261,13 @@ def _check_files(frames: Path | None, trajectory: Path | None, log: Path | None,
         if file is not None:
             check_xyz_name(file, name)
     from ase_uq.artefact import check_writable
+    from ase_uq.frames import check_whole
 
     for file in filter(None, (trajectory, log)):
         if file.exists() and not append:
             raise FileExistsError(f"{file} exists. Give another name, or --append to add this run to it.")
         check_writable(file)
+        check_whole(file)
 
 
 def _end_of_run(atoms: "Atoms") -> _Origin:
@@ -285,7 +295,11 @@ def _run(
     interval: int,
     origin: _Origin,
 ) -> bool:
-    """Runs with a progress bar and a trajectory that ends with the last step; returns whether it was halted."""
+    """Runs with a progress bar and a trajectory that ends with the last step; returns whether it was halted.
+
+    Raises:
+        Exit: It was interrupted.
+    """
     from ase import units
     from tqdm import tqdm
 
@@ -320,7 +334,7 @@ def _run(
     dynamics.attach(monitor)
     dynamics.attach(write, interval=interval)
     halted = False
-    with tqdm(total=steps, desc="md", unit="step") as bar:
+    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
         dynamics.attach(show)
         dynamics.attach(stopwatch.start)
         try:
@@ -329,7 +343,19 @@ def _run(
             halted = True
             show()
     write()
+    if interruption.asked and not halted:
+        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
+        raise typer.Exit(INTERRUPTED)
     return halted
+
+
+def _interrupted_message(step: int, trajectory: Path | None) -> str:
+    if trajectory is None:
+        return f"interrupted at step {step}"
+    return (
+        f"interrupted at step {step}; {trajectory} ends with it and its velocities; to go on from here, start from it "
+        f"with --trajectory {trajectory} --append"
+    )
 
 
 def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: int, trajectory: Path | None) -> str:

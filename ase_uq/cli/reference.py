@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, Device, DType, Model, Seed
+from ase_uq.cli.options import UQ, Device, DType, Model, Reduce, Seed
 
 
 def reference(
@@ -24,6 +24,8 @@ def reference(
     friction: Annotated[float, typer.Option("--friction", help="Of the Langevin thermostat, 1/fs.")] = 0.01,
     equilibration: Annotated[float, typer.Option("--equilibration", min=0, help="Before each run, ps.")] = 1.0,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between readings.")] = 1,
+    reduce: Reduce = "max",
+    add: Annotated[bool, typer.Option("--add", help="Add to the runs that --uq carries already.")] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
@@ -31,7 +33,8 @@ def reference(
     """Watch the uncertainty in runs where the potential is trusted, so that false alarms can be counted.
 
     Independent Langevin runs from START; no labels are needed. Their readings go into the uncertainty model, and then
-    --halt alarms=0.05@100ps of `ase-uq md` is a threshold that at most 5 % of such runs of 100 ps reach.
+    --halt alarms=0.05@100ps of `ase-uq md` is a threshold that at most 5 % of such runs of 100 ps reach. Ctrl-C keeps
+    the runs that are whole; --add makes more.
 
     [dim]ase-uq reference --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --out
     my.uq.safetensors[/]
@@ -40,6 +43,7 @@ def reference(
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.dynamics.reference import reference_runs
     from ase_uq.frames import read_frames
+    from ase_uq.readings import Reduction
     from ase_uq.thresholds import FalseAlarms
 
     check_writable(out)
@@ -55,6 +59,8 @@ def reference(
         friction=friction,
         equilibration=equilibration,
         interval=interval,
+        reduction=Reduction(reduce),
+        before=calculator.uncertainty_model.reference if add else None,
         seed=seed,
     )
     fitted = calculator.uncertainty_model.with_reference(found)
@@ -63,6 +69,6 @@ def reference(
     for share in (0.05, 0.1):
         meaning = FalseAlarms(per_run=share, ps=ps)
         try:
-            typer.echo(meaning.resolve(fitted.evidence()).describe())
+            typer.echo(meaning.resolve(fitted.evidence(found.reduction)).describe())
         except ValueError as error:
             typer.echo(str(error))

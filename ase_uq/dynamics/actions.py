@@ -24,7 +24,7 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import LABEL_KEYS, annotated, write_frames
+from ase_uq.frames import LABEL_KEYS, annotated, check_whole, write_frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -262,6 +262,7 @@ def _flagged(event: Event, level: str, reason: str) -> Atoms:
 def _check_writable(path: str | os.PathLike[str]) -> None:
     """Opens the file for appending now, so that a bad path does not cost the hours before the first event."""
     path = Path(path)
+    check_whole(path)
     existed = path.exists()
     try:
         with open(path, "a"):

@@ -81,6 +81,10 @@ class Cusum(Rule):
         return math.exp(mean + self.drift * sd)
 
     @property
+    def at_once(self) -> float:
+        return math.inf
+
+    @property
     def meanings(self) -> tuple[Meaning | PerElement, ...]:
         return (self.meaning,)
 

@@ -81,6 +81,7 @@ class Judge:
                 raise TypeError(f"checks are objects such as Finite() or MaxTemperature(2000), not {check!r}.")
         self.watches: dict[Level, tuple[Watch, ...]] = {}
         self._fingerprint: str | None = None
+        self._model: str | None = None
         self._rules: dict[Level, list[Any]] = {}
         self._checks: list[dict[str, Any]] = [{} for _ in self.checks]
 
@@ -101,8 +102,9 @@ class Judge:
             ValueError: A rule cannot be settled with this calculator.
         """
         self.watches = settled(self.asked, calculator, self.reduction, symbols, time)
-        identity = getattr(getattr(calculator, "uncertainty_model", None), "identity", None)
-        self._fingerprint = getattr(identity, "fingerprint", None)
+        model = getattr(calculator, "uncertainty_model", None)
+        self._fingerprint = getattr(getattr(model, "identity", None), "fingerprint", None)
+        self._model = getattr(model, "digest", None)
         for level, watches in self.watches.items():
             if len(self._rules.get(level, ())) != len(watches):
                 self._rules[level] = [None] * len(watches)
@@ -124,6 +126,7 @@ class Judge:
         """What the rules and checks remember, and of what uncertainty model; `json.dumps` takes it."""
         return {
             "fingerprint": self._fingerprint,
+            "uncertainty_model": self._model,
             "rules": {
                 level: [
                     {"rule": _name(watch), "threshold": float(watch.rule.threshold), "state": state}
@@ -149,7 +152,7 @@ class Judge:
                 "Make the monitor with the same levels as before."
             )
         before = {(level, entry["rule"]): entry for level, entries in state["rules"].items() for entry in entries}
-        self._check_model(state["fingerprint"], before)
+        self._check_model(state, before)
         for level, watches in self.watches.items():
             self._rules[level] = [before.get((level, _name(watch)), {}).get("state") for watch in watches]
         checked = {entry["check"]: entry["states"] for entry in state["checks"]}
@@ -184,11 +187,15 @@ class Judge:
             return replace(verdict, reason=f"{verdict.reason}; {text}")
         return Verdict("halt", verdict.reading, math.nan, text, complaints[0][1])
 
-    def _check_model(self, fingerprint: str | None, before: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-        """Raises ValueError where the potential is another, or the same rules have other numbers."""
+    def _check_model(self, state: Mapping[str, Any], before: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
+        """Raises ValueError where the potential or its fit is another, or the same rules have other numbers."""
         changed = []
-        if fingerprint != self._fingerprint:
-            changed.append(f"potential {str(fingerprint)[:8]} then, {str(self._fingerprint)[:8]} now")
+        for what, key, now in (
+            ("potential", "fingerprint", self._fingerprint),
+            ("fit", "uncertainty_model", self._model),
+        ):
+            if state[key] != now:
+                changed.append(f"{what} {str(state[key])[:8]} then, {str(now)[:8]} now")
         for level, watches in self.watches.items():
             for watch in watches:
                 now = float(watch.rule.threshold)
@@ -215,7 +222,15 @@ def checked(calculator: BaseCalculator | None, *, uncertain: bool) -> BaseCalcul
 
 
 def reduction_of(kind: str | float, elements: Sequence[str] | None, indices: Sequence[int] | None) -> Reduction:
-    """The reduction that a user's arguments mean."""
+    """The reduction that a user's arguments mean.
+
+    Raises:
+        TypeError: The indices are a mask.
+    """
+    if indices is not None and np.asarray(indices).dtype == bool:
+        raise TypeError(
+            "indices are numbers of atoms, not a mask, in which True would be atom 1. Give np.flatnonzero(mask)."
+        )
     return Reduction(
         kind,
         None if elements is None else (elements,) if isinstance(elements, str) else tuple(elements),

@@ -1,6 +1,7 @@
 """The monitor: reads the uncertainty of each step of a run, judges it, and acts."""
 
 import os
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -17,8 +18,9 @@ from ase.optimize.optimize import BaseDynamics
 from ase_uq.dynamics.actions import Action, Event, Flag, actions_of_levels
 from ase_uq.dynamics.checks import Check, Snapshot
 from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, reduction_of, symbols_looked_at
-from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
+from ase_uq.dynamics.rules import Level, Rule, Watch, counted_alarms, rules_of_levels
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
+from ase_uq.errors import UQWarning
 from ase_uq.frames import annotated
 from ase_uq.thresholds import Meaning, PerElement
 
@@ -109,6 +111,7 @@ class UncertaintyMonitor:
         self._time_offset = 0.0
         self._judged_step: int | None = None
         self._judged_positions: np.ndarray | None = None
+        self._still: tuple[int, int] = (-1, 0)
         self.last: Event | None = None
         self._prepare()
         if not isinstance(before, Integral) or before < 0:
@@ -150,14 +153,15 @@ class UncertaintyMonitor:
 
         Raises:
             UncertaintyHalt: By the action `Halt`.
-            ValueError: The calculator has no uncertainties, or the monitor is attached twice.
+            ValueError: The calculator has no uncertainties, or the monitor is attached twice or to another run.
         """
-        if sum(observer[0] is self for observer in self.dynamics.observers) > 1:
+        if len(self._attached()) > 1:
             raise ValueError(
                 f"this monitor is attached to its {type(self.dynamics).__name__} more than once. Attach it once, at "
                 "one interval; to watch for something else as well, make another UncertaintyMonitor."
             )
         step = self._step()
+        self._check_moves(step)
         if self._was_judged(step):
             return
         if any(s.atoms.calc is not known for s, known in zip(self._structures, self._calculators, strict=True)):
@@ -167,6 +171,7 @@ class UncertaintyMonitor:
         verdict = self._judge([self._site(*pair, time) for pair in zip(self._structures, results, strict=True)], time)
         if not any(self._counts.values()):
             self._check_first(step, results)
+            self._check_interval()
         if verdict is None:
             return
         event = self._event(verdict, step, time, results)
@@ -245,6 +250,46 @@ class UncertaintyMonitor:
         before = self._judged_positions
         return before is None or np.array_equal(before, self._positions(), equal_nan=True)
 
+    def _attached(self) -> list[int]:
+        """Intervals at which it is attached to its own run."""
+        found = []
+        for function, interval, *_ in self.dynamics.observers:
+            if function is self or getattr(function, "__self__", None) is self:
+                found.append(int(interval))
+        return found
+
+    def _check_moves(self, step: int) -> None:
+        """Raises ValueError where the run it was made for stands still while it is called: it is another's observer."""
+        before, times = self._still
+        self._still = step, times + 1 if step == before else 1
+        if self._still[1] < 3 or self._attached() or not isinstance(self.dynamics, MolecularDynamics):
+            return
+        name = type(self.dynamics).__name__
+        raise ValueError(
+            f"this monitor was made for a {name} that stands at step {step} while the monitor is called again and "
+            "again, so it sees neither steps nor time. Attach it to the run that it was made with, or make another "
+            "UncertaintyMonitor for this one."
+        )
+
+    def _check_interval(self) -> None:
+        """Warns where false alarms were counted on rarer readings than those of this run."""
+        runs = getattr(getattr(self._calculators[0], "uncertainty_model", None), "reference", None)
+        if runs is None or not isinstance(self.dynamics, MolecularDynamics):
+            return
+        every = getattr(self._calculators[0], "every", 1) * min(self._attached(), default=1)
+        between = self.dynamics.dt / units.fs * every
+        counted = {
+            str(m) for watches in self.watches.values() for watch in watches for m in counted_alarms(watch.asked)
+        }
+        if counted and between < (1 - 1e-6) * runs.interval:
+            warnings.warn(
+                f"{' and '.join(sorted(counted))} was counted on readings every {runs.interval:.4g} fs, and this run "
+                f"is read every {between:.4g} fs: there will be more false alarms than that. Make reference runs with "
+                "readings as often as here.",
+                UQWarning,
+                stacklevel=2,
+            )
+
     def _check_first(self, step: int, results: Sequence[Mapping[str, Any] | None]) -> None:
         """Raises ValueError where nothing will ever be judged, or only a part: no later step would say so."""
         for structure, found in zip(self._structures, results, strict=True):
@@ -262,6 +307,15 @@ class UncertaintyMonitor:
                     f"{calculator} promises {KEY} but its results of {what} at step {step} have none. "
                     "Ask for it where the calculator is made."
                 )
+
+        every = max(getattr(calculator, "every", 1) for calculator in self._calculators)
+        if every > 1 and len({id(calculator) for calculator in self._calculators}) < len(self._structures):
+            warnings.warn(
+                f"images share a calculator with every={every}, which counts them all together: it may always be the "
+                "same ones that have uncertainties. Give it every=1, or each image its own.",
+                UQWarning,
+                stacklevel=2,
+            )
 
     def _site(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Site:
         known = results or {}

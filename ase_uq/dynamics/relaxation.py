@@ -228,6 +228,10 @@ def relax(
             run.attach(monitor)  # last: what comes after it does not see a step at which it raises
         try:
             status = "converged" if run.run(fmax, steps) else "unfinished"
+            if monitor is not None:
+                # Where the calculator skipped the uncertainty of the last structure, that is judged now.
+                _read(atoms, calculator, KEY)
+                monitor()
         except UncertaintyHalt:
             if monitor is None or monitor.last is None or monitor.last.level != "halt":
                 raise  # by a watch of the user's own

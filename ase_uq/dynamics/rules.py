@@ -4,7 +4,6 @@ A rule holds hyper-parameters only. Whatever it must remember between two steps 
 hands back, so that the same readings give the same alarms and a run can be restarted from a JSON file.
 """
 
-import contextlib
 import functools
 import math
 from abc import ABC, abstractmethod
@@ -15,7 +14,7 @@ from typing import Any, Literal, Protocol, Self, SupportsFloat, runtime_checkabl
 from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.readings import Reduction
-from ase_uq.thresholds import Evidence, Meaning, PerElement
+from ase_uq.thresholds import Evidence, FalseAlarms, Meaning, PerElement
 
 Level = Literal["ok", "flag", "halt"]
 
@@ -37,6 +36,11 @@ class Rule(ABC):
     @abstractmethod
     def threshold(self) -> float:
         """The number in eV/Å that readings are compared with."""
+
+    @property
+    def at_once(self) -> float:
+        """From this reading on, eV/Å, it triggers at the first step; infinity for a rule that always waits."""
+        return self.threshold
 
     @property
     def meanings(self) -> tuple[Meaning | PerElement, ...]:
@@ -97,8 +101,10 @@ class _OfValue(Rule):
                 return replace(self, value=self.value.resolve(evidence))
             case PerElement(meaning):
                 if element is not None:
-                    with contextlib.suppress(ValueError):  # too few data of this element
+                    try:
                         return replace(self, value=meaning.resolve(element))
+                    except ValueError:  # too few data of this element
+                        return replace(self, value=meaning.resolve(evidence).shared())
                 return replace(self, value=meaning.resolve(evidence))
         return self
 
@@ -148,6 +154,10 @@ class Patience(_OfValue):
 
     def __str__(self) -> str:
         return f"a threshold of {self.value} for {self.fs:g} fs"
+
+    @property
+    def at_once(self) -> float:
+        return math.inf
 
     def judge(self, state: float | None, reading: float, time: float | None) -> tuple[float | None, bool]:
         if time is None:
@@ -220,6 +230,10 @@ class AnyOf(_Several):
     def threshold(self) -> float:
         return min(rule.threshold for rule in self.rules)
 
+    @property
+    def at_once(self) -> float:
+        return min(rule.at_once for rule in self.rules)
+
     def judge(self, state: list | None, reading: float, time: float | None) -> tuple[list, bool]:
         states, triggered = self._judgements(state, reading, time)
         return states, any(triggered) or math.isnan(reading)
@@ -243,6 +257,10 @@ class AllOf(_Several):
     @property
     def threshold(self) -> float:
         return max(rule.threshold for rule in self.rules)
+
+    @property
+    def at_once(self) -> float:
+        return max(rule.at_once for rule in self.rules)
 
     def judge(self, state: list | None, reading: float, time: float | None) -> tuple[list, bool]:
         states, triggered = self._judgements(state, reading, time)
@@ -282,6 +300,10 @@ class Refractory(Rule):
         return self.rule.threshold
 
     @property
+    def at_once(self) -> float:
+        return self.rule.at_once
+
+    @property
     def meanings(self) -> tuple[Meaning | PerElement, ...]:
         return self.rule.meanings
 
@@ -318,6 +340,18 @@ class Watch:
     asked: Rule
     rule: Rule
     reduction: Reduction
+
+
+def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
+    """The false alarms of a rule that are counted a reading, for which it matters how often readings are taken."""
+    match rule:
+        case _OfValue(value=FalseAlarms() as meaning):
+            return (meaning,)
+        case _Several(rules=rules):
+            return tuple(meaning for own in rules for meaning in counted_alarms(own))
+        case Refractory(rule=own):
+            return counted_alarms(own)
+    return ()
 
 
 def as_rule(level: float | Meaning | PerElement | Rule) -> Rule:
@@ -426,12 +460,20 @@ def _check_order(flag: Watch, halt: Watch) -> None:
     flagged, halted = flag.reduction.elements, halt.reduction.elements
     if flagged is not None and halted is not None and not set(flagged) & set(halted):
         return
-    if flag.rule.threshold >= halt.rule.threshold:
-        per_element = [m for watch in (flag, halt) for m in watch.asked.meanings if isinstance(m, PerElement)]
+    # A rule that waits lets frames at its threshold be flagged, but a flag above it is a mistake all the same.
+    waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
+    halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
+    if flag.rule.threshold >= halts:
+        meanings = [m for watch in (flag, halt) for m in watch.asked.meanings]
+        per_element = [m for m in meanings if isinstance(m, PerElement)]
         scope = f" for {' '.join(flagged or halted or ())}" if per_element else ""
+        # What a meaning comes to is news to its user, who may not know which of two is the lower.
+        asked = (
+            f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if meanings else ""
+        )
         raise ValueError(
-            f"flag is {flag.rule.threshold:.4g} eV/Å and halt is {halt.rule.threshold:.4g} eV/Å{scope}, so no frame "
-            "could be flagged before the run is halted. Give a flag below the halt."
+            f"flag is {flag.rule.threshold:.4g} eV/Å and halt is {halts:.4g} eV/Å{scope}, so no frame could "
+            f"be flagged before the run is halted. Give a flag below the halt.{asked}"
         )
 
 

@@ -34,8 +34,13 @@ def structures_of(dynamics: BaseDynamics) -> tuple[Structure, ...]:
     """What a run moves: its one structure, also under filters and in a dimer, or the images between two ends.
 
     Raises:
+        TypeError: It is no run at all.
         ValueError: It moves neither.
     """
+    if not isinstance(dynamics, BaseDynamics):
+        raise TypeError(
+            f"what is watched is a run, such as Langevin(atoms, ...) or BFGS(atoms), not {type(dynamics).__name__}."
+        )
     moved: Any = dynamics.atoms
     alone = True
     while not isinstance(moved, Atoms):

@@ -1,6 +1,8 @@
 import csv
+import importlib
 import itertools
 import re
+import signal
 from types import SimpleNamespace
 
 import numpy as np
@@ -405,8 +407,10 @@ def test_patience_and_reduction_reach_the_monitor(md):
         ([], "give one of them or both"),
         (["--halt", "hot"], "'hot' is neither a number in eV/Å"),
         (["--halt", "q1.5"], "'q1.5' is neither a number in eV/Å"),
-        (["--halt", 1, "--timestep", 0], "0.0 is not positive"),
-        (["--halt", 1, "--friction", -1], "-1.0 is not positive"),
+        (["--halt", 1, "--timestep", 0], "0.0 is no positive number"),
+        (["--halt", 1, "--timestep", "inf"], "inf is no positive number"),
+        (["--halt", 1, "--temperature-end", "inf"], "inf is no temperature"),
+        (["--halt", 1, "--friction", -1], "-1.0 is no positive number"),
         (["--halt", 1, "--interval", 0], "--interval"),
         (["--halt", -1], "a threshold is a positive number in eV/Å, not -1"),
         (["--flag", 0], "a threshold is a positive number in eV/Å, not 0"),
@@ -417,10 +421,10 @@ def test_patience_and_reduction_reach_the_monitor(md):
         (["--halt", 1, "--reduce", "0.x"], "'0.x' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--reduce", "0"], "'0' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--every", 0], "--every"),
-        (["--halt", 1, "--max-temperature", 0], "0.0 is not positive"),
+        (["--halt", 1, "--max-temperature", 0], "0.0 is no positive number"),
         (["--halt", 1, "--ensemble", "nph"], "'nph' is not one of"),
-        (["--halt", 1, "--ensemble", "npt", "--barostat-time", 0], "0.0 is not positive"),
-        (["--halt", 1, "--ensemble", "bussi", "--thermostat-time", -2], "-2.0 is not positive"),
+        (["--halt", 1, "--ensemble", "npt", "--barostat-time", 0], "0.0 is no positive number"),
+        (["--halt", 1, "--ensemble", "bussi", "--thermostat-time", -2], "-2.0 is no positive number"),
         (["--halt", 1, "--pressure", 1], "it belongs to --ensemble npt, not to langevin. Leave it out"),
         (["--halt", 1, "--thermostat-time", 1], "it belongs to --ensemble bussi and npt, not to langevin"),
         (["--halt", 1, "--ensemble", "bussi", "--barostat-time", 9], "it belongs to --ensemble npt, not to bussi"),
@@ -494,3 +498,22 @@ def test_npt_needs_a_stress():
 def test_a_start_that_is_not_there(md):
     result = md("--halt", 1, start="no.xyz")
     assert (result.exit_code, result.stderr) == (1, "error: START: there is no file no.xyz.\n")
+
+
+def test_ctrl_c_ends_with_a_whole_step_that_can_be_gone_on_from(md):
+    words = ["--flag", 1e6, "--trajectory", "run.xyz", "--interval", 1000, "--log", "run.csv"]
+
+    def press(dynamics, start, end, steps):
+        """In place of the ramp: Ctrl-C at the third step, in the middle of what observers do."""
+        return lambda: signal.raise_signal(signal.SIGINT) if dynamics.nsteps == 3 else None
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("ase_uq.cli.md"), "_ramp", press)
+        found = md(*words, "--temperature-end", 300, steps=500)
+    assert found.exit_code == 130
+    assert "interrupted at step 3; run.xyz ends with it" in found.stderr
+    assert [int(row["step"]) for row in rows("run.csv")] == [0, 1, 2, 3]
+    again = md(*words, "--append", start="run.xyz", steps=2)
+    assert again.exit_code == 0
+    assert [int(row["step"]) for row in rows("run.csv")] == list(range(6))
+    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 3, 5]

@@ -49,3 +49,17 @@ def test_a_folder_that_is_not_there_is_told_before_the_runs(run, files):
     result = run(*words, "--out", "no/a.uq.safetensors")
     assert result.exit_code == 1
     assert result.stderr.startswith("error: cannot write no/a.uq.safetensors:")
+
+
+def test_runs_are_added_and_read_as_asked(run, files, tmp_path):
+    words = ["reference", files.start, "--model", "toy:", *SHORT, "--reduce", "top3"]
+    assert run(*words, "--uq", files.uq, "--out", "a.st").exit_code == 0
+    result = run(*words, "--uq", "a.st", "--out", "a.st", "--add")
+    assert result.exit_code == 0
+    found = UncertaintyModel.load(tmp_path / "a.st").reference
+    assert found is not None
+    assert len(found.readings) == len({run.tobytes() for run in found.readings}) == 20
+    assert found.reduction.kind == "top3"
+    other = run(*words[:-2], "--uq", "a.st", "--out", "a.st", "--add")
+    assert other.exit_code == 1
+    assert "error: these runs cannot be added to those made before: the reduction was" in other.stderr

@@ -225,3 +225,9 @@ def test_actions_are_one_several_or_none():
     assert as_actions([Halt(), print]) == (Halt(), print)
     with pytest.raises(TypeError, match=r"a callable that takes one Event.*not 'stop'"):
         as_actions(["stop"])
+
+
+def test_a_file_that_was_cut_off_is_refused_before_the_run(tmp_path):
+    (tmp_path / "a.xyz").write_text("1\nProperties=species:S:1:pos:R:3\nCu 0.0 0.0")
+    with pytest.raises(ValueError, match=r"ends in the middle of a line"):
+        Flag(tmp_path / "a.xyz")

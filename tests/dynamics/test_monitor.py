@@ -2,6 +2,8 @@
 
 import json
 import math
+import warnings
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
@@ -35,7 +37,7 @@ from ase_uq.dynamics import (
     Threshold,
     UncertaintyMonitor,
 )
-from ase_uq.errors import UncertaintyHalt
+from ase_uq.errors import UncertaintyHalt, UQWarning
 from ase_uq.frames import read_frames
 from ase_uq.thresholds import FalseAlarms, PerElement, Quantile, ReferenceRuns
 from tests.dynamics.builders import EXTRA, Uncertain, crystal
@@ -781,3 +783,73 @@ def test_two_monitors_watch_one_run(tmp_path):
         dynamics.run(10)
     assert [frame.info["flag_step"] for frame in read_frames(tmp_path / "a.xyz")] == [1, 2]
     assert sum(monitor.state()["counts"].values()) == 3
+
+
+# --- made for another run ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("same_atoms", [True, False])
+def test_a_monitor_that_is_attached_to_another_run_says_so(same_atoms):
+    atoms = crystal([0.6])
+    monitor = UncertaintyMonitor(verlet(atoms if same_atoms else crystal([0.1])), halt=0.5, patience=8)
+    other = verlet(atoms)
+    other.attach(monitor)
+    with pytest.raises(ValueError, match=r"made for a VelocityVerlet that stands at step 0 .* make another"):
+        other.run(50)
+    assert other.nsteps == 2
+
+
+def test_a_monitor_that_is_attached_twice_by_its_call_is_refused_too():
+    dynamics = verlet(crystal([0.1]))
+    monitor = attached(dynamics, halt=0.5)
+    dynamics.attach(monitor.__call__)
+    with pytest.raises(ValueError, match="attached to its VelocityVerlet more than once"):
+        dynamics.run(1)
+
+
+def test_a_loop_of_ones_own_moves_its_run():
+    dynamics = verlet(crystal([0.1, 0.1, 0.1, 0.1, 0.6]))
+    monitor = UncertaintyMonitor(dynamics, halt=0.5, on_halt=[])
+    for _ in dynamics.irun(4):
+        monitor()
+        monitor()
+    assert (monitor.last.step, monitor.n_halted) == (4, 1)
+
+
+@pytest.mark.parametrize("what", [lambda: crystal(), lambda: None])
+def test_what_is_no_run_is_refused(what):
+    with pytest.raises(TypeError, match=r"what is watched is a run, such as .*, not (Atoms|NoneType)"):
+        UncertaintyMonitor(what(), halt=0.5)
+
+
+def test_a_mask_is_not_taken_for_numbers_of_atoms():
+    with pytest.raises(TypeError, match=r"not a mask, .*np.flatnonzero"):
+        UncertaintyMonitor(verlet(crystal()), halt=0.5, indices=[True, False, False, False])
+
+
+@pytest.mark.parametrize("rule", [lambda alarms: alarms, lambda alarms: AnyOf(Threshold(9.0), Patience(alarms, fs=4))])
+@pytest.mark.parametrize(("dt", "interval", "warns"), [(2.0, 1, False), (1.0, 2, False), (1.0, 1, True)])
+def test_readings_more_often_than_those_of_the_reference_are_warned_of(rule, dt, interval, warns):
+    atoms = crystal([0.01], runs=LONG)
+    atoms.calc.uncertainty_model = SimpleNamespace(reference=LONG)
+    assert LONG.interval == 2.0
+    dynamics = verlet(atoms, dt)
+    attached(dynamics, interval, halt=rule(FalseAlarms(per_run=0.2, steps=50)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dynamics.run(4)
+    assert [
+        "every 2 fs, and this run is read every 1 fs" in str(w.message) for w in caught if w.category is UQWarning
+    ] == ([True] * warns)
+
+
+def test_the_same_potential_with_another_fit_is_another_uncertainty_model():
+    monitors = []
+    for digest in ("0123456789", "0123456789", "abcdefghij"):
+        atoms = crystal()
+        atoms.calc.uncertainty_model = SimpleNamespace(digest=digest)
+        monitors.append(UncertaintyMonitor(verlet(atoms), halt=0.5))
+    state = json.loads(json.dumps(monitors[0].state()))
+    monitors[1].restore(state)
+    with pytest.raises(ValueError, match=r"another uncertainty model \(fit 01234567 then, abcdefgh now\)"):
+        monitors[2].restore(state)

@@ -9,6 +9,7 @@ from ase.md.langevin import Langevin
 
 from ase_uq.dynamics.momenta import set_thermal_momenta
 from ase_uq.dynamics.reference import reference_runs
+from ase_uq.errors import UQWarning
 from ase_uq.readings import Reduction
 from tests.dynamics.builders import crystal
 
@@ -64,6 +65,56 @@ def test_constraints_are_kept():
         reference_runs(atoms, **SHORT, reduction=Reduction("max", ("Al",)))
 
 
+def test_runs_are_added_to_those_made_before_and_none_is_repeated():
+    first = reference_runs(crystal(), **SHORT)
+    both = reference_runs(crystal(), **SHORT, before=first)
+    whole = reference_runs(crystal(), **{**SHORT, "n_runs": 4})
+    assert len(both.readings) == 4
+    for found, expected in zip(both.readings, whole.readings, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interval": 2}, r"a reading every \(fs\) was 2.0 then, is 4.0 now"),
+        ({"temperature": 400}, r"conditions was AlCu3, Langevin 300 K then, is AlCu3, Langevin 400 K now"),
+        ({"reduction": Reduction("mean")}, r"the reduction was .*'max'.* then, is .*'mean'.* now"),
+    ],
+)
+def test_runs_made_otherwise_are_not_added(change, message):
+    first = reference_runs(crystal(), **SHORT)
+    with pytest.raises(ValueError, match=message):
+        reference_runs(crystal(), **{**SHORT, **change}, before=first)
+
+
+def test_an_interruption_keeps_the_runs_that_are_whole(monkeypatch):
+    atoms = crystal()
+    calculate = atoms.calc.calculate
+
+    def interrupted(*arguments, **options):
+        if atoms.calc.n_calls == 20:  # in the second run
+            raise KeyboardInterrupt
+        calculate(*arguments, **options)
+
+    monkeypatch.setattr(atoms.calc, "calculate", interrupted)
+    with pytest.warns(UQWarning, match=r"interrupted: 1 of 2 reference runs are whole, and are kept"):
+        found = reference_runs(atoms, **SHORT)
+    assert len(found.readings) == 1
+    np.testing.assert_array_equal(found.readings[0], reference_runs(crystal(), **SHORT).readings[0])
+
+
+def test_an_interruption_before_there_is_anything_is_one(monkeypatch):
+    atoms = crystal()
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(atoms.calc, "calculate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        reference_runs(atoms, **SHORT)
+
+
 @pytest.mark.parametrize("name", ["temperature", "n_runs", "ps", "timestep", "interval"])
 def test_numbers_that_are_not_positive_are_refused(name):
     with pytest.raises(ValueError, match=rf"{name} of reference runs is a positive number, not 0"):
@@ -84,3 +135,20 @@ def test_a_run_that_left_the_realm_of_finite_uncertainties_is_no_reference():
     atoms = crystal(script=[0.1] * 8 + [np.inf])
     with pytest.raises(ValueError, match=r"reference run 0 has no finite uncertainty after 4 fs: at 300 K"):
         reference_runs(atoms, **SHORT)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"equilibration": -0.01}, "equilibration of reference runs is a number of 0 or more, not -0.01"),
+        ({"friction": -1}, "friction of reference runs is a number of 0 or more, not -1"),
+        ({"friction": np.nan}, "friction of reference runs is a number of 0 or more, not nan"),
+        ({"interval": 0.5}, "interval of reference runs is a whole number, not 0.5"),
+        ({"n_runs": 1.5}, "n_runs of reference runs is a whole number, not 1.5"),
+        ({"ps": 0.0001}, "0.0001 ps are shorter than the 2 fs from one reading to the next"),
+        ({"interval": 11}, "0.02 ps are shorter than the 22 fs from one reading to the next"),
+    ],
+)
+def test_numbers_that_make_no_runs_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        reference_runs(crystal(), **SHORT | options)

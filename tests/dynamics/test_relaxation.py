@@ -19,6 +19,7 @@ from ase_uq.dynamics.checks import Check, Finite
 from ase_uq.dynamics.relaxation import Relaxation, relax
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.frames import read_frames
+from tests.dynamics import builders
 
 EXTRA = ["energy_uncertainty", "forces_uncertainty", "stress_uncertainty", "gamma"]
 
@@ -419,3 +420,28 @@ def test_a_calculator_with_uncertainties_is_needed():
     atoms.calc = EMT()
     with pytest.raises(ValueError, match="EMT gives no forces_uncertainty"):
         relax(atoms)
+
+
+class Skipping(builders.Uncertain):
+    """One that gives uncertainties at every third step, and where they are asked for."""
+
+    every = 3
+    n_structures = 0
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=("positions",)):
+        super().calculate(atoms, properties, system_changes)
+        self.n_structures += bool(system_changes)
+        if (self.n_structures - 1) % self.every and not set(properties) & set(builders.EXTRA):
+            for key in builders.EXTRA:
+                del self.results[key]
+
+
+def test_the_last_structure_is_judged_also_where_its_uncertainty_was_skipped():
+    atoms = bulk("Cu", cubic=True)
+    atoms.rattle(0.1, seed=1)
+    atoms.calc = Skipping(atoms)
+    found = relax(atoms, fmax=2.5, halt=0.02)
+    assert found.n_steps == 1
+    assert found.forces_uncertainty > 0.02
+    assert found.status == "uncertain"
+    assert "reached halt at 0.02 eV/A" in found.reason

@@ -652,6 +652,8 @@ def test_each_element_has_a_watch_of_its_own():
     thresholds = [watch.rule.threshold for watch in found["halt"]]
     # Oxygen has one frame and nitrogen none: both get the number of all atoms.
     assert thresholds == pytest.approx([carbon, 2 * carbon, 2.5 * carbon, 2.5 * carbon])
+    shared = ["of all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
+    assert shared == [False, False, True, True]
     for watch in found["halt"]:
         assert watch.asked == AnyOf(Patience(rule, 20), Threshold(1.5))
         assert watch.rule == AnyOf(Patience(watch.rule.threshold, 20), Threshold(1.5))
@@ -687,6 +689,11 @@ def test_a_meaning_without_calibration_data_is_refused(value):
         settled(rules_of_levels(value, None), Bare(), Reduction(), SYMBOLS, None)
 
 
+def test_meanings_in_the_wrong_order_are_named_with_what_to_do():
+    with pytest.raises(ValueError, match=r"Here flag is .*Quantile\(0.9\) and halt .*Quantile\(0.5\): exchange them"):
+        settled(rules_of_levels(Quantile(0.5), Quantile(0.9)), Calibrated(), Reduction(), SYMBOLS, None)
+
+
 def test_a_flag_that_is_not_below_the_halt_is_refused():
     with pytest.raises(ValueError, match=r"flag is 0.5 eV/Å and halt is 0.5 eV/Å, so no frame could be flagged"):
         settled(rules_of_levels(0.5, 0.5), Bare(), Reduction(elements=("C",)), ["C"], None)
@@ -708,3 +715,41 @@ def test_a_flag_is_below_the_halt_for_each_element():
 def test_meanings_that_turn_out_in_the_wrong_order_are_refused():
     with pytest.raises(ValueError, match=r"0.4 eV/Å triggers at once and is not above .* which has patience"):
         settled(rules_of_levels(Quantile(0.9), None, 20, 0.4), Calibrated(), Reduction(), SYMBOLS, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "at_once"),
+    [
+        (Threshold(0.5), 0.5),
+        (Patience(0.5, fs=2), INF),
+        (CUSUM, INF),
+        (AnyOf(Patience(0.5, fs=2), Threshold(1.5)), 1.5),
+        (AllOf(Threshold(0.5), Threshold(1.0)), 1.0),
+        (Refractory(Threshold(0.5), fs=3), 0.5),
+    ],
+)
+def test_from_this_reading_on_a_rule_triggers_at_the_first_step(rule, at_once):
+    assert rule.at_once == at_once
+    if at_once < INF:
+        assert rule.judge(None, at_once, 0.0)[1]
+        assert not rule.judge(None, at_once * 0.99, 0.0)[1]
+    else:
+        assert not rule.judge(None, 1.0, 0.0)[1]
+
+
+@pytest.mark.parametrize(
+    "halt",
+    [CUSUM, Patience(0.3, fs=20), AnyOf(Patience(0.2, fs=20), Threshold(1.0)), AnyOf(CUSUM, Threshold(1.0))],
+)
+def test_a_flag_may_stand_where_a_halt_still_waits(halt):
+    runs = tuple(np.exp(np.random.default_rng(0).normal(-3, 0.1, size=(10, 500))))
+    found = settled(
+        {"flag": Threshold(0.3), "halt": halt}, Calibrated(ReferenceRuns(runs, 1.0)), Reduction(), SYMBOLS, 0
+    )
+    assert found["halt"][0].rule.threshold < 0.3 or halt == Patience(0.3, fs=20)
+    assert found["flag"][0].rule == Threshold(0.3)
+
+
+def test_a_flag_above_a_patient_halt_is_a_mistake_all_the_same():
+    with pytest.raises(ValueError, match=r"flag is 0\.4 eV/Å and halt is 0\.3 eV/Å, so no frame could be flagged"):
+        settled({"flag": Threshold(0.4), "halt": Patience(0.3, fs=20)}, None, Reduction(), SYMBOLS, 0.0)
