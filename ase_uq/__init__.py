@@ -9,6 +9,7 @@ from ase_uq import metrics
 from ase_uq.backends import available_backends, load_backend
 from ase_uq.bias import UncertaintyBias
 from ase_uq.calculator import UncertainCalculator
+from ase_uq.choosing import Selection, select
 from ase_uq.dynamics import (
     AllOf,
     AnyOf,
@@ -66,6 +67,7 @@ __all__ = [
     "ReferenceRuns",
     "Refractory",
     "Relaxation",
+    "Selection",
     "Threshold",
     "UQError",
     "UQWarning",
@@ -84,6 +86,7 @@ __all__ = [
     "read_frames",
     "reference_runs",
     "relax",
+    "select",
     "stress_frames",
     "write_frames",
 ]

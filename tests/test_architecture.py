@@ -38,6 +38,7 @@ PUBLIC_NAMES = {
     "ReferenceRuns",
     "Refractory",
     "Relaxation",
+    "Selection",
     "Threshold",
     "UQError",
     "UQWarning",
@@ -56,6 +57,7 @@ PUBLIC_NAMES = {
     "read_frames",
     "reference_runs",
     "relax",
+    "select",
     "stress_frames",
     "write_frames",
 }

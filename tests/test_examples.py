@@ -26,6 +26,7 @@ def test_every_example_is_run_here():
         "02_md_that_halts.py",
         "03_your_own_frames.py",
         "04_relax_and_neb.py",
+        "05_torchsim.py",
     }
 
 
@@ -64,3 +65,10 @@ def test_relax_and_neb(tmp_path: Path):
     assert "proton transfer: converged" in text
     assert re.search(r"turning O-H: halted at step \d+: image \d: force uncertainty", text)
     assert (tmp_path / "path.xyz").exists()
+
+
+def test_torchsim(tmp_path: Path):
+    text = run("05_torchsim.py", tmp_path)
+    assert "halted at" in text
+    assert "relaxed at step" in text
+    assert (tmp_path / "flagged.xyz").exists()

@@ -18,10 +18,11 @@ from ase_uq.cli.md import md
 from ase_uq.cli.predict import predict
 from ase_uq.cli.reference import reference
 from ase_uq.cli.relax import relax
+from ase_uq.cli.select import select
 from ase_uq.cli.stress_frames import stress_frames
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, predict, stress_frames, reference, md, relax, demo):
+for verb in (fit, info, evaluate, predict, select, stress_frames, reference, md, relax, demo):
     app.command()(verb)
 
 
@@ -53,10 +54,11 @@ def _(
 ) -> None:
     """Calibrated uncertainties for MACE and orb potentials, from the same forward pass as the forces.
 
-    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/] how
-    good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the potential no longer knows,
-    and [bold]predict[/] scores finished frames. For thresholds that mean something, [bold]stress-frames[/] makes bad
-    frames to label, and [bold]reference[/] counts false alarms.
+    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/]
+    how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the potential no longer
+    knows, [bold]predict[/] scores finished frames and [bold]select[/] picks those worth labelling. For thresholds
+    that mean something, [bold]stress-frames[/] makes bad frames to label, and [bold]reference[/] counts false
+    alarms.
 
     New here? [bold]ase-uq demo[/] shows it all on a small molecule in under a minute.
     """

@@ -42,10 +42,12 @@ class Head(torch.nn.Module, ABC):
         gradients: Whether it asks for `Evaluation.gradients`, which cost passes beyond the potential's own.
         grows: Whether its scores grow with the distance from the training frames, however far. What learns the errors
             of frames, or asks a committee, may say anything out there.
+        measures: Whether it has `features`.
     """
 
     gradients: bool = False
     grows: bool = True
+    measures: bool = False
 
     @property
     @abstractmethod
@@ -55,6 +57,13 @@ class Head(torch.nn.Module, ABC):
     @abstractmethod
     def forward(self, evaluation: Evaluation) -> Raw:
         """Raw uncertainties of a batch, from what one evaluation of the potential gave."""
+
+    def features(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, width) float64 the space that it measures in, before the training frames made a posterior of it.
+
+        A head that has one, in which the distance between two atoms means something, defines this and `measures`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no features to measure distances in")
 
 
 class Accumulator(ABC):

@@ -32,6 +32,8 @@ from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 from ase_uq.sites import RADII
 
+_SMALLEST_UNIT = 1e-2  # of `BLLHead.features`, relative to the largest
+
 
 @dataclass(frozen=True)
 class BLL(Method):
@@ -80,6 +82,7 @@ class BLLHead(Head):
             `energy_centre`; for direct heads `force_root`; float64.
     """
 
+    measures = True
     centre: Tensor
     atom_root: Tensor
     energy_centre: Tensor
@@ -111,6 +114,20 @@ class BLLHead(Head):
             energy = torch.cat([structure[:, None], raw.energy], 1)
             raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
         return raw
+
+    def features(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, d) standardised: about the training mean, in units of each one's spread there.
+
+        The unit is not below a hundredth of the largest: what hardly varied in training would be all that counts.
+        """
+        rows = _atom_features(evaluation, self._settings["features"]).double() - self.centre
+        # The root R is triangular and holds the units s: (RRᵀ)⁻¹ = effective · s(C + ridge)s, where C has ones on its
+        # diagonal.
+        eye = torch.eye(len(self.atom_root), dtype=rows.dtype, device=rows.device)
+        inverse = torch.linalg.solve_triangular(self.atom_root, eye, upper=True)
+        squares = inverse.square().sum(0) / (self._settings["atoms"]["effective"] * (1 + self._settings["ridge"]))
+        units = squares.sqrt()
+        return rows / units.clamp(min=_SMALLEST_UNIT * float(units.max()))
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""

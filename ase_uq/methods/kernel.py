@@ -23,7 +23,7 @@ from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
 from ase_uq.evaluation import Evaluation, Targets
 from ase_uq.methods._kernels import mean_square, pivoted_cholesky, residual
-from ase_uq.methods._linalg import Moments, reduced
+from ase_uq.methods._linalg import Moments, reduced, whitener
 from ase_uq.methods._sample import RowSample, labels_of_atoms
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
@@ -100,6 +100,8 @@ class KernelHead(Head):
         tensors: Those of the variance of atoms, their names after `atoms.`, and of structures, after `frames.`.
     """
 
+    measures = True
+
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__()
         self._settings = settings
@@ -123,6 +125,13 @@ class KernelHead(Head):
             structure = structure / evaluation.n_atoms_of_frame.double()[:, None] ** 2
         return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
 
+    def features(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; of the rbf kernel, what its landmarks represent.
+
+        The latter are bounded: atoms far from all landmarks have no features and are alike.
+        """
+        return self.atoms.features(_rows(evaluation, self._settings)[0])
+
 
 class LinearVariance(torch.nn.Module):
     """(n, d) → (n,): ‖(x - centre) root‖², mean 1 over the fitted rows."""
@@ -137,6 +146,10 @@ class LinearVariance(torch.nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         return ((rows - self.centre) @ self.root).square().sum(1)
+
+    def features(self, rows: Tensor) -> Tensor:
+        """(n, d) → (n, d): about the centre."""
+        return rows - self.centre
 
 
 class LandmarkVariance(torch.nn.Module):
@@ -161,6 +174,11 @@ class LandmarkVariance(torch.nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         known = (_rbf(rows / self.length, self.landmarks) @ self.root).square().sum(1)
         return (1 - known).clamp(min=0) / self.mean
+
+    def features(self, rows: Tensor) -> Tensor:
+        """(n, d) → (n, m): k_xm K_mm^{-1/2}."""
+        whitening, _ = whitener(_rbf(self.landmarks, self.landmarks))
+        return _rbf(rows / self.length, self.landmarks) @ whitening
 
 
 class Sums(Protocol):

@@ -92,6 +92,27 @@ class TestDistance:
         assert float(new.max()) > 1e3
 
 
+class TestFeatures:
+    @pytest.mark.parametrize("features", ["latent", "last_layer"])
+    @pytest.mark.parametrize("ridge", [1e-9, 1e-2])
+    def test_they_are_standardised(self, conservative: Backend, frames: list[Atoms], features: str, ridge: float):
+        head = fit_head(BLL(features=features, ridge=ridge), conservative, frames, batch_atoms=20)
+        train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
+        rows, at = ((e.features if features == "latent" else e.energy_layer.features).numpy() for e in (train, new))
+        spread = rows.std(0)
+        assert spread.min() < 1e-2 * spread.max(), "some of the toy's features hardly vary"
+        expected = (at - rows.mean(0)) / np.maximum(spread, 1e-2 * spread.max())
+        assert head.measures
+        # The smallest ridge leaves 1e-9 of the triangular solve.
+        np.testing.assert_allclose(head.features(new), expected, rtol=1e-5, atol=1e-7)
+
+    def test_a_method_that_measures_nothing_has_none(self, conservative: Backend, frames: list[Atoms]):
+        head = fit_head(make_method("pops"), conservative, frames)
+        assert not head.measures
+        with pytest.raises(NotImplementedError, match="POPSHead has no features to measure distances in"):
+            head.features(evaluate(conservative, frames[:1]))
+
+
 class TestEnergy:
     @pytest.mark.parametrize("ridge", [RIDGE, 1e-9])
     def test_is_dense_algebra(self, conservative: Backend, frames: list[Atoms], ridge: float):

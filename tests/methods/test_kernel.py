@@ -208,6 +208,26 @@ class TestRBF:
             fit_head(Kernel(kernel="rbf"), backend, alike)
 
 
+class TestFeatures:
+    def test_inner_products_of_linear_ones_are_the_kernel(
+        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation
+    ):
+        head = fit_head(Kernel(kernel="linear"), backend, frames)
+        centre = atoms_of(train).mean(0)
+        np.testing.assert_allclose(head.features(new), atoms_of(new) - centre, rtol=1e-9, atol=1e-12)
+        assert head.measures
+
+    def test_inner_products_with_landmarks_are_the_rbf_kernel(
+        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation
+    ):
+        """Landmarks are represented exactly: with every row one of them, so is any kernel with a training row."""
+        head = fit_head(Kernel(kernel="rbf", length=1.0), backend, frames)
+        assert head.settings["atoms"]["landmarks"] < len(atoms_of(train))  # copies have no pivot left
+        fitted, at = head.features(train).numpy(), head.features(new).numpy()
+        expected = RBF(head.settings["atoms"]["length"])(atoms_of(new), atoms_of(train))
+        np.testing.assert_allclose(at @ fitted.T, expected, rtol=1e-4, atol=1e-4)
+
+
 class TestRefusals:
     @pytest.mark.parametrize("kernel", ["linear", "rbf"])
     def test_no_frames(self, kernel: str):

@@ -1,0 +1,164 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import typer
+from ase import Atoms
+from ase.io import read, write
+from typer.testing import CliRunner, Result
+
+from ase_uq import Quantile
+from ase_uq.choosing import select as choose
+from ase_uq.cli.console import ErrorsAsLines
+from ase_uq.cli.select import select as verb
+
+
+@pytest.fixture
+def select(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
+    """Runs `ase-uq select` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer(cls=ErrorsAsLines)
+    app.command()(verb)
+    app.callback()(lambda: None)
+
+    def select(*words, pool=files.test, out="chosen.xyz", uq=files.uq) -> Result:
+        arguments = [str(word) for word in ("select", pool, "--model", "toy:", "--uq", uq, "--out", out, *words)]
+        result = CliRunner().invoke(app, arguments, catch_exceptions=False)
+        assert "Traceback" not in result.stderr
+        return result
+
+    return select
+
+
+def test_the_library_chooses_and_the_file_has_its_frames(select, files):
+    result = select("--n", 6, "--train", files.train)
+    assert result.exit_code == 0
+    expected = choose(files.test, 6, calculator="toy:", uncertainty_model=files.uq, train=files.train, progress=False)
+    frames, pool = read("chosen.xyz", ":"), read(files.test, ":")
+    assert [atoms.info["source_index"] for atoms in frames] == expected.indices.tolist()
+    assert [atoms.info["selected_rank"] for atoms in frames] == [1, 2, 3, 4, 5, 6]
+    for atoms in frames:
+        source = pool[atoms.info["source_index"]]
+        np.testing.assert_allclose(atoms.positions, source.positions, atol=1e-8)
+        np.testing.assert_allclose(atoms.arrays["REF_forces"], source.arrays["REF_forces"], atol=1e-8)
+        assert atoms.calc is None
+    for part in ("pool: ", "train: ", "select: "):
+        assert part in result.stderr
+
+
+def test_the_table_says_what_was_chosen_and_why(select, files):
+    result = select("--n", 4, "--train", files.train)
+    header, *rows, unit, last = result.stdout.splitlines()
+    assert header.split() == ["rank", "frame", "uncertainty", "(eV/Å)", "distance", "reason"]
+    for rank, (row, atoms) in enumerate(zip(rows, read("chosen.xyz", ":"), strict=True), 1):
+        number, frame, uncertainty, distance, *reason = row.split()
+        assert (int(number), int(frame)) == (rank, atoms.info["source_index"])
+        assert float(uncertainty) == pytest.approx(atoms.info["selected_uncertainty"], rel=5e-3)
+        assert float(distance) == pytest.approx(atoms.info["selected_distance"], abs=5e-3)
+        assert reason[:2] == ["farthest", "around"]
+    assert unit == "distance: to the nearest training or chosen frame; 1 is typical of two frames of the pool"
+    assert last == (
+        "4 of 25 frames written to chosen.xyz by lcmd in the features of bll; 0 near-duplicates left out; next: label "
+        "them with your reference (REF_energy, REF_forces)"
+    )
+
+
+def test_a_long_table_is_cut(select):
+    result = select("--n", 23)
+    assert "  ...  3 more in chosen.xyz" in result.stdout
+    assert len(read("chosen.xyz", ":")) == 23
+
+
+def test_environments_name_their_atom(select):
+    result = select("--n", 3, "--per", "environment", "--strategy", "maxdist")
+    assert result.stdout.splitlines()[0].split()[:3] == ["rank", "frame", "atom"]
+    atoms = read("chosen.xyz", "0")
+    assert int(result.stdout.splitlines()[1].split()[2]) == atoms.info["selected_atom"]
+
+
+def test_bands_are_counted(select, files):
+    result = select("--n", 3, "--strategy", "bands", "--flag", "q0.5", "--halt", 100, "--seed", 4)
+    assert result.exit_code == 0
+    expected = choose(
+        files.test,
+        3,
+        calculator="toy:",
+        uncertainty_model=files.uq,
+        strategy="bands",
+        flag=Quantile(0.5),
+        halt=100.0,
+        seed=4,
+        progress=False,
+    )
+    assert result.stdout.splitlines()[0] == expected.bands.describe()
+    assert [atoms.info["source_index"] for atoms in read("chosen.xyz", ":")] == expected.indices.tolist()
+
+
+def test_no_candidate_leaves_no_file(select, tmp_path):
+    result = select("--n", 3, "--flag", 1000)
+    assert result.exit_code == 1
+    assert result.stdout == "bands at 1e+03 and inf eV/Å: accurate 25 (100.0%), candidate 0 (0.0%), failed 0 (0.0%)\n"
+    assert "warning: 0 of the 3 frames asked for were chosen" in result.stderr
+    assert result.stderr.splitlines()[-1].endswith("was chosen, and chosen.xyz is not written.")
+    assert not list(tmp_path.iterdir())
+
+
+def test_copies_of_training_frames_are_left(select, files):
+    pool = [*read(files.train, ":5"), *read(files.test, ":3")]
+    write("pool.xyz", pool)
+    result = select("--n", 8, "--train", files.train, pool="pool.xyz")
+    assert result.exit_code == 0
+    assert "warning: 3 of the 8 frames asked for were chosen: 5 are near-duplicates" in result.stderr
+    assert sorted(atoms.info["source_index"] for atoms in read("chosen.xyz", ":")) == [5, 6, 7]
+    assert "5 near-duplicates left out" in result.stdout
+
+
+def test_an_existing_file_is_kept_unless_told(select, tmp_path):
+    (tmp_path / "chosen.xyz").write_text("precious")
+    refused = select("--n", 2)
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: chosen.xyz exists. Give another name, or --overwrite to replace it.\n",
+    )
+    assert (tmp_path / "chosen.xyz").read_text() == "precious"
+    assert select("--n", 2, "--overwrite").exit_code == 0
+    assert len(read("chosen.xyz", ":")) == 2
+
+
+def test_an_element_that_was_not_fitted_is_one_warning(select, files):
+    frames = read(files.test, ":3")
+    for atoms in frames:
+        atoms.symbols[0] = "Si"
+    write("in.xyz", frames)
+    result = select("--n", 1, pool="in.xyz")
+    assert result.exit_code == 0
+    assert result.stderr.count("warning: 3 frames of the pool contain Si") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "options", "code", "part"),
+    [
+        (["--n", 26], {}, 1, "error: 26 frames were asked for and the pool has 25. Ask for fewer, or label all of"),
+        (["--n", 0], {}, 2, "--n"),
+        ([], {"pool": "no.xyz"}, 1, "error: there is no file no.xyz."),
+        (["--train", "no.xyz"], {}, 1, "error: there is no file no.xyz."),
+        ([], {"pool": "empty.xyz"}, 1, "error: the file empty.xyz is empty."),
+        ([], {"pool": "gold.xyz"}, 1, "contains Au, which the potential does not know"),
+        ([], {"out": "chosen.traj"}, 2, "ends in .xyz"),
+        ([], {"out": "no/chosen.xyz"}, 1, "error: cannot write no/chosen.xyz"),
+        (["--overwrite"], {"pool": "gold.xyz", "out": "gold.xyz"}, 2, "gold.xyz is read from: give another name"),
+        (["--strategy", "best"], {}, 1, "error: strategy is one of 'lcmd', 'maxdet', 'maxdist'"),
+        (["--strategy", "bands", "--flag", 0.1], {}, 1, "error: the strategy 'bands' chooses between two thresholds"),
+        (["--per", "atom"], {}, 1, "error: per is one of 'structure', 'environment', not 'atom'."),
+        (["--method", "pdrum"], {}, 1, "error: the uncertainty model has no method 'pdrum'. It has bll."),
+        (["--flag", "tall"], {}, 2, "'tall' is neither a number in eV/Å nor a meaning"),
+    ],
+)
+def test_bad_input(select, tmp_path, words, options, code, part):
+    (tmp_path / "empty.xyz").touch()
+    write("gold.xyz", Atoms("Au"))
+    result = select(*words, **options)
+    assert result.exit_code == code
+    assert part in " ".join(result.stderr.replace("│", " ").split())
+    assert {path.name for path in tmp_path.iterdir()} == {"empty.xyz", "gold.xyz"}
