@@ -41,6 +41,7 @@ from ase_uq.readings import Reduction
 from ase_uq.scoring import evaluate
 from ase_uq.stress import stress_frames
 from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ReferenceRuns
+from ase_uq.trajectory import score
 from ase_uq.uncertainty_model import UncertaintyModel
 
 __all__ = [
@@ -86,6 +87,7 @@ __all__ = [
     "read_frames",
     "reference_runs",
     "relax",
+    "score",
     "select",
     "stress_frames",
     "write_frames",

@@ -16,13 +16,12 @@ from ase.io import iread
 from torch import Tensor
 from tqdm import tqdm
 
-from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.evaluation import Evaluation
 from ase_uq.frames import Frames, annotated
 from ase_uq.methods.base import Head
-from ase_uq.predictor import Predictor
+from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.readings import Reduction, readings_of
 from ase_uq.selection import (
     Determinant,
@@ -205,7 +204,7 @@ def select(
         TypeError: A bare potential without an uncertainty model, or the other way round.
     """
     _check_options(n, strategy, per, flag, halt, duplicates)
-    predictor = _predictor(calculator, uncertainty_model)
+    predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
     levels = _levels(predictor.uncertainty_model, flag, halt)
     if not isinstance(pool, str | os.PathLike):
@@ -336,26 +335,6 @@ def _frames_of(frames: Frames) -> Iterator[Atoms]:
 def _bar(frames: Frames, title: str) -> Iterator[Atoms]:
     total = None if isinstance(frames, str | os.PathLike) else len(frames)
     yield from tqdm(_frames_of(frames), desc=title, total=total, unit="frame", disable=not title, leave=False)
-
-
-def _predictor(
-    calculator: BaseCalculator | Predictor | Backend | str,
-    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None,
-) -> Predictor:
-    # An UncertainCalculator is known by its predictor: its module stands beside this one, not below.
-    own = calculator if isinstance(calculator, Predictor) else getattr(calculator, "predictor", None)
-    if isinstance(own, Predictor) == (uncertainty_model is not None):
-        raise TypeError(
-            f"{type(calculator).__name__} and uncertainty_model={uncertainty_model!r}: give an UncertainCalculator, or "
-            "a bare potential and the uncertainty model that was fitted for it."
-        )
-    if isinstance(own, Predictor):
-        return own
-    assert not isinstance(calculator, Predictor)
-    assert uncertainty_model is not None
-    if not isinstance(uncertainty_model, UncertaintyModel):
-        uncertainty_model = UncertaintyModel.load(uncertainty_model)
-    return Predictor(load_backend(calculator), uncertainty_model)
 
 
 def _check_options(

@@ -1,13 +1,16 @@
 """The waist of the package: the one road from structures to numbers. Torch on one side, numpy on the other."""
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
 from torch import Tensor
 
+from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import UQWarning
 from ase_uq.evaluation import Evaluation
@@ -87,6 +90,39 @@ class Predictor:
                 UQWarning,
                 stacklevel=3,
             )
+
+
+def as_predictor(
+    calculator: BaseCalculator | Predictor | Backend | str,
+    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None,
+) -> Predictor:
+    """The predictor that a user's arguments mean: an `UncertainCalculator`, or a potential and what was fitted for it.
+
+    Args:
+        calculator: A calculator, a SPEC, or a predictor, which is returned as it is.
+        uncertainty_model: Of a bare potential: a model or the path of its file; None for an `UncertainCalculator`.
+
+    Raises:
+        TypeError: A bare potential without an uncertainty model, or a second model for one that has its own.
+    """
+    # An UncertainCalculator is known by its predictor: its module stands beside this one, not below.
+    own = calculator if isinstance(calculator, Predictor) else getattr(calculator, "predictor", None)
+    if isinstance(own, Predictor):
+        if uncertainty_model is not None:
+            raise TypeError(
+                f"{type(calculator).__name__} has an uncertainty model of its own, and another was given. Leave "
+                "uncertainty_model out, or give the bare potential."
+            )
+        return own
+    assert not isinstance(calculator, Predictor)
+    if uncertainty_model is None:
+        raise TypeError(
+            f"{calculator if isinstance(calculator, str) else type(calculator).__name__} is a bare potential: give "
+            "the uncertainty_model that `fit` made for it, or an UncertainCalculator."
+        )
+    if not isinstance(uncertainty_model, UncertaintyModel):
+        uncertainty_model = UncertaintyModel.load(uncertainty_model)
+    return Predictor(load_backend(calculator), uncertainty_model)
 
 
 def _split(evaluation: Evaluation, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:

@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.artefact import check_writable
-from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.frames import LABEL_KEYS, Frames, Labels, check_labels, labels_of, read_frames
-from ase_uq.predictor import Predictor
+from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
 from ase_uq.readings import Reduction, atom_norms, readings_of
 from ase_uq.stream import batches_of
@@ -229,7 +228,7 @@ def evaluate(
         raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
-    predictor = _predictor(calculator, uncertainty_model)
+    predictor = as_predictor(calculator, uncertainty_model)
     chosen, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
     predictor.backend.check(chosen, name="labelled test frame")
     _refuse_own_labels(predictor, chosen, labels)
@@ -342,30 +341,6 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
     if sample.numbers is not None:
         for number in np.unique(sample.numbers):
             yield chemical_symbols[number], sample.numbers == number
-
-
-def _predictor(
-    calculator: BaseCalculator | Predictor | Backend | str,
-    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None,
-) -> Predictor:
-    # An UncertainCalculator is known by its predictor: its module stands beside this one, not below.
-    own = calculator if isinstance(calculator, Predictor) else getattr(calculator, "predictor", None)
-    if isinstance(own, Predictor):
-        if uncertainty_model is not None:
-            raise TypeError(
-                f"{type(calculator).__name__} has an uncertainty model of its own, and another was given. Leave "
-                "uncertainty_model out, or give the bare potential."
-            )
-        return own
-    assert not isinstance(calculator, Predictor)
-    if uncertainty_model is None:
-        raise TypeError(
-            f"{calculator if isinstance(calculator, str) else type(calculator).__name__} is a bare potential: give "
-            "the uncertainty_model that `fit` made for it, or an UncertainCalculator."
-        )
-    if not isinstance(uncertainty_model, UncertaintyModel):
-        uncertainty_model = UncertaintyModel.load(uncertainty_model)
-    return Predictor(load_backend(calculator), uncertainty_model)
 
 
 def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:

@@ -57,6 +57,7 @@ PUBLIC_NAMES = {
     "read_frames",
     "reference_runs",
     "relax",
+    "score",
     "select",
     "stress_frames",
     "write_frames",

@@ -310,11 +310,9 @@ class TestRefusals:
         assert found.indices[0] >= 40
 
     def test_a_bare_potential_needs_a_model_and_an_uncertain_one_has_its_own(self, select, model, pool):
-        with pytest.raises(
-            TypeError, match="give an UncertainCalculator, or a bare potential and the uncertainty model"
-        ):
+        with pytest.raises(TypeError, match="ToyCalculator is a bare potential: give the uncertainty_model"):
             select(pool, 1, uncertainty_model=None)
-        with pytest.raises(TypeError, match="give an UncertainCalculator, or"):
+        with pytest.raises(TypeError, match="UncertainCalculator has an uncertainty model of its own"):
             select(pool, 1, calculator=UncertainCalculator(ToyCalculator(ELEMENTS), model))
 
 

@@ -18,11 +18,12 @@ from ase_uq.cli.md import md
 from ase_uq.cli.predict import predict
 from ase_uq.cli.reference import reference
 from ase_uq.cli.relax import relax
+from ase_uq.cli.report import report
 from ase_uq.cli.select import select
 from ase_uq.cli.stress_frames import stress_frames
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, predict, select, stress_frames, reference, md, relax, demo):
+for verb in (fit, info, evaluate, predict, select, stress_frames, reference, md, relax, report, demo):
     app.command()(verb)
 
 

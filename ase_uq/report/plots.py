@@ -5,17 +5,22 @@ ax.figure.savefig("errors.png", dpi=200)
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 
 import numpy as np
+from ase import Atoms
 from numpy.typing import ArrayLike
 from scipy.special import gammaincinv, ndtri
 
 from ase_uq import metrics
 from ase_uq.errors import MissingDependency
+from ase_uq.report.balls import balls
 
 try:
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
+    from matplotlib.colors import LinearSegmentedColormap
+    from matplotlib.patches import Circle
 except ImportError as error:
     raise MissingDependency(
         'figures need matplotlib, which is not installed. Run: pip install "ase-uq[report]"'
@@ -23,6 +28,9 @@ except ImportError as error:
 
 # Okabe and Ito: told apart by every eye, and in print.
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
+# From certain to uncertain: darker all the way, so that it reads in grey too.
+UNCERTAINTY_COLOURS = ("#DCE3E8", ORANGE, RED, "#8E1B00")
+_COLOUR_MAP = LinearSegmentedColormap.from_list("uncertainty", UNCERTAINTY_COLOURS)
 
 
 def run(
@@ -34,18 +42,20 @@ def run(
     errors: ArrayLike | None = None,
     temperature: ArrayLike | None = None,
     log: bool = False,
+    x_label: str = "time (fs)",
     ax: Axes | None = None,
 ) -> Axes:
     """Uncertainty along a run, with its thresholds, flagged frames and true errors.
 
     Args:
-        time: (n,) fs.
+        time: (n,) fs; or what `x_label` says.
         readings: (n,) force uncertainty of each step, eV/Å; gaps (NaN, inf) are left out.
         flag: Threshold, eV/Å; readings from it on are marked.
         halt: Threshold, eV/Å.
         errors: (n,) true error of the same kind as the readings, eV/Å; NaN where it is not known.
         temperature: (n,) K, on an axis of its own at the right.
         log: Whether uncertainties and errors stand on a logarithmic axis.
+        x_label: What `time` is, where frames have a number instead.
         ax: Where to draw.
 
     Returns:
@@ -66,7 +76,9 @@ def run(
         # The uncertainty is the subject: it stands in front.
         ax.set_zorder(right.get_zorder() + 1)
         ax.patch.set_visible(False)
-    handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2)
+    # A frame between two gaps is no line: few frames are points as well.
+    points = {"marker": ".", "ms": 4} if len(time) <= 300 else {}
+    handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2, **points)
     if flag is not None:
         ax.axhline(flag, color=ORANGE, lw=1, ls="--")
         above = readings >= flag
@@ -82,7 +94,7 @@ def run(
         shown = np.isfinite(known)
         style = {"ms": 4.5, "mfc": "white", "mec": "black", "mew": 0.9}
         handles += ax.plot(time[shown], known[shown], "D", label="true error", **style)
-    ax.set(xlabel="time (fs)", ylabel="force uncertainty, error (eV/Å)" if errors is not None else _UNCERTAINTY)
+    ax.set(xlabel=x_label, ylabel="force uncertainty, error (eV/Å)" if errors is not None else _UNCERTAINTY)
     if log:
         ax.set_yscale("log")
     else:
@@ -193,6 +205,106 @@ def reliability(residuals: ArrayLike, std: ArrayLike, *, label: str = "", ax: Ax
     ax.set(xlabel="expected fraction", ylabel="observed fraction", xlim=(0, 1), ylim=(0, 1), aspect="equal")
     ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.07))
     return ax
+
+
+def latent_map(
+    reference: Mapping[str, ArrayLike],
+    scored: ArrayLike,
+    readings: ArrayLike,
+    *,
+    explained: ArrayLike | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Scored frames among the frames that the uncertainty model knows, in the plane of two principal components.
+
+    Args:
+        reference: By name, such as "training": (n, 2) coordinates.
+        scored: (n, 2) coordinates, coloured by their readings.
+        readings: (n,) eV/Å; those that are not finite take the darkest colour.
+        explained: (2,) share of the variance along each component.
+        ax: Where to draw.
+    """
+    points, readings = np.asarray(scored, float).reshape(-1, 2), np.asarray(readings, float).ravel()
+    if len(points) != len(readings):
+        raise ValueError(f"scored has {len(points)} points, readings {len(readings)}; they belong together one by one.")
+    ax = _axes(ax, (5.2, 4.2))
+    marks = cycle(((BLUE, "o"), ("black", "x"), (GREY, "^")))
+    for (name, known), (color, marker) in zip(reference.items(), marks, strict=False):
+        known = np.asarray(known, float).reshape(-1, 2)
+        ax.scatter(*known.T, s=13, marker=marker, c=color, lw=0.7, alpha=0.35, label=f"{name} ({len(known)})", zorder=2)
+    top = _largest(readings)
+    order = np.argsort(np.nan_to_num(readings, nan=np.inf))
+    shown = ax.scatter(
+        *points[order].T,
+        s=20,
+        c=_clipped(readings[order], top),
+        cmap=_COLOUR_MAP,
+        vmin=0,
+        vmax=top,
+        ec="black",
+        lw=0.3,
+        label=f"scored ({len(points)})",
+        zorder=3,
+    )
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    bar = figure.colorbar(shown, ax=ax, pad=0.02, label=_UNCERTAINTY)
+    bar.outline.set_visible(False)  # pyright: ignore[reportCallIssue]  (typed as a collection of spines)
+    shares = ["", ""] if explained is None else [f" ({share:.0%} of the variance)" for share in np.asarray(explained)]
+    ax.set(xlabel=f"component 1{shares[0]}", ylabel=f"component 2{shares[1]}", xticks=[], yticks=[])
+    ax.legend(frameon=False, fontsize=8, ncols=4, loc="lower left", bbox_to_anchor=(0, 1), handletextpad=0.2)
+    return ax
+
+
+def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None = None, ax: Axes | None = None) -> Axes:
+    """A structure as a picture, its atoms coloured by their force uncertainty, seen from its flattest side.
+
+    Args:
+        atoms: Structure; bonds are drawn between atoms that touch, not through periodic boundaries.
+        uncertainties: (n_atoms,) eV/Å; those that are not finite take the darkest colour.
+        largest: Uncertainty with the darkest colour, eV/Å; that of the structure by default.
+        ax: Where to draw.
+    """
+    values = np.asarray(uncertainties, float).ravel()
+    if len(values) != len(atoms):
+        raise ValueError(f"{len(values)} uncertainties for {len(atoms)} atoms; they belong together one by one.")
+    top = largest or _largest(values)
+    if ax is None:
+        _, ax = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
+    seen = balls(atoms)
+    for line in seen.cell:
+        ax.plot(*line[:, :2].T, color=GREY, lw=0.8, zorder=1)
+    colours = _COLOUR_MAP(_clipped(values, top) / top)
+    # From the back to the front: what is nearer is drawn over what is farther.
+    things = [(seen.positions[pair, 2].min(), tuple(pair)) for pair in seen.bonds]
+    things += [(depth, (i,)) for i, depth in enumerate(seen.positions[:, 2])]
+    for order, (_, which) in enumerate(sorted(things, key=lambda thing: thing[0])):
+        zorder = 2 + order / len(things)
+        places = seen.positions[list(which), :2]
+        if len(which) == 2:
+            ax.plot(*places.T, color="#9AA3AA", lw=5, solid_capstyle="round", zorder=zorder)
+            continue
+        (i,), ((x, y),) = which, places
+        ax.add_patch(Circle((x, y), float(seen.radii[i]), fc=colours[i], ec="#3A3F44", lw=0.9, zorder=zorder))
+        if len(atoms) <= 40:
+            ink = "white" if _clipped(values, top)[i] > 0.55 * top else "black"
+            ax.text(x, y, atoms[i].symbol, color=ink, ha="center", va="center", size=9, zorder=zorder)
+    ax.set(aspect="equal")
+    ax.autoscale_view()
+    ax.margins(0.08)
+    ax.set_axis_off()
+    return ax
+
+
+def _largest(values: np.ndarray) -> float:
+    """The largest finite value; 1 where there is none above 0."""
+    finite = values[np.isfinite(values)]
+    return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
+
+
+def _clipped(values: np.ndarray, top: float) -> np.ndarray:
+    """Values with what is not finite, and what is larger, at the top."""
+    return np.clip(np.nan_to_num(values, nan=top, posinf=top), 0, top)
 
 
 _UNCERTAINTY = "force uncertainty (eV/Å)"

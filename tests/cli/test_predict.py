@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from ase.io import read, write
 
-from ase_uq import UncertainCalculator, UncertaintyModel, read_frames
+from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, read_frames
 
 
 @pytest.fixture
@@ -54,23 +54,61 @@ def test_an_existing_file_is_kept_unless_told(predict, tmp_path):
     assert len(read("out.xyz", ":")) == 25
 
 
-def test_what_was_interrupted_does_not_look_finished(predict, files, tmp_path):
+def test_a_damaged_frame_is_named_and_the_rest_is_kept(predict, files, tmp_path):
     text = files.test.read_text()
     (tmp_path / "in.xyz").write_text(text[: len(text) // 2])
-    result = predict("--batch-atoms", 9, frames="in.xyz")
-    assert result.exit_code == 1
-    assert "in.xyz cannot be read after frame 12" in result.stderr
-    assert "stopped early: the first 11 frames are in out.xyz.part" in result.stderr
+    result = predict("--batch-atoms", 9, "--csv", "numbers.csv", frames="in.xyz")
+    assert result.exit_code == 0
+    assert "warning: frame 12 was left out: it is truncated: " in result.stderr
+    assert "; 1 frames were left out" in result.stdout
+    assert [atoms.info["source_frame"] for atoms in read("out.xyz", ":")] == list(range(12))
+    assert len((tmp_path / "numbers.csv").read_text().splitlines()) == 14
+    assert {path.name for path in tmp_path.iterdir()} == {"in.xyz", "out.xyz", "numbers.csv"}
+
+
+def test_what_was_interrupted_goes_on_with_the_same_command(predict, tmp_path, monkeypatch):
+    real, calls = Predictor.predict, []
+
+    def interrupted(self, frames, **options):
+        calls.append(frames)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(self, frames, **options)
+
+    monkeypatch.setattr(Predictor, "predict", interrupted)
+    result = predict("--batch-atoms", 27)
+    assert result.exit_code != 0
+    assert (
+        "stopped early: what was scored is in out.xyz.part, and the same command goes on from there." in result.stderr
+    )
     assert not (tmp_path / "out.xyz").exists()
-    assert len(read(tmp_path / "out.xyz.part", ":", format="extxyz")) == 11
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    result = predict("--batch-atoms", 27)
+    assert result.exit_code == 0
+    assert "of them were there from an interrupted run" in result.stdout
+    assert [atoms.info["source_frame"] for atoms in read("out.xyz", ":")] == list(range(25))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]
 
 
-def test_a_structure_that_cannot_be_evaluated(predict, files, tmp_path):
+def test_the_csv_file_is_kept_unless_told(predict, tmp_path):
+    (tmp_path / "numbers.csv").write_text("precious")
+    refused = predict("--csv", "numbers.csv")
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: numbers.csv exists. Give another name, or --overwrite to replace it.\n",
+    )
+    assert predict("--csv", "numbers.csv", "--overwrite").exit_code == 0
+    assert len((tmp_path / "numbers.csv").read_text().splitlines()) == 26
+
+
+def test_frames_that_cannot_be_evaluated(predict, files, tmp_path):
     frames = read(files.test, ":2")
-    frames[0].numbers[0] = 79
+    frames[0].numbers[0] = frames[1].numbers[0] = 79
     write("in.xyz", frames)
     result = predict(frames="in.xyz")
     assert result.exit_code == 1
+    assert "error: none of the 2 frames of in.xyz could be scored. Frame 0: structure 0 (" in result.stderr
     assert "which the potential does not know" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"in.xyz"}
 

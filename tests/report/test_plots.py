@@ -9,6 +9,8 @@ import pytest
 
 mpl.use("Agg")
 
+from ase.build import molecule
+from ase.data import covalent_radii
 from matplotlib import pyplot as plt
 from scipy import stats
 
@@ -59,6 +61,10 @@ def test_run_has_the_temperature_on_its_own_axis():
     assert right.get_ylabel() == "temperature (K)"
     assert ax.get_zorder() > right.get_zorder()
     assert labels(ax) == ["temperature", "predicted uncertainty"]
+
+
+def test_run_has_another_name_for_what_is_no_time():
+    assert plots.run([0, 1], [0.1, 0.2], x_label="frame").get_xlabel() == "frame"
 
 
 def test_run_starts_at_zero_or_is_logarithmic():
@@ -143,6 +149,51 @@ def test_several_curves_share_the_diagonal():
     assert plots.reliability(residuals, 2.0, label="after", ax=ax) is ax
     assert len(ax.lines) == 3
     assert [text.split(",")[0] for text in labels(ax)] == ["model", "after"]
+
+
+# The latent map
+
+
+def test_latent_map_shows_all_groups_and_colours_the_scored():
+    rng = np.random.default_rng(0)
+    known, calibration, scored = (rng.normal(size=(n, 2)) for n in (30, 20, 4))
+    readings = [0.3, np.nan, 0.1, 0.2]
+    ax = plots.latent_map(
+        {"training": known, "calibration": calibration}, scored, readings, explained=[0.6, 0.3], ax=None
+    )
+    first, second, third = ax.collections
+    np.testing.assert_allclose(first.get_offsets(), known)
+    np.testing.assert_allclose(second.get_offsets(), calibration)
+    # The most uncertain are drawn last, over the others; what is not a number has the darkest colour.
+    np.testing.assert_allclose(third.get_offsets(), scored[[2, 3, 0, 1]])
+    np.testing.assert_allclose(third.get_array(), [0.1, 0.2, 0.3, 0.3])
+    assert labels(ax) == ["training (30)", "calibration (20)", "scored (4)"]
+    assert ax.get_xlabel() == "component 1 (60% of the variance)"
+
+
+def test_latent_map_wants_a_reading_for_each_point():
+    with pytest.raises(ValueError, match="scored has 3 points, readings 2"):
+        plots.latent_map({}, np.zeros((3, 2)), [1, 2])
+
+
+# Structures
+
+
+def test_structure_colours_atoms_by_their_uncertainty():
+    atoms = molecule("H2O")
+    _, ax = plt.subplots()
+    assert plots.structure(atoms, [0.1, np.nan, 0.4], largest=0.8, ax=ax) is ax
+    scale = mpl.colors.LinearSegmentedColormap.from_list("", plots.UNCERTAINTY_COLOURS)
+    found = {tuple(circle.get_facecolor()) for circle in ax.patches}
+    assert found == {tuple(scale(fraction)) for fraction in (0.1 / 0.8, 1.0, 0.4 / 0.8)}
+    assert sorted(text.get_text() for text in ax.texts) == ["H", "H", "O"]
+    assert len(ax.lines) == 2  # bonds
+    assert max(circle.radius for circle in ax.patches) == 0.5 * covalent_radii[8]
+
+
+def test_structure_wants_an_uncertainty_for_each_atom():
+    with pytest.raises(ValueError, match="2 uncertainties for 3 atoms"):
+        plots.structure(molecule("H2O"), [0.1, 0.2])
 
 
 # All of them

@@ -1,0 +1,90 @@
+"""Balls and sticks of a structure, and where to look at them from; shared by the picture and the view that turns."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.geometry import get_distances
+from ase.neighborlist import natural_cutoffs, neighbor_list
+
+
+@dataclass(frozen=True)
+class Balls:
+    """A structure turned to the viewer: without a cell by its flattest side, with one upright.
+
+    Args:
+        positions: (n_atoms, 3) Å; x to the right, y up, z towards the viewer.
+        radii: (n_atoms,) Å, half the covalent radii.
+        bonds: (n_bonds, 2) indices of atoms that touch, not through a periodic boundary.
+        cell: (n_lines, 2, 3) Å, edges of the cell along periodic directions; none without any.
+    """
+
+    positions: np.ndarray
+    radii: np.ndarray
+    bonds: np.ndarray
+    cell: np.ndarray
+
+
+def balls(atoms: Atoms) -> Balls:
+    """Balls and sticks of a structure."""
+    middle = atoms.positions.mean(0)
+    axes = _tilted() if atoms.pbc.any() else _flattest(atoms.positions - middle)
+    i, j, shift = neighbor_list("ijS", atoms, [1.15 * radius for radius in natural_cutoffs(atoms)])
+    inside = (i < j) & ~shift.any(1)
+    return Balls(
+        positions=(atoms.positions - middle) @ axes.T,
+        radii=0.5 * covalent_radii[atoms.numbers],
+        bonds=np.stack([i[inside], j[inside]], 1),
+        cell=(_edges(atoms) - middle) @ axes.T,
+    )
+
+
+def surroundings(atoms: Atoms, centre: int, most: int) -> tuple[Atoms, np.ndarray]:
+    """A structure that can be looked at: itself, or of a large one the atoms nearest to one of them.
+
+    Args:
+        atoms: Structure.
+        centre: Index of the atom.
+        most: Number of atoms.
+
+    Returns:
+        The structure, cut out through periodic boundaries and without a cell where it was too large; and the indices
+        of its atoms.
+    """
+    if len(atoms) <= most:
+        return atoms, np.arange(len(atoms))
+    vectors, distances = get_distances(
+        atoms.positions[centre : centre + 1], atoms.positions, cell=atoms.cell, pbc=atoms.pbc
+    )
+    nearest = np.sort(np.argsort(distances[0], kind="stable")[:most])
+    return Atoms(atoms.numbers[nearest], atoms.positions[centre] + vectors[0][nearest]), nearest
+
+
+def _flattest(positions: np.ndarray) -> np.ndarray:
+    """(3, 3) principal axes in rows: the widest to the right, the thinnest towards the viewer."""
+    axes = np.linalg.svd(positions, full_matrices=True)[2]
+    axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
+    axes[2] *= np.sign(np.linalg.det(axes))  # right-handed, or it would be a mirror image
+    return axes
+
+
+def _tilted() -> np.ndarray:
+    """(3, 3) z upwards, seen a little from the right and from above: a cell is known by its edges."""
+    right, above = np.radians(20), np.radians(12)
+    x = np.array([np.cos(right), np.sin(right), 0])
+    towards = np.array([np.sin(right) * np.cos(above), -np.cos(right) * np.cos(above), np.sin(above)])
+    return np.array([x, np.cross(towards, x), towards])
+
+
+def _edges(atoms: Atoms) -> np.ndarray:
+    """(n_lines, 2, 3) Å."""
+    vectors = [vector for vector, periodic in zip(atoms.cell.array, atoms.pbc, strict=True) if periodic]
+    lines = []
+    for number, along in enumerate(vectors):
+        others = vectors[:number] + vectors[number + 1 :]
+        starts = [np.zeros(3)]
+        for other in others:
+            starts += [start + other for start in starts]
+        lines += [(start, start + along) for start in starts]
+    return np.array(lines).reshape(-1, 2, 3)

@@ -1,0 +1,281 @@
+"""Frames one by one from anything ASE reads, in memory that does not grow with the file.
+
+ASE indexes or reads many formats whole before it gives the first frame, and gives up at the first that is damaged.
+Here the text formats of trajectories are cut into the text of one frame each, which ASE's own reader then parses: what
+lies before a frame is skipped without parsing it, and a damaged frame is left out while those after it are read.
+"""
+
+import hashlib
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import ase.db
+import numpy as np
+from ase import Atoms
+from ase.io import iread
+from ase.io.formats import filetype, get_ioformat, open_with_compression
+from ase.io.trajectory import TrajectoryReader
+
+from ase_uq.errors import InputError
+from ase_uq.frames import Frames
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A frame that cannot be read.
+
+    Args:
+        reason: What is wrong with it, for people.
+        last: Whether nothing can be read after it.
+    """
+
+    reason: str
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The text of one frame, and why it cannot be one, if so."""
+
+    text: str
+    problem: str = ""
+
+
+class Source:
+    """Frames of a file or a list, numbered from 0.
+
+    Args:
+        frames: A path in any format that ASE reads, or a list of structures.
+
+    Attributes:
+        name: The path, or `the list`.
+
+    Raises:
+        InputError: There is no such file, it is empty, or ASE does not know its format.
+    """
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames: Sequence[Atoms] | Path
+        if isinstance(frames, Sequence) and not isinstance(frames, str):
+            self._frames, self.name, self._format = frames, "the list", ""
+            return
+        self._frames = path = Path(frames)  # pyright: ignore[reportArgumentType] (a str or a PathLike)
+        self.name = str(path)
+        if not path.is_file():
+            raise InputError(f"there is no file {path}.")
+        if path.stat().st_size == 0:
+            raise InputError(f"the file {path} is empty.")
+        try:
+            self._format = filetype(str(path))
+            get_ioformat(self._format)
+        except Exception as error:  # UnknownFileTypeError, and what peeking into a damaged archive raises
+            raise InputError(f"{path} is in no format that ASE knows ({error}).") from error
+
+    def digest(self) -> str:
+        """sha256 of the file, or of the structures' atoms, positions and cells."""
+        if isinstance(self._frames, Path):
+            with open(self._frames, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for atoms in self._frames:
+            for values in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+                digest.update(np.ascontiguousarray(values).tobytes() + b"|")
+        return digest.hexdigest()
+
+    def total(self) -> int | None:
+        """Number of frames, damaged ones too, where it can be told without reading them; else None."""
+        if not isinstance(self._frames, Path):
+            return len(self._frames)
+        try:
+            if self._format in _CUTTERS:
+                with self._opened() as file:
+                    return sum(1 for _ in _CUTTERS[self._format](file))
+            if self._format == "traj":
+                with TrajectoryReader(self.name) as trajectory:
+                    return len(trajectory)
+            if self._format == "db":
+                return ase.db.connect(self.name, serial=True).count()
+        except Exception:  # reading will say what is wrong with the file
+            return None
+        return None
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, Atoms | Unreadable]]:
+        """The number of each frame, and the frame or what is wrong with it.
+
+        Args:
+            start: Number of the first one wanted; those before it are not parsed where the format allows.
+        """
+        if not isinstance(self._frames, Path):
+            for number in range(start, len(self._frames)):
+                yield number, self._frames[number]
+            return
+        reader = self._reader(start)
+        number = start
+        while True:
+            try:
+                item = next(reader, None)
+            except Exception as error:  # ASE's readers raise anything from KeyError to UnicodeDecodeError
+                item = Unreadable(f"the file cannot be read from here on ({_named(error)})", last=True)
+            if item is None:
+                return
+            yield number, item
+            if isinstance(item, Unreadable) and item.last:
+                return
+            number += 1
+
+    def _reader(self, start: int) -> Iterator[Atoms | Unreadable]:
+        if self._format in _CUTTERS:
+            return self._from_pieces(start)
+        if self._format == "traj":
+            return self._from_trajectory(start)
+        if self._format == "db":
+            return self._from_database(start)
+        return islice(iread(self.name, ":"), start, None)
+
+    def _opened(self) -> TextIO:
+        return cast(TextIO, open_with_compression(self.name, "r"))
+
+    def _from_pieces(self, start: int) -> Iterator[Atoms | Unreadable]:
+        with self._opened() as file:
+            for piece in islice(_CUTTERS[self._format](file), start, None):
+                yield Unreadable(piece.problem) if piece.problem else _attempt(self._parse, piece.text)
+
+    def _parse(self, text: str) -> Atoms:
+        # What ase.io.read calls, without its preparations, which take as long as a small frame.
+        reader: Any = get_ioformat(self._format).read
+        (atoms,) = reader(io.StringIO(text), slice(None))
+        return atoms
+
+    def _from_trajectory(self, start: int) -> Iterator[Atoms | Unreadable]:
+        with TrajectoryReader(self.name) as trajectory:
+            for number in range(start, len(trajectory)):
+                yield _attempt(trajectory.__getitem__, number)
+
+    def _from_database(self, start: int) -> Iterator[Atoms | Unreadable]:
+        database: Any = ase.db.connect(self.name, serial=True)
+        total, number = database.count(), start
+        while number < total:
+            try:
+                for row in database.select(offset=number, limit=total - number):
+                    yield _attempt(row.toatoms)
+                    number += 1
+                return
+            except Exception as error:  # the row itself cannot be decoded
+                yield Unreadable(_named(error))
+                number += 1
+
+
+def _attempt(build: Callable[..., Any], *arguments: Any) -> Atoms | Unreadable:
+    try:
+        return build(*arguments)
+    except Exception as error:  # whatever a parser stumbles over
+        return Unreadable(_named(error))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
+    """Plain and extended XYZ: a number of atoms, a comment, a line an atom, and up to three cell vectors."""
+    line = file.readline()
+    while line:
+        if not line.strip():
+            line = file.readline()
+            continue
+        if not _is_count(line):
+            begin = line.strip()[:60]
+            while line and not _is_count(line):
+                line = file.readline()
+            yield _Piece("", f"a number of atoms was expected, found {begin!r}")
+            continue
+        count, lines = int(line), [line, file.readline()]
+        line = file.readline()
+        # A line of an atom has four columns or more: a number alone begins the next frame.
+        while len(lines) < count + 2 and line and not _is_count(line):
+            lines.append(line)
+            line = file.readline()
+        if len(lines) < count + 2:
+            yield _Piece("", f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
+            continue
+        while line.lstrip().startswith("VEC"):
+            lines.append(line)
+            line = file.readline()
+        yield _Piece("".join(lines))
+
+
+def _is_count(line: str) -> bool:
+    return len(line) < 20 and line.strip().isdecimal()
+
+
+def _lammps_pieces(file: TextIO) -> Iterator[_Piece]:
+    """LAMMPS text dumps: sections under `ITEM:` lines, of which `TIMESTEP` begins a frame."""
+    lines: list[str] = []
+    for line in file:
+        if line.startswith("ITEM: TIMESTEP") and lines:
+            yield _Piece("".join(lines), _problem_of_dump(lines))
+            lines = []
+        lines.append(line)
+    if lines:
+        yield _Piece("".join(lines), _problem_of_dump(lines))
+
+
+def _problem_of_dump(lines: Sequence[str]) -> str:
+    expected = found = None
+    for index, line in enumerate(lines):
+        if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
+            expected = lines[index + 1].strip()
+        elif line.startswith("ITEM: ATOMS"):
+            if "element" not in line.split():
+                return (
+                    "it has no column `element`, and ASE would take the types for atomic numbers: dump with `element` "
+                    "and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the frames"
+                )
+            found = str(len(lines) - index - 1)
+            break
+    # ASE would read what is there, as a frame of fewer atoms.
+    if expected is None or found is None:
+        return "it is truncated: its number of atoms or its atoms are missing"
+    return "" if expected == found else f"it is truncated: {found} of its {expected} atoms are there"
+
+
+def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
+    """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
+    header: list[str] = []
+    line = file.readline()
+    while line.strip():
+        if "configuration=" not in line:
+            header = [line, *islice(file, 6)]
+            line = file.readline()
+            continue
+        lines = [line]
+        line = file.readline()
+        while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
+            lines.append(line)
+            line = file.readline()
+        found, expected = len(lines) - 1, _n_atoms(header)
+        problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
+        yield _Piece("".join([*header, *lines]), problem)
+        skipped = []
+        while problem and line and "configuration=" not in line:
+            skipped.append(line)
+            line = file.readline()
+        # A new header may be among them, with a new cell.
+        if len(skipped) >= 7 and len(skipped[-6].split()) == 1:
+            header = skipped[-7:]
+
+
+def _n_atoms(header: Sequence[str]) -> int:
+    return sum(int(count) for count in header[6].split()) if len(header) == 7 else 0
+
+
+_CUTTERS: dict[str, Callable[[TextIO], Iterator[_Piece]]] = {
+    "extxyz": _xyz_pieces,
+    "xyz": _xyz_pieces,
+    "lammps-dump-text": _lammps_pieces,
+    "vasp-xdatcar": _xdatcar_pieces,
+}

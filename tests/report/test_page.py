@@ -1,0 +1,384 @@
+"""What the page says, that it asks nobody, and that a browser shows it."""
+
+import base64
+import gzip
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+
+mpl.use("Agg")
+
+from ase.build import bulk
+from ase.io import read
+from matplotlib import pyplot as plt
+from PIL import Image
+
+from ase_uq import Quantile, UncertainCalculator, UncertaintyModel, embedded, write_frames
+from ase_uq.errors import ArtefactError, InputError, MissingDependency
+from ase_uq.frames import annotated, read_frames
+from ase_uq.report.page import write_report
+
+EVIL = """<script>alert(1)</script>"><img src=x onerror=alert(2)>"""
+
+
+class Elements(HTMLParser):
+    """Every element with its attributes, and the text of each."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str]]] = []
+        self.texts: list[tuple[str, str]] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.texts.append((self.found[-1][0] if self.found else "", data))
+
+    def attributes(self, tag: str) -> list[dict[str, str]]:
+        return [attributes for name, attributes in self.found if name == tag]
+
+    @property
+    def visible(self) -> str:
+        return " ".join(" ".join(data for tag, data in self.texts if tag not in ("script", "style")).split())
+
+
+@pytest.fixture(scope="module")
+def model() -> UncertaintyModel:
+    return UncertaintyModel.load(embedded.path("mace.uq.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> Path:
+    """Labelled frames of two temperatures, scored by the embedded potential, through a file."""
+    calculator = UncertainCalculator("embedded:mace", embedded.path("mace.uq.safetensors"))
+    frames = [a for name in ("test_300K.xyz", "test_900K.xyz") for a in read(embedded.path(name), ":30")]
+    predictions = calculator.predictor.predict(frames)
+    path = tmp_path_factory.mktemp("scored") / "scored.xyz"
+    write_frames(path, [annotated(a, p.results) for a, p in zip(frames, predictions, strict=True)])
+    return path
+
+
+@pytest.fixture(scope="module")
+def labelled(scored, model, tmp_path_factory):
+    """The full report with everything in it, and its text."""
+    folder = tmp_path_factory.mktemp("report")
+    backend = UncertainCalculator("embedded:mace", model).predictor.backend
+    report = write_report(
+        folder / "report.html",
+        read_frames(scored),
+        model,
+        flag=Quantile(0.99),
+        halt=0.5,
+        backend=backend,
+        train=read(embedded.path("train_300K.xyz"), ":40"),
+        calibration=read(embedded.path("calibration_300K.xyz"), ":30"),
+        sources={"frames": "scored.xyz"},
+    )
+    return report, report.page.read_text("utf-8")
+
+
+@pytest.fixture
+def write(tmp_path, model):
+    def write(frames, **settings):
+        report = write_report(tmp_path / "report.html", frames, model, **settings)
+        return report, report.page.read_text("utf-8")
+
+    return write
+
+
+def test_numbers_are_those_of_the_frames(labelled, scored, model):
+    report, text = labelled
+    said = Elements(text).visible
+    frames = read_frames(scored)
+    norms = [np.linalg.norm(atoms.calc.results["forces_uncertainty"], axis=1) for atoms in frames]
+    readings = np.array([each.max() for each in norms])
+    flag = model.threshold(Quantile(0.99))
+    counts = [(readings < flag).sum(), ((readings >= flag) & (readings < 0.5)).sum(), (readings >= 0.5).sum()]
+    for name, count in zip(("accurate", "candidate", "failed"), counts, strict=True):
+        assert re.search(rf"{name} [^:]*: {count} frames", said)
+    assert f"{readings.max():.3g} eV/Å frame {readings.argmax()}" in said
+    residuals = np.concatenate([a.arrays["REF_forces"] - a.calc.results["forces"] for a in frames])
+    assert f"{np.sqrt(np.mean(residuals**2)):.3g} eV/Å" in said
+    assert report.summary().startswith(
+        f"60 frames, 540 atoms, {counts[1] + counts[2]} at or above flag, {counts[2]} at or above halt."
+    )
+
+
+def test_the_table_has_a_row_for_each_element(labelled, scored):
+    said = Elements(labelled[1]).visible
+    numbers = np.concatenate([atoms.numbers for atoms in read_frames(scored)])
+    norms = np.concatenate([np.linalg.norm(a.calc.results["forces_uncertainty"], axis=1) for a in read_frames(scored)])
+    for symbol, z in (("H", 1), ("C", 6), ("O", 8)):
+        mine = norms[numbers == z]
+        assert f" {symbol} {len(mine)} {np.median(mine):.3g} {np.quantile(mine, 0.99):.3g} {mine.max():.3g} " in said
+
+
+def test_it_has_every_section_and_where_it_comes_from(labelled, model):
+    report, text = labelled
+    said = Elements(text).visible
+    for title in (
+        "Uncertainty along the frames",
+        "Are the uncertainties right?",
+        "By element",
+        "Where the frames lie",
+        "The most uncertain frames",
+        "Where this comes from",
+    ):
+        assert title in said
+    assert model.identity.fingerprint in said
+    assert " ".join(model.summary().split()) in said
+    assert model.threshold(Quantile(0.99)).describe() in said
+    assert model.provenance["train"]["digest"] in said
+    assert report.page.name == "report.html"
+
+
+def test_pictures_are_files_too(labelled):
+    report, _ = labelled
+    names = [path.name for path in report.pictures]
+    assert names[:4] == ["uncertainty.png", "reliability.png", "errors.png", "latent_map.png"]
+    assert len(names) == 10
+    assert {path.parent.name for path in report.pictures} == {"report_figures"}
+    for path in report.pictures:
+        with Image.open(path) as image:
+            assert image.width > 400
+            assert len(image.convert("L").getcolors() or [0] * 9) > 8
+    assert not plt.get_fignums()
+
+
+def test_it_asks_nobody(labelled):
+    text = labelled[1]
+    page = Elements(text)
+    for tag, attributes in page.found:
+        for name, value in attributes.items():
+            if name in ("src", "srcset", "href", "data", "action", "poster", "background"):
+                assert value.startswith("data:"), (tag, name, value[:60])
+    assert not {"link", "iframe", "object", "embed", "form", "base"} & {tag for tag, _ in page.found}
+    style = text[text.index("<style>") : text.index("</style>")]
+    assert "url(" not in style
+    assert "@import" not in style
+    (policy,) = (a["content"] for a in page.attributes("meta") if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'; img-src data: blob:;")
+    assert "http" not in policy
+
+
+def test_the_policy_allows_the_two_scripts_that_are_in_it(labelled):
+    text = labelled[1]
+    own = text[text.rindex("<script>") + len("<script>") : text.rindex("</script>")]
+    packed = re.search(r'id="plotly">([^<]*)<', text)
+    assert packed is not None
+    library = gzip.decompress(base64.b64decode(packed[1])).decode()
+    assert "plotly.js v" in library[:200]
+    for script in (own, library):
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        assert f"'sha256-{digest}'" in text
+    assert "'unsafe-inline'" not in text[text.index("script-src") : text.index("script-src") + 400].split('"')[0]
+
+
+def test_every_picture_says_what_it_shows(labelled):
+    page = Elements(labelled[1])
+    images = page.attributes("img")
+    assert len(images) == 10
+    assert all(len(image["alt"]) > 30 for image in images)
+    assert page.attributes("html") == [{"lang": "en"}]
+    assert len(page.attributes("h1")) == 1
+    assert {cell["scope"] for cell in page.attributes("th")} == {"row", "col"}
+    assert any(a.get("name") == "viewport" for a in page.attributes("meta"))
+
+
+def test_structures_are_bounded(write):
+    rng = np.random.default_rng(0)
+    frames = []
+    for _ in range(9):
+        atoms = bulk("Si", cubic=True) * (6, 6, 6)
+        std = rng.lognormal(size=(len(atoms), 1)) * np.ones(3)
+        std[0] = 99
+        frames.append(annotated(atoms, {"forces_uncertainty": std}))
+    text = write(frames)[1]
+    data = structures_of(text)
+    assert len(data["structures"]) == 6
+    assert all(len(each["positions"]) == 400 and each["cell"] == [] for each in data["structures"])
+    assert data["structures"][0]["names"][0] == "Si 0: 171 eV/Å"
+    assert "The 400 atoms around it are shown." in text
+    assert len(text) < 5e6
+
+
+def structures_of(text: str) -> dict:
+    found = re.search(r'<script type="application/json" id="structures">(.*?)</script>', text, re.DOTALL)
+    assert found is not None
+    return json.loads(found[1])
+
+
+def test_what_users_wrote_is_text(write, scored):
+    frames = read_frames(scored)[:3]
+    for atoms in frames:
+        atoms.info["flag_reason"] = EVIL
+    text = write(frames, sources={EVIL: EVIL})[1]
+    page = Elements(text)
+    assert all(attributes.keys() <= {"id", "type"} for attributes in page.attributes("script"))
+    assert len(page.attributes("script")) == 3
+    assert not any("onerror" in attributes for _, attributes in page.found)
+    assert EVIL in page.visible
+    assert EVIL not in text
+
+
+def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
+    frames = read_frames(scored)[:5]
+    for atoms in frames:
+        del atoms.arrays["REF_forces"], atoms.info["REF_energy"]
+    report, text = write(frames)
+    said = Elements(text).visible
+    assert "No threshold was given" in said
+    for absent in ("Are the uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
+        assert absent not in said
+    assert (report.flag, report.halt) == (None, None)
+
+
+def test_what_is_not_a_number_is_told(write, scored):
+    frames = read_frames(scored)[:4]
+    frames[2].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
+    del frames[3].calc.results["forces_uncertainty"], frames[3].arrays["forces_uncertainty"]
+    report, text = write(frames, halt=0.5)
+    said = Elements(text).visible
+    assert "Frames whose uncertainty is not a number: 1." in said
+    assert "Frames without uncertainties, left out: 1." in said
+    assert "undefined eV/Å frame 2" in said
+    assert report.survey.above(0.5).tolist() == [False, False, True]
+    assert None in structures_of(text)["structures"][0]["uncertainties"]
+
+
+def test_one_frame_of_one_atom(write):
+    atoms = annotated(bulk("Si")[:1], {"forces_uncertainty": np.full((1, 3), 0.2), "gamma": np.array([np.inf])})
+    said = Elements(write([atoms], flag=0.1)[1]).visible
+    assert "1 frames of Si" in said
+    assert "100.0%" in said
+
+
+def test_time_is_shown_where_it_is_known(write, scored):
+    frames = read_frames(scored)[:6]
+    for step, atoms in enumerate(frames):
+        atoms.info["time_fs"] = 0.5 * step
+    assert "Line of the force uncertainty over time (fs)" in write(frames)[1]
+    frames[3].info["time_fs"] = 0.0
+    assert "Line of the force uncertainty over frame" in write(frames)[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"flag": 0.5, "halt": 0.4}, ValueError, "flag is 0.5 eV/Å and halt 0.4 eV/Å: no frame lies between"),
+        ({"halt": -1.0}, ValueError, "halt is -1 eV/Å; a positive force uncertainty"),
+        ({"train": []}, ValueError, "the latent map, which needs the potential"),
+    ],
+)
+def test_bad_settings(write, scored, settings, error, message):
+    with pytest.raises(error, match=message):
+        write(read_frames(scored)[:2], **settings)
+
+
+def test_outputs_that_cannot_be_written_are_told_before_the_work(model, tmp_path):
+    def frames():
+        raise AssertionError("read too early")
+        yield
+
+    with pytest.raises(ArtefactError, match=r"cannot write .*no/report.html"):
+        write_report(tmp_path / "no" / "report.html", frames(), model)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match="file is a file, where a folder for pictures was expected"):
+        write_report(tmp_path / "report.html", frames(), model, pictures=tmp_path / "file")
+
+
+def test_a_page_that_fails_leaves_the_one_before(write, scored, tmp_path):
+    _, before = write(read_frames(scored)[:3])
+    with pytest.raises(InputError, match="there are no frames"):
+        write([])
+    assert (tmp_path / "report.html").read_text("utf-8") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report_figures"}
+
+
+def test_without_plotly_the_install_line_is_told(monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] == "plotly"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.delitem(sys.modules, "ase_uq.report.viewer")
+    with pytest.raises(MissingDependency, match=r'pip install "ase-uq\[report\]"'):
+        __import__("ase_uq.report.viewer")
+
+
+# In a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+BROWSE = (
+    "--headless",
+    "--no-sandbox",
+    "--use-angle=swiftshader",
+    "--enable-unsafe-swiftshader",
+    "--hide-scrollbars",
+    "--allow-file-access-from-files",
+    "--virtual-time-budget=20000",
+    "--enable-logging=stderr",
+    # A headless browser has no pointer; with a mouse, structures turn without being asked.
+    "--blink-settings=primaryHoverType=2,availableHoverTypes=2,primaryPointerType=4,availablePointerTypes=4",
+)
+# Holds the page at a width of its own, narrower than a window can be, and says how it sits in it.
+HOLDER = """<!DOCTYPE html><body style="margin:0"><iframe src="report.html"
+ style="border:0;width:{width}px;height:{height}px"></iframe><pre id="found"></pre><script>
+const frame = document.querySelector("iframe");
+frame.onload = () => setTimeout(() => {{
+  const page = frame.contentDocument, root = page.documentElement;
+  const images = [...page.images].filter((image) => !image.hidden);
+  document.getElementById("found").textContent = JSON.stringify({{
+    width: root.clientWidth, needed: root.scrollWidth,
+    broken: images.filter((image) => !image.complete || !image.naturalWidth).length,
+    turning: page.querySelectorAll('figure[data-turning="done"] canvas').length,
+    asked: frame.contentWindow.performance.getEntriesByType("resource").map((entry) => entry.name)
+      .filter((name) => !name.startsWith("data:")),
+  }});
+}}, 12000);
+</script></body>"""
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed to look at the page with")
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_the_page(labelled, tmp_path, width):
+    assert BROWSER is not None
+    height = 8000 if width < 600 else 4000
+    shutil.copy(labelled[0].page, tmp_path / "report.html")
+    (tmp_path / "holder.html").write_text(HOLDER.format(width=width, height=height))
+    common = [BROWSER, *BROWSE, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},{height}"]
+    holder = f"file://{tmp_path / 'holder.html'}"
+    environment = os.environ | {"HOME": str(tmp_path)}
+    told = subprocess.run(
+        [*common, "--dump-dom", holder], capture_output=True, text=True, timeout=300, check=True, env=environment
+    )
+    assert "Content Security Policy" not in told.stderr
+    assert "Uncaught" not in told.stderr
+    found = re.search(r'<pre id="found">(\{.*\})</pre>', told.stdout)
+    assert found is not None, told.stderr[-2000:]
+    state = json.loads(found[1])
+    assert state["width"] == width
+    assert state["needed"] == width  # nothing sticks out sideways
+    assert state["broken"] == 0
+    assert state["asked"] == []
+    assert state["turning"] >= 6
+    shot = tmp_path / "page.png"
+    subprocess.run(
+        [*common, f"--screenshot={shot}", holder], capture_output=True, timeout=300, check=True, env=environment
+    )
+    with Image.open(shot) as image:
+        pixels = np.asarray(image.convert("RGB"), int)[:, :width]
+    assert pixels.shape[:2] == (height, width)
+    # Balls in the colours of uncertainty, where the cards of structures are: orange is nowhere else in such an amount.
+    orange = (pixels[..., 0] > 150) & (pixels[..., 2] < 60) & (pixels[..., 0] - pixels[..., 1] > 30)
+    assert orange.sum() > 5000
