@@ -2,31 +2,28 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
-from ase.data import chemical_symbols
-from ase.io import iread
 from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
-from ase_uq.errors import InputError, UQWarning
-from ase_uq.evaluation import Evaluation
+from ase_uq.errors import UQWarning
 from ase_uq.frames import Frames, annotated
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.readings import Reduction, readings_of
+from ase_uq.scan import Per, Scan
 from ase_uq.selection import (
     Determinant,
     Farthest,
     Highest,
+    Known,
     LargestCluster,
     Pick,
     Points,
@@ -36,12 +33,11 @@ from ase_uq.selection import (
     resolution,
     typical_distance,
 )
-from ase_uq.stream import batches_of
+from ase_uq.source import Source
 from ase_uq.thresholds import Meaning
 from ase_uq.uncertainty_model import UncertaintyModel
 
 Strategy = Literal["lcmd", "maxdet", "maxdist", "top", "bands", "random"]
-Per = Literal["structure", "environment"]
 
 
 @dataclass(frozen=True)
@@ -106,7 +102,8 @@ class Selection:
         bands: Counts by readings, where thresholds were given.
         strategy: As given.
         method: Fitted method in whose space distances were measured.
-        uncertainties: (n_pool,) readings of all frames, eV/Å.
+        uncertainties: (n_pool,) readings of all frames, eV/Å; NaN for those left out.
+        left_out: Frames that cannot be read or evaluated, and why.
     """
 
     chosen: tuple[Chosen, ...]
@@ -116,6 +113,7 @@ class Selection:
     strategy: Strategy
     method: str
     uncertainties: np.ndarray
+    left_out: Mapping[int, str]
 
     @property
     def indices(self) -> np.ndarray:
@@ -134,8 +132,8 @@ class Selection:
         """
         wanted = {one.frame: (rank, one) for rank, one in enumerate(self.chosen, 1)}
         found = {}
-        for index, atoms in enumerate(_frames_of(pool)):
-            if index in wanted:
+        for index, atoms in Source(pool).read():
+            if index in wanted and isinstance(atoms, Atoms):
                 rank, one = wanted[index]
                 info = {
                     "selected_rank": rank,
@@ -172,6 +170,8 @@ def select(
     a mean; then compare environments, where each atom is a point, only atoms of one element are compared, and a frame
     is chosen for one of its atoms.
 
+    Frames of the pool that cannot be read or evaluated are left out, with a warning that names them.
+
     The pool is evaluated once. A file is read frame by frame; what stays of it in memory are the features, 4 bytes a
     number, of each structure or of each atom. Time is that of the evaluation, and of n plus the training points times
     the points of the pool: hours, where environments of 10^5 frames are compared with those of as many.
@@ -200,18 +200,18 @@ def select(
     Raises:
         ValueError: The pool has fewer than `n` frames, the uncertainty model has no method with features, or an option
             is out of range.
-        InputError: The pool is empty or cannot be read to its end, or a frame cannot be evaluated.
+        InputError: The pool has no frames that can be read and evaluated, or a training frame cannot.
         TypeError: A bare potential without an uncertainty model, or the other way round.
     """
     _check_options(n, strategy, per, flag, halt, duplicates)
     predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
     levels = _levels(predictor.uncertainty_model, flag, halt)
-    if not isinstance(pool, str | os.PathLike):
+    if not isinstance(pool, str | os.PathLike) and pool:
         _check_size(n, len(pool))  # of a file it is known when it has been read
-    scan = _Scan(predictor, head, per, batch_atoms)
-    points, readings = scan.pool(pool, "pool" if progress else "")
-    _check_size(n, points.n_candidates)
+    scan = Scan(predictor, head, per, batch_atoms)
+    points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
+    _check_size(n, len(numbers), " that can be evaluated" if left_out else "")
     known = None if train is None else scan.train(train, "train" if progress else "")
     bands, allowed = _bands(readings, levels)
     unit = typical_distance(points)
@@ -225,116 +225,10 @@ def select(
     near = int((~taken & allowed & (space.farthest_of_candidates() <= floor**2)).sum())
     if len(picks) < n:
         warnings.warn(_why_fewer(len(picks), n, near, bands), UQWarning, stacklevel=2)
-    chosen = (_chosen(pick, points, readings, unit or 1.0, strategy, per) for pick in picks)
-    return Selection(tuple(chosen), points.n_candidates, near, bands, strategy, name, readings)
-
-
-class _Scan:
-    """Features, and readings, of frames."""
-
-    def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int) -> None:
-        self._backend = predictor.backend
-        self._model = predictor.uncertainty_model
-        self._head = head
-        self._per = per
-        self._batch_atoms = batch_atoms
-
-    def pool(self, frames: Frames, title: str) -> tuple[Points, np.ndarray]:
-        """Points of the candidates and (n_candidates,) their readings, eV/Å."""
-        readings, unseen = [], {}
-        gradients = self._model.gradients
-
-        def read(evaluation: Evaluation) -> None:
-            norms = self._model.apply(evaluation)["forces_uncertainty"].norm(dim=1).cpu().numpy()
-            numbers, counts = evaluation.numbers.cpu().numpy(), evaluation.n_atoms_of_frame.cpu().numpy()
-            readings.append(readings_of(norms, numbers, counts, Reduction()))
-            for z in set(np.unique(numbers).tolist()) - self._model.edges.elements:
-                frames = evaluation.frame_of_atom[evaluation.numbers == z]
-                unseen[z] = unseen.get(z, 0) + len(frames.unique())
-
-        # A derivative of one structure runs through the graph of its whole batch.
-        batches = batches_of(_bar(frames, title), 1 if gradients else self._batch_atoms)
-        points = self._points(batches, "pool", read, gradients)
-        for z, count in sorted(unseen.items()):
-            warnings.warn(
-                f"{count} frames of the pool contain {chemical_symbols[z]}, which the uncertainty model was fitted "
-                "without: how uncertain and how far from the others they are is a guess.",
-                UQWarning,
-                stacklevel=3,
-            )
-        return points, np.concatenate(readings)
-
-    def train(self, frames: Frames, title: str) -> Points:
-        """Points of frames that are known."""
-        return self._points(batches_of(_bar(frames, title), self._batch_atoms), "training", None, False)
-
-    def _points(
-        self, batches: Iterable[list[Atoms]], name: str, read: Callable[[Evaluation], None] | None, gradients: bool
-    ) -> Points:
-        rows, owners, kinds, done = [], [], [], 0
-        for batch in batches:
-            self._backend.check(batch, first=done, name=f"{name} frame")
-            collated = self._backend.collate(batch, first=done)
-            evaluation = self._backend.evaluate(collated, forces=read is not None, gradients=gradients)
-            if read is not None:
-                read(evaluation)
-            with torch.no_grad():
-                features, owner, kind = self._of_batch(evaluation)
-            if not bool(torch.isfinite(features).all()):
-                bad = done + int(owner[~torch.isfinite(features).all(1)][0])
-                raise InputError(
-                    f"{name} frame {bad} has features that are not finite: its atoms are probably on one another."
-                )
-            # Held in single precision: rounding is then far below what counts as a duplicate.
-            rows.append(features.float().cpu())
-            owners.append(owner.cpu() + done)
-            kinds.append(kind.cpu())
-            done += len(batch)
-        if not rows:
-            raise InputError(f"there are no {name} frames.")
-        return Points(torch.cat(rows), torch.cat(owners), torch.cat(kinds))
-
-    def _of_batch(self, evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
-        features = self._head.features(evaluation)
-        if self._per == "environment":
-            return features, evaluation.frame_of_atom, evaluation.numbers
-        counts = evaluation.n_atoms_of_frame.to(features)[:, None]
-        numbers = torch.arange(evaluation.n_frames, device=features.device)
-        return evaluation.sum_over_atoms(features) / counts, numbers, torch.zeros_like(numbers)
-
-
-def _frames_of(frames: Frames) -> Iterator[Atoms]:
-    """Frames one by one, without holding those of a file.
-
-    Raises:
-        InputError: The file is missing, or cannot be read to its end.
-    """
-    if not isinstance(frames, str | os.PathLike):
-        yield from frames
-        return
-    path, count = Path(frames), 0
-    if not path.is_file():
-        raise InputError(f"there is no file {path}.")
-    if not path.stat().st_size:
-        raise InputError(f"the file {path} is empty.")
-    reader = iread(path, ":")
-    while True:
-        try:
-            atoms = next(reader, None)
-        except Exception as error:  # ASE's readers raise anything from KeyError to UnknownFileTypeError
-            raise InputError(
-                f"{path} cannot be read after frame {count} ({type(error).__name__}: {error}). "
-                "It is truncated or not in a format that ASE knows."
-            ) from error
-        if atoms is None:
-            return
-        count += 1
-        yield atoms
-
-
-def _bar(frames: Frames, title: str) -> Iterator[Atoms]:
-    total = None if isinstance(frames, str | os.PathLike) else len(frames)
-    yield from tqdm(_frames_of(frames), desc=title, total=total, unit="frame", disable=not title, leave=False)
+    chosen = tuple(_chosen(pick, points, readings, numbers, unit or 1.0, strategy, per) for pick in picks)
+    everywhere = np.full(len(numbers) + len(left_out), np.nan)
+    everywhere[numbers] = readings
+    return Selection(chosen, len(everywhere), near, bands, strategy, name, everywhere, left_out)
 
 
 def _check_options(
@@ -351,11 +245,11 @@ def _check_options(
         raise ValueError(f"duplicates is a share of the typical distance from 0 to below 1, not {duplicates!r}.")
 
 
-def _check_size(n: int, n_pool: int) -> None:
-    if not n_pool:
-        raise InputError("the pool has no frames.")
+def _check_size(n: int, n_pool: int, which: str = "") -> None:
     if n_pool < n:
-        raise ValueError(f"{n} frames were asked for and the pool has {n_pool}. Ask for fewer, or label all of them.")
+        raise ValueError(
+            f"{n} frames were asked for and the pool has {n_pool}{which}. Ask for fewer, or label all of them."
+        )
 
 
 def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
@@ -413,9 +307,23 @@ def _rule(
             return Highest(torch.from_numpy(-order.astype(float)))
 
 
-def _chosen(pick: Pick, points: Points, readings: np.ndarray, unit: float, strategy: Strategy, per: Per) -> Chosen:
+def _chosen(
+    pick: Pick,
+    points: Points,
+    readings: np.ndarray,
+    numbers: Sequence[int],
+    unit: float,
+    strategy: Strategy,
+    per: Per,
+) -> Chosen:
     uncertainty = float(readings[pick.candidate])
-    where = "" if pick.nearest is None else f"{'training ' * pick.nearest.trained}frame {pick.nearest.number}"
+    match pick.nearest:
+        case None:
+            where = ""
+        case Known(trained=True, number=number):
+            where = f"training frame {number}"
+        case Known(number=number):
+            where = f"frame {numbers[number]}"
     first = int((points.owner == pick.candidate).nonzero()[0])
     match strategy:
         case "top":
@@ -431,7 +339,7 @@ def _chosen(pick: Pick, points: Points, readings: np.ndarray, unit: float, strat
         case _:
             reason = f"farthest, nearest is {where}"
     return Chosen(
-        frame=pick.candidate,
+        frame=numbers[pick.candidate],
         atom=pick.point - first if per == "environment" else None,
         uncertainty=uncertainty,
         distance=pick.distance / unit,

@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from ase_uq.backends import load_backend
-from ase_uq.backends.base import Backend
+from ase_uq.backends.base import Backend, Batch
 from ase_uq.errors import UQWarning
 from ase_uq.evaluation import Evaluation
 from ase_uq.prediction import Prediction
@@ -65,11 +65,22 @@ class Predictor:
         batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
         predictions, done = [], first
         for batch in batches:
-            evaluation = self.backend.evaluate(self.backend.collate(batch, first=done), gradients=gradients)
-            predictions += _split(evaluation, self._uncertainties(evaluation) if uncertainties else {})
+            predictions += self.predict_batch(self.backend.collate(batch, first=done), uncertainties=uncertainties)
             done += len(batch)
+        return predictions
+
+    def predict_batch(self, batch: Batch, *, uncertainties: bool = True) -> list[Prediction]:
+        """Predictions of structures that are collated already; one, where a method reads derivatives.
+
+        Args:
+            batch: From the backend's `collate` or `received`.
+            uncertainties: As in `predict`.
+        """
+        gradients = uncertainties and self.uncertainty_model.gradients
+        evaluation = self.backend.evaluate(batch, gradients=gradients)
+        predictions = _split(evaluation, self._uncertainties(evaluation) if uncertainties else {})
         if uncertainties:
-            self._name_unseen(frames)
+            self._name_unseen(batch.frames)
         return predictions
 
     def _uncertainties(self, evaluation: Evaluation) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ lies before a frame is skipped without parsing it, and a damaged frame is left o
 
 import hashlib
 import io
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,8 +21,10 @@ from ase.io import iread
 from ase.io.formats import filetype, get_ioformat, open_with_compression
 from ase.io.trajectory import TrajectoryReader
 
-from ase_uq.errors import InputError
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.frames import Frames
+
+_NAMED = 10  # frames left out that are warned of one by one
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,39 @@ class Unreadable:
 
 
 @dataclass(frozen=True)
+class Unparsed:
+    """The text of one frame, whole.
+
+    Args:
+        format: ASE's name of its format.
+        text: What a file with this frame alone would hold.
+        n_atoms: Atoms it says it has.
+    """
+
+    format: str
+    text: str
+    n_atoms: int
+
+    def parse(self) -> Atoms | Unreadable:
+        """The structure."""
+        return _attempt(self._parsed)
+
+    def _parsed(self) -> Atoms:
+        # What ase.io.read calls, without its preparations, which take as long as a small frame.
+        reader: Any = get_ioformat(self.format).read
+        (atoms,) = reader(io.StringIO(self.text), slice(None))
+        return atoms
+
+
+Item = Atoms | Unparsed | Unreadable
+
+
+@dataclass(frozen=True)
 class _Piece:
-    """The text of one frame, and why it cannot be one, if so."""
+    """The text of one frame and its number of atoms, or why it cannot be one."""
 
     text: str
+    n_atoms: int = 0
     problem: str = ""
 
 
@@ -109,6 +141,11 @@ class Source:
         Args:
             start: Number of the first one wanted; those before it are not parsed where the format allows.
         """
+        for number, item in self.unparsed(start):
+            yield number, item.parse() if isinstance(item, Unparsed) else item
+
+    def unparsed(self, start: int = 0) -> Iterator[tuple[int, Item]]:
+        """What `read` gives, but frames that can be parsed elsewhere are left to the caller."""
         if not isinstance(self._frames, Path):
             for number in range(start, len(self._frames)):
                 yield number, self._frames[number]
@@ -127,7 +164,7 @@ class Source:
                 return
             number += 1
 
-    def _reader(self, start: int) -> Iterator[Atoms | Unreadable]:
+    def _reader(self, start: int) -> Iterator[Item]:
         if self._format in _CUTTERS:
             return self._from_pieces(start)
         if self._format == "traj":
@@ -139,16 +176,13 @@ class Source:
     def _opened(self) -> TextIO:
         return cast(TextIO, open_with_compression(self.name, "r"))
 
-    def _from_pieces(self, start: int) -> Iterator[Atoms | Unreadable]:
+    def _from_pieces(self, start: int) -> Iterator[Unparsed | Unreadable]:
         with self._opened() as file:
             for piece in islice(_CUTTERS[self._format](file), start, None):
-                yield Unreadable(piece.problem) if piece.problem else _attempt(self._parse, piece.text)
-
-    def _parse(self, text: str) -> Atoms:
-        # What ase.io.read calls, without its preparations, which take as long as a small frame.
-        reader: Any = get_ioformat(self._format).read
-        (atoms,) = reader(io.StringIO(text), slice(None))
-        return atoms
+                if piece.problem:
+                    yield Unreadable(piece.problem)
+                else:
+                    yield Unparsed(self._format, piece.text, piece.n_atoms)
 
     def _from_trajectory(self, start: int) -> Iterator[Atoms | Unreadable]:
         with TrajectoryReader(self.name) as trajectory:
@@ -167,6 +201,20 @@ class Source:
             except Exception as error:  # the row itself cannot be decoded
                 yield Unreadable(_named(error))
                 number += 1
+
+
+def warn_of_left_out(number: int, reason: str, before: int) -> None:
+    """Says that a frame is not used, and why; only that there are more after the tenth.
+
+    Args:
+        number: Of the frame.
+        reason: What is wrong with it.
+        before: How many were left out before it.
+    """
+    if before < _NAMED:
+        warnings.warn(f"frame {number} was left out: {reason}", UQWarning, stacklevel=5)
+    elif before == _NAMED:
+        warnings.warn("further frames that are left out are not named.", UQWarning, stacklevel=5)
 
 
 def _attempt(build: Callable[..., Any], *arguments: Any) -> Atoms | Unreadable:
@@ -191,7 +239,7 @@ def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
             begin = line.strip()[:60]
             while line and not _is_count(line):
                 line = file.readline()
-            yield _Piece("", f"a number of atoms was expected, found {begin!r}")
+            yield _Piece("", problem=f"a number of atoms was expected, found {begin!r}")
             continue
         count, lines = int(line), [line, file.readline()]
         line = file.readline()
@@ -200,12 +248,12 @@ def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
             lines.append(line)
             line = file.readline()
         if len(lines) < count + 2:
-            yield _Piece("", f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
+            yield _Piece("", problem=f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
             continue
         while line.lstrip().startswith("VEC"):
             lines.append(line)
             line = file.readline()
-        yield _Piece("".join(lines))
+        yield _Piece("".join(lines), count)
 
 
 def _is_count(line: str) -> bool:
@@ -217,30 +265,34 @@ def _lammps_pieces(file: TextIO) -> Iterator[_Piece]:
     lines: list[str] = []
     for line in file:
         if line.startswith("ITEM: TIMESTEP") and lines:
-            yield _Piece("".join(lines), _problem_of_dump(lines))
+            yield _dumped(lines)
             lines = []
         lines.append(line)
     if lines:
-        yield _Piece("".join(lines), _problem_of_dump(lines))
+        yield _dumped(lines)
 
 
-def _problem_of_dump(lines: Sequence[str]) -> str:
+def _dumped(lines: Sequence[str]) -> _Piece:
     expected = found = None
     for index, line in enumerate(lines):
         if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
             expected = lines[index + 1].strip()
         elif line.startswith("ITEM: ATOMS"):
             if "element" not in line.split():
-                return (
-                    "it has no column `element`, and ASE would take the types for atomic numbers: dump with `element` "
-                    "and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the frames"
+                return _Piece(
+                    "",
+                    problem="it has no column `element`, and ASE would take the types for atomic numbers: dump with "
+                    "`element` and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the "
+                    "frames",
                 )
-            found = str(len(lines) - index - 1)
+            found = len(lines) - index - 1
             break
     # ASE would read what is there, as a frame of fewer atoms.
     if expected is None or found is None:
-        return "it is truncated: its number of atoms or its atoms are missing"
-    return "" if expected == found else f"it is truncated: {found} of its {expected} atoms are there"
+        return _Piece("", problem="it is truncated: its number of atoms or its atoms are missing")
+    if expected != str(found):
+        return _Piece("", problem=f"it is truncated: {found} of its {expected} atoms are there")
+    return _Piece("".join(lines), found)
 
 
 def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
@@ -259,7 +311,7 @@ def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
             line = file.readline()
         found, expected = len(lines) - 1, _n_atoms(header)
         problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
-        yield _Piece("".join([*header, *lines]), problem)
+        yield _Piece("".join([*header, *lines]), found, problem)
         skipped = []
         while problem and line and "configuration=" not in line:
             skipped.append(line)

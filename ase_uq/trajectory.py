@@ -5,10 +5,9 @@ import io
 import os
 import tempfile
 import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,18 +21,18 @@ from ase.data import chemical_symbols
 from ase.io import write
 from ase.io.extxyz import output_column_format
 from ase.stress import voigt_6_to_full_3x3_stress
-from scipy.spatial import KDTree
-from scipy.spatial.distance import pdist
+from loky import cpu_count
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend, probe_structure
-from ase_uq.errors import InputError, UQWarning
+from ase_uq.errors import InputError
 from ase_uq.frames import Frames, annotated
 from ase_uq.journal import NUMBER_KEY, FrameScore, Journal
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.preparation import Preparation, Prepared, count_edges
 from ase_uq.properties import STANDARD, find_property
-from ase_uq.source import Source, Unreadable
+from ase_uq.source import Source, warn_of_left_out
 from ase_uq.stream import BatchLimit
 from ase_uq.uncertainty_model import UncertaintyModel
 
@@ -41,7 +40,8 @@ _property = cache(find_property)  # it is asked for every key of every frame
 # On a CPU small batches stay in its caches, a GPU wants many atoms.
 BATCH_ATOMS = {"cpu": 300}
 BATCH_ATOMS_ELSEWHERE = 8000
-_NAMED = 10  # frames left out that are warned of one by one
+# Processes take seconds to start; a thread with the GIL keeps up with about so many others.
+_WORTH_WORKERS, _MOST_WORKERS = 2000, 8
 
 
 @dataclass
@@ -107,6 +107,7 @@ def score(
     out: str | os.PathLike[str],
     csv: str | os.PathLike[str] | None = None,
     batch_atoms: int | None = None,
+    workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ScoredTrajectory:
@@ -125,6 +126,8 @@ def score(
         csv: A CSV file of the numbers of each frame, those left out too; None for none. See `FrameScore`.
         batch_atoms: Most atoms evaluated together, and sixty times as many edges; by default 300 on a CPU and 8000
             elsewhere. Where the device runs out of memory the batches become smaller, and later larger again.
+        workers: Processes that parse frames and make neighbour lists beside the device; 0 for none. By default none on
+            a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
         overwrite: Whether existing files are replaced.
         progress: Whether to show a progress bar.
 
@@ -138,6 +141,8 @@ def score(
     """
     if batch_atoms is not None and batch_atoms < 1:
         raise ValueError(f"batch_atoms is {batch_atoms}; 1 or more was expected.")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; 0 or more was expected.")
     start = time.perf_counter()
     predictor = as_predictor(calculator, uncertainty_model)
     source = Source(frames)
@@ -149,7 +154,7 @@ def score(
         for row in journal.rows():
             scored.add(row)
         if not journal.is_complete:
-            _score_rest(source, predictor, limit, journal, scored, progress)
+            _score_rest(source, predictor, limit, journal, scored, progress, workers)
         if not scored.n_frames:
             journal.discard()
             first = scored.first_left_out
@@ -164,17 +169,6 @@ def score(
     return scored
 
 
-@dataclass
-class _Batch:
-    """Frames that are evaluated together, and the rows of those among them that cannot be."""
-
-    numbers: list[int] = field(default_factory=list)
-    frames: list[Atoms] = field(default_factory=list)
-    left_out: list[FrameScore] = field(default_factory=list)
-    n_atoms: int = 0
-    n_edges: float = 0.0
-
-
 def _score_rest(
     source: Source,
     predictor: Predictor,
@@ -182,23 +176,30 @@ def _score_rest(
     journal: Journal,
     scored: ScoredTrajectory,
     progress: bool,
+    workers: int | None,
 ) -> None:
-    """Everything that is not in the journal yet. One thread reads ahead and writes behind the device."""
-    cutoff = _cutoff(predictor.backend)
-    batches = _batches(source.read(journal.next_frame), limit, cutoff)
-    total = source.total() if progress else None
-    bar = tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress)
-    with bar, ThreadPoolExecutor(1, "frames of ase_uq") as beside:
-        ahead: Future[_Batch | None] = beside.submit(next, batches, None)
+    """Everything that is not in the journal yet: read ahead of the device and written behind it."""
+    backend = predictor.backend
+    total = source.total() if progress or workers is None else None
+    n_workers = _n_workers(workers, backend, total)
+    cutoff = _cutoff(backend)
+    # Methods that read derivatives evaluate a structure at a time.
+    collator = None if predictor.uncertainty_model.gradients else backend.collator
+    with (
+        tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress) as bar,
+        ThreadPoolExecutor(1, "journal of ase_uq") as beside,
+        Preparation(source.unparsed(journal.next_frame), limit, cutoff, collator, n_workers) as batches,
+    ):
         behind: Future[None] | None = None
-        while (batch := ahead.result()) is not None:
-            ahead = beside.submit(next, batches, None)
-            predicted = _predict(predictor, batch, limit, cutoff)
+        for batch in batches:
+            left_out = [FrameScore(number, problem=reason) for number, reason in batch.unreadable]
+            predicted = _predict(predictor, batch, left_out, limit, cutoff)
             rows = [_row(*each) for each in predicted]
             if behind is not None:
                 behind.result()
-            _warn_of(batch.left_out, scored.n_left_out)
-            rows = sorted([*rows, *batch.left_out], key=lambda row: row.frame)
+            for count, row in enumerate(left_out, scored.n_left_out):
+                warn_of_left_out(row.frame, row.problem, count)
+            rows = sorted([*rows, *left_out], key=lambda row: row.frame)
             for row in rows:
                 scored.add(row)
             behind = beside.submit(_write, journal, rows, predicted)
@@ -209,61 +210,34 @@ def _score_rest(
             behind.result()
 
 
-def _batches(frames: Iterator[tuple[int, Atoms | Unreadable]], limit: BatchLimit, cutoff: float) -> Iterator[_Batch]:
-    batch = _Batch()
-    for number, atoms in frames:
-        if isinstance(atoms, Unreadable):
-            batch.left_out.append(FrameScore(number, problem=atoms.reason))
-            continue
-        n_edges = count_edges(atoms, cutoff)
-        if batch.frames and not limit.fits(batch.n_atoms + len(atoms), batch.n_edges + n_edges):
-            yield batch
-            batch = _Batch()
-        batch.numbers.append(number)
-        batch.frames.append(atoms)
-        batch.n_atoms += len(atoms)
-        batch.n_edges += n_edges
-    if batch.frames or batch.left_out:
-        yield batch
-
-
-def count_edges(atoms: Atoms, cutoff: float) -> float:
-    """About how many neighbours closer than the cutoff (Å) all atoms have together, without a neighbour list.
-
-    Exact without periodic boundaries; with them it is what the mean density of the cell gives, if that is more.
-    """
-    if not np.isfinite(atoms.positions).all():
-        return 0.0  # the potential will refuse it
-    if not np.isfinite(cutoff):
-        return float(len(atoms)) ** 2
-    if len(atoms) < 200:  # a tree takes longer to build
-        n_open = 2.0 * np.count_nonzero(pdist(atoms.positions) < cutoff)
-    else:
-        tree = KDTree(atoms.positions)
-        n_open = float(tree.count_neighbors(tree, cutoff)) - len(atoms)
-    if not atoms.pbc.any():
-        return n_open
-    volume = abs(np.linalg.det(atoms.cell.complete().array))
-    return max(n_open, len(atoms) ** 2 / max(volume, 1e-9) * 4 / 3 * np.pi * cutoff**3)
-
-
 def _cutoff(backend: Backend) -> float:
     probe = probe_structure(backend.elements, backend.required_info_keys)
     return backend.evaluate(backend.collate([probe]), forces=False).edges.cutoff
 
 
+def _n_workers(asked: int | None, backend: Backend, total: int | None) -> int:
+    if asked is not None:
+        return asked
+    # A CPU is busy with the potential; and processes take seconds to start.
+    if backend.device.type == "cpu" or backend.collator is None or (total is not None and total < _WORTH_WORKERS):
+        return 0
+    return min(_MOST_WORKERS, max(1, cpu_count() - 2))
+
+
 _Predicted = list[tuple[int, Atoms, Prediction]]
 
 
-def _predict(predictor: Predictor, batch: _Batch, limit: BatchLimit, cutoff: float) -> _Predicted:
-    """Predictions of a batch, in parts where it does not fit; frames that are refused go to `batch.left_out`."""
+def _predict(
+    predictor: Predictor, batch: Prepared, left_out: list[FrameScore], limit: BatchLimit, cutoff: float
+) -> _Predicted:
+    """Predictions of a batch, in parts where it does not fit; frames that are refused go to `left_out`."""
     found: _Predicted = []
-    waiting = [(batch.numbers, batch.frames)]
+    waiting = [(batch.numbers, batch.frames, batch.data)]
     while waiting:
-        numbers, frames = waiting.pop()
+        numbers, frames, data = waiting.pop()
         if not frames:
             continue
-        problem = _try(predictor, numbers, frames, found)
+        problem = _try(predictor, numbers, frames, data, found)
         if problem is None:
             limit.count_success()
             continue
@@ -277,18 +251,21 @@ def _predict(predictor: Predictor, batch: _Batch, limit: BatchLimit, cutoff: flo
             if predictor.backend.device.type == "cuda":
                 torch.cuda.empty_cache()
         elif len(frames) == 1:
-            batch.left_out.append(FrameScore(numbers[0], len(frames[0]), problem=str(problem)))
+            left_out.append(FrameScore(numbers[0], len(frames[0]), problem=str(problem)))
             continue
         middle = len(frames) // 2
-        waiting += [(numbers[middle:], frames[middle:]), (numbers[:middle], frames[:middle])]
+        waiting += [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
     return found
 
 
 def _try(
-    predictor: Predictor, numbers: Sequence[int], frames: Sequence[Atoms], found: _Predicted
+    predictor: Predictor, numbers: Sequence[int], frames: Sequence[Atoms], data: Any, found: _Predicted
 ) -> InputError | torch.OutOfMemoryError | None:
     try:
-        predictions = predictor.predict(frames, first=numbers[0])
+        if data is None:
+            predictions = predictor.predict(frames, first=numbers[0])
+        else:
+            predictions = predictor.predict_batch(predictor.backend.received(frames, data))
     except (InputError, torch.OutOfMemoryError) as error:
         # Without the traceback, which holds on to the tensors of the pass that failed.
         return error.with_traceback(None)
@@ -347,14 +324,6 @@ def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
     cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
     flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
     return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
-
-
-def _warn_of(left_out: Sequence[FrameScore], before: int) -> None:
-    for count, row in enumerate(left_out, before):
-        if count < _NAMED:
-            warnings.warn(f"frame {row.frame} was left out: {row.problem}", UQWarning, stacklevel=4)
-        elif count == _NAMED:
-            warnings.warn("further frames that are left out are not named.", UQWarning, stacklevel=4)
 
 
 def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:

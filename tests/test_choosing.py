@@ -286,16 +286,48 @@ class TestRefusals:
         ):
             select(pool, 1)
 
-    def test_a_truncated_file_says_where(self, select, pool, tmp_path: Path):
-        write(tmp_path / "pool.xyz", pool[:5])
-        text = (tmp_path / "pool.xyz").read_text()
-        (tmp_path / "pool.xyz").write_text(text[: text.rindex("Properties")])
-        with pytest.raises(InputError, match=r"pool.xyz cannot be read after frame 4 \("):
-            select(tmp_path / "pool.xyz", 2)
+    def test_damaged_frames_are_named_and_left_out(self, select, pool, tmp_path: Path):
+        whole = select(pool[:6], 5)
+        write(tmp_path / "pool.xyz", pool[:6])
+        lines = (tmp_path / "pool.xyz").read_text().splitlines(keepends=True)
+        starts = np.cumsum([0, *(len(atoms) + 2 for atoms in pool[:5])])
+        del lines[starts[2] + 3]  # an atom of frame 2
+        (tmp_path / "pool.xyz").write_text("".join(lines))
+        with pytest.warns(UQWarning, match="frame 2 was left out: it is truncated"):
+            found = select(tmp_path / "pool.xyz", 3)
+        assert (found.n_pool, list(found.left_out)) == (6, [2])
+        assert np.isnan(found.uncertainties).tolist() == [False, False, True, False, False, False]
+        kept = np.delete(whole.uncertainties, 2)
+        np.testing.assert_allclose(np.delete(found.uncertainties, 2), kept, atol=1e-6)
+        assert 2 not in found.indices
+        for index, atoms in zip(found.indices, found.frames(tmp_path / "pool.xyz"), strict=True):
+            assert atoms.info["source_index"] == index
+            np.testing.assert_allclose(atoms.positions, pool[index].positions, atol=1e-6)
+        with (
+            pytest.warns(UQWarning, match="frame 2 was left out"),
+            pytest.raises(ValueError, match=r"6 frames were asked for and the pool has 5 that can be evaluated\."),
+        ):
+            select(tmp_path / "pool.xyz", 6)
+        with pytest.raises(InputError, match=r"training frame 2 of .*pool.xyz cannot be read: it is truncated"):
+            select(pool, 2, train=tmp_path / "pool.xyz")
 
-    def test_elements_the_potential_does_not_know(self, select, pool):
-        with pytest.raises(InputError, match=r"pool frame 40 \(Au\) contains Au, which the potential does not know"):
-            select([*pool, Atoms("Au")], 2, batch_atoms=50)
+    def test_frames_that_cannot_be_evaluated_are_named_and_left_out(self, select, pool):
+        broken = pool[1].copy()
+        broken.positions[0] = np.nan
+        with pytest.warns(UQWarning) as caught:
+            found = select([pool[0], broken, Atoms("Au"), *pool[1:]], 39)
+        assert list(found.left_out) == [1, 2]
+        assert "frame 1 was left out: positions of structure 1" in str(caught[0].message)
+        assert "frame 2 was left out: structure 2 (Au) contains Au, which the potential does not know" in str(
+            caught[1].message
+        )
+        expected = select(pool, 39).indices
+        assert found.indices.tolist() == [i + 2 if i else 0 for i in expected]
+        with (
+            pytest.warns(UQWarning, match="frame 0 was left out"),
+            pytest.raises(InputError, match=r"none of the 1 frames of the list can be evaluated. Frame 0: structure 0"),
+        ):
+            select([Atoms("Au")], 1)
         with pytest.raises(InputError, match=r"training frame 0 \(Au\) contains Au"):
             select(pool, 2, train=[Atoms("Au")])
 

@@ -19,7 +19,6 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io import read, write
-from ase.neighborlist import neighbor_list
 
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
 from ase_uq import journal as journal_module
@@ -28,7 +27,7 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
 from ase_uq.frames import annotated, read_frames, write_frames
 from ase_uq.testing.methods import labelled_frames
-from ase_uq.trajectory import count_edges, extxyz_text, score
+from ase_uq.trajectory import extxyz_text, score
 
 
 def toy(direct: bool = False) -> UncertaintyModel:
@@ -416,6 +415,17 @@ def test_later_batches_are_of_the_size_that_fits(
     assert [atoms.info["source_frame"] for atoms in read(out, ":")] == list(range(200))
 
 
+def test_worker_processes_change_nothing(predictor: Predictor, out: Path):
+    frames = labelled_frames(4, seed=5) * 100
+    write(out.with_name("in.xyz"), frames)
+    for workers in (0, 2):
+        name = out.with_name(f"{workers}.xyz")
+        score(out.with_name("in.xyz"), predictor, out=name, workers=workers, batch_atoms=20, progress=False)
+    assert out.with_name("2.xyz").read_bytes() == out.with_name("0.xyz").read_bytes()
+    with pytest.raises(ValueError, match="workers is -1; 0 or more was expected"):
+        score(frames, predictor, out=out, workers=-1)
+
+
 def test_a_frame_too_large_for_the_device_is_named(
     source: Path, predictor: Predictor, uq: Path, out: Path, small_device: Callable[[int], list[int]]
 ):
@@ -434,22 +444,6 @@ def test_edges_limit_a_batch_too(predictor: Predictor, out: Path, monkeypatch: p
     monkeypatch.setattr(predictor, "predict", lambda frames, **k: sizes.append(len(frames)) or real(frames, **k))
     score([dense] * 12, predictor, out=out, batch_atoms=8 * 12, progress=False)
     assert max(sizes) < 12
-
-
-@pytest.mark.parametrize(
-    ("atoms", "exact"),
-    [
-        (molecule("CH3CH2OH"), True),
-        (Atoms("H"), True),
-        (bulk("C").repeat(5), False),
-        (Atoms("Ar300", np.random.default_rng(0).uniform(0, 9, (300, 3))), True),
-        (bulk("Si"), False),
-    ],
-    ids=["molecule", "atom", "cell", "cluster", "primitive cell"],
-)
-def test_edges_are_counted_as_a_neighbour_list_would(atoms: Atoms, exact: bool):
-    expected = len(neighbor_list("i", atoms, 5.0))
-    assert count_edges(atoms, 5.0) == pytest.approx(expected, rel=0 if exact else 0.3)
 
 
 def test_damaged_frames_are_named_and_left_out(source: Path, uq: Path, out: Path):

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
@@ -32,6 +32,30 @@ class Batch:
 
     frames: tuple[Atoms, ...]
     data: Any
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Builds what a batch consists of in another process: picklable, without the weights, on the CPU.
+
+    Args:
+        elements: Atomic numbers the potential knows.
+        required_info_keys: Entries of `atoms.info` without which it cannot run.
+        build: Structures that were checked → what the potential's package makes of them, also picklable.
+    """
+
+    elements: frozenset[int]
+    required_info_keys: tuple[str, ...]
+    build: Callable[[Sequence[Atoms]], Any]
+
+    def __call__(self, frames: Sequence[Atoms]) -> Any:
+        """What `Backend.received` wants.
+
+        Raises:
+            InputError: Those of `Backend.collate`.
+        """
+        check_structures(frames, self.elements, self.required_info_keys)
+        return self.build(frames)
 
 
 @dataclass(frozen=True)
@@ -96,6 +120,14 @@ class Backend(ABC):
     def _modules(self) -> Sequence[torch.nn.Module]:
         """The modules whose weights are the potential."""
 
+    def _build(self) -> Callable[[Sequence[Atoms]], Any] | None:
+        """What `Collator` wants, for a potential whose neighbour lists are made on the CPU; None for others."""
+        return None
+
+    def _placed(self, data: Any) -> Any:
+        """What `_build` made, on the device of the potential."""
+        raise NotImplementedError("a backend that has _build says in _placed how its data gets to the device")
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
@@ -121,6 +153,18 @@ class Backend(ABC):
         self.check(frames, first=first)
         return Batch(tuple(frames), self._collate(frames))
 
+    @property
+    @final
+    def collator(self) -> Collator | None:
+        """Collates in another process; None where only this one can, or its device does it faster."""
+        build = self._build()
+        return None if build is None else Collator(self.elements, self.required_info_keys, build)
+
+    @final
+    def received(self, frames: Sequence[Atoms], data: Any) -> Batch:
+        """The batch of structures that `collator` has collated."""
+        return Batch(tuple(frames), self._placed(data))
+
     @final
     def check(self, frames: Sequence[Atoms], *, first: int = 0, name: str = "structure") -> None:
         """Raises the `InputError` that `collate` would, without building a batch.
@@ -130,10 +174,7 @@ class Backend(ABC):
             first: Number of the first structure, for messages.
             name: What messages call a structure.
         """
-        if not frames:
-            raise InputError("there is no structure to evaluate.")
-        for number, atoms in enumerate(frames, first):
-            self._check(f"{name} {number}", atoms)
+        check_structures(frames, self.elements, self.required_info_keys, first=first, name=name)
 
     @final
     def evaluate(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> Evaluation:
@@ -197,8 +238,31 @@ class Backend(ABC):
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
         )
 
-    def _check(self, which: str, atoms: Atoms) -> None:
-        which = f"{which} ({atoms.get_chemical_formula() or 'empty'})"
+
+def check_structures(
+    frames: Sequence[Atoms],
+    elements: frozenset[int],
+    required_info_keys: Sequence[str],
+    *,
+    first: int = 0,
+    name: str = "structure",
+) -> None:
+    """Refuses what no potential, or not this one, can evaluate.
+
+    Args:
+        frames: Structures.
+        elements: Atomic numbers the potential knows.
+        required_info_keys: Entries of `atoms.info` without which it cannot run.
+        first: Number of the first structure, for messages.
+        name: What messages call a structure.
+
+    Raises:
+        InputError: Those of `Backend.collate`.
+    """
+    if not frames:
+        raise InputError("there is no structure to evaluate.")
+    for number, atoms in enumerate(frames, first):
+        which = f"{name} {number} ({atoms.get_chemical_formula() or 'empty'})"
         if len(atoms) == 0:
             raise InputError(f"{which} has no atoms.")
         for what, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
@@ -208,12 +272,12 @@ class Backend(ABC):
                     f"{what} of {which} are not finite (row {row}: {values[row]}). The run has probably "
                     "blown up; go back to the last good frame."
                 )
-        unknown = sorted(set(atoms.numbers.tolist()) - self.elements)
+        unknown = sorted(set(atoms.numbers.tolist()) - elements)
         if unknown:
             names = ", ".join(chemical_symbols[z] for z in unknown)
-            known = ", ".join(chemical_symbols[z] for z in sorted(self.elements))
+            known = ", ".join(chemical_symbols[z] for z in sorted(elements))
             raise InputError(f"{which} contains {names}, which the potential does not know. It knows {known}.")
-        missing = [key for key in self.required_info_keys if key not in atoms.info]
+        missing = [key for key in required_info_keys if key not in atoms.info]
         if missing:
             raise InputError(
                 f"{which} has no {' and '.join(missing)} in atoms.info, which this potential reads. "

@@ -14,9 +14,10 @@ import difflib
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -158,28 +159,32 @@ class MACEBackend(Backend):
         }
 
     def _collate(self, frames: Sequence[Atoms]) -> Any:
-        calculator = self.calculator
-        for atoms in frames:
-            head = atoms.info.get("head")
-            if head is not None and head not in calculator.available_heads:
-                raise InputError(f"atoms.info['head'] is {head!r}; the model has {calculator.available_heads}.")
         if len(frames) == 1:
+            _check_heads(frames, self.calculator.available_heads)
             # The calculator's own road: keeps its padding, hence one compiled graph along a run.
-            return calculator._atoms_to_batch(frames[0])
-        keys = mace_data.KeySpecification(
-            info_keys=calculator.info_keys, arrays_keys={**calculator.arrays_keys, calculator.charges_key: "charges"}
+            return self.calculator._atoms_to_batch(frames[0])
+        return self._placed(self._graphs()(frames))
+
+    def _build(self) -> Callable[[Sequence[Atoms]], Any] | None:
+        return None if self.calculator.use_compile else self._graphs()
+
+    def _placed(self, data: Any) -> Any:
+        return data.to(self.calculator.device)
+
+    def _graphs(self) -> Callable[[Sequence[Atoms]], Any]:
+        calculator = self.calculator
+        return partial(
+            _graphs_of,
+            keys=mace_data.KeySpecification(
+                info_keys=calculator.info_keys,
+                arrays_keys={**calculator.arrays_keys, calculator.charges_key: "charges"},
+            ),
+            z_table=calculator.z_table,
+            cutoff=calculator.r_max,
+            heads=calculator.available_heads,
+            head=calculator.head,
+            dtype=calculator.default_dtype,
         )
-        with torch_tools.default_dtype(calculator.default_dtype):
-            graphs = [
-                mace_data.AtomicData.from_config(
-                    mace_data.config_from_atoms(atoms, key_specification=keys, head_name=calculator.head),
-                    z_table=calculator.z_table,
-                    cutoff=calculator.r_max,
-                    heads=calculator.available_heads,
-                )
-                for atoms in frames
-            ]
-        return torch_geometric.Batch.from_data_list(graphs).to(calculator.device)
 
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         n_frames = len(batch.frames)
@@ -470,6 +475,31 @@ def _to_json(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str | list | dict):
         return value
     return str(value)  # irreps
+
+
+def _check_heads(frames: Sequence[Atoms], heads: Sequence[str]) -> None:
+    for atoms in frames:
+        head = atoms.info.get("head")
+        if head is not None and head not in heads:
+            raise InputError(f"atoms.info['head'] is {head!r}; the model has {heads}.")
+
+
+def _graphs_of(
+    frames: Sequence[Atoms], *, keys: Any, z_table: Any, cutoff: float, heads: list[str], head: str, dtype: str
+) -> Any:
+    """The batch that mace makes of structures, on the CPU."""
+    _check_heads(frames, heads)
+    with torch_tools.default_dtype(dtype):
+        graphs = [
+            mace_data.AtomicData.from_config(
+                mace_data.config_from_atoms(atoms, key_specification=keys, head_name=head),
+                z_table=z_table,
+                cutoff=cutoff,
+                heads=heads,
+            )
+            for atoms in frames
+        ]
+    return torch_geometric.Batch.from_data_list(graphs)
 
 
 def _plain(model: Any) -> Any:

@@ -4,7 +4,7 @@
 as far as uncertainty goes: what they add goes into the mean and into the `base` of the last layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -92,6 +92,12 @@ class SummedBackend(Backend):
 
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         return self._inner._collate(frames)
+
+    def _build(self) -> Callable[[Sequence[Atoms]], Any] | None:
+        return self._inner._build()
+
+    def _placed(self, data: Any) -> Any:
+        return self._inner._placed(data)
 
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         own = self._inner._evaluate(batch, forces, gradients)

@@ -9,8 +9,9 @@ The direct variant has a force head of the form of orb's: F = P(φ^F B), with φ
 and P taking out the net force and, without a cell, the net torque.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ _DEPTH, _STIFFNESS = 0.5, 2.0  # of the Morse bonds: eV, 1/Å
 
 @dataclass(frozen=True)
 class Graph:
-    """Structures as tensors, in the potential's dtype and on its device."""
+    """Structures as tensors, in the potential's dtype."""
 
     numbers: Tensor  # (n_atoms,)
     positions: Tensor  # (n_atoms, 3)
@@ -42,6 +43,36 @@ class Graph:
     source: Tensor  # (n_edges,) the neighbour
     target: Tensor  # (n_edges,) the atom whose neighbour it is
     shift: Tensor  # (n_edges, 3) lattice vector to the neighbour's image, Å
+
+    def to(self, device: torch.device) -> "Graph":
+        """The same on another device."""
+        return Graph(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
+
+
+def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Graph:
+    """Structures as one graph, with the neighbour lists."""
+    sources, targets, shifts, offset = [], [], [], 0
+    for atoms in frames:
+        i, j, lattice = neighbor_list("ijS", atoms, cutoff)
+        targets.append(i + offset)
+        sources.append(j + offset)
+        shifts.append(lattice @ atoms.cell.array)
+        offset += len(atoms)
+    counts = torch.tensor([len(atoms) for atoms in frames])
+
+    def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        return torch.as_tensor(np.concatenate(arrays), dtype=dtype)
+
+    return Graph(
+        numbers=tensor([atoms.numbers for atoms in frames], torch.long),
+        positions=tensor([atoms.positions for atoms in frames], dtype),
+        cell=tensor([atoms.cell.array[None] for atoms in frames], dtype),
+        frame_of_atom=torch.repeat_interleave(counts),
+        n_atoms_of_frame=counts,
+        source=tensor(sources, torch.long),
+        target=tensor(targets, torch.long),
+        shift=tensor(shifts, dtype),
+    )
 
 
 class ToyPotential(torch.nn.Module):
@@ -86,30 +117,8 @@ class ToyPotential(torch.nn.Module):
             self.force_weights = torch.nn.Parameter(forces + noise(*forces.shape), requires_grad=False)
 
     def collate(self, frames: Sequence[Atoms]) -> Graph:
-        """Structures as one graph, with the neighbour lists."""
-        like = self.weights
-        sources, targets, shifts, offset = [], [], [], 0
-        for atoms in frames:
-            i, j, lattice = neighbor_list("ijS", atoms, self.cutoff)
-            targets.append(i + offset)
-            sources.append(j + offset)
-            shifts.append(lattice @ atoms.cell.array)
-            offset += len(atoms)
-        counts = torch.tensor([len(atoms) for atoms in frames], device=like.device)
-
-        def tensor(arrays: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
-            return torch.as_tensor(np.concatenate(arrays), dtype=dtype, device=like.device)
-
-        return Graph(
-            numbers=tensor([atoms.numbers for atoms in frames], torch.long),
-            positions=tensor([atoms.positions for atoms in frames], like.dtype),
-            cell=tensor([atoms.cell.array[None] for atoms in frames], like.dtype),
-            frame_of_atom=torch.repeat_interleave(counts),
-            n_atoms_of_frame=counts,
-            source=tensor(sources, torch.long),
-            target=tensor(targets, torch.long),
-            shift=tensor(shifts, like.dtype),
-        )
+        """Structures as one graph on the device."""
+        return graph_of(frames, self.cutoff, self.weights.dtype).to(self.weights.device)
 
     def forward(self, graph: Graph, forces: bool = True, keep_graph: bool = False) -> dict[str, Tensor]:
         """Energies, forces, stress, features and the leaf `positions`; detached, but where the graph is kept."""
@@ -236,6 +245,12 @@ class ToyBackend(Backend):
 
     def _collate(self, frames: Sequence[Atoms]) -> Graph:
         return self._potential.collate(frames)
+
+    def _build(self) -> Callable[[Sequence[Atoms]], Graph]:
+        return partial(graph_of, cutoff=self._potential.cutoff, dtype=self.dtype)
+
+    def _placed(self, data: Graph) -> Graph:
+        return data.to(self.device)
 
     def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
         graph: Graph = batch.data

@@ -28,6 +28,15 @@ def predict(
             help="Most atoms evaluated together; fewer where memory runs out.",
         ),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            show_default="0 on a CPU, else up to 8",
+            help="Processes that parse frames and make neighbour lists beside the device.",
+        ),
+    ] = None,
     seed: Seed = 0,
 ) -> None:
     """Score finished frames: every energy and force with its calibrated standard deviation.
@@ -47,7 +56,9 @@ def predict(
     seed_all(seed)
     calculator = load_calculator(model, uq, device, dtype)
     try:
-        scored = score(frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, overwrite=overwrite)
+        scored = score(
+            frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite
+        )
     except KeyboardInterrupt:
         if part.exists():
             typer.echo(

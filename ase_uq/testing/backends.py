@@ -1,6 +1,7 @@
 """`BackendContract`: what a backend must do, whoever wrote it."""
 
 import os
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -153,6 +154,18 @@ class BackendContract:
             expected = _frame(single, 0, atoms)
             _assert_same(_frame(batch, index, atoms), expected, backend)
             _assert_same(_frame(shuffled, order.tolist().index(index), atoms), expected, backend)
+
+    def test_what_another_process_collates_is_the_same_batch(self, backend: Backend, frames: list[Atoms]):
+        if backend.collator is None:
+            return  # structures are collated where the potential is
+        for group in (frames, frames[:1]):
+            collator, sent = pickle.loads(pickle.dumps((backend.collator, group)))
+            data = pickle.loads(pickle.dumps(collator(sent)))
+            found = dict(_meaningful(backend.evaluate(backend.received(group, data)), group))
+            for name, value in _meaningful(_evaluate(backend, group), group):
+                assert torch.equal(value, found[name]), name
+        with pytest.raises(InputError, match=r"structure 0 \(empty\) has no atoms"):
+            collator([Atoms()])
 
     def test_same_structure_twice_gives_the_same_bits(self, backend: Backend, frames: list[Atoms]):
         second = dict(_meaningful(_evaluate(backend, frames), frames))
