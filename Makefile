@@ -1,6 +1,6 @@
 # Everything is installed into .venv, from the versions in constraints.txt; nothing outside the checkout is touched.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format clean
+.PHONY: help demo test lint format docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,7 @@ help:
 	@echo "make test    install, then lint, type checks, import contracts and tests"
 	@echo "make lint    all checks but the tests"
 	@echo "make format  format and sort imports"
+	@echo "make docs    build the pages of docs/ into site/"
 	@echo "make clean   remove caches and builds; .venv stays"
 
 demo: $(VENV)/.installed
@@ -37,8 +38,11 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+docs: $(VENV)/.installed-dev
+	$(BIN)/mkdocs build
+
 clean:
-	rm -rf dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
+	rm -rf dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
 	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
 
 # The stamps: each is written when its step has succeeded, so that a second make installs nothing.

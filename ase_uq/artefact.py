@@ -106,6 +106,27 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise _refused(path, error) from error
 
 
+def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
+    """Refuses outputs that would overwrite each other or what is read.
+
+    Args:
+        source: File that is read; None for none.
+        outputs: Files that are written; None for none.
+
+    Raises:
+        ValueError: Two of them are the same file.
+    """
+    paths = [Path(path) for path in (source, *outputs) if path is not None]
+    for index, path in enumerate(paths):
+        for earlier in paths[:index]:
+            if earlier.resolve() == path.resolve() or (earlier.exists() and path.exists() and earlier.samefile(path)):
+                read = source is not None and earlier is paths[0]
+                raise ValueError(
+                    f"{path} is {'read from' if read else 'two of the outputs'}: it would be overwritten. Give another "
+                    "name."
+                )
+
+
 def _refused(path: Path, error: Exception) -> ArtefactError:
     if isinstance(error, IsADirectoryError):
         return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")

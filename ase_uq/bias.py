@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
+from ase.outputs import Properties
 from torch import Tensor
 
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.evaluation import Evaluation
-from ase_uq.properties import STANDARD
+from ase_uq.properties import STANDARD, known_to_ase
 from ase_uq.readings import Reduction
 from ase_uq.thresholds import Evidence, Meaning
 from ase_uq.uncertainty_model import FittedMethod, UncertaintyModel
@@ -143,6 +144,10 @@ class UncertaintyBias(Calculator):
         # ∂E_bias/∂σ² · (-∂σ²/∂R)
         forces = -self.height / scale * float(np.exp(-variance / scale)) * pull
         return self.height * float(np.expm1(-variance / scale)), forces
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation, among the inputs that the potential reads."""

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.outputs import Properties
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
+from ase_uq.properties import known_to_ase
 from ase_uq.readings import Reduction
 from ase_uq.thresholds import Evidence, Meaning
 from ase_uq.uncertainty_model import UncertaintyModel
@@ -157,6 +159,10 @@ class UncertainCalculator(Calculator):
             if any(not _same(self.atoms.info.get(key), atoms.info.get(key)) for key in keys):
                 changes.append("info")
         return changes
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
 
     def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""

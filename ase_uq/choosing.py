@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.errors import UQWarning
-from ase_uq.frames import Frames, annotated
+from ase_uq.frames import Frames, annotated, drop_uncertainties
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.scan import Per, Scan
@@ -142,6 +142,7 @@ class Selection:
                     "selected_distance": one.distance,
                 }
                 found[rank] = annotated(atoms, {}, **info, **({} if one.atom is None else {"selected_atom": one.atom}))
+                drop_uncertainties(found[rank])
         return [found[rank] for rank in sorted(found)]
 
 

@@ -7,7 +7,8 @@ ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_fram
 
 import io
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import iread, write
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from ase_uq.errors import LabelError
+from ase_uq.errors import LabelError, UQWarning
 from ase_uq.properties import STANDARD, UNCERTAINTIES, find_property
 
 Frames = str | os.PathLike[str] | Sequence[Atoms]
@@ -109,7 +110,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
     if stale or any(key not in STANDARD for key in known):
         # What a file or an earlier calculation left in info and arrays would pass for this calculation's.
-        _drop_uncertainties(copy)
+        drop_uncertainties(copy)
     if known:
         copy.calc = _StoredResults(copy, known)
     for key, value in known.items():
@@ -132,17 +133,22 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
 
     Args:
         path: File to write.
-        frames: Structures; results are taken from their calculators.
+        frames: Structures; results are taken from their calculators. Entries of theirs that the format cannot hold are
+            left out, with a warning.
         append: Whether to add to an existing file.
 
     Raises:
-        OSError: The file cannot be written, as on a full disk; what was in it before stands, without half a frame.
+        OSError: The file cannot be written, as on a full disk; what was in it before stands, without half a frame, and
+            there is no file where there was none.
         ValueError: What is in the file already ends in the middle of a line.
     """
     if append:
         check_whole(path)
     buffer = io.StringIO()
+    frames = list(frames)
+    warn_of_unwritable({name for atoms in frames for name in unwritable(atoms)})
     write(buffer, [_writable(atoms) for atoms in frames], format="extxyz")
+    is_new = not os.path.lexists(path)
     with open(path, "ab" if append else "wb", buffering=0) as file:
         before = file.tell() if file.seekable() else None
         try:
@@ -151,8 +157,55 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
             if before is not None:
                 with suppress(OSError):  # of a device
                     file.truncate(before)
+            if is_new:
+                os.unlink(path)
             # Of what was being written the system names nothing.
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def unwritable(atoms: Atoms) -> list[str]:
+    """What extended XYZ cannot hold, by name: it could not be written, or the file not be read again."""
+    info = [repr(key) for key, value in atoms.info.items() if not _fits_info(key, value)]
+    return [f"info[{key}]" for key in info] + [
+        f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_column(values)
+    ]
+
+
+def warn_of_unwritable(names: Collection[str]) -> None:
+    """Says what is left out of a file."""
+    if names:
+        warnings.warn(
+            f"{', '.join(sorted(names))} cannot be kept in extended XYZ and {'is' if len(names) == 1 else 'are'} left "
+            "out.",
+            UQWarning,
+            stacklevel=3,
+        )
+
+
+def without_unwritable(atoms: Atoms) -> Atoms:
+    """The same structure, or a copy without what extended XYZ cannot hold."""
+    if not unwritable(atoms):
+        return atoms
+    copy = atoms.copy()
+    copy.info = {key: value for key, value in atoms.info.items() if _fits_info(key, value)}
+    for key in [key for key, values in copy.arrays.items() if not _fits_column(values)]:
+        del copy.arrays[key]
+    copy.calc = atoms.calc
+    return copy
+
+
+def _fits_info(key: Any, value: Any) -> bool:
+    if not isinstance(key, str) or not key or "\n" in key or key in ("Lattice", "Properties", "pbc"):
+        return False
+    return not isinstance(value, str) or (bool(value) and "\n" not in value)
+
+
+def _fits_column(values: np.ndarray) -> bool:
+    if values.ndim not in (1, 2) or not values.size:
+        return False
+    if values.dtype.kind in "OU":
+        return all(isinstance(text, str) and len(text.split()) == 1 and text == text.strip() for text in values.flat)
+    return values.dtype.kind in "bif"
 
 
 def check_whole(path: str | os.PathLike[str]) -> None:
@@ -233,14 +286,15 @@ def _current_results(atoms: Atoms) -> Mapping[str, Any]:
     return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
 
 
-def _drop_uncertainties(atoms: Atoms) -> None:
+def drop_uncertainties(atoms: Atoms) -> None:
+    """Removes what an earlier calculation left in info and arrays; labels stay."""
     for store in (atoms.info, atoms.arrays):
         for key in [key for key in store if key not in STANDARD and find_property(key) is not None]:
             del store[key]
 
 
 def _writable(atoms: Atoms) -> Atoms:
-    copy = annotated(atoms)
+    copy = annotated(without_unwritable(atoms))
     if isinstance(copy.calc, _StoredResults):
         copy.calc.results = {key: value for key, value in copy.calc.results.items() if key in STANDARD}
     return copy

@@ -6,9 +6,11 @@ last frame, and every row beyond the last whole one. `OUT` appears, whole, when 
 """
 
 import csv
+import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,6 +18,8 @@ from dataclasses import astuple, dataclass, fields
 from io import FileIO
 from pathlib import Path
 from typing import Any
+
+from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.artefact import check_writable
 from ase_uq.errors import ArtefactError
@@ -197,7 +201,7 @@ class Journal:
                 self._open.close()
                 os.replace(self.part, self._out)
             if self._csv is not None and self._rows_part.exists():
-                os.replace(self._rows_part, self._csv)
+                _move(self._rows_part, self._csv)
             self._origin_file.unlink()
             self._rows_part.unlink(missing_ok=True)
         except OSError as error:
@@ -253,6 +257,21 @@ def _write(file: FileIO, data: bytes) -> None:
         view = view[file.write(view) :]
 
 
+def _move(path: Path, target: Path) -> None:
+    """Also to another file system, where the target appears whole as well."""
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        near = target.with_name(target.name + ".part")
+        with open(path, "rb") as source, open(near, "wb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(near, target)
+
+
 def _lock(file: FileIO, path: Path) -> None:
     """Two runs into one file would write every frame twice."""
     with suppress(ImportError):  # not on Windows
@@ -277,15 +296,25 @@ def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
     with open(path, "rb") as file:
         while head := file.readline():
             comment = file.readline()
-            number = _NUMBER.search(comment)
-            if not head.strip().isdigit() or number is None or (upto is not None and int(number[1]) > upto):
+            number = _number_in(comment)
+            if not head.strip().isdigit() or number is None or (upto is not None and number > upto):
                 break
             lines = [comment, *(file.readline() for _ in range(int(head)))]
             # Zeros are what a power cut leaves of a block that was promised.
             if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
                 break
-            count, last, end = count + 1, int(number[1]), file.tell()
+            count, last, end = count + 1, number, file.tell()
     return count, last, end
+
+
+def _number_in(comment: bytes) -> int | None:
+    found = _NUMBER.findall(comment)
+    if len(found) > 1:  # somebody's own text speaks of another
+        try:
+            found = [key_val_str_to_dict(comment.decode())[NUMBER_KEY]]
+        except (ValueError, KeyError):
+            return None
+    return int(found[0]) if found else None
 
 
 def _rows_up_to(path: Path, last: int) -> tuple[int, int]:

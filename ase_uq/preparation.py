@@ -215,6 +215,8 @@ def count_edges(atoms: Atoms, cutoff: float) -> float:
         n_open = float(tree.count_neighbors(tree, cutoff)) - len(atoms)
     if not atoms.pbc.any():
         return n_open
+    if np.linalg.matrix_rank(atoms.cell.array[atoms.pbc]) < atoms.pbc.sum():
+        return n_open  # the potential will refuse it
     volume = abs(np.linalg.det(atoms.cell.complete().array))
     return max(n_open, len(atoms) ** 2 / max(volume, 1e-9) * 4 / 3 * np.pi * cutoff**3)
 

@@ -1,6 +1,10 @@
 """Every results key once: its shape, its unit, its meaning. A table; it has no behaviour but look-up."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from ase.outputs import Properties, all_outputs
 
 
 @dataclass(frozen=True)
@@ -46,3 +50,8 @@ def find_property(key: str) -> Property | None:
         return PROPERTIES[key]
     owners = [name for name in UNCERTAINTIES if key.startswith(name + "_")]
     return PROPERTIES[max(owners, key=len)] if owners else None
+
+
+def known_to_ase(results: Mapping[str, Any]) -> Properties:
+    """The results that ASE has a name for, as `atoms.get_properties` gives them: `Properties` takes no others."""
+    return Properties({key: value for key, value in results.items() if key in all_outputs})

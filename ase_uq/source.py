@@ -102,13 +102,17 @@ class Source:
         if path.stat().st_size == 0:
             raise InputError(f"the file {path} is empty.")
         try:
-            self._format = filetype(str(path))
+            self._format = _format_of(str(path))
             get_ioformat(self._format)
-        except Exception as error:  # UnknownFileTypeError, and what peeking into a damaged archive raises
+        except Exception as error:  # UnknownFileTypeError
             raise InputError(f"{path} is in no format that ASE knows ({error}).") from error
 
-    def digest(self) -> str:
-        """sha256 of the file, or of the structures' atoms, positions and cells."""
+    def digest(self, info_keys: Sequence[str] = ()) -> str:
+        """sha256 of the file, or of the structures' atoms, positions and cells.
+
+        Args:
+            info_keys: Entries of the structures' info that matter too.
+        """
         if isinstance(self._frames, Path):
             with open(self._frames, "rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,6 +120,7 @@ class Source:
         for atoms in self._frames:
             for values in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
                 digest.update(np.ascontiguousarray(values).tobytes() + b"|")
+            digest.update(repr([(key, atoms.info[key]) for key in info_keys if key in atoms.info]).encode())
         return digest.hexdigest()
 
     def total(self) -> int | None:
@@ -174,7 +179,8 @@ class Source:
         return islice(iread(self.name, ":"), start, None)
 
     def _opened(self) -> TextIO:
-        return cast(TextIO, open_with_compression(self.name, "r"))
+        # A stray byte must not take the frames around it along: it becomes a character that no number has.
+        return io.TextIOWrapper(cast(Any, open_with_compression(self.name, "rb")), "utf-8", "replace")
 
     def _from_pieces(self, start: int) -> Iterator[Unparsed | Unreadable]:
         with self._opened() as file:
@@ -201,6 +207,13 @@ class Source:
             except Exception as error:  # the row itself cannot be decoded
                 yield Unreadable(_named(error))
                 number += 1
+
+
+def _format_of(name: str) -> str:
+    try:
+        return filetype(name)
+    except Exception:  # what peeking into a damaged archive raises
+        return filetype(name, read=False)
 
 
 def warn_of_left_out(number: int, reason: str, before: int) -> None:
@@ -237,8 +250,7 @@ def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
             continue
         if not _is_count(line):
             begin = line.strip()[:60]
-            while line and not _is_count(line):
-                line = file.readline()
+            _, line = _skipped(file, line)
             yield _Piece("", problem=f"a number of atoms was expected, found {begin!r}")
             continue
         count, lines = int(line), [line, file.readline()]
@@ -253,7 +265,20 @@ def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
         while line.lstrip().startswith("VEC"):
             lines.append(line)
             line = file.readline()
-        yield _Piece("".join(lines), count)
+        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one more like the last
+            excess, line = _skipped(file, line)
+            yield _Piece("", problem=f"it has {count + excess} lines of atoms, and says that there are {count}")
+        else:
+            yield _Piece("".join(lines), count)
+
+
+def _skipped(file: TextIO, line: str) -> tuple[int, str]:
+    """How many lines are not blank from this one to the next number of atoms, and the line of that."""
+    count = 0
+    while line and not _is_count(line):
+        count += bool(line.strip())
+        line = file.readline()
+    return count, line
 
 
 def _is_count(line: str) -> bool:
@@ -261,14 +286,16 @@ def _is_count(line: str) -> bool:
 
 
 def _lammps_pieces(file: TextIO) -> Iterator[_Piece]:
-    """LAMMPS text dumps: sections under `ITEM:` lines, of which `TIMESTEP` begins a frame."""
+    """LAMMPS text dumps: sections under `ITEM:` lines; `TIMESTEP` begins a frame, or `UNITS` or `TIME` before it."""
     lines: list[str] = []
+    has_step = False
     for line in file:
-        if line.startswith("ITEM: TIMESTEP") and lines:
+        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # TIMESTEP among them
             yield _dumped(lines)
-            lines = []
+            lines, has_step = [], False
+        has_step = has_step or line.startswith("ITEM: TIMESTEP")
         lines.append(line)
-    if lines:
+    if any(line.strip() for line in lines):
         yield _dumped(lines)
 
 
@@ -298,13 +325,17 @@ def _dumped(lines: Sequence[str]) -> _Piece:
 def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
     """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
     header: list[str] = []
+    between: list[str] = []  # lines since the last block: blank ones, a header, or what is too much
     line = file.readline()
-    while line.strip():
+    while line:
         if "configuration=" not in line:
-            header = [line, *islice(file, 6)]
+            between = [*between[-6:], line]
             line = file.readline()
             continue
-        lines = [line]
+        # The title may be blank; below it stands the scale, one number.
+        if len(between) == 7 and len(between[1].split()) == 1:
+            header = between
+        between, lines = [], [line]
         line = file.readline()
         while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
             lines.append(line)
@@ -312,13 +343,6 @@ def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
         found, expected = len(lines) - 1, _n_atoms(header)
         problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
         yield _Piece("".join([*header, *lines]), found, problem)
-        skipped = []
-        while problem and line and "configuration=" not in line:
-            skipped.append(line)
-            line = file.readline()
-        # A new header may be among them, with a new cell.
-        if len(skipped) >= 7 and len(skipped[-6].split()) == 1:
-            header = skipped[-7:]
 
 
 def _n_atoms(header: Sequence[str]) -> int:

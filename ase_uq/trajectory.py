@@ -24,9 +24,10 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from loky import cpu_count
 from tqdm import tqdm
 
+from ase_uq.artefact import check_distinct
 from ase_uq.backends.base import Backend, probe_structure
 from ase_uq.errors import InputError
-from ase_uq.frames import Frames, annotated
+from ase_uq.frames import Frames, annotated, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.journal import NUMBER_KEY, FrameScore, Journal
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
@@ -79,7 +80,7 @@ class ScoredTrajectory:
         self.n_frames += 1
         self.n_atoms += row.n_atoms
         self.n_beyond += not row.gamma_max <= 1  # NaN counts
-        if self.worst is None or not row.force_uncertainty_max <= self.worst.force_uncertainty_max:
+        if self.worst is None or _rank(row) > _rank(self.worst):
             self.worst = row
 
     def summary(self) -> str:
@@ -97,6 +98,11 @@ class ScoredTrajectory:
         if self.n_left_out:
             parts.append(f"{self.n_left_out} frames were left out")
         return "; ".join(parts)
+
+
+def _rank(row: FrameScore) -> float:
+    # Not a number is worse than any.
+    return np.inf if np.isnan(row.force_uncertainty_max) else row.force_uncertainty_max
 
 
 def score(
@@ -138,7 +144,9 @@ def score(
         ArtefactError: They cannot be written, for example because the disk is full; or what an interrupted run left
             was made from another trajectory, potential or uncertainty model.
         TypeError: A bare potential without an uncertainty model, or the other way round.
+        ValueError: Two of the trajectory, `out` and `csv` are the same file, or an option is out of range.
     """
+    check_distinct(frames if isinstance(frames, str | os.PathLike) else None, out, csv)
     if batch_atoms is not None and batch_atoms < 1:
         raise ValueError(f"batch_atoms is {batch_atoms}; 1 or more was expected.")
     if workers is not None and workers < 0:
@@ -191,6 +199,7 @@ def _score_rest(
         Preparation(source.unparsed(journal.next_frame), limit, cutoff, collator, n_workers) as batches,
     ):
         behind: Future[None] | None = None
+        named: set[str] = set()
         for batch in batches:
             left_out = [FrameScore(number, problem=reason) for number, reason in batch.unreadable]
             predicted = _predict(predictor, batch, left_out, limit, cutoff)
@@ -202,7 +211,7 @@ def _score_rest(
             rows = sorted([*rows, *left_out], key=lambda row: row.frame)
             for row in rows:
                 scored.add(row)
-            behind = beside.submit(_write, journal, rows, predicted)
+            behind = beside.submit(_write, journal, rows, predicted, named)
             if scored.worst is not None:
                 bar.set_postfix_str(f"largest {scored.worst.force_uncertainty_max:.3g} eV/Å", refresh=False)
             bar.update(len(rows))
@@ -289,8 +298,12 @@ def _row(number: int, atoms: Atoms, prediction: Prediction) -> FrameScore:
     )
 
 
-def _write(journal: Journal, rows: Sequence[FrameScore], predicted: _Predicted) -> None:
-    journal.append(rows, [extxyz_text(atoms, p.results, **{NUMBER_KEY: n}) for n, atoms, p in predicted])
+def _write(journal: Journal, rows: Sequence[FrameScore], predicted: _Predicted, named: set[str]) -> None:
+    odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
+    warn_of_unwritable(odd - named)
+    named |= odd
+    texts = [extxyz_text(without_unwritable(a) if odd else a, p.results, **{NUMBER_KEY: n}) for n, a, p in predicted]
+    journal.append(rows, texts)
 
 
 def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
@@ -329,7 +342,7 @@ def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
 def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
     """What decides the results, in the order in which a difference is told."""
     return {
-        "trajectory": source.digest(),
+        "trajectory": source.digest(predictor.backend.info_keys),
         "potential": predictor.backend.identity.fingerprint,
         "precision": str(predictor.backend.dtype).removeprefix("torch."),
         "uncertainty_model": _digest(predictor.uncertainty_model),

@@ -1,7 +1,7 @@
 """Frames per second of a finished trajectory: scored, beside what one could do without uncertainties.
 
     python benchmarks/throughput.py [--device cpu|cuda] [--potential embedded|full] [--rounds 5] [--seconds 20]
-        [--out NAME]
+        [--threads N] [--workers N] [--out NAME]
 
 Five ways through the same file, in turns in one run because machines are noisy; each round gives a rate of every way,
 and ratios are medians over rounds, with quartiles:
@@ -10,7 +10,8 @@ and ratios are medians over rounds, with quartiles:
 (b) `forward`: the potential's own batched forward (neighbour lists, energy, forces, stress, numbers on the host) of
     frames that are in memory already, with nothing read, written or known about the errors; batches as in (c).
 (b+) `uncertain`: the same with uncertainties: what is between this and (c) is what reading and writing cost.
-(c) `score`: ase_uq.score, from the file to a file, with uncertainties.
+(c) `score`: ase_uq.score, from the file to a file, with uncertainties; parsing and neighbour lists in worker processes
+    with --workers, whose start is part of the time.
 (d) `static`: TorchSim's static runner with the same MACE, of frames in memory, where it is installed.
 
 `embedded` is the package's own small MACE on its molecule, and on a box of 24 of them. `full` is a MACE of the size of
@@ -20,6 +21,8 @@ made-up labels. Prints a table; with --out also writes NAME.json and NAME.md.
 
 import argparse
 import json
+import shlex
+import sys
 import tempfile
 import time
 import warnings
@@ -80,7 +83,9 @@ def batched(frames: Sequence[Atoms], most: int) -> list[list[Atoms]]:
     return [list(frames[i : i + size]) for i in range(0, len(frames), size)]
 
 
-def ways(predictor: Predictor, frames: list[Atoms], folder: Path, batch_atoms: int) -> dict[str, Callable[[], None]]:
+def ways(
+    predictor: Predictor, frames: list[Atoms], folder: Path, batch_atoms: int, workers: int | None
+) -> dict[str, Callable[[], None]]:
     source = folder / "in.xyz"
     write(source, frames)
 
@@ -95,7 +100,8 @@ def ways(predictor: Predictor, frames: list[Atoms], folder: Path, batch_atoms: i
             predictor.predict(batch, uncertainties=uncertainties)
 
     def scored() -> None:
-        score(source, predictor, out=folder / "out.xyz", overwrite=True, progress=False, batch_atoms=batch_atoms)
+        options: Any = {"overwrite": True, "progress": False, "batch_atoms": batch_atoms, "workers": workers}
+        score(source, predictor, out=folder / "out.xyz", **options)
 
     found: dict[str, Callable[[], None]] = {
         "loop": loop,
@@ -148,7 +154,7 @@ def rates(runs: dict[str, Callable[[], None]], n_frames: int, rounds: int, secon
 
 def table(results: dict) -> str:
     lines = [
-        f"# Throughput on finished trajectories\n\n{results['machine']}\n",
+        f"# Throughput on finished trajectories\n\n{results['machine']}; `python {results['command']}`\n",
         "| potential | frames | atoms | loop (frames/s) | forward | uncertain | score | static | score / loop "
         "| score / forward | score / uncertain | score / static |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -170,18 +176,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="fewest rounds")
     parser.add_argument("--seconds", type=float, default=20, help="least time a trajectory")
     parser.add_argument("--batch-atoms", type=int, default=None)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the potential, on a CPU")
+    parser.add_argument("--workers", type=int, default=None)
     parser.add_argument("--repeat", type=int, default=1, help="longer trajectories, for fast devices")
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(arguments.threads)
     most = arguments.batch_atoms or BATCH_ATOMS.get(arguments.device, BATCH_ATOMS_ELSEWHERE)
-    results: dict = {"machine": machine(arguments.device), "rows": []}
+    results: dict = {"machine": machine(arguments.device), "command": shlex.join(sys.argv), "rows": []}
     for name in arguments.potential:
         predictor = potential(name, arguments.device)
         for title, frames in tqdm(trajectories(name).items(), desc=name):
             frames = frames * arguments.repeat
             with tempfile.TemporaryDirectory() as folder:
-                runs = ways(predictor, frames, Path(folder), most)
+                runs = ways(predictor, frames, Path(folder), most, arguments.workers)
                 found = rates(runs, len(frames), arguments.rounds, arguments.seconds)
             row = {"potential": name, "frames": title, "atoms": len(frames[0])}
             row |= {way: float(np.median(values)) for way, values in found.items()}

@@ -1,6 +1,7 @@
 """Frames on disk keep every key, and nothing that is not theirs."""
 
 import math
+import re
 import resource
 
 import numpy as np
@@ -14,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ase_uq.errors import LabelError
-from ase_uq.frames import annotated, labels_of, read_frames, write_frames
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.frames import annotated, labels_of, read_frames, unwritable, write_frames
 from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
 
 KEYS = (*PROPERTIES, *(f"{key}_bll" for key in UNCERTAINTIES))
@@ -287,6 +288,47 @@ def test_a_full_disk_is_told_by_name_and_leaves_no_half_frame(append, tmp_path):
     if append:
         write_frames(path, [molecule("H2O")], append=True)
         assert [str(atoms.symbols) for atoms in read_frames(path)] == ["CH4", "OH2"]
+
+
+def test_a_full_disk_leaves_no_empty_file(tmp_path):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*new\.xyz'"):
+            write_frames(tmp_path / "new.xyz", [molecule("C6H6")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
+
+
+ODD = {
+    "info['note']": ("info", "note", "two\nlines"),
+    "info['empty']": ("info", "empty", ""),
+    "info[('a', 'b')]": ("info", ("a", "b"), 1),
+    "info['Lattice']": ("info", "Lattice", 3),
+    "arrays['tensor']": ("arrays", "tensor", np.zeros((5, 3, 3))),
+    "arrays['complex']": ("arrays", "complex", np.zeros(5, complex)),
+    "arrays['unsigned']": ("arrays", "unsigned", np.zeros(5, np.uint8)),
+    "arrays['object']": ("arrays", "object", np.array([None] * 5)),
+    "arrays['spaced']": ("arrays", "spaced", np.array(["a b"] * 5)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_the_format_cannot_hold_is_left_out_and_named(tmp_path, name):
+    store, key, value = ODD[name]
+    atoms = annotated(molecule("CH4"), results_of(5), kept=1)
+    getattr(atoms, store)[key] = value
+    atoms.set_array("label", np.array(["C1", "H1", "H2", "H3", "H4"]))
+    assert unwritable(atoms) == [name]
+    with pytest.warns(UQWarning, match=re.escape(f"{name} cannot be kept in extended XYZ and is left out.")):
+        write_frames(tmp_path / "a.xyz", [molecule("H2O"), atoms])
+    assert key in getattr(atoms, store), "the structure itself is not touched"
+    found = read_frames(tmp_path / "a.xyz")[1]
+    assert found.info["kept"] == 1
+    assert found.arrays["label"].tolist() == ["C1", "H1", "H2", "H3", "H4"]
+    np.testing.assert_allclose(found.calc.results["forces_uncertainty"], results_of(5)["forces_uncertainty"], atol=1e-8)
+    assert not unwritable(found)
 
 
 def test_a_device_that_is_full_is_told_by_name():

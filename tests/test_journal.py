@@ -2,6 +2,7 @@
 
 import errno
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -240,3 +241,20 @@ def test_two_runs_do_not_write_into_one_file(out: Path):
         run(journal)
         journal.finish()
     assert out.read_text() == WHOLE
+
+
+def test_rows_may_end_on_another_file_system(out: Path, table: Path, monkeypatch: pytest.MonkeyPatch):
+    real = os.replace
+
+    def replace(source: Path, target: Path) -> None:
+        if target == table and source.name != table.name + ".part":
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with Journal(out, table, ORIGIN) as journal:
+        run(journal)
+        journal.finish()
+    assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["frame", *"01234567"]
+    assert out.read_text() == WHOLE
+    assert sorted(path.name for path in out.parent.iterdir()) == sorted([out.name, table.name])

@@ -1,5 +1,6 @@
 """Frames one by one: what ASE reads, in any format, from any start, with damaged ones named."""
 
+import gzip
 import os
 import tracemalloc
 from pathlib import Path
@@ -96,6 +97,9 @@ def test_a_digest_changes_with_the_contents_only(tmp_path: Path):
     assert Source([atoms.copy() for atoms in frames]).digest() == of_list
     frames[1].positions[0, 0] += 1e-6
     assert Source(frames).digest() != of_list
+    charged = [Atoms("H", info={"charge": charge}) for charge in (0, 1)]
+    assert Source(charged[:1]).digest() == Source(charged[1:]).digest()
+    assert Source(charged[:1]).digest(["charge", "spin"]) != Source(charged[1:]).digest(["charge", "spin"])
     assert Source(written(tmp_path / "b.xyz", frames)).digest() != digest
 
 
@@ -134,6 +138,7 @@ def lines(tmp_path: Path) -> list[str]:
         (lambda lines: [*lines[:24], "Na 0.1 0.2\n", *lines[25:]], [0, 1, 3, 4], {2: "tuple of length 3"}),
         (lambda lines: [*lines[:24], "Qq 0.1 0.2 0.3\n", *lines[25:]], [0, 1, 3, 4], {2: "KeyError"}),
         (lambda lines: [*lines[:20], "\n", *lines[20:], "\n", "\n"], [0, 1, 2, 3, 4], {}),
+        (lambda lines: [*lines[:20], "7\n", *lines[21:]], [0, 1, 3, 4], {2: "it has 8 lines of atoms, and says that"}),
     ],
 )
 def test_a_damaged_frame_costs_no_other(tmp_path: Path, lines: list[str], edit, kept: list[int], bad: dict[int, str]):
@@ -149,6 +154,27 @@ def test_a_damaged_frame_costs_no_other(tmp_path: Path, lines: list[str], edit, 
         np.testing.assert_allclose(atoms.positions, original.positions, atol=1e-7)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_stray_bytes_cost_no_other_frame(tmp_path: Path, lines: list[str], compressed: bool):
+    encoded = [line.encode() for line in lines]
+    encoded[11] = encoded[11].replace(b"Lattice", b'note="5 \xc5" Lattice')  # a comment in Latin-1
+    encoded[34] = b"\xff\xfe\x00junk\n"
+    path = tmp_path / ("a.xyz.gz" if compressed else "a.xyz")
+    path.write_bytes(gzip.compress(b"".join(encoded)) if compressed else b"".join(encoded))
+    good, bad = split(Source(path))
+    assert (list(good), list(bad)) == ([0, 1, 2, 4], [3])
+    assert good[1].info["note"] == "5 \N{REPLACEMENT CHARACTER}"
+
+
+def test_an_archive_that_was_cut_off_keeps_its_whole_frames(tmp_path: Path, lines: list[str]):
+    whole = gzip.compress("".join(lines * 20).encode(), compresslevel=1)
+    (tmp_path / "a.xyz.gz").write_bytes(whole[: len(whole) // 2])
+    good, bad = split(Source(tmp_path / "a.xyz.gz"))
+    assert 10 < len(good) < 90
+    (reason,) = bad.values()
+    assert reason.startswith("the file cannot be read from here on (EOFError")
+
+
 def test_a_truncated_xdatcar_block_does_not_lend_its_cell_to_the_next(tmp_path: Path):
     lines = written(tmp_path / "XDATCAR", crystals()).read_text().splitlines(keepends=True)
     starts = [index for index, line in enumerate(lines) if "configuration=" in line]
@@ -158,6 +184,39 @@ def test_a_truncated_xdatcar_block_does_not_lend_its_cell_to_the_next(tmp_path: 
     assert list(good) == [0, 1, 3, 4]
     for number, atoms in good.items():
         np.testing.assert_allclose(atoms.cell.array, crystals()[number].cell.array, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda lines, starts: ["\n", *lines[1:]],
+        lambda lines, starts: [*lines[: starts[2]], "\n", "\n", *lines[starts[2] :], "\n"],
+        lambda lines, starts: lines,
+    ],
+    ids=["blank title", "blank lines", "as ASE writes it"],
+)
+def test_blank_lines_of_an_xdatcar_end_nothing(tmp_path: Path, edit):
+    frames = crystals(1) * 5
+    lines = written(tmp_path / "XDATCAR", frames).read_text().splitlines(keepends=True)
+    starts = [index for index, line in enumerate(lines) if "configuration=" in line]
+    (tmp_path / "XDATCAR").write_text("".join(edit(lines, starts)))
+    good, bad = split(Source(tmp_path / "XDATCAR"))
+    assert (list(good), bad) == ([0, 1, 2, 3, 4], {})
+    np.testing.assert_allclose(good[3].positions, frames[3].positions, atol=1e-6)
+
+
+@pytest.mark.parametrize("before", [["ITEM: TIME\n0.5\n"] * 4, ["ITEM: UNITS\nmetal\n", "", "", ""]])
+@pytest.mark.parametrize("both", [False, True])
+def test_units_and_times_of_a_dump_belong_to_the_frame_after_them(tmp_path: Path, before: list[str], both: bool):
+    dump(tmp_path / "a.dump", crystals(4))
+    pieces = (tmp_path / "a.dump").read_text().split("ITEM: TIMESTEP")[1:]
+    extra = ["ITEM: TIME\n0.5\n" * both] * 4
+    text = "".join(f"{b}{e}ITEM: TIMESTEP{piece}" for b, e, piece in zip(before, extra, pieces, strict=True))
+    (tmp_path / "a.dump").write_text(text)
+    good, bad = split(Source(tmp_path / "a.dump"))
+    assert (list(good), bad) == ([0, 1, 2, 3], {})
+    for atoms, expected in zip(good.values(), iread(tmp_path / "a.dump", ":", format="lammps-dump-text"), strict=True):
+        assert atoms == expected
 
 
 def test_a_truncated_dump_is_not_a_smaller_frame(tmp_path: Path):

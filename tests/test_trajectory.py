@@ -26,8 +26,9 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
 from ase_uq.frames import annotated, read_frames, write_frames
+from ase_uq.journal import FrameScore
 from ase_uq.testing.methods import labelled_frames
-from ase_uq.trajectory import extxyz_text, score
+from ase_uq.trajectory import ScoredTrajectory, extxyz_text, score
 
 
 def toy(direct: bool = False) -> UncertaintyModel:
@@ -482,6 +483,73 @@ def test_frames_that_the_potential_refuses_are_named_and_left_out(source: Path, 
     assert "contains Au, which the potential does not know" in messages[2]
     assert scored.n_left_out == 3
     assert_scored(out, source, uq, left_out=[4, 5, 19])
+
+
+def test_cells_without_extent_are_named_and_left_out(source: Path, uq: Path, out: Path):
+    flat = bulk("C", cubic=True)
+    flat.cell[2] = flat.cell[0]
+    tiny = bulk("C", cubic=True)
+    tiny.set_cell(tiny.cell * 1e-4)
+    frames = [*read(source, ":3"), flat, tiny, *read(source, "3:")]
+    with pytest.warns(
+        UQWarning, match=r"frame [34] was left out: structure [34] \(C8\) is periodic in a cell without ex"
+    ):
+        scored = score(frames, "toy:", uq, out=out, batch_atoms=50, progress=False)
+    assert (scored.n_frames, scored.n_left_out) == (20, 2)
+    assert [atoms.info["source_frame"] for atoms in read(out, ":")] == [0, 1, 2, *range(5, 22)]
+
+
+def test_entries_that_cannot_be_written_are_named_once_and_left_out(source: Path, uq: Path, out: Path):
+    frames = read(source, ":")
+    for atoms in frames[5:]:
+        atoms.arrays["tensor"] = np.zeros((len(atoms), 3, 3))
+        atoms.info["note"] = "two\nlines"
+    with pytest.warns(UQWarning) as caught:
+        scored = score(frames, "toy:", uq, out=out, batch_atoms=20, progress=False)
+    assert [str(one.message) for one in caught if one.category is UQWarning] == [
+        "arrays['tensor'], info['note'] cannot be kept in extended XYZ and are left out."
+    ]
+    assert scored.n_frames == len(read_frames(out)) == 20
+
+
+def test_a_text_that_speaks_of_another_frame_does_not_confuse_a_resumed_run(source: Path, uq: Path, out: Path):
+    frames = read(source, ":")
+    for atoms in frames:
+        atoms.info["note"] = "made of source_frame=2 of a run"
+        atoms.info["source_frame"] = 77  # of an earlier scoring
+    write(source, frames)
+    killed(source, uq, out, KILLS["in the middle of a frame"])
+    scored = score(source, "toy:", uq, out=out, csv=out.with_suffix(".csv"), batch_atoms=20, progress=False)
+    assert scored.n_resumed > 0
+    assert [atoms.info["source_frame"] for atoms in read(out, ":")] == list(range(20))
+
+
+def test_not_a_number_is_the_worst(out: Path):
+    scored = ScoredTrajectory(out)
+    for frame, worst in enumerate([0.2, np.nan, 0.3, np.nan]):
+        scored.add(FrameScore(frame, 1, force_uncertainty_max=worst))
+    assert scored.worst is not None
+    assert scored.worst.frame == 1
+
+
+@pytest.mark.parametrize(
+    ("out_name", "csv_name", "message"),
+    [
+        ("in.xyz", None, "in.xyz is read from: it would be overwritten"),
+        ("out.xyz", "in.xyz", "in.xyz is read from: it would be overwritten"),
+        ("out.xyz", "out.xyz", "out.xyz is two of the outputs: it would be overwritten"),
+        ("link.xyz", None, "link.xyz is read from: it would be overwritten"),
+    ],
+)
+def test_outputs_do_not_overwrite_what_is_read_or_each_other(
+    source: Path, predictor: Predictor, out_name: str, csv_name: str | None, message: str
+):
+    before = source.read_bytes()
+    source.with_name("link.xyz").hardlink_to(source)
+    csv_file = None if csv_name is None else source.with_name(csv_name)
+    with pytest.raises(ValueError, match=message):
+        score(source, predictor, out=source.with_name(out_name), csv=csv_file, overwrite=True, progress=False)
+    assert source.read_bytes() == before
 
 
 def test_many_frames_left_out_are_not_a_flood_of_warnings(source: Path, uq: Path, out: Path):

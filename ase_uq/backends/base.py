@@ -19,6 +19,7 @@ from ase_uq.evaluation import Evaluation
 # Two evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ
 # by about 1e-7; one with another neighbour normalisation by 1e-2.
 PROBE_TOLERANCE = 1e-4
+_THINNEST = 1e-2  # Å, the smallest singular value of periodic cell vectors; atoms are a hundred times larger
 
 
 @dataclass(frozen=True)
@@ -147,7 +148,8 @@ class Backend(ABC):
             first: Number of the first structure, for messages.
 
         Raises:
-            InputError: No structure, no atoms, positions or cell that are not finite, an element the
+            InputError: No structure, no atoms, positions or cell that are not finite, a periodic cell
+                without extent, an element the
                 potential does not know, or a missing entry of `atoms.info`.
         """
         self.check(frames, first=first)
@@ -272,6 +274,7 @@ def check_structures(
                     f"{what} of {which} are not finite (row {row}: {values[row]}). The run has probably "
                     "blown up; go back to the last good frame."
                 )
+        _check_cell(which, atoms)
         unknown = sorted(set(atoms.numbers.tolist()) - elements)
         if unknown:
             names = ", ".join(chemical_symbols[z] for z in unknown)
@@ -283,6 +286,19 @@ def check_structures(
                 f"{which} has no {' and '.join(missing)} in atoms.info, which this potential reads. "
                 f"Set it, for example atoms.info[{missing[0]!r}] = 0."
             )
+
+
+def _check_cell(which: str, atoms: Atoms) -> None:
+    """Neighbours cannot be counted where periodic images lie on one another."""
+    if not atoms.pbc.any():
+        return
+    vectors = atoms.cell.array[atoms.pbc]
+    thickness = np.linalg.svd(vectors, compute_uv=False)[-1]
+    if thickness < _THINNEST:
+        raise InputError(
+            f"{which} is periodic in a cell without extent: {vectors.tolist()} Å are its periodic vectors. Give it a "
+            "cell, or set atoms.pbc = False."
+        )
 
 
 def probe_structure(elements: frozenset[int], info_keys: Sequence[str]) -> Atoms:

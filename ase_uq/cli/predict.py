@@ -75,8 +75,9 @@ def _check_arguments(frames: Path, out: Path, csv: Path | None, part: Path, over
         raise FileNotFoundError(f"there is no file {frames}.")
     # A run that was killed while it finished has files of both kinds.
     interrupted = part.with_name(part.name + ".json").exists()
-    from ase_uq.artefact import check_writable
+    from ase_uq.artefact import check_distinct, check_writable
 
+    check_distinct(frames, out, csv)
     for path in (out, csv):
         if path is not None and path.exists() and not overwrite and not interrupted:
             raise FileExistsError(f"{path} exists. Give another name, or --overwrite to replace it.")

@@ -7,12 +7,14 @@ from typing import NamedTuple, TextIO
 
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.outputs import Properties
 
 from ase_uq.dynamics.actions import Action, Event, actions_of_levels
 from ase_uq.dynamics.checks import Check, Snapshot
 from ase_uq.dynamics.judging import Judge, Site, checked, reduction_of, symbols_looked_at
 from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
 from ase_uq.dynamics.structures import norms_of
+from ase_uq.properties import known_to_ase
 from ase_uq.thresholds import Meaning, PerElement
 
 
@@ -132,6 +134,10 @@ class WatchedCalculator(Calculator):
             self._is_judged = False
         if not self._is_judged:
             self._judge_now()
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
 
     def _judge_now(self) -> None:
         atoms = self.atoms

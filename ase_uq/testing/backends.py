@@ -549,6 +549,7 @@ class BackendContract:
         refused(lambda atoms: atoms.positions.__setitem__((1, 2), np.nan), "positions of structure 1 .* not finite")
         refused(lambda atoms: atoms.cell.array.__setitem__((0, 0), np.inf), "cell of structure 1 .* not finite")
         refused(lambda atoms: atoms[:0], "structure 1 .* has no atoms")
+        refused(lambda atoms: atoms.cell.array.__setitem__(2, atoms.cell.array[0]), "periodic in a cell without extent")
         refused(unknown, "the potential does not know")
         for key in backend.required_info_keys:
             refused(lambda atoms, key=key: atoms.info.pop(key), f"has no {key} in atoms.info")
