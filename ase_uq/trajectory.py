@@ -96,7 +96,7 @@ class ScoredTrajectory:
         if self.n_resumed:
             parts.append(f"{self.n_resumed} of them were there from an interrupted run")
         if self.n_left_out:
-            parts.append(f"{self.n_left_out} frames were left out")
+            parts.append(f"{self.n_left_out} frame{'s were' if self.n_left_out > 1 else ' was'} left out")
         return "; ".join(parts)
 
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from ase.io import read, write
 
 from ase_uq import embedded
 
@@ -28,9 +29,26 @@ READERS_FILES = {
     "my.uq.safetensors": "mace.uq.safetensors",
 }
 MAKE_MODEL = """
-import torch
+import os, torch
 from ase_uq.backends import load_backend
-torch.save(load_backend("embedded:mace", device="cpu").calculator.models[0], "my.model")
+from mace.calculators import foundations_models as loaders
+model = load_backend("embedded:mace", device="cpu").calculator.models[0]
+torch.save(model, "my.model")
+# Where mace looks before it fetches weights, under the names that it gives them there.
+os.makedirs("cache/mace")
+url = loaders.mace_mp_urls["medium-mpa-0"]
+torch.save(model, "cache/mace/" + "".join(c for c in os.path.basename(url) if c.isalnum() or c == "_"))
+torch.save(model, "cache/mace/" + os.path.basename(loaders.mace_off_urls["small"]).split("?")[0])
+"""
+# orb's loaders have no such place: these stand in for two of them, in every Python that a block starts.
+ORB_LOADERS = """
+from ase_uq.backends import load_backend
+from orb_models.forcefield import pretrained
+calculators = [load_backend(f"embedded:orb-{name}", device="cpu").calculator for name in ("direct", "conservative")]
+for name, calculator in zip(("orb_v3_direct_20_omat", "orb_v3_conservative_inf_omat"), calculators):
+    load = lambda calculator=calculator, **_: (calculator.model, calculator.adapter)
+    setattr(pretrained, name, load)
+    pretrained.ORB_PRETRAINED_MODELS[name.replace("_", "-")] = load
 """
 # A run of the README may end by halting, and is as long as the reader likes.
 SHORTER = {
@@ -39,13 +57,6 @@ SHORTER = {
     "n_runs=20, ps=1)": "n_runs=20, ps=0.005, equilibration=0.005)",
     "per_run=0.05, ps=1)": "per_run=0.05, ps=0.005)",
 }
-# Pretrained weights would have to be fetched: orb's loader gives the embedded potential instead.
-OFFLINE_ORB = """
-from orb_models.forcefield import pretrained as _pretrained
-from ase_uq.backends import load_backend as _load
-_orb = _load("embedded:orb-conservative", device="cpu").calculator
-_pretrained.orb_v3_conservative_inf_omat = lambda device: (_orb.model, _orb.adapter)
-"""
 
 
 def blocks() -> dict[str, tuple[str, str, str]]:
@@ -64,15 +75,19 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, source in READERS_FILES.items():
         shutil.copy(embedded.path(source), first / name)
     run(["python", "-c", MAKE_MODEL], first)
+    (first / "orb").mkdir()
+    (first / "orb" / "sitecustomize.py").write_text(ORB_LOADERS)
     made = {page.stem: tmp_path_factory.mktemp(page.stem) for page in PAGES}
     for folder in made.values():
         shutil.copytree(first, folder, dirs_exist_ok=True)
+    for name in ("train.xyz", "calibration.xyz"):  # five fits on this page
+        write(made["quick_start"] / name, read(first / name, ":40"))
     return made
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(command: list[str], folder: Path, **variables: str) -> None:
     # As in an activated environment.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode and "UncertaintyHalt" not in done.stderr:
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)
@@ -83,9 +98,12 @@ def test_block_runs(name: str, folders: dict[str, Path]):
     page, language, text = blocks()[name]
     for long, short in SHORTER.items():
         text = text.replace(long, short)
-    if "pretrained.orb" in text:
-        text = OFFLINE_ORB + text
-    run(["python", "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text], folders[page])
+    folder = folders[page]
+    stand_ins = {"XDG_CACHE_HOME": str(folder / "cache")} if "mace" in text else {}
+    if "orb_v3" in text:
+        stand_ins["PYTHONPATH"] = str(folder / "orb")
+    command = ["python", "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
+    run(command, folder, **stand_ins)
 
 
 def test_readme_has_blocks_to_run():

@@ -457,7 +457,7 @@ def test_damaged_frames_are_named_and_left_out(source: Path, uq: Path, out: Path
         scored = score(damaged, "toy:", uq, out=out, csv=table, progress=False)
     assert_scored(out, source, uq, left_out=[1])
     assert (scored.n_frames, scored.n_left_out) == (19, 1)
-    assert "; 1 frames were left out" in scored.summary()
+    assert "; 1 frame was left out" in scored.summary()
     rows = table.read_text().splitlines()[1:]
     assert [int(row.split(",")[0]) for row in rows] == list(range(20))
     assert rows[1].split(",")[-1].startswith("it is truncated")

@@ -1,18 +1,13 @@
 """`ase-uq report`: scored frames in, one page for people out."""
 
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from ase_uq.cli.levels import check_levels
 from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, Flag, ForcesKey, Halt, Reduce, StressKey
 from ase_uq.cli.options import label_keys as names_of_labels
-
-if TYPE_CHECKING:
-    from ase import Atoms
 
 
 def report(
@@ -75,7 +70,7 @@ def report(
     sources["calibration"] = calibration
     written = write_report(
         out,
-        _frames(frames),
+        frames,
         fitted,
         flag=flag,
         halt=halt,
@@ -114,20 +109,8 @@ def _check_arguments(
     check_levels(flag, halt)  # type: ignore[arg-type]
     if not frames.is_file():
         raise FileNotFoundError(f"there is no file {frames}.")
-    from ase_uq.report.page import check_outputs
+    from ase_uq.report.output import check_outputs
 
     folder = out.with_name(f"{out.stem}_figures") if plots is None else plots
     check_outputs(out, folder)
     return folder
-
-
-def _frames(path: Path) -> "Iterator[Atoms]":
-    """The frames of a file one by one; those that cannot be read are named in a warning and left out."""
-    from ase_uq.errors import UQWarning
-    from ase_uq.source import Source, Unreadable
-
-    for number, frame in Source(path).read():
-        if isinstance(frame, Unreadable):
-            warnings.warn(f"frame {number} of {path} is left out: {frame.reason}", UQWarning, stacklevel=2)
-        else:
-            yield frame

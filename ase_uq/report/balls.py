@@ -27,8 +27,8 @@ class Balls:
 
 
 def balls(atoms: Atoms) -> Balls:
-    """Balls and sticks of a structure."""
-    middle = atoms.positions.mean(0)
+    """Balls and sticks of a structure whose positions and cell are finite."""
+    middle = atoms.positions.mean(0) if len(atoms) else np.zeros(3)
     axes = _tilted() if atoms.pbc.any() else _flattest(atoms.positions - middle)
     i, j, shift = neighbor_list("ijS", atoms, [1.15 * radius for radius in natural_cutoffs(atoms)])
     inside = (i < j) & ~shift.any(1)
@@ -38,6 +38,21 @@ def balls(atoms: Atoms) -> Balls:
         bonds=np.stack([i[inside], j[inside]], 1),
         cell=(_edges(atoms) - middle) @ axes.T,
     )
+
+
+def finite_part(atoms: Atoms) -> tuple[Atoms, np.ndarray]:
+    """What of a structure can be drawn: atoms whose positions are finite, without a cell that is not.
+
+    Returns:
+        The structure, and the indices of its atoms.
+    """
+    finite = np.isfinite(atoms.positions).all(1)
+    if finite.all() and np.isfinite(atoms.cell.array).all():
+        return atoms, np.arange(len(atoms))
+    part = atoms[finite]
+    if not np.isfinite(atoms.cell.array).all():
+        part = Atoms(part.numbers, part.positions)
+    return part, np.flatnonzero(finite)
 
 
 def surroundings(atoms: Atoms, centre: int, most: int) -> tuple[Atoms, np.ndarray]:

@@ -23,12 +23,12 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_uq.artefact import check_writable
 from ase_uq.backends.base import Backend
 from ase_uq.frames import Frames, read_frames
 from ase_uq.readings import Reduction
 from ase_uq.report import plots
 from ase_uq.report.latent import LatentMap, evenly, frame_features, principal_plane
+from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish
 from ase_uq.report.survey import ScoredFrame, Survey, survey
 from ase_uq.report.viewer import cut_out, drawing, packed, plotly_script
 from ase_uq.scoring import UNITS, Assessment, assess
@@ -64,18 +64,19 @@ class Report:
     def summary(self) -> str:
         """One line for people."""
         found = self.survey
-        text = f"{found.n_frames} frames, {len(found.numbers)} atoms"
+        text = f"{_count(found.n_frames, 'frame')}, {_count(len(found.numbers), 'atom')}"
         for name, level in (("flag", self.flag), ("halt", self.halt)):
             if level is not None:
                 text += f", {int(found.above(level).sum())} at or above {name}"
         if found.n_without:
             text += f"; {found.n_without} without uncertainties left out"
-        return f"{text}. Page written to {self.page}, {len(self.pictures)} pictures to {self.pictures[0].parent}"
+        pictures = _count(len(self.pictures), "picture")
+        return f"{text}. Page written to {self.page}, {pictures} to {self.pictures[0].parent}"
 
 
 def write_report(
     path: str | os.PathLike[str],
-    frames: Iterable[Atoms],
+    frames: Frames | Iterable[Atoms],
     uncertainty_model: UncertaintyModel,
     *,
     flag: float | Meaning | None = None,
@@ -93,7 +94,8 @@ def write_report(
 
     Args:
         path: HTML file; replaced if it exists.
-        frames: Scored frames; read once, one by one.
+        frames: Scored frames, in a file or one by one; read once. Those of a file that cannot be read, and labels and
+            notes that cannot be used, are left out with a warning.
         uncertainty_model: What they were scored with.
         flag: Threshold, eV/Å, or a meaning such as `Quantile(0.99)`.
         halt: Likewise.
@@ -103,15 +105,17 @@ def write_report(
         backend: The potential, for the latent map; without it there is none.
         train: Training frames, for the latent map.
         calibration: Calibration frames, likewise.
-        pictures: Folder of the PNG files, made if it is missing; by default `<path>_figures`.
+        pictures: Folder of the PNG files, made if it is missing; by default `<path>_figures`. The pictures of an
+            earlier report in it are replaced, other files are left alone.
         sources: What to say about where things come from, by name; for example the files.
         batch_atoms: Most atoms evaluated together, for the latent map.
 
     Raises:
-        InputError: No frame has uncertainties, or the potential cannot evaluate one.
-        LabelError: Labels that are not finite, have another shape, or are the potential's own; training or
-            calibration frames that cannot be read.
-        ArtefactError: Something cannot be written.
+        InputError: No frame has uncertainties, those of one have another shape, or the potential cannot evaluate one.
+        LabelError: The labels are the potential's own; training or calibration frames that cannot be read.
+        ArtefactError: Something cannot be written; what was there before stands.
+        FileExistsError: The folder of the pictures is a file, or holds a file of somebody else's that a picture would
+            overwrite.
         ValueError: Flag is not below halt, calibration data cannot support a meaning, or frames of the latent map
             were given without the potential.
     """
@@ -128,30 +132,9 @@ def write_report(
     plane = None
     if backend is not None:
         plane = _plane(backend, found, {"training": train, "calibration": calibration}, batch_atoms)
-    page = _Page(found, uncertainty_model, flag, halt, reduction, dict(sources or {}), folder)
+    page = _Page(found, uncertainty_model, flag, halt, reduction, dict(sources or {}))
     text = page.text(plane)
-    part = path.with_name(path.name + ".part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    return Report(path, tuple(page.written), found, flag, halt)
-
-
-def check_outputs(path: Path, folder: Path) -> None:
-    """Fails now, not after the work, where the page or its pictures could not be written; makes the folder.
-
-    Raises:
-        ArtefactError: A folder is missing or not writable, or `path` is a folder itself.
-        FileExistsError: The folder of the pictures is a file.
-    """
-    check_writable(path)
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"{folder} is a file, where a folder for pictures was expected. Choose another.")
-    folder.mkdir(parents=True, exist_ok=True)
-    check_writable(folder / "uncertainty.png")
+    return Report(path, publish(path, text, folder, page.pictures), found, flag, halt)
 
 
 def _levels(
@@ -169,13 +152,15 @@ def _levels(
     return known[0], known[1]
 
 
-def _plane(backend: Backend, found: Survey, known: Mapping[str, Frames | None], batch_atoms: int) -> LatentMap:
+def _plane(backend: Backend, found: Survey, known: Mapping[str, Frames | None], batch_atoms: int) -> LatentMap | None:
     groups = {
         name: evenly(read_frames(frames, name=f"{name} frames"), _MOST_REFERENCE)
         for name, frames in known.items()
         if frames is not None
     }
-    groups["scored"] = [frame.atoms for frame in found.kept]
+    groups["scored"] = [frame.atoms for frame in found.kept if frame.is_finite]
+    if not groups["scored"]:
+        return None
     return principal_plane(
         {name: frame_features(backend, frames, batch_atoms=batch_atoms) for name, frames in groups.items()}
     )
@@ -183,7 +168,7 @@ def _plane(backend: Backend, found: Survey, known: Mapping[str, Frames | None], 
 
 @dataclass
 class _Page:
-    """Sections of the page; drawing one writes its pictures."""
+    """Sections of the page; drawing one adds its pictures, PNG files by name."""
 
     found: Survey
     model: UncertaintyModel
@@ -191,8 +176,7 @@ class _Page:
     halt: float | None
     reduction: Reduction
     sources: dict[str, str]
-    folder: Path
-    written: list[Path] = field(default_factory=list)
+    pictures: dict[str, bytes] = field(default_factory=dict)
 
     def text(self, plane: LatentMap | None) -> str:
         worst = self.found.worst(N_WORST)
@@ -233,19 +217,19 @@ class _Page:
     def _subject(self) -> str:
         formulas = list(self.found.compositions)
         named = ", ".join(formulas[:3]) + (f" and {len(formulas) - 3} more compositions" if len(formulas) > 3 else "")
-        return f"{self.found.n_frames:,} frames of {named}"
+        return f"{_count(self.found.n_frames, 'frame')} of {named}"
 
     def _facts(self) -> str:
         found = self.found
         worst = found.worst(1)[0]
         facts = [
-            ("frames", f"{found.n_frames:,}", f"{len(found.numbers):,} atoms"),
+            ("frames", f"{found.n_frames:,}", _count(len(found.numbers), "atom")),
             ("largest uncertainty", f"{_number(worst.reading)} eV/Å", f"frame {worst.place}"),
             ("median uncertainty", f"{_number(_quantile(found.reading, 0.5))} eV/Å", "of a frame"),
         ]
         if np.isfinite(found.gamma).any():
             share = found.n_beyond / found.n_frames
-            facts.append(("beyond calibration data", f"{share:.0%}", f"{found.n_beyond} frames with γ > 1"))
+            facts.append(("beyond calibration data", f"{share:.0%}", f"{_count(found.n_beyond, 'frame')} with γ > 1"))
         if "forces" in found.samples:
             sample = found.samples["forces"]
             rmse, z = np.sqrt(np.mean(sample.residuals**2)), np.mean((sample.residuals / sample.std) ** 2)
@@ -268,7 +252,7 @@ class _Page:
         n = self.found.n_frames
         bar = "".join(f'<i class="{css}" style="width:{100 * count / n:.2f}%"></i>' for css, _, count in bands if count)
         rows = "".join(
-            f'<li><b class="{css}">{escape(css)}</b> {escape(says)}: {count:,} frames ({count / n:.1%})</li>'
+            f'<li><b class="{css}">{escape(css)}</b> {escape(says)}: {_count(count, "frame")} ({count / n:.1%})</li>'
             for css, says, count in bands
         )
         trusted = bands[0][2] / n
@@ -306,7 +290,7 @@ class _Page:
         worst = found.worst(1)[0]
         alt = (
             f"Line of the force uncertainty over {label}: median {_number(_quantile(found.reading, 0.5))}, largest "
-            f"{_number(worst.reading)} eV/Å at frame {worst.place}; {n_flagged} flagged frames."
+            f"{_number(worst.reading)} eV/Å at frame {worst.place}; {_count(n_flagged, 'flagged frame')}."
         )
         caption = (
             f"Each frame is read by the {self._reading()} of its atoms: ε, the norm of the standard deviations of the "
@@ -351,7 +335,8 @@ class _Page:
             )
         n = len(np.unique(sample.frame))
         text = (
-            f"<p>{n:,} of {self.found.n_frames:,} frames carry reference {escape(names[quantity])}. "
+            f"<p>{n:,} of {_count(self.found.n_frames, 'frame')} {'carries' if n == 1 else 'carry'} reference "
+            f"{escape(names[quantity])}. "
             "<code>ase-uq evaluate</code> judges them method by method, with intervals.</p>"
         )
         return _section("Are the uncertainties right?", f'{text}<div class="pair">{"".join(panels)}</div>')
@@ -395,7 +380,7 @@ class _Page:
     def _map(self, plane: LatentMap) -> str:
         coordinates = dict(plane.coordinates)
         points = coordinates.pop("scored")
-        readings = [frame.reading for frame in self.found.kept]
+        readings = [frame.reading for frame in self.found.kept if frame.is_finite]
         ax = plots.latent_map(coordinates, points, readings, explained=plane.explained)
         each = f"; of every {self.found.stretch} frames the most uncertain is shown" if self.found.stretch > 1 else ""
         caption = (
@@ -404,7 +389,10 @@ class _Page:
             "hold, since a plane shows two directions of many."
         )
         known = " and ".join(f"{len(c)} {name}" for name, c in coordinates.items()) or "no known"
-        alt = f"Principal components of {len(points)} scored frames among {known} frames."
+        alt = f"Principal components of {_count(len(points), 'scored frame')} among {known} frames."
+        n_nowhere = len(self.found.kept) - len(points)
+        if n_nowhere:
+            caption += f" {_count(n_nowhere, 'frame')} with positions that are not finite cannot be on the map."
         return _section("Where the frames lie", self._figure("latent_map", ax, alt, caption, css="narrow"))
 
     def _worst(self, worst: list[ScoredFrame], top: float) -> str:
@@ -416,11 +404,12 @@ class _Page:
             named = f"{frame.atoms[atom].symbol} {atom} at {_number(frame.uncertainty[atom])} eV/Å"
             alt = f"Frame {frame.place}, {frame.atoms.get_chemical_formula()}; most uncertain is {named}."
             image = self._image(f"frame_{frame.place}", ax, alt, css="")
-            time = _time(frame)
-            rest = "" if len(indices) == len(frame.atoms) else f" The {len(indices):,} atoms around it are shown."
+            time = "" if np.isnan(frame.time) else f" at {frame.time:,.6g} fs"
+            rest = _not_drawn(frame, len(indices))
+            turns = f' data-structure="{number}"' if len(indices) else ""
             reason = frame.atoms.info.get("flag_reason")
             cards.append(
-                f'<figure data-structure="{number}"><div class="view">{image}</div>'
+                f'<figure{turns}><div class="view">{image}</div>'
                 f"<figcaption><strong>Frame {frame.place}</strong>{escape(time)}, "
                 f"{escape(frame.atoms.get_chemical_formula())}. Most uncertain: {escape(named)}.{escape(rest)}"
                 f"{f'<br>{escape(str(reason))}' if reason else ''}</figcaption>"
@@ -433,15 +422,17 @@ class _Page:
             "</span></div>"
         )
         text = "<p>Drag to turn, scroll or pinch to zoom; names and uncertainties of atoms appear under the pointer."
-        unit = "frames" if self.found.time is None else "fs"
-        if self.found.gap >= 1 or self.found.time is not None:
-            text += f" What lies within {self.found.gap:.3g} {unit} of a worse frame is left out."
+        gap = self.found.gap
+        if gap >= 1 or (self.found.time is not None and gap > 0):
+            near = _count(int(gap), "frame") if self.found.time is None else f"{gap:,.6g} fs"
+            text += f" What lies within {near} of a worse frame is left out."
         return _section("The most uncertain frames", f'{text}</p>{scale}<div class="frames">{"".join(cards)}</div>')
 
     def _provenance(self) -> str:
         model = self.model
         rows = {
             **self.sources,
+            "frames are numbered": self._numbering(),
             "flag": _told(self.flag),
             "halt": _told(self.halt),
             "potential": f"{model.identity.settings['package']}, fingerprint {model.identity.fingerprint}",
@@ -456,6 +447,15 @@ class _Page:
             f'<details><summary>Data it was fitted on</summary><pre tabindex="0">{escape(details)}</pre></details>',
         )
 
+    def _numbering(self) -> str:
+        found = self.found
+        text = "as in the trajectory that was scored" if found.counts_source else "as in the frames of this report"
+        text += ", from 0"
+        if found.n_missing:
+            upto, are = int(found.place.max()) + 1, "is" if found.n_missing == 1 else "are"
+            text += f"; {found.n_missing:,} of the first {_count(upto, 'frame')} {are} not here"
+        return text
+
     def _figure(
         self, name: str, ax: "Axes", alt: str, caption: str, *, css: str = "", small: "Axes | None" = None
     ) -> str:
@@ -466,10 +466,10 @@ class _Page:
         return f'<figure class="{css}">{image}<figcaption>{escape(caption)}</figcaption></figure>'
 
     def _image(self, name: str, ax: "Axes", alt: str, *, css: str) -> str:
-        """Writes the picture to its file and gives it as an element of the page."""
-        path = self.folder / f"{name}.png"
-        _figure_of(ax).savefig(path, dpi=200)
-        self.written.append(path)
+        """Adds the picture to the files and gives it as an element of the page."""
+        buffer = io.BytesIO()
+        _figure_of(ax).savefig(buffer, format="png", dpi=200, metadata=PICTURE_METADATA)
+        self.pictures[f"{name}.png"] = buffer.getvalue()
         return f'<img class="{css}" alt="{escape(alt)}" src="{_data_uri(ax)}">'
 
 
@@ -538,9 +538,22 @@ def _legend(ax: "Axes") -> list:
     return [] if legend is None else legend.get_texts()
 
 
-def _time(frame: ScoredFrame) -> str:
-    time = frame.atoms.info.get("time_fs", frame.atoms.info.get("flag_time_fs"))
-    return "" if time is None else f" at {float(time):,.6g} fs"
+def _not_drawn(frame: ScoredFrame, n_drawn: int) -> str:
+    """What is to be said where the picture does not show all of a frame."""
+    n_finite = int(np.isfinite(frame.atoms.positions).all(1).sum())
+    text = ""
+    if n_drawn < n_finite:
+        text += f" The {n_drawn:,} atoms around it are shown."
+    n_nowhere = len(frame.atoms) - n_finite
+    if n_nowhere:
+        text += f" The positions of {_count(n_nowhere, 'atom')} are not finite: not drawn."
+    if not np.isfinite(frame.atoms.cell.array).all():
+        text += " Its cell is not finite: not drawn."
+    return text
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _told(level: float | None) -> str:

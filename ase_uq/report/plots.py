@@ -14,7 +14,7 @@ from scipy.special import gammaincinv, ndtri
 
 from ase_uq import metrics
 from ase_uq.errors import MissingDependency
-from ase_uq.report.balls import balls
+from ase_uq.report.balls import balls, finite_part
 
 try:
     from matplotlib import pyplot as plt
@@ -80,15 +80,13 @@ def run(
     points = {"marker": ".", "ms": 4} if len(time) <= 300 else {}
     handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2, **points)
     if flag is not None:
-        ax.axhline(flag, color=ORANGE, lw=1, ls="--")
         above = readings >= flag
         if above.any():
             handles += ax.plot(time[above], readings[above], "o", ms=2, color=ORANGE, label="flagged frame")
-    if halt is not None:
-        ax.axhline(halt, color=RED, lw=1, ls="--")
     for name, level, color in (("flag", flag, ORANGE), ("halt", halt, RED)):
         if level is not None:
-            ax.annotate(name, (0.006, level), (0, 2), ax.get_yaxis_transform(), "offset points", color=color, size=8)
+            # In front of the readings, or they would hide it where they are many.
+            handles.append(ax.axhline(level, color=color, lw=1, ls="--", zorder=2.5, label=f"{name} {level:.3g}"))
     if errors is not None:
         _, known = _equal(time=time, errors=errors)
         shown = np.isfinite(known)
@@ -101,7 +99,10 @@ def run(
         ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
     # Above the axes: a run that heats up fills all of them.
-    ax.legend(handles=handles, frameon=False, fontsize=8, ncols=len(handles), loc="lower left", bbox_to_anchor=(0, 1))
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    columns = max(1, int(figure.get_figwidth() * ax.get_position().width / _LEGEND_INCHES))
+    ax.legend(handles=handles, frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
     return ax
 
 
@@ -260,7 +261,8 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     """A structure as a picture, its atoms coloured by their force uncertainty, seen from its flattest side.
 
     Args:
-        atoms: Structure; bonds are drawn between atoms that touch, not through periodic boundaries.
+        atoms: Structure; bonds are drawn between atoms that touch, not through periodic boundaries. Atoms whose
+            positions are not finite are left out.
         uncertainties: (n_atoms,) eV/Å; those that are not finite take the darkest colour.
         largest: Uncertainty with the darkest colour, eV/Å; that of the structure by default.
         ax: Where to draw.
@@ -271,6 +273,10 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     top = largest or _largest(values)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
+    atoms, indices = finite_part(atoms)
+    values = values[indices]
+    if not len(atoms):
+        ax.text(0.5, 0.5, "no position is finite", ha="center", size=9, color=GREY, transform=ax.transAxes)
     seen = balls(atoms)
     for line in seen.cell:
         ax.plot(*line[:, :2].T, color=GREY, lw=0.8, zorder=1)
@@ -308,6 +314,7 @@ def _clipped(values: np.ndarray, top: float) -> np.ndarray:
 
 
 _UNCERTAINTY = "force uncertainty (eV/Å)"
+_LEGEND_INCHES = 1.5  # of an entry as long as "predicted uncertainty"
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:

@@ -1,22 +1,28 @@
 """What scored frames say, gathered in one pass: readings, atoms, errors where labels are, and the worst frames."""
 
+import os
+import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from reprlib import repr as shortened
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from ase_uq.errors import InputError, LabelError
-from ase_uq.frames import LABEL_KEYS, check_labels, labels_of
+from ase_uq.errors import InputError, LabelError, UQWarning
+from ase_uq.frames import LABEL_KEYS, Frames
+from ase_uq.journal import NUMBER_KEY
 from ase_uq.readings import Reduction, atom_norms
 from ase_uq.scoring import Sample
+from ase_uq.source import Source, Unreadable
 
 _TIME_KEYS = ("time_fs", "flag_time_fs")  # of trajectories and of flagged frames of `ase-uq md`
 _OWN_RATIO = 1e-5  # residuals this small beside the forces are rounding
+_NAMED = 10  # frames with the same defect that are warned of one by one
 
 
 @dataclass(frozen=True)
@@ -24,16 +30,18 @@ class ScoredFrame:
     """A frame that is kept for pictures.
 
     Args:
-        place: Its number in the file.
+        place: Its number, as in the `place` of the survey.
         reading: eV/Å.
         atoms: Structure, with the notes of the frame in `info`.
         uncertainty: (n_atoms,) ε_i, eV/Å.
+        time: fs, NaN where the frame does not know it.
     """
 
     place: int
     reading: float
     atoms: Atoms
     uncertainty: np.ndarray
+    time: float
 
     @property
     def rank(self) -> float:
@@ -45,13 +53,21 @@ class ScoredFrame:
         """Index of its most uncertain atom."""
         return int(np.nan_to_num(self.uncertainty, nan=np.inf).argmax())
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all positions and the cell are."""
+        return bool(np.isfinite(self.atoms.positions).all() and np.isfinite(self.atoms.cell.array).all())
+
 
 @dataclass(frozen=True)
 class Survey:
     """What scored frames say.
 
     Args:
-        place: (n_frames,) number of each frame in the file.
+        place: (n_frames,) number of each frame, from 0: in the trajectory that was scored where the frames know it
+            (`source_frame`) and it grows, else in what was read.
+        counts_source: Whether it is that in the trajectory that was scored.
+        n_missing: How many of these numbers, up to the largest, no frame has that was read.
         time: (n_frames,) fs; None where not every frame knows its time, or it does not grow.
         reading: (n_frames,) eV/Å.
         numbers: (n_atoms,) atomic numbers of all frames.
@@ -67,6 +83,8 @@ class Survey:
     """
 
     place: np.ndarray
+    counts_source: bool
+    n_missing: int
     time: np.ndarray | None
     reading: np.ndarray
     numbers: np.ndarray
@@ -100,8 +118,8 @@ class Survey:
 
     @property
     def gap(self) -> float:
-        """A hundredth of all there is, in the unit of `along`: nearer frames of a trajectory show the same event."""
-        return float(self.along[-1] - self.along[0]) / 100
+        """A hundredth of all there is, in one digit and the unit of `along`: frames that near show the same event."""
+        return float(f"{float(self.along[-1] - self.along[0]) / 100:.1g}")
 
     def worst(self, n: int = 6) -> list[ScoredFrame]:
         """The frames with the largest readings, worst first, without those nearer than `gap` to one among them."""
@@ -114,7 +132,7 @@ class Survey:
 
 
 def survey(
-    frames: Iterable[Atoms],
+    frames: Frames | Iterable[Atoms],
     *,
     reduction: Reduction | None = None,
     label_keys: tuple[str, str, str] | None = None,
@@ -123,28 +141,54 @@ def survey(
     """Reads scored frames once, one by one; what it holds on to are numbers and at most 2 · `keep` structures.
 
     Args:
-        frames: As `ase-uq predict` and the monitors write them. Those without uncertainties are counted and left out.
+        frames: As `ase-uq predict` and the monitors write them, in a file or one by one. Those without uncertainties
+            are counted and left out; those of a file that cannot be read, and labels and notes of another shape or that
+            are not finite, are left out with a warning.
         reduction: How a frame becomes a reading; the largest ε_i by default.
         label_keys: Names of energy, forces and stress of the reference; by default `REF_energy`, `REF_forces` and
             `REF_stress`, since `energy` and `forces` of scored frames are the potential's.
         keep: Structures to keep for pictures.
 
     Raises:
-        InputError: There are no frames, or none has uncertainties.
-        LabelError: Labels that are not finite, have another shape than their frame, or are the potential's own.
+        InputError: There are no frames, none has uncertainties, or those of one have another shape.
+        LabelError: The labels are the potential's own.
     """
     gathered = _Gathered(reduction or Reduction(), label_keys or LABEL_KEYS[0], _Stretches(keep))
-    place = -1
-    for place, atoms in enumerate(frames):
+    for place, atoms in _numbered(frames, gathered.warn):
         gathered.add(place, atoms)
-    if place < 0:
+    if not gathered.n_read:
         raise InputError("there are no frames to report on.")
     if not gathered.place:
         raise InputError(
-            f"none of the {place + 1} frames carries forces_uncertainty, so there is nothing to report. Score them "
-            "first: ase-uq predict FRAMES --model SPEC --uq FILE --out SCORED.xyz, and give SCORED.xyz here."
+            f"none of the {gathered.n_read} frames carries forces_uncertainty, so there is nothing to report. Score "
+            "them first: ase-uq predict FRAMES --model SPEC --uq FILE --out SCORED.xyz, and give SCORED.xyz here."
         )
     return gathered.survey()
+
+
+@dataclass
+class _Warned:
+    """Warns of frames; of those with the same defect only that there are more after the tenth."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, defect: str, text: str) -> None:
+        self.counts[defect] += 1
+        if self.counts[defect] <= _NAMED:
+            warnings.warn(text, UQWarning, stacklevel=2)
+        elif self.counts[defect] == _NAMED + 1:
+            warnings.warn(f"further frames {defect} are not named.", UQWarning, stacklevel=2)
+
+
+def _numbered(frames: Frames | Iterable[Atoms], warn: _Warned) -> Iterator[tuple[int, Atoms]]:
+    if not isinstance(frames, str | os.PathLike):
+        yield from enumerate(frames)
+        return
+    for number, frame in Source(frames).read():
+        if isinstance(frame, Unreadable):
+            warn("that cannot be read", f"frame {number} of {os.fspath(frames)} is left out: {frame.reason}")
+        else:
+            yield number, frame
 
 
 @dataclass
@@ -176,53 +220,89 @@ class _Gathered:
     reduction: Reduction
     keys: tuple[str, str, str]
     stretches: _Stretches
+    warn: _Warned = field(default_factory=_Warned)
     place: list[int] = field(default_factory=list)
+    source: list[int | None] = field(default_factory=list)  # number in the trajectory that was scored
+    without: list[tuple[int, int | None]] = field(default_factory=list)  # both numbers, without uncertainties
     time: list[float] = field(default_factory=list)
     reading: list[float] = field(default_factory=list)
     numbers: list[np.ndarray] = field(default_factory=list)
     uncertainty: list[np.ndarray] = field(default_factory=list)
     gamma: list[np.ndarray] = field(default_factory=list)
     compositions: Counter[str] = field(default_factory=Counter)
-    n_without: int = 0
     # By quantity: place, residuals, standard deviations and forces, a row an atom or frame.
     labelled: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=dict)
     squared_forces: float = 0.0
 
+    @property
+    def n_read(self) -> int:
+        return len(self.place) + len(self.without)
+
     def add(self, place: int, atoms: Atoms) -> None:
-        std = _result(atoms, "forces_uncertainty")
+        source, std = _source_frame(atoms), _result(atoms, "forces_uncertainty")
         if std is None:
-            self.n_without += 1
+            self.without.append((place, source))
             return
+        which = f"frame {place}" if source in (None, place) else f"frame {place} (source_frame {source})"
         if np.shape(std) != (len(atoms), 3):
             raise InputError(
-                f"forces_uncertainty of frame {place} has shape {np.shape(std)}; its {len(atoms)} atoms want "
+                f"forces_uncertainty of {which} has shape {np.shape(std)}; its {len(atoms)} atoms want "
                 f"({len(atoms)}, 3). Score the frame again with `ase-uq predict`."
             )
         if not len(atoms):
-            raise InputError(f"frame {place} has no atoms.")
+            raise InputError(f"{which} has no atoms.")
         norms = atom_norms(std)
-        gamma = _result(atoms, "gamma")
+        gamma = self._checked(which, "gamma", _result(atoms, "gamma"), (len(atoms),), finite=False)
+        key = next((key for key in _TIME_KEYS if key in atoms.info), "")
+        time = self._checked(which, key, atoms.info.get(key), ())
         self.place.append(place)
-        self.time.append(next((float(atoms.info[key]) for key in _TIME_KEYS if key in atoms.info), np.nan))
+        self.source.append(source)
+        self.time.append(np.nan if time is None else float(time))
         self.reading.append(self.reduction(norms, atoms.numbers))
         self.numbers.append(atoms.numbers.astype(np.uint8))
         self.uncertainty.append(norms.astype(np.float32))
-        self.gamma.append(np.full(len(atoms), np.nan, np.float32) if gamma is None else np.asarray(gamma, np.float32))
+        self.gamma.append(np.full(len(atoms), np.nan, np.float32) if gamma is None else gamma.astype(np.float32))
         self.compositions[atoms.get_chemical_formula()] += 1
-        self._add_labels(place, atoms, std)
-        self.stretches.add(ScoredFrame(place, self.reading[-1], _structure(atoms), norms))
+        self._add_labels(place, which, atoms, np.asarray(std, float))
+        self.stretches.add(ScoredFrame(place, self.reading[-1], _structure(atoms), norms, self.time[-1]))
 
-    def _add_labels(self, place: int, atoms: Atoms, std: np.ndarray) -> None:
-        labels = labels_of(atoms, self.keys)
-        check_labels(f"frame {place}", atoms, labels)
-        forces, energy = _result(atoms, "forces"), _result(atoms, "energy")
-        if labels.forces is not None and forces is not None:
-            self.squared_forces += float(np.sum(labels.forces**2))
-            self.labelled.setdefault("forces", []).append((place, labels.forces - forces, np.asarray(std, float)))
-        energy_std = _result(atoms, "energy_uncertainty")
-        if labels.energy is not None and energy is not None and energy_std is not None:
-            row = np.array([[labels.energy - energy]]) / len(atoms), np.array([[float(energy_std)]]) / len(atoms)
-            self.labelled.setdefault("energy_per_atom", []).append((place, *row))
+    def _add_labels(self, place: int, which: str, atoms: Atoms, std: np.ndarray) -> None:
+        def label(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+            return self._checked(which, key, _label(atoms, key), shape)
+
+        def result(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+            return self._checked(which, key, _result(atoms, key), shape, finite=False)
+
+        reference = label(self.keys[1], std.shape)
+        forces = None if reference is None else result("forces", std.shape)
+        if reference is not None and forces is not None:
+            self.squared_forces += float(np.sum(reference**2))
+            self.labelled.setdefault("forces", []).append((place, reference - forces, std))
+        reference = label(self.keys[0], ())
+        energy, energy_std = (None if reference is None else result(k, ()) for k in ("energy", "energy_uncertainty"))
+        if reference is not None and energy is not None and energy_std is not None:
+            residual, std = ((values / len(atoms)).reshape(1, 1) for values in (reference - energy, energy_std))
+            self.labelled.setdefault("energy_per_atom", []).append((place, residual, std))
+
+    def _checked(
+        self, which: str, key: str, value: Any, shape: tuple[int, ...], *, finite: bool = True
+    ) -> np.ndarray | None:
+        """The value as numbers of this shape; None, with a warning, where it is something else."""
+        if value is None:
+            return None
+        try:
+            numbers = np.asarray(value, float)
+        except (TypeError, ValueError):
+            numbers, problem = np.empty(0), f"is {shortened(value)}, {_wanted(shape)} expected"
+        else:
+            if shape == () and numbers.size == 1:
+                numbers = numbers.reshape(())
+            problem = f"has shape {numbers.shape}, {_wanted(shape)} expected" if numbers.shape != shape else ""
+            if not problem and finite and not np.isfinite(numbers).all():
+                problem = "is not finite"
+        if problem:
+            self.warn(f"whose {key} cannot be used", f"{key} of {which} {problem}: it is left out.")
+        return None if problem else numbers
 
     def survey(self) -> Survey:
         samples = {quantity: self._sample(quantity) for quantity in ("forces", "energy_per_atom")}
@@ -233,8 +313,15 @@ class _Gathered:
                 "names of the reference labels, or leave them out."
             )
         time = np.array(self.time)
+        known = [number for number in self.source if number is not None]
+        counts_source = len(known) == len(self.place) and bool((np.diff(known) > 0).all())
+        place = np.array(known if counts_source else self.place)
+        present = {*place.tolist(), *(numbers[counts_source] for numbers in self.without)} - {None}
+        shown = dict(zip(self.place, place.tolist(), strict=True))
         return Survey(
-            place=np.array(self.place),
+            place=place,
+            counts_source=counts_source,
+            n_missing=max(present) + 1 - len(present),
             time=time if len(time) > 1 and (np.diff(time) > 0).all() else None,
             reading=np.array(self.reading),
             numbers=np.concatenate(self.numbers).astype(int),
@@ -242,9 +329,9 @@ class _Gathered:
             gamma=np.concatenate(self.gamma).astype(float),
             n_atoms_of_frame=np.array([len(numbers) for numbers in self.numbers]),
             compositions=dict(self.compositions.most_common()),
-            n_without=self.n_without,
+            n_without=len(self.without),
             samples=found,
-            kept=tuple(self.stretches.kept),
+            kept=tuple(replace(frame, place=shown[frame.place]) for frame in self.stretches.kept),
             stretch=self.stretches.length,
         )
 
@@ -264,8 +351,25 @@ class _Gathered:
 
 def _result(atoms: Atoms, key: str) -> Any:
     """A result from where files keep it: the calculator, the arrays or the notes; None where there is none."""
-    results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
-    return results.get(key, atoms.arrays.get(key, atoms.info.get(key)))
+    return _results(atoms).get(key, atoms.arrays.get(key, atoms.info.get(key)))
+
+
+def _label(atoms: Atoms, key: str) -> Any:
+    """A reference value, likewise; one of the name of a result is the file's before it is the potential's."""
+    return atoms.info.get(key, atoms.arrays.get(key, _results(atoms).get(key)))
+
+
+def _results(atoms: Atoms) -> Mapping[str, Any]:
+    return atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
+
+
+def _source_frame(atoms: Atoms) -> int | None:
+    number = atoms.info.get(NUMBER_KEY)
+    return int(number) if isinstance(number, int | np.integer) and number >= 0 else None
+
+
+def _wanted(shape: tuple[int, ...]) -> str:
+    return f"{shape} was" if shape else "a number was"
 
 
 def _structure(atoms: Atoms) -> Atoms:

@@ -14,7 +14,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_uq.errors import MissingDependency
-from ase_uq.report.balls import balls, surroundings
+from ase_uq.report.balls import balls, finite_part, surroundings
 from ase_uq.report.survey import ScoredFrame
 
 MOST_ATOMS = 400  # of one structure: the page stays small and turns smoothly
@@ -39,8 +39,16 @@ def packed(text: str) -> str:
 
 
 def cut_out(frame: ScoredFrame) -> tuple[Atoms, np.ndarray]:
-    """What is drawn of a frame and the indices of its atoms: all, of a large one those around its most uncertain."""
-    return surroundings(frame.atoms, frame.worst_atom, MOST_ATOMS)
+    """What is drawn of a frame and the indices of its atoms: all, of a large one those around its most uncertain.
+
+    Atoms whose positions are not finite are nowhere to be drawn.
+    """
+    atoms, indices = finite_part(frame.atoms)
+    if not len(atoms):
+        return atoms, indices
+    centre = int(np.nan_to_num(frame.uncertainty[indices], nan=np.inf).argmax())
+    part, among = surroundings(atoms, centre, MOST_ATOMS)
+    return part, indices[among]
 
 
 def drawing(frame: ScoredFrame) -> dict[str, Any]:

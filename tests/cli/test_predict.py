@@ -60,7 +60,7 @@ def test_a_damaged_frame_is_named_and_the_rest_is_kept(predict, files, tmp_path)
     result = predict("--batch-atoms", 9, "--csv", "numbers.csv", frames="in.xyz")
     assert result.exit_code == 0
     assert "warning: frame 12 was left out: it is truncated: " in result.stderr
-    assert "; 1 frames were left out" in result.stdout
+    assert "; 1 frame was left out" in result.stdout
     assert [atoms.info["source_frame"] for atoms in read("out.xyz", ":")] == list(range(12))
     assert len((tmp_path / "numbers.csv").read_text().splitlines()) == 14
     assert {path.name for path in tmp_path.iterdir()} == {"in.xyz", "out.xyz", "numbers.csv"}

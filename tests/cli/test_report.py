@@ -1,4 +1,7 @@
+import csv
+
 import matplotlib as mpl
+import numpy as np
 import pytest
 import typer
 from ase.io import read
@@ -6,7 +9,16 @@ from typer.testing import CliRunner
 
 mpl.use("Agg")
 
-from ase_uq import Quantile, UncertaintyModel, read_frames, report
+from ase_uq import (
+    Quantile,
+    UncertainCalculator,
+    UncertaintyModel,
+    UQWarning,
+    read_frames,
+    report,
+    score,
+    write_frames,
+)
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.report import report as verb
 
@@ -21,7 +33,6 @@ def _() -> None: ...
 @pytest.fixture(scope="module")
 def scored(files, tmp_path_factory):
     """Labelled frames with the uncertainties of the fitted model, as `ase-uq predict` writes them."""
-    from ase_uq import UncertainCalculator, write_frames
     from ase_uq.frames import annotated
 
     frames = read(files.test, ":")
@@ -73,8 +84,6 @@ def test_labels_of_other_names(tell, tmp_path, scored):
     for atoms in frames:
         atoms.set_array("dft", atoms.arrays["REF_forces"])
         del atoms.arrays["REF_forces"], atoms.info["REF_energy"]
-    from ase_uq import write_frames
-
     write_frames("in.xyz", frames)
     for words, shown in (((), False), (("--forces-key", "dft"), True)):
         assert tell(*words, frames="in.xyz").exit_code == 0
@@ -89,6 +98,41 @@ def test_a_damaged_frame_is_named_and_left_out(tell, tmp_path, scored):
     assert result.exit_code == 0
     assert "warning: frame 3 of in.xyz is left out" in result.stderr
     assert result.stdout.startswith("24 frames")
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert "as in the frames of this report, from 0; 1 of the first 25 frames is not here" in text
+
+
+def test_predict_and_report_name_the_same_frames(tell, tmp_path, files):
+    frames = read(files.test, ":")
+    frames[3].positions[0] = np.nan
+    calculator = UncertainCalculator("toy:", files.uq)
+    with pytest.warns(UQWarning, match="frame 3 was left out"):
+        score(frames, calculator, out="scored.xyz", csv="scored.csv", progress=False)
+    with open("scored.csv") as file:
+        readings = {int(row["frame"]): float(row["force_uncertainty_max"] or 0) for row in csv.DictReader(file)}
+    worst = max(readings, key=lambda number: readings[number])
+    assert worst > 3
+    assert tell(frames="scored.xyz").exit_code == 0
+    assert (tmp_path / "report_figures" / f"frame_{worst}.png").exists()
+    text = (tmp_path / "report.html").read_text("utf-8")
+    assert f"<small>frame {worst}</small>" in text
+    assert "as in the trajectory that was scored, from 0; 1 of the first 25 frames is not here" in text
+
+
+def test_a_second_report_replaces_the_pictures_of_the_first_and_touches_no_other_file(tell, tmp_path, scored):
+    folder = tmp_path / "report_figures"
+    assert tell().exit_code == 0
+    (folder / "notes.txt").touch()
+    write_frames("in.xyz", read_frames(scored)[:1])
+    assert tell(frames="in.xyz").exit_code == 0
+    names = {path.name for path in folder.iterdir()}
+    assert {name for name in names if name.startswith("frame")} == {"frame_0.png"}
+    assert "notes.txt" in names
+    (folder / "frame_0.png").write_bytes(b"mine")
+    again = tell(frames="in.xyz")
+    assert again.exit_code == 1
+    assert "error: report_figures/frame_0.png is no picture that `ase-uq report` wrote" in again.stderr
+    assert (folder / "frame_0.png").read_bytes() == b"mine"
 
 
 def test_frames_without_uncertainties(tell, files, tmp_path):
@@ -96,7 +140,7 @@ def test_frames_without_uncertainties(tell, files, tmp_path):
     assert result.exit_code == 1
     assert "error: none of the 25 frames carries forces_uncertainty" in result.stderr
     assert "ase-uq predict" in result.stderr
-    assert not (tmp_path / "report.html").exists()
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -104,6 +148,7 @@ def test_frames_without_uncertainties(tell, files, tmp_path):
     [
         (["--out", "no/report.html"], 1, "error: cannot write no/report.html"),
         (["--out", "report.txt"], 2, "give a name that ends in .html"),
+        (["--plots", "file/a/b"], 1, "error: cannot write file/a: Not a directory"),
         (["--plots", "file"], 1, "error: file is a file, where a folder for pictures was expected"),
         (["--flag", "0.5", "--halt", "0.4"], 2, "is not below --halt"),
         (["--flag", "q0.5", "--halt", "0.0001"], 1, "no frame lies between"),

@@ -243,6 +243,55 @@ def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
     for absent in ("Are the uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
         assert absent not in said
     assert (report.flag, report.halt) == (None, None)
+    assert "What lies within" not in said
+
+
+def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(write, scored):
+    frames = [annotated(a, source_frame=i) for i, a in enumerate(read_frames(scored)) if i != 5]
+    readings = {a.info["source_frame"]: a.calc.results["forces_uncertainty"] for a in frames}
+    worst = max(readings, key=lambda i: np.linalg.norm(readings[i], axis=1).max())
+    assert worst > 5
+    report, text = write(frames)
+    said = Elements(text).visible
+    assert f"eV/Å frame {worst} " in said
+    assert f"Frame {worst} , " in said
+    assert f"Frame {worst}, C3H4O2; most uncertain is" in text
+    assert f"eV/Å at frame {worst}; 0 flagged frames." in text
+    assert f"frame_{worst}.png" in [path.name for path in report.pictures]
+    assert "as in the trajectory that was scored, from 0; 1 of the first 60 frames is not here" in said
+    assert "What lies within" not in said
+
+
+def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(write, scored):
+    frames = read_frames(scored)
+    said = Elements(write([frames[i % 60] for i in range(600)])[1]).visible
+    assert "What lies within 6 frames of a worse frame is left out." in said
+    said = Elements(write([frames[i % 60] for i in range(120)])[1]).visible
+    assert "What lies within 1 frame of a worse frame is left out." in said
+
+
+def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, scored, model):
+    backend = UncertainCalculator("embedded:mace", model).predictor.backend
+    frames = read_frames(scored)[:4]
+    frames[1].positions[3] = np.nan
+    frames[1].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
+    frames[2].positions[:] = np.inf
+    frames[3].pbc, frames[3].cell = True, np.full((3, 3), np.nan)
+    report, text = write(frames, backend=backend)
+    said = Elements(text).visible
+    assert "The positions of 1 atom are not finite: not drawn." in said
+    assert "The positions of 9 atoms are not finite: not drawn." in said
+    assert "Its cell is not finite: not drawn." in said
+    assert "3 frames with positions that are not finite cannot be on the map." in said
+    assert "Principal components of 1 scored frame among" in text
+    drawn = [len(structure["positions"]) for structure in structures_of(text)["structures"]]
+    assert sorted(drawn) == [0, 8, 9, 9]
+    assert [each["data-structure"] for each in Elements(text).attributes("figure") if "data-structure" in each] == [
+        str(number) for number, n_atoms in enumerate(drawn) if n_atoms
+    ]
+    structure = structures_of(text)["structures"][drawn.index(8)]
+    assert [int(re.search(r" (\d+):", name)[1]) for name in structure["names"]] == [0, 1, 2, 4, 5, 6, 7, 8]
+    assert len(report.pictures) == 8
 
 
 def test_what_is_not_a_number_is_told(write, scored):
@@ -261,8 +310,9 @@ def test_what_is_not_a_number_is_told(write, scored):
 def test_one_frame_of_one_atom(write):
     atoms = annotated(bulk("Si")[:1], {"forces_uncertainty": np.full((1, 3), 0.2), "gamma": np.array([np.inf])})
     said = Elements(write([atoms], flag=0.1)[1]).visible
-    assert "1 frames of Si" in said
-    assert "100.0%" in said
+    assert "Uncertainty of 1 frame of Si" in said
+    assert "candidate from 0.1 eV/Å: 1 frame (100.0%)" in said
+    assert "1 frames" not in said
 
 
 def test_time_is_shown_where_it_is_known(write, scored):
@@ -301,10 +351,27 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(model, tmp_path
 
 def test_a_page_that_fails_leaves_the_one_before(write, scored, tmp_path):
     _, before = write(read_frames(scored)[:3])
+    pictures = {path.name for path in (tmp_path / "report_figures").iterdir()}
     with pytest.raises(InputError, match="there are no frames"):
         write([])
     assert (tmp_path / "report.html").read_text("utf-8") == before
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report_figures"}
+    assert {path.name for path in (tmp_path / "report_figures").iterdir()} == pictures
+
+
+def test_a_report_of_nothing_leaves_nothing(write, tmp_path):
+    with pytest.raises(InputError, match="there are no frames"):
+        write([])
+    assert not list(tmp_path.iterdir())
+
+
+def test_pictures_of_the_report_before_do_not_stay(write, scored):
+    frames = read_frames(scored)
+    for numbers in (range(50, 54), range(3)):
+        report, _ = write([annotated(frames[i], source_frame=i) for i in numbers])
+        found = {path.name for path in report.pictures[0].parent.iterdir()}
+        assert found == {path.name for path in report.pictures}
+        assert {name for name in found if name.startswith("frame")} == {f"frame_{i}.png" for i in numbers}
 
 
 def test_without_plotly_the_install_line_is_told(monkeypatch):

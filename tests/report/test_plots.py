@@ -43,9 +43,27 @@ def test_run_shows_readings_thresholds_and_what_is_above():
     np.testing.assert_allclose(line(ax, "predicted")[:, 0], time)
     np.testing.assert_array_equal(line(ax, "predicted")[:, 1], [0.1, 0.3, np.nan, 0.2, 0.6])
     np.testing.assert_allclose(line(ax, "flagged"), [[0.5, 0.3], [1.5, 0.2], [2, 0.6]])
-    assert [text.get_text() for text in ax.texts] == ["flag", "halt"]
-    assert labels(ax) == ["predicted uncertainty", "flagged frame"]
+    for name, level in (("flag", 0.2), ("halt", 0.5)):
+        np.testing.assert_allclose(line(ax, f"{name} ")[:, 1], level)
+    assert labels(ax) == ["predicted uncertainty", "flagged frame", "flag 0.2", "halt 0.5"]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("time (fs)", "force uncertainty (eV/Å)")
+
+
+@pytest.mark.parametrize("width", [4.6, 8.6])
+def test_nothing_is_written_where_readings_would_hide_it(width):
+    _, ax = plt.subplots(figsize=(width, 3.4), layout="constrained")
+    rng = np.random.default_rng(0)
+    time, readings = np.arange(650), rng.lognormal(size=650)
+    plots.run(time, readings, flag=1.0, halt=1.02, ax=ax)
+    ax.figure.canvas.draw()
+    assert not ax.texts
+    legend = ax.get_legend().get_window_extent()
+    assert legend.y0 >= ax.get_window_extent().y1
+    assert 0 <= legend.x0 < legend.x1 <= ax.figure.bbox.x1
+    levels = [line for line in ax.lines if line.get_label() in ("flag 1", "halt 1.02")]
+    others = [line for line in ax.lines if line not in levels]
+    assert len(levels) == 2
+    assert min(line.get_zorder() for line in levels) > max(line.get_zorder() for line in others)
 
 
 def test_run_shows_errors_where_they_are_known():

@@ -3,7 +3,7 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from ase_uq import Reduction
+from ase_uq import Reduction, UQWarning, write_frames
 from ase_uq.errors import InputError, LabelError
 from ase_uq.frames import annotated
 from ase_uq.report.survey import survey
@@ -83,17 +83,115 @@ def test_the_potentials_own_forces_are_no_labels():
         survey(frames)
 
 
-def test_labels_that_are_not_finite_are_named():
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("REF_forces", np.full((3, 3), np.nan), "REF_forces of frame 1 is not finite: it is left out"),
+        ("REF_forces", np.ones((2, 3)), r"REF_forces of frame 1 has shape \(2, 3\), \(3, 3\) was expected: it is left"),
+        ("REF_energy", "n/a", "REF_energy of frame 1 is 'n/a', a number was expected: it is left out"),
+        ("forces", np.ones((2, 3)), r"forces of frame 1 has shape \(2, 3\), \(3, 3\) was expected: it is left out"),
+        ("energy_uncertainty", "?", "energy_uncertainty of frame 1 is '.', a number was expected"),
+    ],
+)
+def test_a_label_that_cannot_be_used_is_named_and_left_out_with_its_frame(key, value, message):
+    frames = scored([0.1, 0.2, 0.3], REF_energy=1.0)
+    for atoms in frames:
+        atoms.calc.results |= {"energy": 0.5, "energy_uncertainty": 0.1}
+        atoms.info["REF_forces"] = np.ones((3, 3))
+    (frames[1].info if key.startswith("REF") else frames[1].calc.results)[key] = value
+    with pytest.warns(UQWarning, match=message) as told:
+        found = survey(frames)
+    assert len(told) == 1
+    damaged, whole = ("energy_per_atom", "forces") if "energy" in key else ("forces", "energy_per_atom")
+    assert set(found.samples[damaged].frame) == {0, 2}
+    assert set(found.samples[whole].frame) == {0, 1, 2}
+    np.testing.assert_allclose(found.reading, [0.1, 0.2, 0.3])
+
+
+def test_gamma_of_another_shape_is_named_and_left_out():
     frames = scored([0.1, 0.2])
-    frames[1].set_array("REF_forces", np.full((3, 3), np.nan))
-    with pytest.raises(LabelError, match="frame 1 has a reference forces that is not finite"):
+    for atoms, gamma in zip(frames, (np.full(3, 2.0), np.full(2, 2.0)), strict=True):
+        atoms.calc.results["gamma"] = gamma
+    with pytest.warns(UQWarning, match=r"gamma of frame 1 has shape \(2,\), \(3,\) was expected: it is left out"):
+        found = survey(frames)
+    assert found.n_beyond == 1
+    assert np.isnan(found.gamma[3:]).all()
+
+
+@pytest.mark.parametrize("time", ["abc", np.nan, np.array([1.0, 2.0])])
+def test_a_time_that_is_no_number_leaves_the_frames_their_numbers(time):
+    frames = scored([0.1, 0.2], time_fs=1.0)
+    frames[1].info["time_fs"] = time
+    with pytest.warns(UQWarning, match="time_fs of frame 1 .*: it is left out"):
+        found = survey(frames)
+    assert found.time is None
+    assert [frame.time for frame in found.kept] == [1.0, pytest.approx(np.nan, nan_ok=True)]
+
+
+def test_of_many_frames_with_the_same_defect_ten_are_named():
+    frames = scored([0.1] * 30, REF_energy="n/a")
+    with pytest.warns(UQWarning) as told:
         survey(frames)
+    messages = [str(each.message) for each in told]
+    assert len(messages) == 11
+    assert messages[9].startswith("REF_energy of frame 9 is")
+    assert messages[10] == "further frames whose REF_energy cannot be used are not named."
 
 
 def test_frames_without_uncertainties_are_counted_and_keep_their_number():
     found = survey([molecule("H2O"), *scored([0.1, 0.5]), molecule("H2O")])
     assert (found.n_frames, found.n_without) == (2, 2)
     np.testing.assert_array_equal(found.place, [1, 2])
+    assert (found.counts_source, found.n_missing) == (False, 0)
+
+
+def sourced(numbers) -> list[Atoms]:
+    frames = scored([0.1, 0.5, 0.3])
+    for atoms, number in zip(frames, numbers, strict=True):
+        if number is not None:
+            atoms.info["source_frame"] = number
+    return frames
+
+
+def test_frames_have_their_number_in_the_trajectory_that_was_scored():
+    found = survey([*sourced([2, np.int64(3), 6]), *sourced([8, 9, 11])])
+    assert (found.counts_source, found.n_missing) == (True, 6)
+    np.testing.assert_array_equal(found.place, [2, 3, 6, 8, 9, 11])
+    np.testing.assert_array_equal(found.along, found.place)
+    assert [frame.place for frame in found.kept] == [2, 3, 6, 8, 9, 11]
+
+
+@pytest.mark.parametrize("numbers", [[2, None, 6], [2, 6, 3], [2, 2, 6], [2, "3", 6], [-1, 3, 6]])
+def test_without_a_number_for_every_frame_that_grows_they_have_that_in_what_was_read(numbers):
+    found = survey(sourced(numbers))
+    assert (found.counts_source, found.n_missing) == (False, 0)
+    assert [frame.place for frame in found.worst(3)] == [1, 2, 0]
+
+
+def test_frames_without_uncertainties_are_not_missing():
+    bare = molecule("H2O")
+    bare.info["source_frame"] = 1
+    frames = sourced([0, 2, 4])
+    assert survey([frames[0], bare, *frames[1:]]).n_missing == 1  # frame 3
+
+
+def test_frames_of_a_file_keep_their_number_where_one_cannot_be_read(tmp_path):
+    write_frames(tmp_path / "in.xyz", scored([0.1, 0.2, 0.5, 0.3]))
+    lines = (tmp_path / "in.xyz").read_text().splitlines(keepends=True)
+    lines[5 + 3] = "H not a number\n"  # 3 atoms and two lines of heading
+    (tmp_path / "in.xyz").write_text("".join(lines))
+    with pytest.warns(UQWarning, match=r"frame 1 of .*in.xyz is left out"):
+        found = survey(tmp_path / "in.xyz")
+    np.testing.assert_array_equal(found.place, [0, 2, 3])
+    assert (found.counts_source, found.n_missing) == (False, 1)
+    assert found.worst(1)[0].place == 2
+
+
+def test_messages_say_both_numbers_where_they_differ():
+    frames = sourced([0, 2, 4])
+    frames[1].calc.results["forces_uncertainty"] = np.ones(3)
+    with pytest.raises(InputError, match=r"forces_uncertainty of frame 1 \(source_frame 2\) has shape \(3,\)"):
+        survey(frames)
 
 
 def test_nothing_to_report_on():
@@ -126,6 +224,14 @@ def test_neighbours_of_a_worse_frame_are_left_out():
     for atoms, time in zip(frames, [0, 0.5, 90, 1000], strict=True):
         atoms.info["time_fs"] = time
     assert [frame.place for frame in survey(frames).worst(3)] == [0, 2, 3]
+
+
+def test_what_is_near_is_a_hundredth_of_all_in_one_digit():
+    assert survey(scored([0.1] * 600)).gap == 6  # 599 frames from the first to the last
+    frames = scored([0.1] * 3)
+    for atoms, time in zip(frames, [0, 1, 299.5], strict=True):
+        atoms.info["time_fs"] = time
+    assert survey(frames).gap == 3
 
 
 def test_few_structures_are_held_and_none_of_the_worst_is_lost():
