@@ -26,7 +26,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ase-uq demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -12,6 +12,15 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
 
+# Begun last, they would keep one process busy while the others have nothing left to do.
+_LONGEST = ("test_readme.py", "test_mace.py", "test_orb.py", "test_examples.py", "test_everywhere.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Longest files first: make test hands out file after file to several processes."""
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The labelled frames that lie beside the checkout; they are too large for the repository."""

@@ -80,8 +80,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     made = {page.stem: tmp_path_factory.mktemp(page.stem) for page in PAGES}
     for folder in made.values():
         shutil.copytree(first, folder, dirs_exist_ok=True)
-    for name in ("train.xyz", "calibration.xyz"):  # five fits on this page
-        write(made["quick_start"] / name, read(first / name, ":40"))
+    for name, count in (("train.xyz", 40), ("calibration.xyz", 100)):  # five fits on this page
+        write(made["quick_start"] / name, read(first / name, f":{count}"))
     return made
 
 
