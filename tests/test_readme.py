@@ -26,6 +26,7 @@ READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
     "start.xyz": "malonaldehyde.xyz",
+    "finished.xyz": "test_900K.xyz",
     "my.uq.safetensors": "mace.uq.safetensors",
 }
 MAKE_MODEL = """
