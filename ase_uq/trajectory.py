@@ -188,8 +188,8 @@ def _score_rest(
 ) -> None:
     """Everything that is not in the journal yet: read ahead of the device and written behind it."""
     backend = predictor.backend
-    total = source.total() if progress or workers is None else None
-    n_workers = _n_workers(workers, backend, total)
+    total = source.total() if progress else None
+    n_workers = _n_workers(backend, source) if workers is None else workers
     cutoff = _cutoff(backend)
     # Methods that read derivatives evaluate a structure at a time.
     collator = None if predictor.uncertainty_model.gradients else backend.collator
@@ -224,11 +224,9 @@ def _cutoff(backend: Backend) -> float:
     return backend.evaluate(backend.collate([probe]), forces=False).edges.cutoff
 
 
-def _n_workers(asked: int | None, backend: Backend, total: int | None) -> int:
-    if asked is not None:
-        return asked
+def _n_workers(backend: Backend, source: Source) -> int:
     # A CPU is busy with the potential; and processes take seconds to start.
-    if backend.device.type == "cpu" or backend.collator is None or (total is not None and total < _WORTH_WORKERS):
+    if backend.device.type == "cpu" or backend.collator is None or (source.total() or np.inf) < _WORTH_WORKERS:
         return 0
     return min(_MOST_WORKERS, max(1, cpu_count() - 2))
 

@@ -10,6 +10,8 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -22,11 +24,13 @@ from ase.io import read, write
 
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
 from ase_uq import journal as journal_module
-from ase_uq.backends import load_backend
+from ase_uq import trajectory as trajectory_module
+from ase_uq.backends import Backend, load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
 from ase_uq.frames import annotated, read_frames, write_frames
 from ase_uq.journal import FrameScore
+from ase_uq.source import Source
 from ase_uq.testing.methods import labelled_frames
 from ase_uq.trajectory import ScoredTrajectory, extxyz_text, score
 
@@ -425,6 +429,25 @@ def test_worker_processes_change_nothing(predictor: Predictor, out: Path):
     assert out.with_name("2.xyz").read_bytes() == out.with_name("0.xyz").read_bytes()
     with pytest.raises(ValueError, match="workers is -1; 0 or more was expected"):
         score(frames, predictor, out=out, workers=-1)
+
+
+@pytest.mark.parametrize(
+    ("device", "collates", "n_frames", "n_cores", "expected"),
+    [
+        ("cuda", True, 5000, 16, 8),
+        ("cuda", True, 5000, 4, 2),
+        ("cuda", True, 5000, 1, 1),
+        ("cuda", True, 100, 16, 0),
+        ("cuda", False, 5000, 16, 0),
+        ("cpu", True, 5000, 16, 0),
+    ],
+)
+def test_processes_are_started_where_they_pay(
+    monkeypatch: pytest.MonkeyPatch, device: str, collates: bool, n_frames: int, n_cores: int, expected: int
+):
+    fake = SimpleNamespace(device=torch.device(device), collator=object() if collates else None)
+    monkeypatch.setattr(trajectory_module, "cpu_count", lambda: n_cores)
+    assert trajectory_module._n_workers(cast(Backend, fake), Source([Atoms("H")] * n_frames)) == expected
 
 
 def test_a_frame_too_large_for_the_device_is_named(
