@@ -1,12 +1,18 @@
 """Every example runs as it stands, in an empty folder; the one on real data on a part of it."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ase.io import read
+
+from ase_uq import UncertainCalculator, embedded
+from ase_uq.readings import atom_norms
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -27,6 +33,7 @@ def test_every_example_is_run_here():
         "03_your_own_frames.py",
         "04_relax_and_neb.py",
         "05_torchsim.py",
+        "06_active_learning.py",
     }
 
 
@@ -72,3 +79,22 @@ def test_torchsim(tmp_path: Path):
     assert "halted at" in text
     assert "relaxed at step" in text
     assert (tmp_path / "flagged.xyz").exists()
+
+
+def test_active_learning(tmp_path: Path):
+    text = run("06_active_learning.py", tmp_path, "--quick")
+    assert "chosen by lcmd" in text
+    folder = tmp_path / "loop"
+    before, after = json.loads((folder / "lcmd.json").read_text())
+    assert (before["labels"], after["labels"]) == (0, 8)
+    # The potential was changed by the training, and is not wrecked.
+    assert before["tests"]["300"]["rmse"] != after["tests"]["300"]["rmse"] < 150
+    labelled = read(folder / "labelled_lcmd_0.xyz", ":")
+    assert len(labelled) == 8
+    assert all(np.isfinite(atoms.arrays["REF_forces"]).all() for atoms in labelled)
+    # The potential and the uncertainty model of the last round belong together, from the files alone.
+    atoms = read(embedded.path("malonaldehyde.xyz"))
+    atoms.calc = UncertainCalculator(f"mace:{folder / 'lcmd_1.model'}", folder / "lcmd_1.uq.safetensors")
+    atoms.get_forces()
+    assert 0 < atom_norms(atoms.calc.results["forces_uncertainty"]).max() < 0.4
+    assert (folder / "active_learning.png").exists()
