@@ -7,6 +7,7 @@ ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_fram
 
 import io
 import os
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -29,6 +30,11 @@ Frames = str | os.PathLike[str] | Sequence[Atoms]
 
 # (energy, forces, stress) of the reference, in the order they are looked for; the last are those of `atoms.calc`.
 LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
+
+
+# What extended XYZ uses itself, and names of columns that it can tell from their types and widths.
+_RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
+_COLUMN = re.compile(r"[^\s:\"'=\\]+")
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ def unwritable(atoms: Atoms) -> list[str]:
     """What extended XYZ cannot hold, by name: it could not be written, or the file not be read again."""
     info = [repr(key) for key, value in atoms.info.items() if not _fits_info(key, value)]
     return [f"info[{key}]" for key in info] + [
-        f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_column(values)
+        f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_array(key, values)
     ]
 
 
@@ -188,24 +194,38 @@ def without_unwritable(atoms: Atoms) -> Atoms:
         return atoms
     copy = atoms.copy()
     copy.info = {key: value for key, value in atoms.info.items() if _fits_info(key, value)}
-    for key in [key for key, values in copy.arrays.items() if not _fits_column(values)]:
+    for key in [key for key, values in copy.arrays.items() if not _fits_array(key, values)]:
         del copy.arrays[key]
     copy.calc = atoms.calc
     return copy
 
 
 def _fits_info(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not key or "\n" in key or key in ("Lattice", "Properties", "pbc"):
+    if not isinstance(key, str) or not _is_line(key) or key in _RESERVED:
         return False
-    return not isinstance(value, str) or (bool(value) and "\n" not in value)
+    if key == "stress" and np.size(value) not in (6, 9):
+        return False  # ASE takes it for the frame's
+    if isinstance(value, str):
+        return _is_line(value) and not value.endswith("\\")
+    if isinstance(value, np.ndarray):
+        return bool(value.size) and value.dtype.kind in "biufU"
+    return value is None or isinstance(value, bool | int | float | np.number | np.bool_ | list | tuple | dict)
 
 
-def _fits_column(values: np.ndarray) -> bool:
+def _fits_array(key: Any, values: np.ndarray) -> bool:
+    if key in ("numbers", "positions"):
+        return True
+    if not isinstance(key, str) or not _COLUMN.fullmatch(key) or key in _RESERVED:
+        return False
     if values.ndim not in (1, 2) or not values.size:
         return False
     if values.dtype.kind in "OU":
-        return all(isinstance(text, str) and len(text.split()) == 1 and text == text.strip() for text in values.flat)
+        return all(isinstance(text, str) and text.split() == [text] for text in values.flat)
     return values.dtype.kind in "bif"
+
+
+def _is_line(text: str) -> bool:
+    return len(text.splitlines()) == 1 and "\r" not in text
 
 
 def check_whole(path: str | os.PathLike[str]) -> None:

@@ -51,7 +51,7 @@ class UncertainDriver(Dummy_driver):
     `forces_uncertainty`, `gamma` and the others of that table; not those of each method, which would make them many
     times as long. i-PI converts no extras: they stand in its files as they are here.
 
-    Beads that i-PI sends together (`batch_size`) are one forward pass.
+    Beads that i-PI sends together (`batch_size`) are one forward pass, or one each where a method reads derivatives.
 
     Args:
         template: File with the elements in i-PI's order; its charge, spin and periodicity are the potential's too.

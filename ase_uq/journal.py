@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -184,6 +184,8 @@ class Journal:
             ArtefactError: They cannot be written; everything before them is kept.
         """
         lines = _Lines()
+        # A row is a line, whatever a parser said.
+        rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
         csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
         try:
             _write(self._rows, "".join(lines).encode())

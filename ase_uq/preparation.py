@@ -106,10 +106,10 @@ class Preparation:
         chunk = next(self._chunks, None)
         if chunk is None:
             return None, None
-        if self._has_started():
-            assert self._processes is not None
+        processes = self._processes  # the other thread may give them up at any time
+        if processes is not None and self._has_started():
             try:
-                return chunk, self._processes.submit(prepare, _portable(chunk), *self._how(), self._collator)
+                return chunk, processes.submit(prepare, _portable(chunk), *self._how(), self._collator)
             except RuntimeError as error:  # the processes have broken down since
                 self._go_on_alone(error)
         return chunk, prepare(chunk, *self._how())
@@ -131,8 +131,8 @@ class Preparation:
             return
         self._processes = None
         warnings.warn(
-            f"the worker processes have stopped ({type(error).__name__}: {str(error).splitlines()[0]}): going on "
-            "without them, with the same results.",
+            f"going on without worker processes, with the same results ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}).",
             UQWarning,
             stacklevel=2,
         )
@@ -150,6 +150,7 @@ def chunks_of(items: Iterable[tuple[int, Item]], limit: BatchLimit) -> Iterator[
     n_atoms = 0
     for number, item in items:
         size = 0 if isinstance(item, Unreadable) else item.n_atoms if isinstance(item, Unparsed) else len(item)
+        size = max(1, size)  # however many have no atoms, a chunk of them ends
         if chunk and n_atoms + size > limit.n_atoms:
             yield chunk
             chunk, n_atoms = [], 0
@@ -204,7 +205,7 @@ def count_edges(atoms: Atoms, cutoff: float) -> float:
 
     Exact without periodic boundaries; with them it is what the mean density of the cell gives, if that is more.
     """
-    if not np.isfinite(atoms.positions).all():
+    if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         return 0.0  # the potential will refuse it
     if not np.isfinite(cutoff):
         return float(len(atoms)) ** 2

@@ -1,7 +1,7 @@
 """One pass over frames: the features in which selections compare them, and what their forces' uncertainties read."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Literal
 
 import numpy as np
@@ -79,9 +79,14 @@ class Scan:
                 holders = evaluation.frame_of_atom[evaluation.numbers == z]
                 unseen[z] = unseen.get(z, 0) + len(holders.unique())
 
+        def leave_out(index: int, problem: str) -> None:
+            number = numbers.pop(index)
+            warn_of_left_out(number, problem, len(left_out))
+            left_out[number] = problem
+
         # A derivative of one structure runs through the graph of its whole batch.
         batches = batches_of(usable(), 1 if gradients else self._batch_atoms)
-        points = self._points(batches, lambda index: f"pool frame {numbers[index]}", read, gradients)
+        points = self._points(batches, leave_out, read, gradients)
         if points is None:
             raise InputError(
                 f"none of the {len(left_out)} frames of {source.name} can be evaluated. Frame {next(iter(left_out))}: "
@@ -117,9 +122,10 @@ class Scan:
                 self._backend.check([item], first=number, name="training frame")
                 yield item
 
-        points = self._points(
-            batches_of(whole(), self._batch_atoms), lambda index: f"training frame {index}", None, False
-        )
+        def refuse(index: int, problem: str) -> None:
+            raise InputError(f"training frame {index} of {source.name} cannot be evaluated: {problem}")
+
+        points = self._points(batches_of(whole(), self._batch_atoms), refuse, None, False)
         if points is None:
             raise InputError("there are no training frames.")
         return points
@@ -134,30 +140,60 @@ class Scan:
     def _points(
         self,
         batches: Iterable[list[Atoms]],
-        name: Callable[[int], str],
+        refused: Callable[[int, str], None],
         read: Callable[[Evaluation], None] | None,
         gradients: bool,
     ) -> Points | None:
+        """Points of all frames but those that `refused` is told of, by their index among those that are left."""
         rows, owners, kinds, done = [], [], [], 0
         for batch in batches:
-            evaluation = self._backend.evaluate(
-                self._backend.collate(batch, first=done), forces=read is not None, gradients=gradients
-            )
+            evaluation, points = self._evaluated(batch, done, refused, read is not None, gradients)
+            if evaluation is None or points is None:
+                continue
             if read is not None:
                 read(evaluation)
-            with torch.no_grad():
-                features, owner, kind = self._of_batch(evaluation)
-            if not bool(torch.isfinite(features).all()):
-                bad = done + int(owner[~torch.isfinite(features).all(1)][0])
-                raise InputError(
-                    f"{name(bad)} has features that are not finite: its atoms are probably on one another."
-                )
             # Held in single precision: rounding is then far below what counts as a duplicate.
-            rows.append(features.float().cpu())
-            owners.append(owner.cpu() + done)
-            kinds.append(kind.cpu())
-            done += len(batch)
+            rows.append(points[0].float().cpu())
+            owners.append(points[1].cpu() + done)
+            kinds.append(points[2].cpu())
+            done += evaluation.n_frames
         return Points(torch.cat(rows), torch.cat(owners), torch.cat(kinds)) if rows else None
+
+    def _evaluated(
+        self, batch: list[Atoms], done: int, refused: Callable[[int, str], None], forces: bool, gradients: bool
+    ) -> tuple[Evaluation | None, tuple[Tensor, Tensor, Tensor] | None]:
+        """The frames of a batch that can be evaluated: as often as it takes to find out which."""
+        while batch:
+            try:
+                collated = self._backend.collate(batch)
+            except InputError:
+                batch = self._without(batch, done, refused, [self._problem(atoms) for atoms in batch])
+                continue
+            evaluation = self._backend.evaluate(collated, forces=forces, gradients=gradients)
+            with torch.no_grad():
+                points = self._of_batch(evaluation)
+            bad = set(points[1][~torch.isfinite(points[0]).all(1)].tolist())
+            if not bad:
+                return evaluation, points
+            reason = "its features are not finite: its atoms are probably on one another."
+            batch = self._without(batch, done, refused, [reason if i in bad else "" for i in range(len(batch))])
+        return None, None
+
+    def _problem(self, atoms: Atoms) -> str:
+        try:
+            self._backend.collate([atoms])
+        except InputError as error:
+            return str(error)
+        return ""
+
+    @staticmethod
+    def _without(
+        batch: list[Atoms], done: int, refused: Callable[[int, str], None], problems: Sequence[str]
+    ) -> list[Atoms]:
+        for index in reversed(range(len(batch))):  # from behind, so that indices before stay what they are
+            if problems[index]:
+                refused(done + index, problems[index])
+        return [atoms for atoms, problem in zip(batch, problems, strict=True) if not problem]
 
     def _of_batch(self, evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
         features = self._head.features(evaluation)

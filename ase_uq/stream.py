@@ -58,6 +58,11 @@ class BatchLimit:
     def n_edges(self) -> float:
         return self._most[1] * self._scale
 
+    @property
+    def is_reduced(self) -> bool:
+        """Whether it is lower than at the start."""
+        return self._scale < 1
+
     def fits(self, n_atoms: float, n_edges: float) -> bool:
         """Whether so many may be evaluated together."""
         return n_atoms <= self.n_atoms and n_edges <= self.n_edges

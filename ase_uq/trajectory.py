@@ -239,10 +239,13 @@ def _predict(
 ) -> _Predicted:
     """Predictions of a batch, in parts where it does not fit; frames that are refused go to `left_out`."""
     found: _Predicted = []
-    waiting = [(batch.numbers, batch.frames, batch.data)]
+    waiting: list[tuple[list[int], list[Atoms], Any]] = [(batch.numbers, batch.frames, batch.data)]
     while waiting:
         numbers, frames, data = waiting.pop()
         if not frames:
+            continue
+        if len(frames) > 1 and limit.is_reduced and not limit.fits(*_size(frames, cutoff)):
+            waiting += _halves(numbers, frames)  # it was made before the limit shrank
             continue
         problem = _try(predictor, numbers, frames, data, found)
         if problem is None:
@@ -254,15 +257,24 @@ def _predict(
                     f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
                     f"{predictor.backend.device}. What was scored is kept; go on on another device."
                 )
-            limit.halve(sum(map(len, frames)), sum(count_edges(atoms, cutoff) for atoms in frames))
+            limit.halve(*_size(frames, cutoff))
             if predictor.backend.device.type == "cuda":
                 torch.cuda.empty_cache()
         elif len(frames) == 1:
             left_out.append(FrameScore(numbers[0], len(frames[0]), problem=str(problem)))
             continue
-        middle = len(frames) // 2
-        waiting += [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
+        waiting += _halves(numbers, frames)
     return found
+
+
+def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:
+    """The second half and the first: the last is taken next."""
+    middle = len(frames) // 2
+    return [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
+
+
+def _size(frames: Sequence[Atoms], cutoff: float) -> tuple[int, float]:
+    return sum(map(len, frames)), sum(count_edges(atoms, cutoff) for atoms in frames)
 
 
 def _try(

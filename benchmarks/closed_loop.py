@@ -5,9 +5,9 @@
 Runs `examples/06_active_learning.py` with frames chosen by LCMD and at random, once with each seed, into
 FOLDER/seed_N; what FOLDER has already is kept, so that an interrupted benchmark goes on where it was.
 
-The example heats other molecules in every round, a few each. So the first potential and the last ones are also taken on
-the same heated runs, of which they learn nothing: when would the uncertainty have halted each, and when was the first
-true error of that size? Writes OUT.csv (a line a round), OUT_reach.csv (a line a run), OUT.md and OUT.png.
+The example heats other runs in every round, a few each. So the first potential and the last ones also heat runs of the
+same starts and random numbers, of which they learn nothing: when would the uncertainty have halted each, and when was
+the first true error of that size? Writes OUT.csv (a line a round), OUT_reach.csv (a line a run), OUT.md and OUT.png.
 """
 
 import argparse
@@ -127,7 +127,7 @@ def reach(calculator: UncertainCalculator, seed: int) -> Row:
         try:
             dyn.run(1)
         except InputError:  # it flew apart
-            break
+            return {name: min(value, step * TIMESTEP) for name, value in found.items()}
     return found
 
 
@@ -236,8 +236,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     text = (
         f"# The closed loop\n\n`python benchmarks/closed_loop.py FOLDER --seeds {options.seeds} --runs {options.runs}`"
         f"\n\nMeans over {options.seeds} seeds, ± standard deviations:\n\n{table(rows)}\n"
-        f"The first potential and the last ones, of {options.seeds} seeds, on the same {options.runs} fresh runs; "
-        f"changes run by run, ± standard errors over runs:\n\n{reach_table(of_runs)}"
+        f"The first potential and the last ones, of {options.seeds} seeds, on {options.runs} fresh runs of the same "
+        f"starts and noise; changes run by run, ± standard errors over runs:\n\n{reach_table(of_runs)}"
     )
     options.out.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

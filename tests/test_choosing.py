@@ -11,7 +11,7 @@ from ase.io import read, write
 
 from ase_uq import embedded
 from ase_uq.backends import load_backend
-from ase_uq.backends.toy import ToyCalculator
+from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.calculator import UncertainCalculator
 from ase_uq.choosing import Selection
 from ase_uq.choosing import select as choose_frames
@@ -271,20 +271,41 @@ class TestRefusals:
         with pytest.raises(InputError, match="there are no training frames"):
             select(pool, 1, train=[])
 
-    def test_a_structure_without_finite_features(self, select, pool, model, monkeypatch: pytest.MonkeyPatch):
+    def test_a_structure_without_finite_features_is_left_out(
+        self, select, pool, model, monkeypatch: pytest.MonkeyPatch
+    ):
         head = type(model.methods["bll"].head)
-        whole = head.features
+        whole, bad = head.features, pool[1].positions[0]
 
         def broken(self, evaluation):
             rows = whole(self, evaluation)
-            rows[evaluation.frame_of_atom == 1] = torch.nan
+            rows[(evaluation.positions == torch.tensor(bad)).all(1)] = torch.nan
             return rows
 
         monkeypatch.setattr(head, "features", broken)
-        with pytest.raises(
-            InputError, match="pool frame 1 has features that are not finite: its atoms are probably on"
-        ):
-            select(pool, 1)
+        with pytest.warns(UQWarning, match="frame 1 was left out: its features are not finite: its atoms are"):
+            found = select(pool, 39)
+        assert list(found.left_out) == [1]
+        assert sorted(found.indices) == [0, *range(2, 40)]
+        kept = select([pool[0], *pool[2:]], 39)
+        np.testing.assert_allclose(np.delete(found.uncertainties, 1), kept.uncertainties, rtol=1e-12)
+        with pytest.raises(InputError, match="training frame 1 of the list cannot be evaluated: its features are"):
+            select(pool[2:], 1, train=pool[:2])
+
+    def test_a_structure_that_only_collating_refuses_is_left_out(self, select, pool, monkeypatch: pytest.MonkeyPatch):
+        real = ToyBackend._collate
+
+        def collate(self, frames):
+            if any("head" in atoms.info for atoms in frames):
+                raise InputError("there is no such head.")
+            return real(self, frames)
+
+        monkeypatch.setattr(ToyBackend, "_collate", collate)
+        strange = pool[0].copy()
+        strange.info["head"] = "other"
+        with pytest.warns(UQWarning, match=r"frame 4 was left out: there is no such head\."):
+            found = select([*pool[:4], strange, *pool[4:]], 40)
+        assert sorted(found.indices) == [0, 1, 2, 3, *range(5, 41)]
 
     def test_damaged_frames_are_named_and_left_out(self, select, pool, tmp_path: Path):
         whole = select(pool[:6], 5)

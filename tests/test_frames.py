@@ -304,12 +304,22 @@ def test_a_full_disk_leaves_no_empty_file(tmp_path):
 ODD = {
     "info['note']": ("info", "note", "two\nlines"),
     "info['empty']": ("info", "empty", ""),
+    "info['return']": ("info", "return", "two\rlines"),
+    "info['separator']": ("info", "separator", "two\u2028lines"),
+    "info['slash']": ("info", "slash", "a\\"),
+    "info['nothing']": ("info", "nothing", np.zeros(0)),
+    "info['set']": ("info", "set", {1, 2}),
+    "info['complex']": ("info", "complex", 1j),
+    "info['stress']": ("info", "stress", 1),
     "info[('a', 'b')]": ("info", ("a", "b"), 1),
     "info['Lattice']": ("info", "Lattice", 3),
     "arrays['tensor']": ("arrays", "tensor", np.zeros((5, 3, 3))),
     "arrays['complex']": ("arrays", "complex", np.zeros(5, complex)),
     "arrays['unsigned']": ("arrays", "unsigned", np.zeros(5, np.uint8)),
     "arrays['object']": ("arrays", "object", np.array([None] * 5)),
+    "arrays['a:b']": ("arrays", "a:b", np.zeros(5)),
+    "arrays['a b']": ("arrays", "a b", np.zeros(5)),
+    "arrays['symbols']": ("arrays", "symbols", np.zeros(5)),
     "arrays['spaced']": ("arrays", "spaced", np.array(["a b"] * 5)),
 }
 
@@ -329,6 +339,11 @@ def test_what_the_format_cannot_hold_is_left_out_and_named(tmp_path, name):
     assert found.arrays["label"].tolist() == ["C1", "H1", "H2", "H3", "H4"]
     np.testing.assert_allclose(found.calc.results["forces_uncertainty"], results_of(5)["forces_uncertainty"], atol=1e-8)
     assert not unwritable(found)
+
+
+def test_a_structure_without_atoms_is_written(tmp_path):
+    write_frames(tmp_path / "a.xyz", [Atoms(cell=[1, 1, 1])])
+    assert (tmp_path / "a.xyz").read_text().startswith("0\n")
 
 
 def test_a_device_that_is_full_is_told_by_name():

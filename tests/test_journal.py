@@ -243,6 +243,14 @@ def test_two_runs_do_not_write_into_one_file(out: Path):
     assert out.read_text() == WHOLE
 
 
+def test_a_problem_of_several_lines_is_a_row_all_the_same(out: Path, table: Path):
+    with Journal(out, table, ORIGIN) as journal:
+        journal.append([row(0), FrameScore(1, problem="first\nsecond\r\n  third"), row(3)], [text(0), text(3)])
+    with Journal(out, table, ORIGIN) as journal:
+        assert journal.next_frame == 4
+        assert [one.problem for one in journal.rows()] == ["", "first second third", ""]
+
+
 def test_rows_may_end_on_another_file_system(out: Path, table: Path, monkeypatch: pytest.MonkeyPatch):
     real = os.replace
 

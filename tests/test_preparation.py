@@ -73,35 +73,50 @@ class TestWorkers:
         assert len(makers) == 1
         assert not makers & {None, os.getpid()}
 
+    def complaints(self, caught: list[warnings.WarningMessage]) -> list[str]:
+        return [str(one.message) for one in caught if one.category is UQWarning]
+
+    def until(self, caught: list[warnings.WarningMessage]) -> Iterator[tuple[int, Item]]:
+        """Frames until there is something to complain of."""
+        for number in range(10**6):
+            if self.complaints(caught):
+                return
+            yield number, WATER
+
     def test_should_one_die_the_thread_goes_on_alone(self):
-        batches: list[Prepared] = []
-
-        def items() -> Iterator[tuple[int, Item]]:
-            for number in range(10**6):
-                if complaints():
-                    return
-                yield number, WATER
-
-        def complaints() -> list[str]:
-            return [str(one.message) for one in caught if one.category is UQWarning]
-
         survivor = os.getpid()
 
         def deadly(_: Sequence[Atoms]) -> None:
             if os.getpid() != survivor:
                 os.kill(os.getpid(), signal.SIGKILL)
 
+        batches: list[Prepared] = []
         with (
             warnings.catch_warnings(record=True) as caught,
-            Preparation(items(), BatchLimit(6), 5.0, collator(deadly), n_workers=1) as preparation,
+            Preparation(self.until(caught), BatchLimit(6), 5.0, collator(deadly), n_workers=1) as preparation,
         ):
             warnings.simplefilter("always")
             batches.extend(preparation)
-        (complaint,) = complaints()
-        assert complaint.startswith("the worker processes have stopped")
+        (complaint,) = self.complaints(caught)
+        assert complaint.startswith("going on without worker processes, with the same results (")
         assert all(batch.data is None for batch in batches)
         numbers = [n for batch in batches for n in batch.numbers]
         assert numbers == list(range(len(numbers)))
+
+    def test_an_error_without_a_message_is_told(self):
+        def wordless(_: Sequence[Atoms]) -> None:
+            raise MemoryError
+
+        batches: list[Prepared] = []
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            Preparation(self.until(caught), BatchLimit(6), 5.0, collator(wordless), n_workers=1) as preparation,
+        ):
+            warnings.simplefilter("always")
+            batches.extend(preparation)
+        (complaint,) = self.complaints(caught)
+        assert complaint == "going on without worker processes, with the same results (MemoryError: )."
+        assert all(batch.data is None for batch in batches)
 
     def test_frames_that_cannot_be_sent_are_prepared_here(self):
         unsendable = WATER.copy()
@@ -114,7 +129,7 @@ class TestWorkers:
                 yield number, unsendable
 
         preparation = Preparation(items(), BatchLimit(3), 5.0, naming(), n_workers=1)
-        with preparation, pytest.warns(UQWarning, match=r"worker processes have stopped .* with the same results"):
+        with preparation, pytest.warns(UQWarning, match="going on without worker processes, with the same results"):
             batches.extend(preparation)
         assert [n for batch in batches for n in batch.numbers][-4:] == [1000, 1001, 1002, 1003]
 
@@ -173,6 +188,10 @@ class TestChunks:
         assert [n for n, _ in source.read()] == batch.numbers == [0, 1, 2]
         for found, atoms in zip(batch.frames, frames, strict=True):
             np.testing.assert_allclose(found.positions, atoms.positions, atol=1e-6)
+
+    def test_frames_without_atoms_fill_a_chunk_too(self):
+        chunks = chunks_of(((n, Unreadable("torn")) for n in range(100)), BatchLimit(30))
+        assert [len(chunk) for chunk in chunks] == [30, 30, 30, 10]
 
 
 class TestPrepare:

@@ -30,7 +30,9 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
 from ase_uq.frames import annotated, read_frames, write_frames
 from ase_uq.journal import FrameScore
+from ase_uq.preparation import Prepared
 from ase_uq.source import Source
+from ase_uq.stream import BatchLimit
 from ase_uq.testing.methods import labelled_frames
 from ase_uq.trajectory import ScoredTrajectory, extxyz_text, score
 
@@ -418,6 +420,21 @@ def test_later_batches_are_of_the_size_that_fits(
     refused = [number for number, atoms in enumerate(tried) if atoms > 4 * size]
     assert len(refused) <= 8  # two batches are made ahead, the rest are tries to grow back
     assert [atoms.info["source_frame"] for atoms in read(out, ":")] == list(range(200))
+
+
+def test_batches_made_before_the_device_was_full_cost_one_failure(
+    predictor: Predictor, small_device: Callable[[int], list[int]]
+):
+    """Worker processes are many batches ahead; each is split, and none of them makes the limit smaller again."""
+    frames = labelled_frames(4, seed=5) * 4
+    n_atoms = sum(map(len, frames))
+    tried = small_device(n_atoms // 2 + 1)
+    limit = BatchLimit(n_atoms, 10**9)
+    stale = [Prepared(list(range(16 * k, 16 * k + 16)), list(frames), n_atoms=n_atoms) for k in range(6)]
+    found = [number for batch in stale for number, _, _ in trajectory_module._predict(predictor, batch, [], limit, 4.0)]
+    assert found == list(range(96))
+    assert sum(size > n_atoms // 2 + 1 for size in tried) == 1
+    assert limit.n_atoms == n_atoms / 2
 
 
 def test_worker_processes_change_nothing(predictor: Predictor, out: Path):
