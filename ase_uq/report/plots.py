@@ -21,6 +21,7 @@ try:
     from matplotlib.axes import Axes
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.patches import Circle
+    from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
 except ImportError as error:
     raise MissingDependency(
         'figures need matplotlib, which is not installed. Run: pip install "ase-uq[report]"'
@@ -148,6 +149,12 @@ def error_against_uncertainty(
     ax.text(0.97, 0.04, f"Spearman {correlation:.2f}", transform=ax.transAxes, ha="right", size=8)
     ax.set(xlabel=f"predicted uncertainty ({unit})", ylabel=f"true error ({unit})", xlim=(low, high))
     ax.set_ylim(max(float(np.quantile(errors, 0.002)), errors.max() / 1e4), errors.max() * 1.5)
+    for axis, (start, end) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
+        # matplotlib writes 2 to 9 out over short ranges, one over the other, and powers of ten alone say little there.
+        short = end / start < 100
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,)))
+        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}") if short else LogFormatterMathtext())
+        axis.set_minor_formatter(NullFormatter())
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
 

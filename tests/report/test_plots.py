@@ -1,6 +1,7 @@
 """What the figures show, read back from their axes; how they look is for eyes."""
 
 import importlib
+import itertools
 import sys
 
 import matplotlib as mpl
@@ -113,6 +114,19 @@ def test_bands_hold_their_share_of_calibrated_errors(components):
     np.testing.assert_allclose(binned[:, 1] / binned[:, 0], 1, atol=0.1)
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert ax.texts[0].get_text() == f"Spearman {metrics.spearman(errors, uncertainties):.2f}"
+
+
+@pytest.mark.parametrize("decades", [0.3, 0.8, 1.4, 1.9, 2.5, 4.0])
+def test_ticks_of_logarithmic_axes_are_some_and_apart(decades: float):
+    uncertainties = 0.017 * np.logspace(0, decades, 50)
+    ax = plots.error_against_uncertainty(uncertainties[::-1], uncertainties)
+    ax.figure.canvas.draw()
+    left, right = sorted(ax.get_xlim())
+    ticks = ax.xaxis.get_major_ticks() + ax.xaxis.get_minor_ticks()
+    labelled = [tick.label1 for tick in ticks if left <= tick.get_loc() <= right and tick.label1.get_text()]
+    shown = sorted((label.get_window_extent() for label in labelled), key=lambda box: box.x0)
+    assert len(shown) >= 2
+    assert all(first.x1 < second.x0 for first, second in itertools.pairwise(shown))
 
 
 def test_what_logarithms_cannot_show_is_left_out():
