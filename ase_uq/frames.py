@@ -225,7 +225,7 @@ def _fits_array(key: Any, values: np.ndarray) -> bool:
 
 
 def _is_line(text: str) -> bool:
-    return len(text.splitlines()) == 1 and "\r" not in text
+    return text.splitlines() == [text]  # one, and no break at its end
 
 
 def check_whole(path: str | os.PathLike[str]) -> None:

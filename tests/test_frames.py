@@ -303,6 +303,7 @@ def test_a_full_disk_leaves_no_empty_file(tmp_path):
 
 ODD = {
     "info['note']": ("info", "note", "two\nlines"),
+    "info['ended']": ("info", "ended", "a line\n"),
     "info['empty']": ("info", "empty", ""),
     "info['return']": ("info", "return", "two\rlines"),
     "info['separator']": ("info", "separator", "two\u2028lines"),

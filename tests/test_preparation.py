@@ -1,5 +1,6 @@
 """Batches made beside the device: the same ones whoever makes them, in order, whatever happens to the helpers."""
 
+import itertools
 import os
 import signal
 import subprocess
@@ -73,15 +74,24 @@ class TestWorkers:
         assert len(makers) == 1
         assert not makers & {None, os.getpid()}
 
-    def complaints(self, caught: list[warnings.WarningMessage]) -> list[str]:
-        return [str(one.message) for one in caught if one.category is UQWarning]
+    def run_until_it_complains(self, build: Callable[[Sequence[Atoms]], Any]) -> tuple[list[Prepared], str]:
+        """All batches of such a run, and what it said."""
 
-    def until(self, caught: list[warnings.WarningMessage]) -> Iterator[tuple[int, Item]]:
-        """Frames until there is something to complain of."""
-        for number in range(10**6):
-            if self.complaints(caught):
-                return
-            yield number, WATER
+        def complaints() -> list[str]:
+            return [str(one.message) for one in caught if one.category is UQWarning]
+
+        items = itertools.takewhile(lambda _: not complaints(), ((number, WATER) for number in range(10**6)))
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            Preparation(items, BatchLimit(6), 5.0, collator(build), n_workers=1) as preparation,
+        ):
+            warnings.simplefilter("always")
+            batches = list(preparation)
+        (complaint,) = complaints()
+        assert all(batch.data is None for batch in batches)
+        numbers = [n for batch in batches for n in batch.numbers]
+        assert numbers == list(range(len(numbers)))
+        return batches, complaint
 
     def test_should_one_die_the_thread_goes_on_alone(self):
         survivor = os.getpid()
@@ -90,33 +100,16 @@ class TestWorkers:
             if os.getpid() != survivor:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        batches: list[Prepared] = []
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            Preparation(self.until(caught), BatchLimit(6), 5.0, collator(deadly), n_workers=1) as preparation,
-        ):
-            warnings.simplefilter("always")
-            batches.extend(preparation)
-        (complaint,) = self.complaints(caught)
+        batches, complaint = self.run_until_it_complains(deadly)
+        assert batches
         assert complaint.startswith("going on without worker processes, with the same results (")
-        assert all(batch.data is None for batch in batches)
-        numbers = [n for batch in batches for n in batch.numbers]
-        assert numbers == list(range(len(numbers)))
 
     def test_an_error_without_a_message_is_told(self):
         def wordless(_: Sequence[Atoms]) -> None:
             raise MemoryError
 
-        batches: list[Prepared] = []
-        with (
-            warnings.catch_warnings(record=True) as caught,
-            Preparation(self.until(caught), BatchLimit(6), 5.0, collator(wordless), n_workers=1) as preparation,
-        ):
-            warnings.simplefilter("always")
-            batches.extend(preparation)
-        (complaint,) = self.complaints(caught)
+        _, complaint = self.run_until_it_complains(wordless)
         assert complaint == "going on without worker processes, with the same results (MemoryError: )."
-        assert all(batch.data is None for batch in batches)
 
     def test_frames_that_cannot_be_sent_are_prepared_here(self):
         unsendable = WATER.copy()

@@ -149,8 +149,7 @@ class Backend(ABC):
 
         Raises:
             InputError: No structure, no atoms, positions or cell that are not finite, a periodic cell
-                without extent, an element the
-                potential does not know, or a missing entry of `atoms.info`.
+                without extent, an element the potential does not know, or a missing entry of `atoms.info`.
         """
         self.check(frames, first=first)
         return Batch(tuple(frames), self._collate(frames))
