@@ -7,9 +7,7 @@ Importing this package imports neither mace nor orb_models and changes nothing i
 
 from ase_uq import metrics
 from ase_uq.backends import available_backends, load_backend
-from ase_uq.bias import UncertaintyBias
-from ase_uq.calculator import UncertainCalculator
-from ase_uq.choosing import Selection, select
+from ase_uq.diagnostics.evaluate import evaluate
 from ase_uq.dynamics import (
     AllOf,
     AnyOf,
@@ -31,18 +29,20 @@ from ase_uq.dynamics import (
     reference_runs,
     relax,
 )
+from ase_uq.engines.ase.bias import UncertaintyBias
+from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import UncertaintyHalt, UQError, UQWarning
-from ase_uq.fitting import fit
-from ase_uq.frames import read_frames, write_frames
+from ase_uq.fitting.fit import fit
+from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.methods import available_methods
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
-from ase_uq.readings import Reduction
-from ase_uq.scoring import evaluate
-from ase_uq.stress import stress_frames
-from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ReferenceRuns
-from ase_uq.trajectory import score
-from ase_uq.uncertainty_model import UncertaintyModel
+from ase_uq.sampling.stressed import stress_frames
+from ase_uq.scoring.score import score
+from ase_uq.selection.select import Selection, select
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ReferenceRuns
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 __all__ = [
     "AllOf",

@@ -19,15 +19,15 @@ from tqdm import tqdm
 
 from ase_uq import embedded
 from ase_uq.backends import load_backend
-from ase_uq.calculator import UncertainCalculator
 from ase_uq.dynamics import UncertaintyMonitor
-from ase_uq.dynamics.momenta import set_thermal_momenta
+from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import MissingDependency, UncertaintyHalt
-from ase_uq.frames import annotated, read_frames, write_frames
+from ase_uq.io.frames import annotated, read_frames, write_frames
 from ase_uq.metrics import spearman
-from ase_uq.readings import atom_norms
-from ase_uq.thresholds import Quantile
-from ase_uq.uncertainty_model import UncertaintyModel
+from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.thresholds.meanings import Quantile
+from ase_uq.thresholds.reduction import atom_norms
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 COLD, HOT = 300.0, 2000.0  # K
 TIMESTEP = 0.5  # fs; the transferring proton wants a short step

@@ -13,10 +13,10 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.errors import UQWarning
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.prediction import Prediction
 from ase_uq.properties import find_property
-from ase_uq.uncertainty_model import UncertaintyModel
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 class Predictor:

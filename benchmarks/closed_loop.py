@@ -32,9 +32,9 @@ from tblite.ase import TBLite
 from tqdm import tqdm
 
 from ase_uq import UncertainCalculator, embedded
-from ase_uq.dynamics.momenta import set_thermal_momenta
 from ase_uq.errors import InputError
-from ase_uq.readings import atom_norms
+from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.thresholds.reduction import atom_norms
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "06_active_learning.py"
 STRATEGIES = {"lcmd": (), "random": ("--random",)}

@@ -29,13 +29,12 @@ from matplotlib import pyplot as plt
 from scipy.stats import betabinom
 from tqdm import tqdm
 
-from ase_uq import Predictor, UncertaintyModel, embedded, extremes, load_backend, read_frames
-from ase_uq.conformal import binomial_band, pac_rank
+from ase_uq import Predictor, UncertaintyModel, embedded, load_backend, read_frames
 from ase_uq.demo import ACCEPTOR, DONOR, PROTON
 from ase_uq.dynamics import Cusum, Patience, Rule, Threshold
-from ase_uq.readings import Reduction, atom_norms
-from ase_uq.stress import KINDS, stress_frames
-from ase_uq.thresholds import (
+from ase_uq.sampling.stressed import KINDS, stress_frames
+from ase_uq.thresholds.conformal import binomial_band, pac_rank
+from ase_uq.thresholds.meanings import (
     ErrorBound,
     Evidence,
     FalseAlarms,
@@ -43,7 +42,9 @@ from ase_uq.thresholds import (
     Quantile,
     ReferenceRuns,
     exchangeable_groups,
+    extremes,
 )
+from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 METHODS = ("combined", "bll", "pdrum", "kernel")
 GAMMA, COMMITTEE = "gamma", "committee"

@@ -29,7 +29,7 @@ from ase.calculators.calculator import Calculator
 from tqdm import tqdm
 
 from ase_uq import UncertainCalculator, UncertaintyModel, fit
-from ase_uq.combined import RESIDUAL
+from ase_uq.uncertainty_model.combination import RESIDUAL
 
 SIZES = {8: 1, 64: 2, 216: 3, 512: 4, 1000: 5, 1728: 6, 4096: 8}
 POTENTIALS = ("MACE-MP medium size", "orb-v3 direct", "orb-v3 conservative")

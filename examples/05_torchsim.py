@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.io import read
 
 from ase_uq import Quantile, embedded
-from ase_uq.torchsim import ReplicaMonitor, UncertainModel
+from ase_uq.engines.torchsim import ReplicaMonitor, UncertainModel
 
 model = UncertainModel("embedded:mace", embedded.path("mace.uq.safetensors"))
 frame = read(embedded.path("malonaldehyde.xyz"))

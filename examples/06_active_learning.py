@@ -50,8 +50,8 @@ from ase_uq import (
     select,
     write_frames,
 )
-from ase_uq.dynamics.momenta import set_thermal_momenta
-from ase_uq.readings import atom_norms
+from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.thresholds.reduction import atom_norms
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--random", action="store_true", help="choose flagged frames at random instead of by LCMD")

@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from ase_uq import UncertainCalculator, fit, read_frames
-from ase_uq.dynamics.reference import reference_runs
 from ase_uq.methods import make_method
-from ase_uq.networks import Training
+from ase_uq.numerics.networks import Training
+from ase_uq.sampling.reference_runs import reference_runs
 
 FOLDER = Path("ase_uq/embedded")
 NAMES = ("mace", "orb_direct", "orb_conservative")

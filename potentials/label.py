@@ -21,8 +21,8 @@ from ase.optimize import BFGS
 from tblite.ase import TBLite
 from tqdm import tqdm
 
-from ase_uq.frames import read_frames
-from ase_uq.stress import stress_frames
+from ase_uq.io.frames import read_frames
+from ase_uq.sampling.stressed import stress_frames
 
 # name: (temperature in K, independent runs, frames a run)
 SPLITS = {

@@ -12,7 +12,7 @@ import pytest
 from ase.io import read
 
 from ase_uq import UncertainCalculator, embedded
-from ase_uq.readings import atom_norms
+from ase_uq.thresholds.reduction import atom_norms
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 

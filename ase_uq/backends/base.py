@@ -14,7 +14,7 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_uq.errors import InputError, PotentialMismatch
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 
 # Two evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ
 # by about 1e-7; one with another neighbour normalisation by 1e-2.

@@ -33,11 +33,11 @@ from orb_models.forcefield.models.forcefield_heads import ChargeConditionedEnerg
 from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force_and_torque
 from torch import Tensor
 
-from ase_uq.artefact import read_artefact, write_artefact
-from ase_uq.backends._gradients import GraphGradients, in_the_graph
+from ase_uq.backends._autograd import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch, probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.evaluation import Confidence, Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
+from ase_uq.forward_pass import Confidence, Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
+from ase_uq.io.tensor_file import read_artefact, write_artefact
 
 _KIND, _SCHEMA = "orb potential", 1
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ase_uq.backends import find_module
 from ase_uq.backends.base import Backend, Batch, Identity
-from ase_uq.evaluation import Confidence, EnergyLayer, Evaluation, ForceLayer, Gradients, Members
+from ase_uq.forward_pass import Confidence, EnergyLayer, Evaluation, ForceLayer, Gradients, Members
 from ase_uq.properties import STANDARD
 
 

@@ -22,9 +22,9 @@ from ase.data import atomic_numbers, covalent_radii
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from ase_uq.backends._gradients import GraphGradients, in_the_graph
+from ase_uq.backends._autograd import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch
-from ase_uq.evaluation import Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
+from ase_uq.forward_pass import Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
 
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å

@@ -10,17 +10,17 @@ from typing import Annotated
 import typer
 
 from ase_uq.cli.console import ErrorsAsLines
-from ase_uq.cli.demo import demo
-from ase_uq.cli.evaluate import evaluate
-from ase_uq.cli.fit import fit
-from ase_uq.cli.info import info
-from ase_uq.cli.md import md
-from ase_uq.cli.predict import predict
-from ase_uq.cli.reference import reference
-from ase_uq.cli.relax import relax
-from ase_uq.cli.report import report
-from ase_uq.cli.select import select
-from ase_uq.cli.stress_frames import stress_frames
+from ase_uq.cli.verbs.demo import demo
+from ase_uq.cli.verbs.evaluate import evaluate
+from ase_uq.cli.verbs.fit import fit
+from ase_uq.cli.verbs.info import info
+from ase_uq.cli.verbs.md import md
+from ase_uq.cli.verbs.reference import reference
+from ase_uq.cli.verbs.relax import relax
+from ase_uq.cli.verbs.report import report
+from ase_uq.cli.verbs.score import predict
+from ase_uq.cli.verbs.select import select
+from ase_uq.cli.verbs.stress_frames import stress_frames
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 for verb in (fit, info, evaluate, predict, select, stress_frames, reference, md, relax, report, demo):

@@ -4,7 +4,7 @@ from time import perf_counter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ase_uq.calculator import UncertainCalculator
+    from ase_uq.engines.ase.calculator import UncertainCalculator
 
 
 class Stopwatch:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 if TYPE_CHECKING:
-    from ase_uq.calculator import UncertainCalculator
-    from ase_uq.thresholds import Meaning, PerElement
+    from ase_uq.engines.ase.calculator import UncertainCalculator
+    from ase_uq.thresholds.meanings import Meaning, PerElement
 
 FORMS = (
     "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below); "
@@ -36,7 +36,7 @@ def threshold(text: str) -> "float | Meaning":
 
 
 def _threshold(text: str) -> "float | Meaning":
-    from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, Quantile
+    from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, Quantile
 
     match re.split("([=@/])", text):
         case [word] if word.startswith("q"):
@@ -72,7 +72,7 @@ def reduction(text: str) -> str | float:
     Raises:
         BadParameter: It is none of them.
     """
-    from ase_uq.readings import Reduction
+    from ase_uq.thresholds.reduction import Reduction
 
     try:
         kind = float(text) if text[:1] in "0." else text
@@ -99,7 +99,7 @@ def per_element(level: "float | Meaning | None", option: str) -> "PerElement | N
     Raises:
         BadParameter: The level is a number, or a meaning that is no matter of elements.
     """
-    from ase_uq.thresholds import Meaning, PerElement
+    from ase_uq.thresholds.meanings import Meaning, PerElement
 
     if level is None:
         return None
@@ -131,8 +131,8 @@ def told(
         ValueError: The calibration data cannot support a meaning.
     """
     from ase_uq.dynamics.rules import Threshold, settled
-    from ase_uq.readings import Reduction
-    from ase_uq.thresholds import ResolvedThreshold
+    from ase_uq.thresholds.meanings import ResolvedThreshold
+    from ase_uq.thresholds.reduction import Reduction
 
     for name, level in levels.items():
         if level is None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from numpy.random import Generator
 
     from ase_uq.backends import Backend
-    from ase_uq.calculator import UncertainCalculator
+    from ase_uq.engines.ase.calculator import UncertainCalculator
 
 _NOISY = ("mace", "orb")  # backends whose packages print banners and warnings when they are imported
 
@@ -63,8 +63,8 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
 
 def load_calculator(model: str, uq: Path | None, device: str, dtype: str, every: int = 1) -> "UncertainCalculator":
     """The potential with the uncertainty model of `--uq`, or with the one that ships with an embedded potential."""
-    from ase_uq.calculator import UncertainCalculator
-    from ase_uq.uncertainty_model import UncertaintyModel
+    from ase_uq.engines.ase.calculator import UncertainCalculator
+    from ase_uq.uncertainty_model.model import UncertaintyModel
 
     embedded_name = model.removeprefix("embedded:") if model.startswith("embedded:") else ""
     if uq is None and not embedded_name:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ase import Atoms
 
-    from ase_uq.calculator import UncertainCalculator
+    from ase_uq.engines.ase.calculator import UncertainCalculator
 
 # Anything else that START carries, reference forces above all, would stand beside later positions as if it were theirs.
 _KEPT_ARRAYS = {"numbers", "positions", "momenta", "masses", "tags", "initial_charges", "initial_magmoms"}
@@ -18,7 +18,7 @@ def read_start(path: Path) -> "Atoms":
     Raises:
         LabelError: The file is missing or cannot be read.
     """
-    from ase_uq.frames import read_frames
+    from ase_uq.io.frames import read_frames
 
     atoms = read_frames(path, name="START")[-1]
     for name in set(atoms.arrays) - _KEPT_ARRAYS:

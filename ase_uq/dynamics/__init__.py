@@ -4,10 +4,10 @@ from ase_uq.dynamics.actions import Action, Call, Event, Flag, Halt, Log
 from ase_uq.dynamics.checks import Bonds, Check, EnergySpike, Finite, MaxTemperature, Snapshot
 from ase_uq.dynamics.cusum import Cusum
 from ase_uq.dynamics.monitor import UncertaintyMonitor
-from ase_uq.dynamics.reference import reference_runs
 from ase_uq.dynamics.relaxation import Relaxation, relax
 from ase_uq.dynamics.rules import AllOf, AnyOf, Meaning, Patience, Refractory, Rule, Threshold
 from ase_uq.dynamics.watched import WatchedCalculator
+from ase_uq.sampling.reference_runs import reference_runs
 
 __all__ = [
     "Action",

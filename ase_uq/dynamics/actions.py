@@ -24,7 +24,7 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import LABEL_KEYS, annotated, check_whole, write_frames
+from ase_uq.io.frames import LABEL_KEYS, annotated, check_whole, write_frames
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -12,7 +12,7 @@ from ase.calculators.calculator import BaseCalculator
 from ase_uq.dynamics.checks import Check, Snapshot
 from ase_uq.dynamics.rules import Level, Rule, Watch, settled
 from ase_uq.dynamics.structures import KEY
-from ase_uq.readings import Reduction
+from ase_uq.thresholds.reduction import Reduction
 
 _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
 

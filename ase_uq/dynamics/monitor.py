@@ -21,8 +21,8 @@ from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, reduction_of,
 from ase_uq.dynamics.rules import Level, Rule, Watch, counted_alarms, rules_of_levels
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
 from ase_uq.errors import UQWarning
-from ase_uq.frames import annotated
-from ase_uq.thresholds import Meaning, PerElement
+from ase_uq.io.frames import annotated
+from ase_uq.thresholds.meanings import Meaning, PerElement
 
 
 class UncertaintyMonitor:

@@ -26,9 +26,9 @@ from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.rules import Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import LABEL_KEYS, annotated, write_frames
-from ase_uq.readings import atom_norms
-from ase_uq.thresholds import Meaning, PerElement
+from ase_uq.io.frames import LABEL_KEYS, annotated, write_frames
+from ase_uq.thresholds.meanings import Meaning, PerElement
+from ase_uq.thresholds.reduction import atom_norms
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
 

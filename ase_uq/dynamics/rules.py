@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol, Self, SupportsFloat, runtime_checkabl
 
 from ase.calculators.calculator import BaseCalculator
 
-from ase_uq.readings import Reduction
-from ase_uq.thresholds import Evidence, FalseAlarms, Meaning, PerElement
+from ase_uq.thresholds.meanings import Evidence, FalseAlarms, Meaning, PerElement
+from ase_uq.thresholds.reduction import Reduction
 
 Level = Literal["ok", "flag", "halt"]
 

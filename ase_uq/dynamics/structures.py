@@ -10,7 +10,7 @@ from ase import Atoms
 from ase.mep.dimer import MinModeAtoms
 from ase.optimize.optimize import BaseDynamics
 
-from ase_uq.readings import atom_norms
+from ase_uq.thresholds.reduction import atom_norms
 
 KEY = "forces_uncertainty"
 

@@ -15,7 +15,7 @@ from ase_uq.dynamics.judging import Judge, Site, checked, reduction_of, symbols_
 from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
-from ase_uq.thresholds import Meaning, PerElement
+from ase_uq.thresholds.meanings import Meaning, PerElement
 
 
 class Record(NamedTuple):

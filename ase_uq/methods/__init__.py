@@ -1,13 +1,12 @@
-"""Methods: how uncertainty is fitted. One file each; found by name, also through the entry points `ase_uq.methods`.
+"""Methods: how uncertainty is fitted. Found by name, also through the entry points `ase_uq.methods`.
 
-A module of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it.
+A file or folder of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it.
 """
 
 import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
-from types import ModuleType
 from typing import Any
 
 from ase_uq.methods.base import Head, Method, Raw
@@ -33,7 +32,8 @@ def method_class(name: str) -> type[Method]:
         raise ValueError(f"there is no method {name!r}. There are: {', '.join(available_methods())}.")
     points = {point.name: point for point in entry_points(group=_GROUP)}
     module = points[name].load() if name in points else importlib.import_module(f"{__name__}.{name}")
-    return _only_method(module)
+    (found,) = {c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and _is_named(c, name)}
+    return found
 
 
 def make_method(name: str, **hyper_parameters: Any) -> Method:
@@ -41,7 +41,5 @@ def make_method(name: str, **hyper_parameters: Any) -> Method:
     return method_class(name)(**hyper_parameters)
 
 
-def _only_method(module: ModuleType) -> type[Method]:
-    classes = [c for c in vars(module).values() if inspect.isclass(c) and c.__module__ == module.__name__]
-    (found,) = [c for c in classes if issubclass(c, Method)]
-    return found
+def _is_named(method: type[Method], name: str) -> bool:
+    return getattr(method, "name", None) == name

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.base import Head, Raw
-from ase_uq.sites import RADII
+from ase_uq.numerics.sites import RADII
 
 # A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
 # then far from anything seen, without making the distance overflow.

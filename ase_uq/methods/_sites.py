@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods.base import Raw
-from ase_uq.sites import around
+from ase_uq.numerics.sites import around
 
 # How much the mean over the receptive field counts beside the sites within a radius. Between 0.2 and 1 the errors at
 # silicon surfaces are covered as well, and without it, five times worse; on molecules it changes little.

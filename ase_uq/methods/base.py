@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.forward_pass import Evaluation, Targets
 
 Batches = Iterable[tuple[Evaluation, Targets]]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import InputError
-from ase_uq.evaluation import Evaluation, Members, Targets
+from ase_uq.forward_pass import Evaluation, Members, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 

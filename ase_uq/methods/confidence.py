@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import InputError
-from ase_uq.evaluation import Confidence, Evaluation, Targets
+from ase_uq.forward_pass import Confidence, Evaluation, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 

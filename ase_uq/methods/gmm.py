@@ -17,10 +17,10 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
-from ase_uq.methods._sample import RowSample, labels_of_atoms
 from ase_uq.methods.base import Accumulator, Method
+from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
 # Added to the variances of a component, relative to the unit variance of the whitened features: atoms that are all
 # alike, such as those of a rare kind, would make a component of no width and unbounded likelihood.

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Targets
-from ase_uq.methods._kernels import mean_square, pivoted_cholesky, residual
-from ase_uq.methods._linalg import Moments, reduced, whitener
-from ase_uq.methods._sample import RowSample, labels_of_atoms
+from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
-from ase_uq.sites import RADII
+from ase_uq.numerics.linalg import Moments, reduced, whitener
+from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
+from ase_uq.numerics.sample import RowSample, labels_of_atoms
+from ase_uq.numerics.sites import RADII
 
 # Rows kept for each landmark: they choose the landmarks and stand for all rows in their Gram matrix.
 _ROWS_A_LANDMARK = 8

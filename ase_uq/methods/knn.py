@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Targets
+from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
-from ase_uq.methods._sample import RowSample, labels_of_atoms
 from ase_uq.methods.base import Accumulator, Method
+from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
 _CHUNK = 2**24  # distances at once: 128 MiB
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Gradients, Targets
-from ase_uq.methods._kernels import Sketch, mean_square, random_signs, residual, substream
+from ase_uq.forward_pass import Evaluation, Gradients, Targets
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.numerics.posterior import Sketch, mean_square, random_signs, residual, substream
 
 
 @dataclass(frozen=True)

@@ -24,16 +24,16 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_uq.backends.base import Backend
-from ase_uq.frames import Frames, read_frames
-from ase_uq.readings import Reduction
+from ase_uq.diagnostics.evaluate import UNITS, Assessment, assess
+from ase_uq.diagnostics.latent import LatentMap, evenly, frame_features, principal_plane
+from ase_uq.io.frames import Frames, read_frames
 from ase_uq.report import plots
-from ase_uq.report.latent import LatentMap, evenly, frame_features, principal_plane
 from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish
 from ase_uq.report.survey import ScoredFrame, Survey, survey
 from ase_uq.report.viewer import cut_out, drawing, packed, plotly_script
-from ase_uq.scoring import UNITS, Assessment, assess
-from ase_uq.thresholds import Meaning, ResolvedThreshold
-from ase_uq.uncertainty_model import UncertaintyModel
+from ase_uq.thresholds.meanings import Meaning, ResolvedThreshold
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 if TYPE_CHECKING:  # whether matplotlib is installed, `plots` tells
     from matplotlib.axes import Axes

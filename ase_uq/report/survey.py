@@ -13,12 +13,12 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
+from ase_uq.diagnostics.evaluate import Sample
 from ase_uq.errors import InputError, LabelError, UQWarning
-from ase_uq.frames import LABEL_KEYS, Frames
-from ase_uq.journal import NUMBER_KEY
-from ase_uq.readings import Reduction, atom_norms
-from ase_uq.scoring import Sample
-from ase_uq.source import Source, Unreadable
+from ase_uq.io.frames import LABEL_KEYS, Frames
+from ase_uq.io.source import Source, Unreadable
+from ase_uq.scoring.journal import NUMBER_KEY
+from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 _TIME_KEYS = ("time_fs", "flag_time_fs")  # of trajectories and of flagged frames of `ase-uq md`
 _OWN_RATIO = 1e-5  # residuals this small beside the forces are rounding

@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError, PotentialMismatch
-from ase_uq.evaluation import Evaluation, ForceLayer
+from ase_uq.forward_pass import Evaluation, ForceLayer
 
 # Rounding of one forward pass in another order of summation, relative to the largest value.
 ROUNDING = {torch.float32: 2e-4, torch.float64: 1e-9}

@@ -21,12 +21,12 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
-from ase_uq.evaluation import Evaluation
-from ase_uq.fitting import fit
+from ase_uq.fitting.fit import fit
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Head, Method, Raw
-from ase_uq.stream import LabelledStream
-from ase_uq.uncertainty_model import UncertaintyModel
+from ase_uq.stream.labelled import LabelledStream
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 ELEMENTS = ("H", "C", "O")
 RAW_FIELDS = ("forces", "energy", "energies", "stress", "distance")

@@ -8,7 +8,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_uq.backends import mace as mace_backend  # before e3nn, which the mace package patches
+from ase_uq.backends.mace import backend as mace_backend  # before e3nn, which the mace package patches
 from ase_uq.testing.backends import standard_frames
 
 ORB_SIZES = {"latent_dim": 32, "base_mlp_hidden_dim": 32, "head_mlp_hidden_dim": 32, "num_message_passing_steps": 2}

@@ -11,12 +11,12 @@ import torch
 from ase import Atoms
 from ase.io import read
 
-from ase_uq.artefact import read_artefact, write_artefact
 from ase_uq.backends import calculator_from_spec, load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.mace import MACECalculator, load_potential, save_potential
+from ase_uq.backends.mace.backend import MACECalculator, load_potential, save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
+from ase_uq.io.tensor_file import read_artefact, write_artefact
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
 from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, water
@@ -309,7 +309,7 @@ def test_gradients_are_in_other_units_too():
 def test_pseudo_vectors_are_no_vectors(irreps: str, columns: slice | None):
     from e3nn import o3
 
-    from ase_uq.backends.mace import _vector_columns
+    from ase_uq.backends.mace.backend import _vector_columns
 
     assert _vector_columns(o3.Irreps(irreps)) == columns
 

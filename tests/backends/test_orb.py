@@ -21,7 +21,7 @@ from ase_uq.backends.orb import (
     save_potential,
 )
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
 from .builders import ORB_SIZES, charged_frames, default_dtype, make_orb, water

@@ -11,7 +11,7 @@ from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import AverageCalculator, LinearCombinationCalculator, SumCalculator
 
 from ase_uq.backends import load_backend
-from ase_uq.backends.mace import MACECalculator
+from ase_uq.backends.mace.backend import MACECalculator
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import PotentialMismatch
 from ase_uq.testing.backends import BackendContract, standard_frames

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.cli import app
 from ase_uq.errors import UQWarning
-from ase_uq.fitting import fit
+from ase_uq.fitting.fit import fit
 
 
 @dataclass(frozen=True)

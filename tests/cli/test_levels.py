@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told
-from ase_uq.thresholds import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
 
 
 class Calibrated:

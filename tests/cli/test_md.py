@@ -14,9 +14,9 @@ from ase.io import read, write
 
 from ase_uq import Quantile, UncertaintyModel, read_frames
 from ase_uq.cli import _stopwatch
-from ase_uq.cli._ensembles import Ensemble, make_dynamics, set_temperature
-from ase_uq.dynamics.momenta import set_thermal_momenta
-from ase_uq.thresholds import ErrorBound
+from ase_uq.sampling.ensembles import Ensemble, make_dynamics, set_temperature
+from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.thresholds.meanings import ErrorBound
 
 
 @pytest.fixture
@@ -508,7 +508,7 @@ def test_ctrl_c_ends_with_a_whole_step_that_can_be_gone_on_from(md):
         return lambda: signal.raise_signal(signal.SIGINT) if dynamics.nsteps == 3 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("ase_uq.cli.md"), "_ramp", press)
+        patch.setattr(importlib.import_module("ase_uq.cli.verbs.md"), "_ramp", press)
         found = md(*words, "--temperature-end", 300, steps=500)
     assert found.exit_code == 130
     assert "interrupted at step 3; run.xyz ends with it" in found.stderr

@@ -3,9 +3,9 @@ from ase.io import read
 
 from ase_uq import UncertaintyModel
 from ase_uq.backends import load_backend
-from ase_uq.calculator import UncertainCalculator
-from ase_uq.dynamics.reference import reference_runs
-from ase_uq.thresholds import FalseAlarms
+from ase_uq.engines.ase.calculator import UncertainCalculator
+from ase_uq.sampling.reference_runs import reference_runs
+from ase_uq.thresholds.meanings import FalseAlarms
 
 SHORT = ["--temperature", 300, "--runs", 10, "--ps", 0.01, "--timestep", 1, "--equilibration", 0.005]
 

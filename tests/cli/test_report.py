@@ -20,7 +20,7 @@ from ase_uq import (
     write_frames,
 )
 from ase_uq.cli.console import ErrorsAsLines
-from ase_uq.cli.report import report as verb
+from ase_uq.cli.verbs.report import report as verb
 
 app = typer.Typer(cls=ErrorsAsLines)
 app.command("report")(verb)
@@ -33,7 +33,7 @@ def _() -> None: ...
 @pytest.fixture(scope="module")
 def scored(files, tmp_path_factory):
     """Labelled frames with the uncertainties of the fitted model, as `ase-uq predict` writes them."""
-    from ase_uq.frames import annotated
+    from ase_uq.io.frames import annotated
 
     frames = read(files.test, ":")
     predictions = UncertainCalculator("toy:", files.uq).predictor.predict(frames)

@@ -9,9 +9,9 @@ from ase.io import read, write
 from typer.testing import CliRunner, Result
 
 from ase_uq import Quantile
-from ase_uq.choosing import select as choose
 from ase_uq.cli.console import ErrorsAsLines
-from ase_uq.cli.select import select as verb
+from ase_uq.cli.verbs.select import select as verb
+from ase_uq.selection.select import select as choose
 
 
 @pytest.fixture

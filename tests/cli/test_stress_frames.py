@@ -9,7 +9,7 @@ from ase.io import read, write
 from typer.testing import CliRunner, Result
 
 from ase_uq.cli.console import ErrorsAsLines
-from ase_uq.cli.stress_frames import stress_frames
+from ase_uq.cli.verbs.stress_frames import stress_frames
 
 COLD = "rattled,strained,compressed,swapped"
 

@@ -45,7 +45,7 @@ from ase.units import fs
 
 from ase_uq.dynamics import Bonds, Halt, MaxTemperature, UncertaintyMonitor
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import read_frames
+from ase_uq.io.frames import read_frames
 from tests.dynamics.builders import Remembering, Uncertain, crystal, hop
 
 PRESSURE = {"temperature_K": 600, "pressure_au": 0.0}

@@ -38,8 +38,8 @@ from ase_uq.dynamics import (
     UncertaintyMonitor,
 )
 from ase_uq.errors import UncertaintyHalt, UQWarning
-from ase_uq.frames import read_frames
-from ase_uq.thresholds import FalseAlarms, PerElement, Quantile, ReferenceRuns
+from ase_uq.io.frames import read_frames
+from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile, ReferenceRuns
 from tests.dynamics.builders import EXTRA, Uncertain, crystal
 
 

@@ -18,7 +18,7 @@ from ase_uq.dynamics import Patience, Threshold
 from ase_uq.dynamics.checks import Check, Finite
 from ase_uq.dynamics.relaxation import Relaxation, relax
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.frames import read_frames
+from ase_uq.io.frames import read_frames
 from tests.dynamics import builders
 
 EXTRA = ["energy_uncertainty", "forces_uncertainty", "stress_uncertainty", "gamma"]

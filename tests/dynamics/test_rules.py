@@ -24,8 +24,8 @@ from ase_uq.dynamics.rules import (
     rules_of_levels,
     settled,
 )
-from ase_uq.readings import Reduction
-from ase_uq.thresholds import Evidence, FalseAlarms, PerElement, Quantile, ReferenceRuns
+from ase_uq.thresholds.meanings import Evidence, FalseAlarms, PerElement, Quantile, ReferenceRuns
+from ase_uq.thresholds.reduction import Reduction
 
 READINGS = st.lists(st.floats(0, 2) | st.just(math.nan) | st.just(math.inf), max_size=40)
 LEVELS = st.floats(0.01, 2)

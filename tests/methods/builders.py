@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ase_uq.backends.base import Batch
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
-from ase_uq.evaluation import Confidence, Edges, EnergyLayer, Evaluation, Members, Targets
-from ase_uq.methods._linalg import whitener
+from ase_uq.forward_pass import Confidence, Edges, EnergyLayer, Evaluation, Members, Targets
+from ase_uq.numerics.linalg import whitener
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 
 

@@ -14,10 +14,10 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, ForceLayer
+from ase_uq.forward_pass import Evaluation, ForceLayer
 from ase_uq.methods import available_methods, make_method, method_class
-from ase_uq.methods.bll import BLL, BLLHead, projected_leverage
-from ase_uq.sites import sum_over_sites
+from ase_uq.methods.bll.method import BLL, BLLHead, projected_leverage
+from ase_uq.numerics.sites import sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
 
 RIDGE = 1e-4

@@ -11,7 +11,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import InputError, LabelError
-from ase_uq.evaluation import Confidence
+from ase_uq.forward_pass import Confidence
 from ase_uq.methods.confidence import OwnConfidence, OwnConfidenceHead, expected_variance
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
 

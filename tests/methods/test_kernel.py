@@ -15,7 +15,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.kernel import Kernel
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, on_ranks, with_labels

@@ -12,7 +12,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods import knn
 from ase_uq.methods.knn import KNN, mean_distance
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames

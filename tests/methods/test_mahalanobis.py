@@ -12,10 +12,10 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.mahalanobis import Mahalanobis
-from ase_uq.sites import RADII
+from ase_uq.numerics.sites import RADII
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
 
 from .builders import batches_of, evaluation_of

@@ -14,7 +14,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.evaluation import Evaluation, Gradients, Targets
+from ase_uq.forward_pass import Evaluation, Gradients, Targets
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.ntk import NTK, directions
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames

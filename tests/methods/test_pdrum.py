@@ -15,14 +15,14 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.evaluation import Evaluation
+from ase_uq.forward_pass import Evaluation
 from ase_uq.methods import make_method
-from ase_uq.methods._conservative import force_features, forces_of, functions_of
-from ase_uq.methods._directions import WIDTH, directions, mixing_of
 from ase_uq.methods.base import Head
-from ase_uq.methods.pdrum import PDRUM, PDRUMHead, magnitude_of_unit
-from ase_uq.networks import Training
-from ase_uq.stream import LabelledStream
+from ase_uq.methods.pdrum.conservative import force_features, forces_of, functions_of
+from ase_uq.methods.pdrum.directions import WIDTH, directions, mixing_of
+from ase_uq.methods.pdrum.method import PDRUM, PDRUMHead, magnitude_of_unit
+from ase_uq.numerics.networks import Training
+from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
 
 SHORT = Training(hidden=(16,), max_epochs=15)

@@ -1,0 +1,112 @@
+"""Derivatives of an evaluation whose graph is kept: the same for every potential that torch differentiates."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ase_uq.errors import InputError
+from ase_uq.forward_pass import Gradients
+
+# Threads may share a potential: flags that one has set must not be put back by another.
+_FLAGS = threading.RLock()
+
+
+@contextmanager
+def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+    """Lets parameters take part in the graph of what is computed inside; their flags are put back on leaving."""
+    with _FLAGS:
+        flags = [parameter.requires_grad for parameter in parameters]
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            yield
+        finally:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+
+
+class GraphGradients(Gradients):
+    """Derivatives taken from the graph of the forward pass that gave the evaluation; no further forward.
+
+    The graph, and its memory, live as long as this object. To be made inside `in_the_graph`.
+
+    Args:
+        parameters: θ, in the order of `named_parameters`.
+        positions: (n_rows, 3) leaf of the graph; rows beyond n_atoms are padding.
+        features: (n_atoms, n_features).
+        energy_features: (n_atoms, n_last) of the energy's last layer, with a graph; None where there is none.
+        energy: (n_frames,) eV.
+        forces: (n_atoms, 3) eV/Å, with a graph of their own; None where they are to be taken from the energy.
+        frame_of_atom: (n_atoms,).
+        length_unit: Å in one unit of `positions`.
+    """
+
+    def __init__(
+        self,
+        *,
+        parameters: Sequence[torch.nn.Parameter],
+        positions: Tensor,
+        features: Tensor,
+        energy: Tensor,
+        forces: Tensor | None,
+        frame_of_atom: Tensor,
+        energy_features: Tensor | None = None,
+        length_unit: float = 1.0,
+    ) -> None:
+        self._parameters = parameters
+        # The ends of the graph: they serve when the parameters' own flags are long put back.
+        self._edges = [torch.autograd.graph.get_gradient_edge(parameter) for parameter in parameters]
+        self._positions, self._features, self._energy = positions, features, energy
+        self._energy_features = energy_features
+        self._given_forces, self._frame_of_atom, self._length_unit = forces, frame_of_atom, length_unit
+
+    def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
+        outputs, cotangents = [self._features], [cotangent]
+        if energy_cotangent is not None:
+            if self._energy_features is None:
+                raise InputError("this potential keeps no graph of the last layer of its energy to differentiate.")
+            outputs.append(self._energy_features)
+            cotangents.append(energy_cotangent)
+        cotangents = [-c.to(output) / self._length_unit for c, output in zip(cotangents, outputs, strict=True)]
+        (gradient,) = torch.autograd.grad(
+            outputs, self._positions, cotangents, retain_graph=True, materialize_grads=True
+        )
+        return gradient[: len(self._features)]
+
+    def of_energies(self) -> Iterator[Tensor]:
+        for cotangent in torch.eye(len(self._energy)).to(self._energy):
+            yield self._of_parameters(self._energy, cotangent)
+
+    def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
+        tangents = tangents.to(self._forces)
+        for frame in range(len(self._energy)):
+            own = (self._frame_of_atom == frame)[:, None]
+            yield self._of_parameters(self._forces, torch.where(own, tangents, 0))
+
+    @cached_property
+    def _forces(self) -> Tensor:
+        """(n_atoms, 3) -∂E/∂R as a graph; the backward pass for it is made once."""
+        if self._given_forces is not None:
+            return self._given_forces
+        # Whatever the caller has switched off; and weights that were frozen again would be constants of this graph.
+        with torch.enable_grad(), in_the_graph(self._parameters):
+            (slope,) = torch.autograd.grad(
+                self._energy.sum(), self._positions, create_graph=True, materialize_grads=True
+            )
+            return -slope[: len(self._features)] / self._length_unit
+
+    def _of_parameters(self, output: Tensor, cotangent: Tensor) -> Tensor:
+        """(n_parameters,) cotangent · ∂output/∂θ; 0 for the parameters it does not depend on."""
+        if not output.requires_grad:
+            gradients = [None] * len(self._edges)  # atoms that nothing in the potential reaches
+        else:
+            gradients = torch.autograd.grad(output, self._edges, cotangent, retain_graph=True, allow_unused=True)
+        parts = [
+            (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+            for gradient, parameter in zip(gradients, self._parameters, strict=True)
+        ]
+        return torch.cat(parts).detach()

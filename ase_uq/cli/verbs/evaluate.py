@@ -1,0 +1,111 @@
+"""`ase-uq evaluate`: labelled test frames in, how good the uncertainties are out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
+
+if TYPE_CHECKING:
+    from ase_uq.diagnostics.evaluate import Assessment
+
+
+def evaluate(
+    frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="Test frames with reference labels.")],
+    model: Model,
+    uq: UQ = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Force errors above it are bad, eV/Å: for AUROC and AUPRC.")
+    ] = 0.3,
+    block: Annotated[
+        int, typer.Option("--block", min=1, help="Consecutive frames resampled together: as many as are correlated.")
+    ] = 1,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Write every number; replaced if it exists.")
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw PNG figures there; made if it is missing.")
+    ] = None,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    device: Device = "",
+    dtype: DType = "",
+    batch_atoms: BatchAtoms = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Judge uncertainties on labelled test frames: are they calibrated, are the large errors where they say?
+
+    Test frames should be neither training nor calibration frames. Neighbouring frames of a run are not independent:
+    say with --block how many belong together, or the intervals come out too narrow.
+
+    [dim]ase-uq evaluate --model mace:my.model --uq my.uq.safetensors test.xyz --csv scores.csv --plots figures[/]
+    """
+    _check_outputs(csv, plots)
+    from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.diagnostics.evaluate import evaluate as assess
+    from ase_uq.io.frames import read_frames
+
+    test_frames = read_frames(frames, name="test frames")
+    seed_all(seed)
+    assessment = assess(
+        load_calculator(model, uq, device, dtype).predictor,
+        test_frames,
+        label_keys=label_keys(energy_key, forces_key, stress_key),
+        batch_atoms=batch_atoms,
+        tolerance=tolerance,
+        block=block,
+        seed=seed,
+    )
+    typer.echo(assessment.table())
+    if csv is not None:
+        assessment.to_csv(csv)
+        typer.echo(f"{len(assessment.scores)} numbers written to {csv}")
+    if plots is not None:
+        typer.echo(f"figures written: {', '.join(str(path) for path in _draw(assessment, plots))}")
+
+
+def _check_outputs(csv: Path | None, plots: Path | None) -> None:
+    """Everything that can be refused before seconds are spent on importing a potential."""
+    from ase_uq.io.tensor_file import check_writable
+
+    if csv is not None:
+        check_writable(csv)
+    if plots is not None:
+        from ase_uq.report import plots as _  # noqa: F401  (told now if matplotlib is missing)
+
+        if plots.exists() and not plots.is_dir():
+            raise FileExistsError(f"{plots} is a file. Give --plots a folder, which is made if it is missing.")
+        plots.mkdir(parents=True, exist_ok=True)
+        check_writable(plots / "forces_reliability.png")
+
+
+def _draw(assessment: "Assessment", folder: Path) -> list[Path]:
+    """Two figures a quantity, all methods in each; returns their files."""
+    from matplotlib import pyplot as plt
+
+    from ase_uq.diagnostics.evaluate import UNITS
+    from ase_uq.report import plots
+
+    written = []
+    for quantity in assessment.quantities:
+        samples = {m: s for m in assessment.methods if (s := assessment.samples.get((m, quantity))) is not None}
+        samples = {method: sample for method, sample in samples.items() if sample.errors.any()}
+        if not samples or quantity == "forces_max":  # largest errors are not Gaussian, whatever the uncertainties
+            continue
+        ax = None
+        for method, sample in samples.items():
+            ax = plots.reliability(sample.residuals, sample.std, label=method, ax=ax)
+        pairs = {method: (sample.errors, sample.uncertainties) for method, sample in samples.items()}
+        components = next(iter(samples.values())).residuals.shape[1]
+        panels = plots.errors_side_by_side(pairs, components=components, unit=UNITS[quantity])
+        for name, axes in (("reliability", ax), ("errors", panels[0])):
+            assert axes is not None
+            figure = axes.get_figure(root=True)
+            assert figure is not None
+            path = folder / f"{quantity}_{name}.png"
+            figure.savefig(path, dpi=200)
+            plt.close(figure)
+            written.append(path)
+    return written

@@ -1,0 +1,98 @@
+"""`ase-uq fit`: labelled frames in, uncertainty model out."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_uq.cli.options import BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
+
+
+class Features(StrEnum):
+    """What the leverage of an atom looks at."""
+
+    latent = "latent"
+    last_layer = "last_layer"
+
+
+def fit(
+    model: Model,
+    train: Annotated[
+        Path, typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or like them.")
+    ],
+    calibration: Annotated[
+        Path,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="Labelled frames that it has never seen, from runs of their own: they set the scale.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out", metavar="FILE", help="Where to write, for example my.uq.safetensors; replaced if it exists."
+        ),
+    ],
+    stressed: Annotated[
+        Path | None,
+        typer.Option(
+            "--stressed",
+            metavar="FILE",
+            help="Labelled bad frames, as `ase-uq stress-frames` makes them, for thresholds such as miss=0.1@0.3.",
+        ),
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(
+            "--methods",
+            metavar="NAMES",
+            help="Methods, with commas between: bll, pdrum, kernel, mahalanobis, knn, gmm, pops, ntk, committee, "
+            "confidence. Several are combined.",
+        ),
+    ] = "bll,pdrum,kernel",
+    features: Annotated[
+        Features,
+        typer.Option("--features", help="What bll measures distances in: invariants of all layers, or the last one."),
+    ] = Features.latent,
+    energy_key: EnergyKey = None,
+    forces_key: ForcesKey = None,
+    stress_key: StressKey = None,
+    device: Device = "",
+    dtype: DType = "",
+    batch_atoms: BatchAtoms = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Fit what a potential does not know, once, into one small file.
+
+    Training frames say what it has seen; calibration frames, which it has not, turn that into eV and eV/Å. A few
+    hundred of each are good. Energies and stresses are calibrated where the frames have them.
+
+    [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
+    """
+    from ase_uq.cli.potential import load_potential, seed_all
+    from ase_uq.fitting.fit import fit as fit_model
+    from ase_uq.io.frames import read_frames
+    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.methods import make_method
+
+    check_writable(out)
+    names = [name.strip() for name in methods.split(",") if name.strip()]
+    makers = [make_method(name, **({"features": features.value} if name == "bll" else {})) for name in names]
+    train_frames = read_frames(train, name="training frames")
+    calibration_frames = read_frames(calibration, name="calibration frames")
+    stressed_frames = None if stressed is None else read_frames(stressed, name="stressed frames")
+    seed_all(seed)
+    fitted = fit_model(
+        load_potential(model, device, dtype),
+        train_frames,
+        calibration_frames,
+        stressed=stressed_frames,
+        methods=makers,
+        label_keys=label_keys(energy_key, forces_key, stress_key),
+        batch_atoms=batch_atoms,
+    )
+    fitted.save(out)
+    typer.echo(fitted.summary())
+    typer.echo(f"written to {out}; next: ase-uq predict or ase-uq md with --model {model} --uq {out}")

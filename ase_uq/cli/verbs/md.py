@@ -1,0 +1,377 @@
+"""`ase-uq md`: molecular dynamics that stops where the potential no longer knows."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_uq.cli._interrupt import INTERRUPTED, ends_with_its_step
+from ase_uq.cli._stopwatch import Stopwatch
+from ase_uq.cli.levels import check_levels, per_element, threshold, told
+from ase_uq.cli.options import (
+    UQ,
+    Before,
+    Bonds,
+    Device,
+    DType,
+    EachElement,
+    Flag,
+    FlaggedFrames,
+    Halt,
+    Model,
+    Reduce,
+    Seed,
+    check_before,
+    check_xyz_name,
+)
+from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, Ensemble, check_belong
+
+if TYPE_CHECKING:
+    from ase import Atoms
+    from ase.md.md import MolecularDynamics
+
+    from ase_uq.dynamics import UncertaintyMonitor
+
+HALTED = 3  # exit code
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a run begins to count.
+
+    Args:
+        step: Step of its first structure.
+        time_fs: Time of that step, fs.
+        written: Whether its frame is in the trajectory already.
+        judged: Whether an earlier run has judged that step.
+    """
+
+    step: int = 0
+    time_fs: float = 0.0
+    written: bool = False
+    judged: bool = False
+
+
+def md(
+    start: Annotated[
+        Path,
+        typer.Argument(
+            metavar="START", help="Structure: the last frame of any file ASE reads. Its velocities are used."
+        ),
+    ],
+    model: Model,
+    temperature: Annotated[
+        float, typer.Option("--temperature", min=0, help="K; of the velocities alone where START has none and in nve.")
+    ],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to run.")],
+    uq: UQ = None,
+    ensemble: Annotated[
+        Ensemble,
+        typer.Option("--ensemble", help="NVT by langevin or bussi, nve, or npt (isotropic MTK, no constraints)."),
+    ] = Ensemble.langevin,
+    temperature_end: Annotated[
+        float | None,
+        typer.Option(
+            "--temperature-end", min=0, help="K at the last step of this command: heat or cool evenly, in NVT."
+        ),
+    ] = None,
+    timestep: Annotated[float, typer.Option("--timestep", help="fs.")] = 0.5,
+    friction: Annotated[
+        float | None, typer.Option("--friction", show_default=f"{FRICTION:g}", help="Of langevin, 1/fs.")
+    ] = None,
+    thermostat_time: Annotated[
+        float | None,
+        typer.Option("--thermostat-time", show_default=f"{THERMOSTAT_TIME:g}", help="Of bussi and npt, fs."),
+    ] = None,
+    barostat_time: Annotated[
+        float | None, typer.Option("--barostat-time", show_default=f"{BAROSTAT_TIME:g}", help="Of npt, fs.")
+    ] = None,
+    pressure: Annotated[
+        float | None, typer.Option("--pressure", show_default="0", help="Of npt, GPa; 1 bar is 0.0001 GPa.")
+    ] = None,
+    every: Annotated[
+        int, typer.Option("--every", min=1, help="Calculate uncertainties at each so many-th step only.")
+    ] = 1,
+    flag: Flag = None,
+    halt: Halt = None,
+    patience: Annotated[
+        float | None, typer.Option("--patience", help="Halt only after this long above --halt without a break, fs.")
+    ] = None,
+    at_once: Annotated[
+        Any,
+        typer.Option(
+            "--at-once", metavar="LEVEL", parser=threshold, help="Halt here without --patience; above --halt."
+        ),
+    ] = None,
+    refractory: Annotated[
+        float | None, typer.Option("--refractory", help="After a flagged frame keep none for this long, fs.")
+    ] = None,
+    element: EachElement = False,
+    reduce: Reduce = "max",
+    max_temperature: Annotated[
+        float | None, typer.Option("--max-temperature", help="Halt where the atoms are hotter, K.")
+    ] = None,
+    bonds: Bonds = False,
+    frames: FlaggedFrames = None,
+    before: Before = 0,
+    trajectory: Annotated[
+        Path | None, typer.Option("--trajectory", metavar="FILE", help=".xyz file of the run, with its last frame.")
+    ] = None,
+    interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between frames of --trajectory.")] = 100,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="CSV file: step, time, reading and level of each step.")
+    ] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add to --trajectory and --log where they exist.")] = False,
+    device: Device = "",
+    dtype: DType = "",
+    seed: Seed = 0,
+) -> None:
+    """Run dynamics that flag and halt themselves by the uncertainty of the forces.
+
+    At each step the largest force uncertainty of an atom is compared with --flag and --halt. LEVEL is a number in eV/Å
+    or a meaning that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
+    miss=0.1@0.3, which misses at most 0.1 of the frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence
+    0.9); bound=0.95@0.3, below which errors stay within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or
+    alarms=0.05@20000, which disturbs at most 0.05 of good runs of 100 ps or of 20000 readings
+    ([bold]ase-uq reference[/] makes the runs for it).
+
+    Frames above --flag go to --frames at once, ready to be labelled. A halted run exits with code 3; its last frame,
+    with velocities, ends --trajectory. To go on from there, give that file as START and as --trajectory, with
+    --append: steps and times count on, and the frame it starts from is neither judged nor written again. Raise --halt
+    or lower --temperature, or the next step is likely to halt as well. In npt the inner variables of thermostat and
+    barostat begin anew, so let it equilibrate again.
+
+    [dim]ase-uq md --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --temperature-end 1500
+    --steps 20000 --flag q0.99 --halt 0.5 --frames flagged.xyz --trajectory run.xyz[/]
+    """
+    belonging = {
+        "--temperature-end": temperature_end,
+        "--friction": friction,
+        "--thermostat-time": thermostat_time,
+        "--barostat-time": barostat_time,
+        "--pressure": pressure,
+    }
+    check_belong(ensemble, belonging)
+    numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
+    _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
+    _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
+    _check_watched(flag, halt)
+    check_before(before, frames)
+    if element:
+        flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
+    _check_files(frames, trajectory, log, append)
+    import numpy as np
+
+    from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.cli.start import give_calculator, read_start
+    from ase_uq.dynamics import UncertaintyMonitor
+    from ase_uq.dynamics.checks import Bonds as BondsCheck
+    from ase_uq.dynamics.checks import MaxTemperature
+    from ase_uq.sampling.ensembles import make_dynamics
+    from ase_uq.sampling.momenta import set_thermal_momenta
+
+    rng = seed_all(seed)
+    atoms = read_start(start)
+    if not atoms.has("momenta"):
+        set_thermal_momenta(atoms, temperature, rng)
+    origin = _Origin()
+    if trajectory is not None and trajectory.exists() and trajectory.samefile(start):
+        origin = _end_of_run(atoms)
+        # From the seed alone, it would be the noise of the first steps once more.
+        rng = np.random.default_rng([seed, origin.step])
+    calculator = load_calculator(model, uq, device, dtype, every)
+    give_calculator(atoms, calculator)
+    dynamics = make_dynamics(
+        ensemble,
+        atoms,
+        timestep=timestep,
+        temperature=temperature,
+        friction=FRICTION if friction is None else friction,
+        thermostat_time=THERMOSTAT_TIME if thermostat_time is None else thermostat_time,
+        barostat_time=BAROSTAT_TIME if barostat_time is None else barostat_time,
+        pressure=pressure or 0.0,
+        rng=rng,
+    )
+    monitor = UncertaintyMonitor(
+        dynamics,
+        flag=flag,
+        halt=halt,
+        patience=patience,
+        at_once=at_once,
+        refractory=refractory,
+        reduce=reduce,
+        checks=[
+            *([MaxTemperature(max_temperature)] if max_temperature else []),
+            *([BondsCheck()] if bonds else []),
+        ],
+        before=before,
+        frames=frames,
+        log=log,
+    )
+    for line in told(
+        {"flag": flag, "halt": halt, "at once": at_once}, calculator, reduce, atoms.get_chemical_symbols()
+    ):
+        typer.echo(line, err=True)
+    if origin.judged:
+        place = {"step": origin.step, "time_fs": origin.time_fs, "judged_step": origin.step}
+        monitor.restore(monitor.state() | place)
+    if temperature_end is not None:
+        dynamics.attach(_ramp(dynamics, temperature, temperature_end, steps))
+    stopwatch = Stopwatch(calculator)
+    halted = _run(dynamics, monitor, stopwatch, steps, trajectory, interval, origin)
+    if every > 1:
+        typer.echo(stopwatch.saved(every), err=halted)
+    if halted:
+        typer.echo(_halt_message(monitor, frames, before, trajectory), err=True)
+        raise typer.Exit(HALTED)
+    typer.echo(
+        f"done: {_counted(steps, 'step')}, {steps * timestep:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
+        + (f", added to {frames}" if frames and monitor.n_flagged else "")
+    )
+
+
+def _check_positive(numbers: dict[str, float | None]) -> None:
+    for name, value in numbers.items():
+        if value is not None and not 0 < value < math.inf:
+            raise typer.BadParameter(f"{value} is no positive number.", param_hint=f"'{name}'")
+
+
+def _check_finite(temperatures: dict[str, float | None]) -> None:
+    for name, value in temperatures.items():
+        if value == math.inf:
+            raise typer.BadParameter("inf is no temperature.", param_hint=f"'{name}'")
+
+
+def _check_watched(flag: Any, halt: Any) -> None:
+    if flag is None and halt is None:
+        raise typer.BadParameter(
+            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames).",
+            param_hint="'--flag' / '--halt'",
+        )
+    check_levels(flag, halt)
+
+
+def _check_files(frames: Path | None, trajectory: Path | None, log: Path | None, append: bool) -> None:
+    """Everything of files that can be refused before seconds are spent on importing a potential."""
+    for name, file in (("--frames", frames), ("--trajectory", trajectory)):
+        if file is not None:
+            check_xyz_name(file, name)
+    from ase_uq.io.frames import check_whole
+    from ase_uq.io.tensor_file import check_writable
+
+    for file in filter(None, (trajectory, log)):
+        if file.exists() and not append:
+            raise FileExistsError(f"{file} exists. Give another name, or --append to add this run to it.")
+        check_writable(file)
+        check_whole(file)
+
+
+def _end_of_run(atoms: "Atoms") -> _Origin:
+    """The place of the last frame of a trajectory; the beginning where no run has written it."""
+    if not {"step", "time_fs"} <= atoms.info.keys():
+        return _Origin(written=True)
+    return _Origin(int(atoms.info["step"]), float(atoms.info["time_fs"]), written=True, judged=True)
+
+
+def _ramp(dynamics: "MolecularDynamics", start: float, end: float, steps: int) -> Callable[[], None]:
+    from ase_uq.sampling.ensembles import set_temperature
+
+    def heat() -> None:
+        set_temperature(dynamics, start + (end - start) * dynamics.nsteps / steps)
+
+    return heat
+
+
+def _run(
+    dynamics: "MolecularDynamics",
+    monitor: "UncertaintyMonitor",
+    stopwatch: Stopwatch,
+    steps: int,
+    trajectory: Path | None,
+    interval: int,
+    origin: _Origin,
+) -> bool:
+    """Runs with a progress bar and a trajectory that ends with the last step; returns whether it was halted.
+
+    Raises:
+        Exit: It was interrupted.
+    """
+    from ase import units
+    from tqdm import tqdm
+
+    from ase_uq.errors import UncertaintyHalt
+    from ase_uq.io.frames import annotated, write_frames
+
+    written = origin.step if origin.written else -1
+
+    def write() -> None:
+        nonlocal written
+        step = origin.step + dynamics.nsteps
+        if trajectory is not None and step > written:
+            written = step
+            info = {"step": step, "time_fs": origin.time_fs + dynamics.get_time() / units.fs}
+            write_frames(trajectory, [annotated(dynamics.atoms, **info)], append=True)
+
+    started = perf_counter()
+    reading = math.nan
+
+    def show() -> None:
+        nonlocal reading
+        days = (perf_counter() - started) / 86400
+        speed = dynamics.get_time() / (1000 * 1000 * units.fs) / days
+        if monitor.last and not math.isnan(monitor.last.reading):  # as it is at a step that --every skips
+            reading = monitor.last.reading
+        kelvin = dynamics.atoms.get_temperature()
+        bar.set_postfix_str(f"{reading:.3f} eV/Å, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
+        bar.update(dynamics.nsteps - bar.n)
+
+    dynamics.insert_observer(stopwatch.stop)
+    # The monitor comes next so that the bar shows its reading; a step at which it raises is the last one anyway.
+    dynamics.attach(monitor)
+    dynamics.attach(write, interval=interval)
+    halted = False
+    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
+        dynamics.attach(show)
+        dynamics.attach(stopwatch.start)
+        try:
+            dynamics.run(steps)
+        except UncertaintyHalt:
+            halted = True
+            show()
+    write()
+    if interruption.asked and not halted:
+        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
+        raise typer.Exit(INTERRUPTED)
+    return halted
+
+
+def _interrupted_message(step: int, trajectory: Path | None) -> str:
+    if trajectory is None:
+        return f"interrupted at step {step}"
+    return (
+        f"interrupted at step {step}; {trajectory} ends with it and its velocities; to go on from here, start from it "
+        f"with --trajectory {trajectory} --append"
+    )
+
+
+def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: int, trajectory: Path | None) -> str:
+    last = monitor.last
+    assert last is not None
+    lines = [f"halted at step {last.step}, {last.time_fs:.6g} fs: {last.reason}"]
+    if frames is not None:
+        and_before = " (and those before them)" if before else ""
+        lines.append(f"  {_counted(monitor.n_flagged + monitor.n_halted, 'frame')} added to {frames}{and_before}")
+    if trajectory is not None:
+        lines.append(
+            f"  {trajectory} ends with this step and its velocities; to go on from here, start from it with "
+            f"--trajectory {trajectory} --append and a higher --halt or a lower --temperature"
+        )
+    return "\n".join(lines)
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}" + "s" * (number != 1)

@@ -1,0 +1,138 @@
+"""`ase-uq relax`: a relaxation that stops where the potential no longer knows, and says how far to trust its end."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_uq.cli.levels import check_levels, per_element, told
+from ase_uq.cli.options import (
+    UQ,
+    Before,
+    Bonds,
+    Device,
+    DType,
+    EachElement,
+    Flag,
+    FlaggedFrames,
+    Halt,
+    Model,
+    Reduce,
+    Seed,
+    check_before,
+    check_xyz_name,
+)
+
+HALTED = 3  # exit code
+
+
+class Optimizer(StrEnum):
+    """The optimisers."""
+
+    bfgs = "bfgs"
+    lbfgs = "lbfgs"
+    fire = "fire"
+
+
+def relax(
+    start: Annotated[Path, typer.Argument(metavar="START", help="Structure: the last frame of any file ASE reads.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file for the last structure.")],
+    uq: UQ = None,
+    fmax: Annotated[float, typer.Option("--fmax", help="Converged where no force is larger, eV/Å.")] = 0.05,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Most steps.")] = 500,
+    optimizer: Annotated[Optimizer, typer.Option("--optimizer", help="Of ASE.")] = Optimizer.bfgs,
+    cell: Annotated[bool, typer.Option("--cell", help="Relax the cell of a crystal too.")] = False,
+    flag: Flag = None,
+    halt: Halt = None,
+    element: EachElement = False,
+    reduce: Reduce = "max",
+    bonds: Bonds = False,
+    frames: FlaggedFrames = None,
+    before: Before = 0,
+    trajectory: Annotated[
+        Path | None, typer.Option("--trajectory", metavar="FILE", help=".xyz file of all steps.")
+    ] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", metavar="FILE", help="CSV file: step, reading and level of each step.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace OUT, --trajectory and --log where they exist.")
+    ] = False,
+    device: Device = "",
+    dtype: DType = "",
+    seed: Seed = 0,
+) -> None:
+    """Relax a structure until its forces are small, or until the potential no longer knows.
+
+    Exits with code 0 where it converged, 3 where the uncertainty reached --halt and 1 where it ran out of steps. In all
+    three OUT has the last structure, from which to go on, and what is printed says how far to trust it: a minimum is
+    located only as well as its forces are known.
+
+    LEVEL of --flag and --halt is a number in eV/Å or a meaning, as for [bold]ase-uq md[/]; neither is needed.
+
+    [dim]ase-uq relax start.xyz --model mace:my.model --uq my.uq.safetensors --out relaxed.xyz --fmax 0.02 --halt 0.5[/]
+    """
+    if not fmax > 0:
+        raise typer.BadParameter(f"{fmax} is not positive.", param_hint="'--fmax'")
+    check_levels(flag, halt)
+    check_before(before, frames)
+    if element:
+        flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
+    written = {"--out": out, "--trajectory": trajectory, "--log": log}
+    _check_files(written, frames, overwrite)
+
+    from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.cli.start import give_calculator, read_start
+    from ase_uq.dynamics.checks import Bonds as BondsCheck
+    from ase_uq.dynamics.relaxation import relax as relax_atoms
+    from ase_uq.io.frames import annotated, write_frames
+
+    seed_all(seed)
+    atoms = read_start(start)
+    calculator = load_calculator(model, uq, device, dtype)
+    give_calculator(atoms, calculator)
+    for line in told({"flag": flag, "halt": halt}, calculator, reduce, atoms.get_chemical_symbols()):
+        typer.echo(line, err=True)
+    for file in filter(None, (trajectory, log)):
+        file.unlink(missing_ok=True)  # both are added to, step by step
+    relaxation = relax_atoms(
+        atoms,
+        fmax=fmax,
+        steps=steps,
+        optimizer=optimizer.value,
+        cell=cell,
+        halt=halt,
+        flag=flag,
+        reduce=reduce,
+        checks=(BondsCheck(),) if bonds else (),
+        before=before,
+        frames=frames,
+        log=log,
+        trajectory=trajectory,
+        progress=True,
+    )
+    write_frames(out, [annotated(atoms, relax_status=relaxation.status, relax_steps=relaxation.n_steps)])
+    typer.echo(relaxation.describe(), err=not relaxation.converged)
+    further = {
+        "converged": "",
+        "uncertain": f"; to go on from there, start from {out} with a higher --halt or without",
+        "unfinished": f"; to go on from there, start from {out}",
+    }
+    typer.echo(f"written to {out}{further[relaxation.status]}", err=not relaxation.converged)
+    if not relaxation.converged:
+        raise typer.Exit(HALTED if relaxation.status == "uncertain" else 1)
+
+
+def _check_files(written: dict[str, Path | None], frames: Path | None, overwrite: bool) -> None:
+    """Everything that can be refused before seconds are spent on importing a potential."""
+    from ase_uq.io.tensor_file import check_writable
+
+    for name, file in (written | {"--frames": frames}).items():
+        if file is not None and name != "--log":
+            check_xyz_name(file, name)
+    for file in filter(None, written.values()):
+        if file.exists() and not overwrite:
+            raise FileExistsError(f"{file} exists. Give another name, or --overwrite to replace it.")
+        check_writable(file)

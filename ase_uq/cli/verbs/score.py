@@ -1,0 +1,85 @@
+"""`ase-uq predict`: finished frames in, the same frames with results and uncertainties out."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ase_uq.cli.options import UQ, Device, DType, Model, Seed, check_xyz_name
+
+
+def predict(
+    frames: Annotated[Path, typer.Argument(metavar="IN", help="Frames in any format that ASE reads.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
+    uq: UQ = None,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers of each frame, a row each.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    device: Device = "",
+    dtype: DType = "",
+    batch_atoms: Annotated[
+        int | None,
+        typer.Option(
+            "--batch-atoms",
+            min=1,
+            show_default="300 on a CPU, else 8000",
+            help="Most atoms evaluated together; fewer where memory runs out.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            "--workers",
+            min=0,
+            show_default="0 on a CPU, else up to 8",
+            help="Processes that parse frames and make neighbour lists beside the device.",
+        ),
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Score finished frames: every energy and force with its calibrated standard deviation.
+
+    OUT has the frames of IN with the potential's results, forces_uncertainty and gamma of every atom in arrays, and
+    energy_uncertainty and source_frame, the number of the frame in IN, in info. Memory does not grow with the file.
+    OUT appears when all of it is there; what was interrupted goes on where it was with the same command. Frames that
+    cannot be read or evaluated are named and left out.
+
+    [dim]ase-uq predict --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
+    """
+    part = out.with_name(out.name + ".part")
+    _check_arguments(frames, out, csv, part, overwrite)
+    from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.scoring.score import score
+
+    seed_all(seed)
+    calculator = load_calculator(model, uq, device, dtype)
+    try:
+        scored = score(
+            frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite
+        )
+    except KeyboardInterrupt:
+        if part.exists():
+            typer.echo(
+                f"stopped early: what was scored is in {part}, and the same command goes on from there.", err=True
+            )
+        raise
+    typer.echo(scored.summary())
+
+
+def _check_arguments(frames: Path, out: Path, csv: Path | None, part: Path, overwrite: bool) -> None:
+    """Everything that can be refused before seconds are spent on importing a potential."""
+    check_xyz_name(out, "--out")
+    if not frames.is_file():
+        raise FileNotFoundError(f"there is no file {frames}.")
+    # A run that was killed while it finished has files of both kinds.
+    interrupted = part.with_name(part.name + ".json").exists()
+    from ase_uq.io.tensor_file import check_distinct, check_writable
+
+    check_distinct(frames, out, csv)
+    for path in (out, csv):
+        if path is not None and path.exists() and not overwrite and not interrupted:
+            raise FileExistsError(f"{path} exists. Give another name, or --overwrite to replace it.")
+        if path is not None:
+            check_writable(path)

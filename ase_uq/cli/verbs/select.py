@@ -1,0 +1,140 @@
+"""`ase-uq select`: a pool of frames in, those worth labelling out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ase_uq.cli.levels import threshold
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed, check_xyz_name
+
+if TYPE_CHECKING:
+    from ase_uq.selection.select import Selection
+
+_SHOWN = 20  # rows of the table
+
+
+def select(
+    pool: Annotated[Path, typer.Argument(metavar="POOL", help="Frames to choose from, in any format that ASE reads.")],
+    model: Model,
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Frames to choose.")] = 100,
+    uq: UQ = None,
+    train: Annotated[
+        Path | None,
+        typer.Option("--train", metavar="FILE", help="Frames that are labelled already; what is like them is left."),
+    ] = None,
+    strategy: Annotated[
+        str, typer.Option("--strategy", metavar="NAME", help="lcmd, maxdet, maxdist, top, bands or random.")
+    ] = "lcmd",
+    method: Annotated[
+        str | None,
+        typer.Option(
+            "--method",
+            metavar="NAME",
+            help="Fitted method whose features are compared: bll or kernel.",
+            show_default="the first that has some",
+        ),
+    ] = None,
+    per: Annotated[
+        str,
+        typer.Option(
+            "--per",
+            metavar="structure|environment",
+            help="Compare structures, or each atom with others of its element and take the frame of the one chosen.",
+        ),
+    ] = "structure",
+    flag: Annotated[
+        Any,
+        typer.Option(
+            "--flag", metavar="LEVEL", parser=threshold, help="Leave frames below this uncertainty: accurate."
+        ),
+    ] = None,
+    halt: Annotated[
+        Any,
+        typer.Option(
+            "--halt", metavar="LEVEL", parser=threshold, help="Leave frames from this uncertainty on: failed."
+        ),
+    ] = None,
+    duplicates: Annotated[
+        float,
+        typer.Option("--duplicates", help="Share of the typical distance in POOL below which two frames are the same."),
+    ] = 1e-3,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    device: Device = "",
+    dtype: DType = "",
+    batch_atoms: BatchAtoms = 1000,
+    seed: Seed = 0,
+) -> None:
+    """Choose the frames that are worth labelling.
+
+    By default those that cover what the training frames do not, dense regions as well as outliers (lcmd). The most
+    uncertain ones (top) are often all alike, and outliers (maxdist) may be of no interest. OUT has the chosen frames in
+    the order of choice, without the potential's own energies and forces, which would pass for labels, and with
+    selected_rank and source_index in info: label as many as you can afford, from the top.
+
+    [dim]ase-uq select run.xyz --n 100 --model mace:my.model --uq my.uq.safetensors --train train.xyz --out new.xyz[/]
+    """
+    _check_arguments(pool, train, out, overwrite)
+    from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.errors import InputError
+    from ase_uq.io.frames import write_frames
+    from ase_uq.selection.select import select as choose
+
+    seed_all(seed)
+    found = choose(
+        pool,
+        n,
+        calculator=load_calculator(model, uq, device, dtype).predictor,
+        train=train,
+        strategy=strategy,  # pyright: ignore[reportArgumentType]  (checked there, with the message that helps)
+        method=method,
+        per=per,  # pyright: ignore[reportArgumentType]
+        flag=flag,
+        halt=halt,
+        duplicates=duplicates,
+        batch_atoms=batch_atoms,
+        seed=seed,
+    )
+    if found.bands is not None:
+        typer.echo(found.bands.describe())
+    if not found.chosen:
+        raise InputError(f"no frame of {pool} was chosen, and {out} is not written.")
+    write_frames(out, found.frames(pool))
+    typer.echo(_table(found, out))
+    typer.echo(
+        f"{len(found.chosen)} of {found.n_pool} frames written to {out} by {found.strategy} in the features of "
+        f"{found.method}; {found.near_duplicates} near-duplicates left out; next: label them with your reference "
+        "(REF_energy, REF_forces)"
+    )
+
+
+def _check_arguments(pool: Path, train: Path | None, out: Path, overwrite: bool) -> None:
+    """Everything that can be refused before seconds are spent on importing a potential."""
+    check_xyz_name(out, "--out")
+    for path in (pool, train):
+        if path is not None and not path.is_file():
+            raise FileNotFoundError(f"there is no file {path}.")
+        if path is not None and out.exists() and out.samefile(path):
+            raise typer.BadParameter(f"{out} is read from: give another name.", param_hint="'--out'")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
+    from ase_uq.io.tensor_file import check_writable
+
+    check_writable(out)
+
+
+def _table(found: "Selection", out: Path) -> str:
+    by_atom = any(one.atom is not None for one in found.chosen)
+    lines = [
+        f"{'rank':>5}{'frame':>8}"
+        + (f"{'atom':>6}" if by_atom else "")
+        + f"{'uncertainty (eV/Å)':>20}{'distance':>10}  reason"
+    ]
+    for rank, one in enumerate(found.chosen[:_SHOWN], 1):
+        atom = f"{one.atom:>6}" if by_atom else ""
+        lines.append(f"{rank:>5}{one.frame:>8}{atom}{one.uncertainty:>20.3g}{one.distance:>10.2f}  {one.reason}")
+    if len(found.chosen) > _SHOWN:
+        lines.append(f"{'...':>5}  {len(found.chosen) - _SHOWN} more in {out}")
+    lines.append("distance: to the nearest training or chosen frame; 1 is typical of two frames of the pool")
+    return "\n".join(lines)

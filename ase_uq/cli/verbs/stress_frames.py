@@ -1,0 +1,99 @@
+"""`ase-uq stress-frames`: deliberately bad variants of frames, for the reference to label."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ase_uq.cli.options import Device, DType, Seed, check_xyz_name
+
+if TYPE_CHECKING:
+    from ase import Atoms
+
+
+def stress_frames(
+    frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="Frames in any format that ASE reads.")],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
+    kinds: Annotated[
+        str,
+        typer.Option(
+            "--kinds",
+            metavar="NAMES",
+            help="With commas between: rattled, strained, compressed, hot, swapped, substituted.",
+        ),
+    ] = "rattled,strained,compressed,hot,swapped",
+    per_kind: Annotated[int, typer.Option("--per-kind", min=1, help="Frames of each kind.")] = 20,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model", metavar="SPEC", help="The potential that hot frames are run with, as in the other verbs."
+        ),
+    ] = None,
+    temperature_max: Annotated[
+        float, typer.Option("--temperature-max", help="Of hot frames, K: they are run at a quarter of it to all of it.")
+    ] = 2000.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    device: Device = "",
+    dtype: DType = "",
+    seed: Seed = 0,
+) -> None:
+    """Make deliberately bad frames from yours, so that missed errors can be counted.
+
+    Frames like the training frames have hardly any large errors, and a threshold such as miss=0.1@0.3 needs some.
+    Label OUT with your reference method, then hand it to fit as --stressed; OUT carries no labels of FRAMES. Variants
+    of one frame have one name in info: they do not count as independent where they behave alike.
+
+    [dim]ase-uq stress-frames train.xyz --model mace:my.model --out stressed.xyz[/]
+    """
+    names = [name.strip() for name in kinds.split(",") if name.strip()]
+    _check_arguments(frames, out, overwrite, names, model)
+    from ase_uq.cli.potential import load_potential, seed_all
+    from ase_uq.io.frames import read_frames, write_frames
+    from ase_uq.sampling.stressed import stress_frames as make
+
+    seed_all(seed)
+    parents = read_frames(frames, name="FRAMES")
+    # No other kind asks for a potential, and loading one takes seconds.
+    calculator = load_potential(model, device, dtype).calculator if "hot" in names and model else None
+    made = make(
+        parents,
+        kinds=names,
+        per_kind=per_kind,
+        calculator=calculator,
+        temperature_max=temperature_max,
+        seed=seed,
+        progress=True,
+    )
+    write_frames(out, made)
+    typer.echo(_table(made))
+    typer.echo(
+        f"{len(made)} frames written to {out}; next: label them with your reference (REF_energy, REF_forces), then "
+        f"ase-uq fit ... --calibration held_out.xyz --stressed {out.with_name(out.stem + '_labelled' + out.suffix)}"
+    )
+
+
+def _check_arguments(frames: Path, out: Path, overwrite: bool, names: list[str], model: str | None) -> None:
+    """Everything that can be refused before seconds are spent on importing a potential."""
+    check_xyz_name(out, "--out")
+    if not frames.is_file():
+        raise FileNotFoundError(f"there is no file {frames}.")
+    if "hot" in names and model is None:
+        raise typer.BadParameter(
+            "hot frames are run with your potential: give it, or leave hot out of --kinds.", param_hint="'--model'"
+        )
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
+    from ase_uq.io.tensor_file import check_writable
+
+    check_writable(out)
+
+
+def _table(made: "list[Atoms]") -> str:
+    from ase_uq.sampling.stressed import shortest_distance
+
+    lines = [f"{'kind':<12}{'frames':>8}{'of parents':>12}{'shortest distance (Å)':>24}"]
+    for kind in dict.fromkeys(atoms.info["stressed"] for atoms in made):
+        own = [atoms for atoms in made if atoms.info["stressed"] == kind]
+        parents = len({atoms.info["run"] for atoms in own})
+        lines.append(f"{kind:<12}{len(own):>8}{parents:>12}{min(map(shortest_distance, own)):>24.2f}")
+    return "\n".join(lines)

@@ -1,0 +1,515 @@
+"""How good the uncertainties are on frames with reference labels: every metric, for every method, side by side."""
+
+import csv
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import astuple, dataclass, fields
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+from ase.data import chemical_symbols
+from tqdm import tqdm
+
+from ase_uq import metrics
+from ase_uq.backends.base import Backend
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.io.frames import LABEL_KEYS, Frames, Labels, check_labels, labels_of, read_frames
+from ase_uq.io.tensor_file import check_writable
+from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.properties import find_property
+from ase_uq.stream.labelled import batches_of
+from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+# By quantity: the name of its labels and results, its unit, its title. `forces_max` ranks frames by their largest force
+# error, since it is by their largest uncertainty that runs are stopped.
+_STORED = {"forces": "forces", "energy_per_atom": "energy", "stress": "stress"}
+UNITS = {"forces": "eV/Å", "forces_max": "eV/Å", "energy_per_atom": "eV", "stress": "eV/Å³"}
+_TITLES = {
+    "forces": "forces",
+    "forces_max": "largest force error of each frame",
+    "energy_per_atom": "energy per atom",
+    "stress": "stress",
+}
+# Of residuals, zeros and standard deviations, component by component.
+_OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
+    "mae": lambda residuals, zeros, _: metrics.mae(residuals, zeros),
+    "rmse": lambda residuals, zeros, _: metrics.rmse(residuals, zeros),
+    "sharpness": lambda _, __, std: metrics.sharpness(std),
+    "nll": metrics.nll,
+    "crps": metrics.crps,
+    "rll": metrics.rll,
+    "mean_squared_z": metrics.mean_squared_z,
+    "coverage_68": partial(metrics.coverage, level=0.68),
+    "coverage_90": partial(metrics.coverage, level=0.90),
+    "coverage_95": partial(metrics.coverage, level=0.95),
+    "miscalibration_area": metrics.miscalibration_area,
+    "ence": lambda residuals, zeros, std: metrics.ence(residuals, zeros, std, n_bins=min(10, residuals.size)),
+}
+# Residuals this small beside the forces are rounding.
+_OWN_RATIO = 1e-5
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an assessment.
+
+    Args:
+        method: Name of the method.
+        quantity: `forces`, `forces_max` (largest of each frame), `energy_per_atom` or `stress`.
+        element: Chemical symbol, or `all`.
+        metric: Name in `metrics`, with the level for `coverage_68`; or `left_out`, the number of atoms or frames
+            without a finite, positive standard deviation, on which no metric is taken.
+        value: In ASE's units; NaN where it is not defined.
+        low: Of its 95 % interval; NaN where there is none.
+        high: Likewise.
+        n: Atoms or frames it was taken over.
+    """
+
+    method: str
+    quantity: str
+    element: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Residuals beside standard deviations of one quantity from one method: what figures are made of.
+
+    Args:
+        residuals: (n, n_components) reference - prediction of each atom or frame, in ASE's units. For `forces_max`
+            (n_frames, 1) the largest ‖F_ref - F‖ of each frame.
+        std: Of the same shape, finite and positive. For `forces_max` the largest ε of each frame.
+        frame: (n,) number of the frame each belongs to.
+        numbers: (n,) atomic numbers; None for what belongs to frames.
+    """
+
+    residuals: np.ndarray
+    std: np.ndarray
+    frame: np.ndarray
+    numbers: np.ndarray | None = None
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(n,) norms of the residuals."""
+        return np.linalg.norm(self.residuals, axis=1)
+
+    @property
+    def uncertainties(self) -> np.ndarray:
+        """(n,) norms of the standard deviations, sqrt(Σ_c σ_c²)."""
+        return np.linalg.norm(self.std, axis=1)
+
+    def only(self, chosen: np.ndarray) -> "Sample":
+        """The chosen rows."""
+        numbers = None if self.numbers is None else self.numbers[chosen]
+        return Sample(self.residuals[chosen], self.std[chosen], self.frame[chosen], numbers)
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """How good uncertainties are: scores for people and programs, and the samples behind them for figures.
+
+    Args:
+        scores: Every number, tidy: one a row.
+        samples: By (method, quantity).
+        n_frames: Labelled frames that were evaluated.
+        tolerance: Force errors above it counted as bad, eV/Å.
+    """
+
+    scores: tuple[Score, ...]
+    samples: Mapping[tuple[str, str], Sample]
+    n_frames: int
+    tolerance: float
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names of the methods, the primary one first."""
+        return tuple(dict.fromkeys(method for method, _ in self.samples))
+
+    @property
+    def quantities(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(quantity for _, quantity in self.samples))
+
+    def select(
+        self,
+        *,
+        method: str | None = None,
+        quantity: str | None = None,
+        element: str | None = None,
+        metric: str | None = None,
+    ) -> tuple[Score, ...]:
+        """The scores that agree with all that is given."""
+        asked = {"method": method, "quantity": quantity, "element": element, "metric": metric}
+        wanted = {name: value for name, value in asked.items() if value is not None}
+        return tuple(s for s in self.scores if all(getattr(s, name) == value for name, value in wanted.items()))
+
+    def table(self) -> str:
+        """The most telling scores as aligned text: a block a quantity, a row a method."""
+        blocks = [_block(f"{_TITLES[q]} ({UNITS[q]})", self.select(quantity=q, element="all")) for q in self.quantities]
+        by_element = [score for score in self.scores if score.element != "all"]
+        if by_element:
+            blocks.insert(1, _block("forces by element (eV/Å)", by_element))
+        legend = (
+            f"{self.n_frames} frames. z²: mean squared z, 1 if calibrated; 68%, 90%, 95%: coverage; ECE: area of "
+            "miscalibration; RLL: 0 for a\nconstant uncertainty, 1 for an oracle; Spearman: with its 95 % interval, of "
+            "what calibrated uncertainties of this spread\nattain; AUROC, AUPRC: of force errors above "
+            f"{self.tolerance:g} eV/Å, undefined (-) where there are none."
+        )
+        return "\n\n".join([*blocks, legend])
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes all scores, a row each, in full precision; the file appears whole or not at all.
+
+        Raises:
+            ArtefactError: The file cannot be written.
+        """
+        path = Path(path)
+        check_writable(path)
+        part = path.with_name(path.name + ".part")
+        try:
+            with open(part, "w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow([field.name for field in fields(Score)])
+                writer.writerows(astuple(score) for score in self.scores)
+            os.replace(part, path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+
+def evaluate(
+    calculator: BaseCalculator | Predictor | Backend | str,
+    frames: Frames,
+    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
+    *,
+    label_keys: tuple[str, str, str] | None = None,
+    batch_atoms: int = 1000,
+    tolerance: float = 0.3,
+    block: int = 1,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assessment:
+    """Scores the uncertainties of a potential on test frames with reference labels.
+
+    The frames should be neither training nor calibration frames. Forces are judged component by component where the
+    size of σ matters and by their norms where errors are ranked, over all atoms and for each element; the largest
+    force error of each frame is ranked as well. Energies are judged per atom of a frame.
+
+    Args:
+        calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
+            calculator of MACE or orb, or a SPEC string.
+        frames: Test frames: path or list. Those without forces count for what they have.
+        uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
+        label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces`,
+            `REF_stress`, else the results of a calculator attached to the frames.
+        batch_atoms: Most atoms evaluated together.
+        tolerance: Force errors above it are bad, eV/Å.
+        block: Consecutive frames that are resampled together for the intervals: about as many as are correlated.
+        n_bootstrap: Resamples for the 95 % intervals; 0 for none.
+        seed: Of the resamples.
+        progress: Whether to show progress bars.
+
+    Raises:
+        LabelError: No frame has labels, a label is not finite or of another shape than its frame, or the labels are
+            the potential's own forces.
+        InputError: A frame that the potential cannot evaluate.
+        TypeError: A bare potential without an uncertainty model, or the other way round.
+    """
+    if not tolerance > 0:
+        raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
+    if block < 1 or n_bootstrap < 0:
+        raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
+    predictor = as_predictor(calculator, uncertainty_model)
+    chosen, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
+    predictor.backend.check(chosen, name="labelled test frame")
+    _refuse_own_labels(predictor, chosen, labels)
+    observed = _observe(predictor, chosen, labels, batch_atoms, progress)
+    return assess(
+        observed, len(chosen), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
+    )
+
+
+def assess(
+    observed: Mapping[tuple[str, str], Sample],
+    n_frames: int,
+    *,
+    tolerance: float = 0.3,
+    block: int = 1,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assessment:
+    """Scores residuals and standard deviations from wherever they come, such as a committee beside our methods.
+
+    Args:
+        observed: By (method, quantity); rows without a finite, positive standard deviation are left out and counted.
+        n_frames: Frames they were observed on.
+        tolerance: As in `evaluate`, like the rest.
+        block: Likewise.
+        n_bootstrap: Likewise.
+        seed: Likewise.
+        progress: Whether to show a progress bar.
+    """
+    scores: list[Score] = []
+    samples: dict[tuple[str, str], Sample] = {}
+    for (method, quantity), sample in tqdm(observed.items(), desc="score", disable=not progress, leave=False):
+        usable = np.isfinite(sample.residuals).all(1) & (np.isfinite(sample.std) & (sample.std > 0)).all(1)
+        samples[method, quantity] = kept = sample.only(usable)
+        judge = _Judge(quantity, tolerance, block, n_bootstrap, seed)
+        for element, among in _elements(sample):
+            n = int((usable & among).sum())
+            if n:
+                of_element = kept.only(among[usable])
+                found = judge.scores(of_element)
+                ceiling = _ceiling(of_element, samples[method, "forces"] if quantity == "forces_max" else None)
+                found["attainable_spearman"] = (ceiling, np.nan, np.nan)
+                scores += [Score(method, quantity, element, metric, *values, n) for metric, values in found.items()]
+            n_all = int(among.sum())
+            scores.append(Score(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))
+    return Assessment(tuple(scores), samples, n_frames, tolerance)
+
+
+@dataclass(frozen=True)
+class _Judge:
+    """Takes all metrics of a quantity at once, so that a resample is gathered once for all of them."""
+
+    quantity: str
+    tolerance: float
+    block: int
+    n_bootstrap: int
+    seed: int
+
+    def scores(self, sample: Sample) -> dict[str, tuple[float, float, float]]:
+        """Value, low and high by metric."""
+        arrays = (sample.residuals, sample.std, sample.errors, sample.uncertainties)
+        values = self._values(*arrays)
+        intervals = np.full((2, len(values)), np.nan)
+        # One block has nothing to be resampled with.
+        if self.n_bootstrap and len(np.unique(sample.frame)) > self.block:
+            intervals = metrics.bootstrap(
+                lambda rows: list(self._values(*(array[rows] for array in arrays)).values()),
+                sample.frame,
+                block=self.block,
+                n_resamples=self.n_bootstrap,
+                seed=self.seed,
+            )
+        return {
+            metric: (value, float(low), float(high))
+            for (metric, value), low, high in zip(values.items(), *intervals, strict=True)
+        }
+
+    def _values(
+        self, residuals: np.ndarray, std: np.ndarray, errors: np.ndarray, uncertainties: np.ndarray
+    ) -> dict[str, float]:
+        found = {}
+        if self.quantity != "forces_max":  # largest errors are no components: they can be ranked only
+            zeros = np.zeros_like(residuals)
+            found = {metric: judge(residuals, zeros, std) for metric, judge in _OF_COMPONENTS.items()}
+        found["spearman"] = metrics.spearman(errors, uncertainties)
+        found["ause"] = metrics.ause(errors, uncertainties)
+        if UNITS[self.quantity] == "eV/Å":  # the tolerance is a force
+            found["auroc"] = metrics.auroc(errors, uncertainties, tolerance=self.tolerance)
+            found["auprc"] = metrics.auprc(errors, uncertainties, tolerance=self.tolerance)
+        return found
+
+
+def _ceiling(sample: Sample, atoms: Sample | None) -> float:
+    """The Spearman correlation that these uncertainties could attain.
+
+    Args:
+        sample: Of the quantity.
+        atoms: For `forces_max` the forces of the same method: largest errors are simulated through all atoms.
+    """
+    if atoms is None:
+        return metrics.attainable_spearman(sample.std)
+    atoms = atoms.only(np.isin(atoms.frame, sample.frame))
+    return metrics.attainable_spearman(atoms.std, frames=atoms.frame)
+
+
+def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
+    """Which rows belong to what is reported on: all, then each element."""
+    yield "all", np.full(len(sample.frame), True)
+    if sample.numbers is not None:
+        for number in np.unique(sample.numbers):
+            yield chemical_symbols[number], sample.numbers == number
+
+
+def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:
+    """The frames with labels, and these; one warning counts the others."""
+    pairs = [(atoms, labels_of(atoms, keys)) for atoms in frames]
+    for index, (atoms, labels) in enumerate(pairs):
+        check_labels(f"test frame {index}", atoms, labels)
+    kept = [(atoms, labels) for atoms, labels in pairs if labels.energy is not None or labels.forces is not None]
+    if not kept:
+        names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
+        raise LabelError(
+            f"none of the {len(frames)} test frames has reference energies or forces, so there is nothing to judge "
+            f"by. Looked for {names}; the info of the first has {sorted(frames[0].info)}, its arrays "
+            f"{sorted(frames[0].arrays)}. Label the frames with the reference that the potential was trained on, or "
+            "say how the labels are called (label_keys)."
+        )
+    unlabelled = len(frames) - len(kept)
+    without_forces = sum(labels.forces is None for _, labels in kept)
+    if unlabelled or without_forces:
+        warnings.warn(
+            f"of {len(frames)} test frames {unlabelled} have no labels and were left out, {without_forces} have no "
+            "reference forces and are judged by the rest.",
+            UQWarning,
+            stacklevel=3,
+        )
+    return [atoms for atoms, _ in kept], [labels for _, labels in kept]
+
+
+def _refuse_own_labels(predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels]) -> None:
+    """Finds frames that were scored, not labelled: files of `ase-uq predict` hold forces as well."""
+    with_forces = [
+        (atoms, label.forces) for atoms, label in zip(frames, labels, strict=True) if label.forces is not None
+    ]
+    if not with_forces:
+        return
+    first = [atoms for atoms, _ in with_forces[:4]]
+    reference = np.concatenate([forces for _, forces in with_forces[:4]])
+    residuals = reference - np.concatenate([prediction["forces"] for prediction in predictor.predict(first)])
+    error, size = (np.sqrt(np.mean(values**2)) for values in (residuals, reference))
+    if error < _OWN_RATIO * size:
+        raise LabelError(
+            f"the labels are the potential's own forces (they agree to {error / size:.0e}): there are no errors to "
+            "judge by. Give the reference that the potential was trained on, such as DFT."
+        )
+
+
+def _observe(
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int, progress: bool
+) -> dict[tuple[str, str], Sample]:
+    """Residuals and standard deviations of all frames, by (method, quantity)."""
+    keys = _keys(predictor)
+    residuals: dict[str, list[np.ndarray]] = {quantity: [] for quantity in _STORED}
+    owners: dict[str, list[int]] = {quantity: [] for quantity in _STORED}
+    std: dict[tuple[str, str], list[np.ndarray]] = {of: [] for of in keys}
+    number = 0
+    with tqdm(total=len(frames), desc="evaluate", unit="frame", disable=not progress, leave=False) as bar:
+        for batch in batches_of(frames, batch_atoms):
+            for prediction in predictor.predict(batch):
+                for quantity, key in _STORED.items():
+                    label = getattr(labels[number], key)
+                    if label is None or key not in prediction.results:
+                        continue
+                    n_atoms = len(frames[number])
+                    residuals[quantity].append(_rows(quantity, label - prediction[key], n_atoms))
+                    owners[quantity].append(number)
+                    for of, result in keys.items():
+                        if of[1] == quantity:
+                            std[of].append(_rows(quantity, prediction[result], n_atoms))
+                number += 1
+            bar.update(len(batch))
+    samples = {}
+    for of in keys:
+        quantity = of[1]
+        if not owners[quantity]:
+            continue
+        frame = np.repeat(owners[quantity], [len(rows) for rows in residuals[quantity]])
+        numbers = np.concatenate([frames[i].numbers for i in owners[quantity]]) if quantity == "forces" else None
+        samples[of] = Sample(np.concatenate(residuals[quantity]), np.concatenate(std[of]), frame, numbers)
+    if not samples:
+        raise LabelError(
+            "the test frames have no reference forces, and the uncertainty model has no energy uncertainty: there is "
+            "nothing to judge. Give frames with forces, or fit again with calibration frames that have energies."
+        )
+    largest = {(m, "forces_max"): largest_of_frames(s) for (m, quantity), s in samples.items() if quantity == "forces"}
+    return dict(sorted((samples | largest).items(), key=lambda item: list(UNITS).index(item[0][1])))
+
+
+def _keys(predictor: Predictor) -> dict[tuple[str, str], str]:
+    """Results key of every (method, quantity), those of the primary method first."""
+    found: dict[tuple[str, str], str] = {}
+    for result in predictor.results:
+        entry = find_property(result)
+        for quantity, key in _STORED.items():
+            plain = f"{key}_uncertainty"
+            if entry is not None and entry.name == plain:
+                method = result.removeprefix(plain).removeprefix("_") or predictor.uncertainty_model.primary
+                found.setdefault((method, quantity), result)
+    return found
+
+
+def _rows(quantity: str, values: np.ndarray | float, n_atoms: int) -> np.ndarray:
+    """(n_rows, n_components) of one frame."""
+    if quantity == "energy_per_atom":
+        return np.array([[values / n_atoms]])
+    return np.atleast_2d(np.asarray(values, float))
+
+
+def largest_of_frames(sample: Sample) -> Sample:
+    """`forces_max` of `forces`: largest error and uncertainty of each frame; NaN and inf of an atom are its frame's."""
+    assert sample.numbers is not None
+    frames, counts = np.unique(sample.frame, return_counts=True)
+    errors, uncertainties = (
+        readings_of(atom_norms(values), sample.numbers, counts, Reduction())[:, None]
+        for values in (sample.residuals, sample.std)
+    )
+    return Sample(errors, uncertainties, frames)
+
+
+# Heading and format of the metrics in the table.
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "rmse": ("RMSE", "{:.3g}".format),
+    "sharpness": ("sharpness", "{:.3g}".format),
+    "mean_squared_z": ("z²", "{:.2f}".format),
+    "coverage_68": ("68%", "{:.0%}".format),
+    "coverage_90": ("90%", "{:.0%}".format),
+    "coverage_95": ("95%", "{:.0%}".format),
+    "miscalibration_area": ("ECE", "{:.3f}".format),
+    "nll": ("NLL", "{:.2f}".format),
+    "rll": ("RLL", "{:.2f}".format),
+    "spearman": ("Spearman", "{:.2f}".format),
+    "attainable_spearman": ("of", "{:.2f}".format),
+    "auroc": ("AUROC", "{:.2f}".format),
+    "auprc": ("AUPRC", "{:.2f}".format),
+    "ause": ("AUSE", "{:.2f}".format),
+}
+
+
+def _block(title: str, scores: Sequence[Score]) -> str:
+    """A title and aligned columns, a row a method and element."""
+    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.method, score.element), {})[score.metric] = score
+    shown = [metric for metric in _COLUMNS if any(metric in found for found in rows.values())]
+    several = {element for _, element in rows} != {"all"}
+    cells = [["method", *(["element"] if several else []), "n", *(_COLUMNS[metric][0] for metric in shown)]]
+    notes = []
+    for (method, element), found in rows.items():
+        left_out = found["left_out"]
+        names = [method, element] if several else [method]
+        cells.append([*names, f"{left_out.n - left_out.value:.0f}", *(_cell(metric, found) for metric in shown)])
+        if left_out.value:
+            notes.append(
+                f"  {' '.join(names)}: {left_out.value:.0f} of {left_out.n} have no finite, positive uncertainty and "
+                "are left out."
+            )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    n_names = 2 if several else 1
+    lines = [
+        "  ".join(c.ljust(w) if i < n_names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([title, *(f"  {line.rstrip()}" for line in lines), *notes])
+
+
+def _cell(metric: str, found: Mapping[str, Score]) -> str:
+    score = found.get(metric)
+    if score is None or np.isnan(score.value):
+        return "-"
+    text = _COLUMNS[metric][1]
+    if metric == "spearman" and np.isfinite(score.low):
+        return f"{text(score.value)} ({text(score.low)}–{text(score.high)})"
+    return text(score.value)

@@ -1,0 +1,68 @@
+"""The latent map: where frames lie in the space of a potential's features, seen along its two widest directions."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from ase import Atoms
+
+from ase_uq.backends.base import Backend
+from ase_uq.stream.labelled import batches_of
+
+
+@dataclass(frozen=True)
+class LatentMap:
+    """Frames in the plane of the first two principal components.
+
+    Args:
+        coordinates: By group: (n_frames, 2), in the unit of the features.
+        explained: (2,) share of the variance along each component.
+    """
+
+    coordinates: Mapping[str, np.ndarray]
+    explained: np.ndarray
+
+
+def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: int = 1000) -> np.ndarray:
+    """(n_frames, n_features): features of the potential, averaged over the atoms of each frame.
+
+    Raises:
+        InputError: A frame cannot be evaluated.
+    """
+    rows, done = [], 0
+    for batch in batches_of(frames, batch_atoms):
+        evaluation = backend.evaluate(backend.collate(batch, first=done), forces=False)
+        sums = evaluation.sum_over_atoms(evaluation.features.double())
+        rows.append((sums / evaluation.n_atoms_of_frame[:, None]).cpu().numpy())
+        done += len(batch)
+    return np.concatenate(rows)
+
+
+def principal_plane(features: Mapping[str, np.ndarray]) -> LatentMap:
+    """Principal components of groups of frames, each group with the same weight however many frames it has.
+
+    Args:
+        features: By group: (n_frames, n_features).
+
+    Raises:
+        ValueError: There is no group, or one has no frames.
+    """
+    if not features or not all(len(rows) for rows in features.values()):
+        raise ValueError("a latent map needs at least one group, and frames in each of them.")
+    centre = np.mean([rows.mean(0) for rows in features.values()], axis=0)
+    weighted = np.concatenate([(rows - centre) / np.sqrt(len(rows)) for rows in features.values()])
+    _, spread, axes = np.linalg.svd(weighted, full_matrices=False)
+    # One frame or one feature has one component; the second is 0 then.
+    axes = np.concatenate([axes[:2], np.zeros((max(0, 2 - len(axes)), axes.shape[1]))])
+    variance = np.pad(spread, (0, 2))[:2] ** 2
+    # A principal component has no sign of its own: its largest entry is made positive.
+    axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
+    total = max(float(np.sum(spread**2)), np.finfo(float).tiny)
+    return LatentMap({name: (rows - centre) @ axes.T for name, rows in features.items()}, variance / total)
+
+
+def evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
+    """At most so many of the frames, evenly spaced."""
+    if len(frames) <= most:
+        return list(frames)
+    return [frames[i] for i in np.linspace(0, len(frames) - 1, most).round().astype(int)]

@@ -1,0 +1,1 @@
+"""Programs that move atoms, given a potential with uncertainties: ASE, TorchSim, i-PI."""

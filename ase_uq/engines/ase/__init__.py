@@ -1,0 +1,1 @@
+"""ASE calculators whose results carry uncertainties."""

@@ -1,0 +1,279 @@
+"""Uncertainty-driven dynamics: a bias that pulls a run to where the potential does not know. Not physical dynamics.
+
+    E = E_potential + E_bias,    E_bias = A·[exp(-σ_E² / (N·B²)) - 1],    F_bias = -∂E_bias/∂R
+
+With σ_E the calibrated standard deviation of the total energy and N the number of atoms, E_bias falls from 0 where the
+potential is certain to -A where it is not. The derivative of σ_E² is taken through the method and its calibration down
+to what one evaluation of the potential gave, and from there to the positions by one further backward pass.
+
+Source: Kulichenko et al., Nature Computational Science 3, 230 (2023). Their σ_E² is a sum over the N_M members of an
+ensemble, and the exponent there σ_E²/(N_M·N·B²); here it is a variance already.
+"""
+
+import warnings
+from collections.abc import Sequence
+from copy import copy, deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import Calculator, all_changes
+from ase.outputs import Properties
+from torch import Tensor
+
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.engines.ase.calculator import UncertainCalculator
+from ase_uq.errors import InputError, UQWarning
+from ase_uq.forward_pass import Evaluation
+from ase_uq.properties import STANDARD, known_to_ase
+from ase_uq.thresholds.meanings import Evidence, Meaning
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import FittedMethod, UncertaintyModel
+
+
+class UncertaintyBias(Calculator):
+    """A potential plus a bias towards its own uncertainty. What it runs is NOT physical dynamics.
+
+    Use it to find frames worth labelling: temperatures, barriers, rates and averages of such a run mean nothing. Halt
+    it where the uncertainty is larger than you want labelled, as any other run.
+
+        calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
+        atoms.calc = UncertaintyBias(calc, height=0.3, width=0.001)
+
+    `results` has `energy`, `free_energy` and `forces` of the biased surface, beside them `unbiased_energy` and
+    `unbiased_forces` of the potential (to rounding), `bias_energy` and `bias_forces`, and all uncertainties. There is
+    no stress and no energy of single atoms: the bias has a stress that is not calculated, so cells cannot be relaxed or
+    coupled to a barostat. A step costs up to twice as much as without: the graph of the forward pass is kept, and there
+    is one more backward pass through it. Uncertainties are calculated at each step, whatever `every` of the calculator
+    says.
+
+    Args:
+        calculator: The potential with its uncertainty model, which must have been calibrated on energies.
+        height: A, eV: the most that the bias lowers the energy; 0 is the plain potential.
+        width: B, eV a root of the number of atoms: the bias has gone 63 % of its way where σ_E = B·√N. With the usual
+            `energy_uncertainty` of frames that the potential knows, over √N, it works from there on; much larger, it
+            is never felt.
+
+    Attributes:
+        implemented_properties: Keys that `results` holds after a calculation; a list of this instance.
+
+    Raises:
+        TypeError: The calculator is not an `UncertainCalculator`.
+        ValueError: `height` is negative or `width` not positive, or the model has no uncertainty of energies.
+        InputError: When it calculates: the potential is compiled, or this method's uncertainty of energies does not
+            follow from what can be differentiated.
+    """
+
+    def __init__(self, calculator: UncertainCalculator, *, height: float, width: float) -> None:
+        super().__init__()
+        if not isinstance(calculator, UncertainCalculator):
+            raise TypeError(
+                f"the bias follows the uncertainty of an UncertainCalculator, not of {type(calculator).__name__}. "
+                "Give UncertaintyBias(UncertainCalculator(calculator, uncertainty_model), ...)."
+            )
+        if not 0 <= height < np.inf:
+            raise ValueError(f"height is an energy in eV, 0 or above, not {height!r}.")
+        if not 0 < width < np.inf:
+            raise ValueError(f"width is a positive number in eV a root of the number of atoms, not {width!r}.")
+        model = calculator.uncertainty_model
+        self._name = model.primary if model.combination is None else model.combination.view.anchor
+        self._fitted = model.methods[self._name]
+        if "energy" not in self._fitted.calibrators:
+            raise ValueError(
+                "the uncertainty model knows no uncertainty of energies: its calibration frames had no energy labels. "
+                "Fit it with frames that have them."
+            )
+        self.calculator, self.height, self.width = calculator, float(height), float(width)
+        # The calculator's own road to its results, on which the graph is kept.
+        self._backend = _Keeping(calculator.predictor.backend)
+        self._predictor = copy(calculator.predictor)
+        self._predictor.backend = cast(Backend, self._backend)
+        uncertainties = [key for key in self._predictor.results if key not in STANDARD]
+        biased = ["energy", "free_energy", "forces"]
+        parts = ["unbiased_energy", "unbiased_forces", "bias_energy", "bias_forces"]
+        self.implemented_properties = [*biased, *parts, *uncertainties]
+        warnings.warn(
+            "UncertaintyBias is not physical dynamics: its forces lead to where the potential does not know. Use it to "
+            "find frames to label, and for nothing that is measured.",
+            UQWarning,
+            stacklevel=2,
+        )
+
+    @property
+    def uncertainty_model(self) -> UncertaintyModel:
+        return self.calculator.uncertainty_model
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = tuple(all_changes),
+    ) -> None:
+        """One forward pass and one more backward pass than the potential takes; every result is set."""
+        # What fails below must not leave the results of the structure before, which would pass for this one's.
+        self.results = {}
+        super().calculate(atoms, list(properties), list(system_changes))
+        assert self.atoms is not None  # the copy that ASE just made
+        # It shares what stands in info: an array changed in place would pass for unchanged.
+        keys = self._backend.info_keys
+        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
+        if self.height:
+            own = self._predictor.predict([self.atoms])[0].results
+            bias_energy, bias_forces = self._bias(self._backend.taken())
+        else:  # keeping a graph changes the last bit of the forces, and costs
+            own = self.calculator.predictor.predict([self.atoms])[0].results
+            bias_energy, bias_forces = 0.0, np.zeros((len(self.atoms), 3))
+        energy = own["energy"] + bias_energy
+        self.results = {
+            **{key: value for key, value in own.items() if key not in STANDARD},
+            "energy": energy,
+            "free_energy": energy,
+            "forces": own["forces"] + bias_forces,
+            "unbiased_energy": own["energy"],
+            "unbiased_forces": own["forces"],
+            "bias_energy": bias_energy,
+            "bias_forces": bias_forces,
+        }
+
+    def _bias(self, evaluation: Evaluation) -> tuple[float, np.ndarray]:
+        """Energy, eV, and (n_atoms, 3) forces, eV/Å."""
+        variance, pull = _variance_and_pull(evaluation, self._fitted, self._name)
+        scale = len(pull) * self.width**2
+        # ∂E_bias/∂σ² · (-∂σ²/∂R)
+        forces = -self.height / scale * float(np.exp(-variance / scale)) * pull
+        return self.height * float(np.expm1(-variance / scale)), forces
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, among the inputs that the potential reads."""
+        changes = super().check_state(atoms, tol=tol)
+        if not changes and self.atoms is not None:
+            before, now = self.atoms.info, atoms.info
+            if any(_differ(before.get(key), now.get(key)) for key in self._backend.info_keys):
+                changes.append("info")
+        return changes
+
+    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
+        return self.calculator.threshold(meaning, reduction)
+
+    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+        """What thresholds are made of; see `UncertaintyModel.evidence`."""
+        return self.calculator.evidence(reduction)
+
+
+def _differ(a: Any, b: Any) -> bool:
+    return not np.array_equal(np.asarray(a), np.asarray(b))
+
+
+class _Keeping:
+    """Stands in for a backend: evaluates with gradients and keeps the last evaluation until it is taken."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._kept: Evaluation | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # of a copy that is just being made
+            raise AttributeError(name)
+        return getattr(self._backend, name)
+
+    def evaluate(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> Evaluation:
+        self._kept = self._backend.evaluate(batch, forces=forces, gradients=True)
+        return self._kept
+
+    def taken(self) -> Evaluation:
+        """The last evaluation; its graph goes with it."""
+        assert self._kept is not None
+        kept, self._kept = self._kept, None
+        return kept
+
+
+@dataclass(frozen=True)
+class _Leaves:
+    """Where the derivative of an uncertainty stops and the potential begins.
+
+    Args:
+        evaluation: An evaluation made of the leaves.
+        routed: Leaves whose derivatives by the positions are known, by name.
+        others: Those whose derivatives are not, by what a message calls them.
+    """
+
+    evaluation: Evaluation
+    routed: dict[str, Tensor]
+    others: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, e: Evaluation) -> "_Leaves":
+        routed = {
+            "features": _leaf(e.features),
+            "energy_features": _leaf(e.energy_layer.features),
+            "vector": _leaf(e.edges.vector),
+            "positions": _leaf(e.positions),
+        }
+        others = {"its energy": _leaf(e.energy)}
+        changes: dict[str, Any] = {}
+        if e.force_layer is not None:
+            others["the last layer of its forces"] = leaf = _leaf(e.force_layer.features)
+            changes["force_layer"] = replace(e.force_layer, features=leaf)
+        if e.vectors is not None:
+            others["its vectors"] = changes["vectors"] = _leaf(e.vectors)
+        if e.members is not None:
+            others["the members of its committee"] = leaf = _leaf(e.members.energy)
+            changes["members"] = replace(e.members, energy=leaf)
+        if e.confidence is not None:
+            others["its confidence head"] = leaf = _leaf(e.confidence.probabilities)
+            changes["confidence"] = replace(e.confidence, probabilities=leaf)
+        evaluation = replace(
+            e,
+            features=routed["features"],
+            energy_layer=replace(e.energy_layer, features=routed["energy_features"]),
+            edges=replace(e.edges, vector=routed["vector"]),
+            positions=routed["positions"],
+            energy=others["its energy"],
+            **changes,
+        )
+        return cls(evaluation, routed, others)
+
+
+def _leaf(values: Tensor) -> Tensor:
+    return values.detach().clone().requires_grad_(True)
+
+
+def _variance_and_pull(e: Evaluation, fitted: FittedMethod, name: str) -> tuple[float, np.ndarray]:
+    """σ_E² in eV² of the one frame of an evaluation, and (n_atoms, 3) -∂σ_E²/∂R in eV²/Å.
+
+    Raises:
+        InputError: It depends on something else than features, distances and positions, or on nothing at all.
+    """
+    leaves = _Leaves.of(e)
+    with torch.enable_grad():
+        raw = fitted.head(leaves.evaluation)
+        # Calibrated per atom of a structure.
+        variance = (e.n_atoms_of_frame.double() ** 2 * fitted.calibrators["energy"].variance(raw.energy)).sum()
+    everything = {**leaves.routed, **leaves.others}
+    found = [None] * len(everything)
+    if variance.requires_grad:
+        found = torch.autograd.grad(variance, list(everything.values()), allow_unused=True)
+    slopes = {key: slope for key, slope in zip(everything, found, strict=True) if slope is not None}
+    strange = [key for key in leaves.others if key in slopes]
+    if strange or not slopes:
+        on = f"comes from {' and '.join(strange)}" if strange else "is no function of the potential's features"
+        raise InputError(
+            f"the uncertainty of energies by {name} {on}, which has no derivative by the positions here. Fit the "
+            "uncertainty model with methods=['bll']."
+        )
+    assert e.gradients is not None
+    none = torch.zeros_like(e.features)
+    pull = e.gradients.of_features(slopes.get("features", none), slopes.get("energy_features")).double()
+    if "vector" in slopes:  # R_source - R_target and a lattice vector
+        slope = slopes["vector"].double()
+        pull = pull.index_add(0, e.edges.source, -slope).index_add(0, e.edges.target, slope)
+    if "positions" in slopes:
+        pull = pull - slopes["positions"].double()
+    return float(variance.detach()), pull.cpu().numpy()

@@ -1,0 +1,242 @@
+"""The ASE calculator: the user's own, with uncertainties in its results."""
+
+import os
+import warnings
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping, Sequence
+from copy import deepcopy
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
+from ase.outputs import Properties
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.errors import UQWarning
+from ase_uq.predictor import Predictor
+from ase_uq.properties import known_to_ase
+from ase_uq.thresholds.meanings import Evidence, Meaning
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+# A band of images or the ends of a dimer, twice over; some 30 MB of results at the most.
+_MOST_STRUCTURES, _MOST_ATOMS = 100, 100_000
+
+
+class UncertainCalculator(Calculator):
+    """A potential whose results carry calibrated standard deviations, from the same forward pass.
+
+    A drop-in for the calculator it wraps: energy, forces and stress are that one's, bit for bit. `results` holds the
+    standard results, the uncertainties, and the wrapped calculator's extras of each atom (orb's `confidence`). Its
+    other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`.
+
+        calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
+        atoms.calc = calc
+        atoms.get_forces(); calc.results["forces_uncertainty"]
+
+    Structures that were calculated lately cost no second forward pass when they come again: the images of a band or a
+    dimer that share one calculator, the fixed ends of a path, a move that is taken back. The results of the last 100
+    structures, or 100 000 atoms, are remembered for it; with 500 atoms that takes 15 µs a step. `reset` forgets them:
+    call it after the potential itself was changed.
+
+    With `every=N` only the 1st, the N+1th, ... calculation takes uncertainties; the others run the bare potential and
+    their `results` have none. What is saved is the cost of the methods, next to nothing for `bll` and much for `ntk`.
+    An uncertainty that is asked for at a skipped step, by `get_property("forces_uncertainty", atoms)`, is calculated
+    after all, at the price of another forward pass; with `allow_calculation=False` it is None instead. Calculations
+    of all structures are counted together: of images that share a calculator it may be the same ones each time.
+
+    Args:
+        calculator: The user's MACE or orb calculator (also inside a `SumCalculator`), or a SPEC string such as
+            `"mace:my.model"` or `"orb:orb_v3_direct_20_omat"`.
+        uncertainty_model: What `fit` made for this potential: a model or the path of its file.
+        every: Uncertainties are calculated once in so many calculations. Forces are the same whatever it is.
+        interval: Confidence in (0, 1) for `forces_interval` in the results: (n_atoms,) eV/Å, which the norm of the
+            force error of an atom of a frame like those of the calibration does not exceed with that probability.
+            None leaves it out.
+
+    Attributes:
+        implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
+            with uncertainties, without the extras; a list of this instance.
+        every: As given.
+        uncertainty_model: The model in use.
+
+    Raises:
+        PotentialMismatch: The uncertainty model was fitted on another potential.
+        ArtefactError: The file is not a whole, unaltered uncertainty model.
+        ValueError: `every` is not a whole number of 1 or more, or the calibration data cannot support the interval.
+    """
+
+    def __init__(
+        self,
+        calculator: BaseCalculator | Backend | str,
+        uncertainty_model: UncertaintyModel | str | os.PathLike[str],
+        *,
+        every: int = 1,
+        interval: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(every, Integral) or every < 1:
+            raise ValueError(
+                f"every={every!r} is not a whole number of 1 or more. Give every=1 for uncertainties at each "
+                "calculation, every=5 for the 1st, the 6th, the 11th and so on."
+            )
+        if not isinstance(uncertainty_model, UncertaintyModel):
+            uncertainty_model = UncertaintyModel.load(uncertainty_model)
+        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval)
+        self.implemented_properties = list(self.predictor.results)
+        self.every = int(every)
+        self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)
+        self._n_calculated = 0
+        self._memory = _Memory()
+        if uncertainty_model.gradients and self.every == 1:
+            dear = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
+            warnings.warn(
+                f"{' and '.join(dear)} takes further backward passes at every step, many times the cost of the rest. "
+                "For dynamics fit an uncertainty model without it, or give every=N for uncertainties at each Nth step.",
+                UQWarning,
+                stacklevel=2,
+            )
+
+    @property
+    def uncertainty_model(self) -> UncertaintyModel:
+        return self.predictor.uncertainty_model
+
+    def calculate(
+        self,
+        atoms: Atoms | None = None,
+        properties: Sequence[str] = ("energy",),
+        system_changes: Sequence[str] = all_changes,
+    ) -> None:
+        """One forward pass, or none for a structure that is remembered; every result is set, whichever was asked for.
+
+        At a step that `every` skips, uncertainties are set only where one of them is among `properties`.
+        """
+        # What fails below must not leave the results of the structure before, which would pass for this one's.
+        self.results = {}
+        super().calculate(atoms, list(properties), list(system_changes))
+        assert self.atoms is not None
+        # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
+        keys = self.predictor.backend.info_keys
+        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
+        inputs = _inputs(self.atoms, keys)
+        asked = self._uncertain.intersection(properties)
+        known = self._memory.recall(inputs)
+        if known and asked <= known.keys():
+            self.results = known
+            return
+        wanted = bool(asked) or self._n_calculated % self.every == 0
+        predicted = self.predictor.predict([self.atoms], uncertainties=wanted)[0].results
+        # A structure that is calculated again for an uncertainty takes no other's turn, and what was handed out for
+        # it stands: a GPU need not give the same bits twice.
+        if not known:
+            self._n_calculated += 1
+        self.results = predicted | known
+        self._memory.keep(inputs, len(self.atoms), self.results)
+
+    def reset(self) -> None:
+        """Forgets all results, also of structures before the last; the next calculation takes uncertainties."""
+        super().reset()
+        self._memory = _Memory()
+        self._n_calculated = 0
+
+    def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
+        """Whether these properties cost a forward pass: not those of a structure that is remembered."""
+        if not super().calculation_required(atoms, list(properties)):
+            return False
+        return not set(properties) <= self._memory.recall(_inputs(atoms, self.predictor.backend.info_keys)).keys()
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, among the inputs that the potential reads.
+
+        `atoms.info` counts for the potential's own entries only (charge, spin): notes in it cost no calculation.
+        """
+        changes = super().check_state(atoms, tol=tol)
+        if not changes and self.atoms is not None:
+            keys = self.predictor.backend.info_keys
+            if any(not _same(self.atoms.info.get(key), atoms.info.get(key)) for key in keys):
+                changes.append("info")
+        return changes
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
+
+    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
+        return self.uncertainty_model.threshold(meaning, reduction)
+
+    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+        """What thresholds are made of; see `UncertaintyModel.evidence`."""
+        return self.uncertainty_model.evidence(reduction)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies, in this process or another, start without the remembered results: they may be many.
+        return {**vars(self), "_memory": _Memory()}
+
+
+class _Memory:
+    """Results of the structures calculated last, by their inputs. Copies go in and copies come out."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, tuple[int, dict[str, Any]]] = OrderedDict()
+        self._n_atoms = 0
+
+    def recall(self, inputs: Hashable | None) -> dict[str, Any]:
+        """Results of these inputs; empty where there are none."""
+        if inputs not in self._kept:
+            return {}
+        self._kept.move_to_end(inputs)
+        return _copied(self._kept[inputs][1])
+
+    def keep(self, inputs: Hashable | None, n_atoms: int, results: Mapping[str, Any]) -> None:
+        """Adds or replaces results; those not used for the longest time go, but never the last."""
+        if inputs is None:
+            return
+        before, _ = self._kept.pop(inputs, (0, {}))
+        self._kept[inputs] = n_atoms, _copied(results)
+        self._n_atoms += n_atoms - before
+        while len(self._kept) > 1 and (len(self._kept) > _MOST_STRUCTURES or self._n_atoms > _MOST_ATOMS):
+            _, (gone, _) = self._kept.popitem(last=False)
+            self._n_atoms -= gone
+
+
+def _inputs(atoms: Atoms, info_keys: Sequence[str]) -> Hashable | None:
+    """What the potential reads of a structure, to the last bit; None where it cannot be compared, as with NaN."""
+    arrays = atoms.arrays
+    values = (
+        arrays["positions"],
+        atoms.cell.array,
+        atoms.pbc,
+        arrays["numbers"],
+        arrays.get("initial_charges"),
+        arrays.get("initial_magmoms"),
+        *(atoms.info.get(key) for key in info_keys),
+    )
+    parts = [_bits(value) for value in values]
+    return None if None in parts else tuple(parts)
+
+
+def _bits(value: Any) -> Hashable | None:
+    """A value as something to compare exactly, whatever its precision; None for NaN and for objects."""
+    if value is None:
+        return ()
+    array = np.asarray(value)
+    if array.dtype.kind in "US":
+        return array.shape, array.dtype.str, array.tobytes()
+    if array.dtype.kind not in "biuf":
+        return None
+    array = np.asarray(array, float)
+    return None if np.isnan(array).any() else (array.shape, array.tobytes())
+
+
+def _copied(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in results.items()}
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))

@@ -1,0 +1,113 @@
+"""i-PI (ipi 3.3): the potential as its client, with the uncertainties of every bead among i-PI's extras.
+
+    DRIVER=$(python -c "import ase_uq.engines.ipi_driver; print(ase_uq.engines.ipi_driver.__file__)")
+    i-pi-py_driver -u -a NAME -m custom -P "$DRIVER" -o template=start.xyz,model=mace:my.model,uq=my.uq.safetensors
+
+i-PI loads the file under its own name, so it cannot be called `ipi.py`: that would take the place of i-PI itself.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.stress import voigt_6_to_full_3x3_stress
+
+from ase_uq.errors import InputError, MissingDependency
+from ase_uq.io.frames import read_frames
+from ase_uq.prediction import Prediction
+from ase_uq.predictor import as_predictor
+from ase_uq.properties import UNCERTAINTIES
+
+try:
+    from ipi.pes import Dummy_driver
+    from ipi.utils.units import unit_to_internal
+except ModuleNotFoundError as error:
+    raise MissingDependency(
+        f"ase_uq.engines.ipi_driver needs i-PI, and {error.name} is not installed. Run: pip install ipi"
+    ) from error
+
+__all__ = ["UncertainDriver"]
+
+# Where i-PI looks for what to load.
+__DRIVER_NAME__ = "ase_uq"
+__DRIVER_CLASS__ = "UncertainDriver"
+
+# Å, eV and eV/Å in atomic units.
+_LENGTH = unit_to_internal("length", "angstrom", 1.0)
+_ENERGY = unit_to_internal("energy", "electronvolt", 1.0)
+_FORCE = unit_to_internal("force", "ev/ang", 1.0)
+
+# Energy, forces (n_atoms, 3), virial (3, 3) in atomic units, and the extras as JSON.
+Answer = tuple[float, np.ndarray, np.ndarray, str]
+
+
+class UncertainDriver(Dummy_driver):
+    """A potential and its uncertainty model as a PES of i-PI, from the command line or in a `<ffdirect>`.
+
+    Energy, forces and virial are those of `UncertainCalculator`, in i-PI's atomic units. The extras are JSON with the
+    keys, shapes and ASE units (eV, eV/Å, eV/Å³) of the calculator's results: `energy_uncertainty`,
+    `forces_uncertainty`, `gamma` and the others of that table; not those of each method, which would make them many
+    times as long. i-PI converts no extras: they stand in its files as they are here.
+
+    Beads that i-PI sends together (`batch_size`) are one forward pass, or one each where a method reads derivatives.
+
+    Args:
+        template: File with the elements in i-PI's order; its charge, spin and periodicity are the potential's too.
+            Without periodicity i-PI's cell is not looked at, and the virial is zero, as it is of a potential without
+            a stress.
+        model: SPEC of the potential, such as `mace:my.model`.
+        uq: File of its uncertainty model.
+        verbose: i-PI's; unused.
+        verbosity: i-PI's; unused.
+
+    Raises:
+        PotentialMismatch: The uncertainty model was fitted on another potential.
+        ArtefactError: The file is not a whole, unaltered uncertainty model.
+    """
+
+    def __init__(self, template: str, model: str, uq: str, verbose: bool = False, verbosity: Any = None) -> None:
+        self._template = read_frames(template, name="template")[-1]
+        self._predictor = as_predictor(model, uq)
+        super().__init__(verbose)
+
+    def compute(self, cell: Any, pos: Any) -> Answer | list[Answer]:
+        """Answers to one structure, or to a list of them.
+
+        Args:
+            cell: (3, 3) in bohr with the vectors as columns, or a list of such.
+            pos: (n_atoms, 3) in bohr, or a list of such.
+
+        Raises:
+            InputError: The number of atoms is not that of the template.
+        """
+        if isinstance(pos, list):
+            return self._answers(cell, pos)
+        return self._answers([cell], [pos])[0]
+
+    def _answers(self, cells: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[Answer]:
+        frames = [self._structure(cell, pos) for cell, pos in zip(cells, positions, strict=True)]
+        return [_answer(atoms, found) for atoms, found in zip(frames, self._predictor.predict(frames), strict=True)]
+
+    def _structure(self, cell: np.ndarray, positions: np.ndarray) -> Atoms:
+        atoms = self._template.copy()
+        if len(positions) != len(atoms):
+            raise InputError(
+                f"i-PI sent {len(positions)} atoms and the template has {len(atoms)}. Give template= the structure "
+                "that i-PI starts from, with its atoms in the same order."
+            )
+        atoms.positions = positions / _LENGTH
+        if atoms.pbc.any():
+            atoms.cell = cell.T / _LENGTH
+        return atoms
+
+
+def _answer(atoms: Atoms, prediction: Prediction) -> Answer:
+    found = prediction.results
+    virial = np.zeros((3, 3))
+    if atoms.pbc.any() and "stress" in found:
+        virial = -atoms.get_volume() * voigt_6_to_full_3x3_stress(np.asarray(found["stress"], float))
+    extras = {key: np.asarray(found[key], float).tolist() for key in UNCERTAINTIES if key in found}
+    forces = np.asarray(found["forces"], float)
+    return found["energy"] * _ENERGY, forces * _FORCE, virial * _ENERGY, json.dumps(extras)

@@ -1,0 +1,572 @@
+"""TorchSim (torch-sim-atomistic 0.6): the same potential and uncertainty model in its batched dynamics.
+
+    import torch_sim as ts
+    from ase_uq.engines.torchsim import ReplicaMonitor, UncertainModel
+
+    model = UncertainModel("mace:my.model", "my.uq.safetensors")
+    monitor = ReplicaMonitor(model, halt=0.5, flag=0.3, frames="flagged.xyz")
+    state = monitor.integrate(
+        frames, integrator=ts.Integrator.nvt_langevin, n_steps=10_000, temperature=600, timestep=0.0005
+    )
+    print([replica.reason for replica in monitor.replicas if replica.halted])
+
+Importing this module imports torch_sim, which makes a folder `.torchsim` in the user's home.
+"""
+
+import copy
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from ase import Atoms, units
+from ase.calculators.calculator import BaseCalculator
+from ase.stress import voigt_6_to_full_3x3_stress
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.dynamics.actions import Event, Flag
+from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.judging import Judge, Site, Verdict, reduction_of, symbols_looked_at
+from ase_uq.dynamics.rules import Meaning, Rule, rules_of_levels
+from ase_uq.dynamics.structures import norms_of
+from ase_uq.errors import InputError, MissingDependency
+from ase_uq.io.frames import annotated
+from ase_uq.prediction import Prediction
+from ase_uq.predictor import Predictor
+from ase_uq.properties import find_property
+from ase_uq.thresholds.meanings import Evidence, PerElement
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+try:
+    import torch_sim as ts
+    from torch_sim.models.interface import ModelInterface
+    from torch_sim.state import get_attrs_for_scope
+except ModuleNotFoundError as error:
+    raise MissingDependency(
+        f"ase_uq.engines.torchsim needs TorchSim, and {error.name} is not installed. Run: "
+        'pip install "ase-uq[torchsim]"'
+    ) from error
+
+__all__ = ["Replica", "ReplicaMonitor", "UncertainModel"]
+
+# Carried by the systems of a run: which replica each one is, wherever an autobatcher puts it.
+_REPLICA = "replica"
+
+
+class UncertainModel(ModelInterface):
+    """A potential whose outputs carry calibrated standard deviations, from the same forward pass: TorchSim's model.
+
+    What it returns is what `UncertainCalculator` returns for each system, in TorchSim's form: `energy` (n_systems,),
+    `forces` (n_atoms, 3), `stress` (n_systems, 3, 3) where the potential has one, and under the keys of the
+    calculator `energies` and `forces_uncertainty`, `gamma`, ... with n_atoms rows, `energy_uncertainty` and
+    `stress_uncertainty` (Voigt) with n_systems rows. Everything is detached, on the model's device and in its dtype,
+    to which uncertainties are rounded; eV, eV/Å, eV/Å³. TorchSim's integrators and optimisers keep the uncertainties
+    in the state, `state.forces_uncertainty`, and `ts.static` returns them.
+
+    Neighbour lists are those of the potential's own package, so the structures go through the CPU at every step.
+
+    Args:
+        calculator: The user's MACE or orb calculator, a backend, or a SPEC string such as `"mace:my.model"`.
+        uncertainty_model: What `fit` made for this potential: a model or the path of its file.
+        interval: Confidence in (0, 1) of `forces_interval`; None leaves it out. See `UncertainCalculator`.
+
+    Raises:
+        PotentialMismatch: The uncertainty model was fitted on another potential.
+        ArtefactError: The file is not a whole, unaltered uncertainty model.
+        ValueError: The calibration data cannot support the interval.
+    """
+
+    def __init__(
+        self,
+        calculator: BaseCalculator | Backend | str,
+        uncertainty_model: UncertaintyModel | str | os.PathLike[str],
+        *,
+        interval: float | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(uncertainty_model, UncertaintyModel):
+            uncertainty_model = UncertaintyModel.load(uncertainty_model)
+        backend = load_backend(calculator)
+        self.predictor = Predictor(backend, uncertainty_model, interval)
+        # "cuda" becomes "cuda:0", as the tensors of a state have it.
+        self._device = torch.empty(0, device=backend.device).device
+        self._dtype = backend.dtype
+        self._compute_forces = True
+        self._compute_stress = "stress" in backend.results
+
+    @property
+    def uncertainty_model(self) -> UncertaintyModel:
+        return self.predictor.uncertainty_model
+
+    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
+        return self.uncertainty_model.threshold(meaning, reduction)
+
+    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+        """What thresholds are made of; see `UncertaintyModel.evidence`."""
+        return self.uncertainty_model.evidence(reduction)
+
+    def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
+        """One forward pass over all systems of a state, which is not changed.
+
+        Charge and spin, where the potential reads them, are taken from system extras of the state of these names.
+
+        Args:
+            state: Systems in the model's dtype, on its device.
+            kwargs: Not used; TorchSim's interface has them.
+
+        Raises:
+            TypeError: The state has another dtype.
+            ValueError: The state is on another device.
+            InputError: A system has an element that the potential does not know, positions that are not finite, or
+                lacks a charge or spin.
+        """
+        return self._outputs(state, dict(enumerate(self.predictor.predict(self._frames(state)))))
+
+    def _frames(self, state: ts.SimState, systems: Sequence[int] | None = None) -> list[Atoms]:
+        """Systems of a state, all by default, with what the potential reads."""
+        self._check(state)
+        keys = [key for key in self.predictor.backend.info_keys if state.has_extras(key)]
+        info = {key: getattr(state, key).detach().cpu().numpy() for key in keys}
+        numbers, positions = (value.detach().cpu().numpy() for value in (state.atomic_numbers, state.positions))
+        cells, pbc = state.row_vector_cell.detach().cpu().numpy(), state.pbc.cpu().numpy()
+        ends = np.cumsum(state.n_atoms_per_system.cpu().numpy())
+        starts = np.concatenate([[0], ends[:-1]])
+        return [
+            Atoms(
+                numbers[starts[system] : ends[system]],
+                positions[starts[system] : ends[system]],
+                cell=cells[system],
+                pbc=pbc,
+                info={key: values[system].item() for key, values in info.items()},
+            )
+            for system in (range(len(ends)) if systems is None else systems)
+        ]
+
+    def _check(self, state: ts.SimState) -> None:
+        if state.dtype != self.dtype:
+            raise TypeError(
+                f"the state is in {state.dtype} and the potential in {self.dtype}. Make it with "
+                "ts.initialize_state(frames, model.device, model.dtype), or load the potential with another dtype."
+            )
+        if state.device != self.device:
+            raise ValueError(
+                f"the state is on {state.device} and the potential on {self.device}. Make it with "
+                "ts.initialize_state(frames, model.device, model.dtype)."
+            )
+        missing = [key for key in self.predictor.backend.required_info_keys if not state.has_extras(key)]
+        if missing:
+            wanted = {key: key for key in missing}
+            raise InputError(
+                f"the state has no {' and '.join(missing)}, which this potential reads. Make it with "
+                f"ts.io.atoms_to_state(frames, model.device, model.dtype, system_extras_map={wanted})."
+            )
+
+    def _outputs(self, state: ts.SimState, predictions: Mapping[int, Prediction]) -> dict[str, Tensor]:
+        """Predictions of systems by their number as tensors; rows of a system without one are 0."""
+        outputs = {}
+        atoms_of = np.split(np.arange(state.n_atoms), np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1])
+        first = next(iter(predictions.values()))
+        for key, example in first.results.items():
+            if key == "free_energy":  # the energy once more, under the name ASE's optimisers ask for
+                continue
+            entry = find_property(key)
+            per_atom = entry is None or entry.per_atom  # extras are per atom
+            shape = np.shape(example)[1:] if per_atom else (3, 3) if key == "stress" else np.shape(example)
+            values = np.zeros((state.n_atoms if per_atom else len(atoms_of), *shape))
+            for system, prediction in predictions.items():
+                value = prediction[key]
+                values[atoms_of[system] if per_atom else system] = (
+                    voigt_6_to_full_3x3_stress(value) if key == "stress" else value
+                )
+            outputs[key] = torch.from_numpy(values).to(self.device, self.dtype)
+        return outputs
+
+
+@dataclass(frozen=True)
+class Replica:
+    """What became of one system of a run.
+
+    Args:
+        number: Its place among the systems that were given.
+        formula: Chemical formula.
+        step: Last judged step: that at which it was halted, or the last of the run.
+        time_fs: Simulated time of that step, fs; None in a relaxation.
+        reading: Reduced force uncertainty at that step, eV/Å; NaN without one.
+        halted: Whether it was halted.
+        reason: Why, for people; empty where it was not.
+        n_flagged: Steps that reached the flag level but not the halt level.
+    """
+
+    number: int
+    formula: str
+    step: int = 0
+    time_fs: float | None = None
+    reading: float = float("nan")
+    halted: bool = False
+    reason: str = ""
+    n_flagged: int = 0
+
+
+class ReplicaMonitor:
+    """Runs TorchSim's dynamics and relaxations, and halts each replica on its own where the model no longer knows.
+
+    At every step the force uncertainties that the step has just computed are judged replica by replica, by the rules
+    of `UncertaintyMonitor`, each replica with a memory of its own. One that reaches `halt` stays where it is: its
+    rows of the state, momenta and optimiser memory included, are those of that step until the run ends, the potential
+    no longer evaluates it, and a reporter writes it no more. The others go on as if nothing had happened, with the
+    same random numbers. In a relaxation the halted replica also leaves the batch at the next swap, as a converged one
+    does. Nothing is raised; `replicas` says what happened. A replica whose positions or cell stop being finite is
+    halted too, whatever the levels, and put back to the step before.
+
+    To go on, give the final state to `integrate` again. Every run begins anew, so a halted replica halts again at step
+    0 unless the levels were raised; `state[[r.number for r in monitor.replicas if not r.halted]]` are the others.
+
+    Args:
+        model: The model to run, which turns meanings into numbers.
+        halt: Number in eV/Å, a meaning such as `Quantile(0.999)`, or a rule, at which a replica is halted.
+        flag: The same for frames to keep; below `halt`.
+        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
+        elements: Chemical symbols to look at; None for all.
+        indices: Indices of atoms within each replica to look at; None for all.
+        patience: fs that the reading must stay above `halt` before the replica is halted.
+        checks: What halts a replica beside the uncertainty: `MaxTemperature(2000)`, `Bonds()`. With them `halt` and
+            `flag` may be left out.
+        frames: Extended XYZ file to which every flagged frame and the halting ones are appended, with all results and
+            the number of the `replica` beside the keys that `Flag` writes.
+
+    Attributes:
+        replicas: What became of each system in the last run, in their order; empty before.
+
+    Raises:
+        ValueError: No level, or a file that cannot be written.
+        TypeError: A threshold or check that is none.
+    """
+
+    def __init__(
+        self,
+        model: UncertainModel,
+        *,
+        halt: float | Meaning | PerElement | Rule | None = None,
+        flag: float | Meaning | PerElement | Rule | None = None,
+        reduce: str | float = "max",
+        elements: Sequence[str] | None = None,
+        indices: Sequence[int] | None = None,
+        patience: float | None = None,
+        checks: Check | Sequence[Check] = (),
+        frames: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.model = model
+        levels = (halt, flag, patience)
+        # Checks alone are enough to watch for.
+        asked = {} if checks and levels.count(None) == len(levels) else rules_of_levels(*levels)
+        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
+        self._keep = None if frames is None else Flag(frames)
+        self._watched = _Watched(model)
+        self._judges: list[Judge] = []
+        self.replicas: list[Replica] = []
+
+    def integrate(
+        self,
+        system: Any,
+        *,
+        integrator: ts.Integrator | tuple[Callable[..., Any], Callable[..., Any]],
+        trajectory_reporter: ts.TrajectoryReporter | None = None,
+        **options: Any,
+    ) -> Any:
+        """Molecular dynamics by `ts.integrate`, judged at every step and at the first structure.
+
+        Args:
+            system: ASE Atoms, several of them, or a state; what `ts.integrate` takes.
+            integrator: As for `ts.integrate`.
+            trajectory_reporter: A reporter; it writes each replica up to the step at which that was halted.
+            options: `n_steps`, `temperature` (K), `timestep` (ps), `autobatcher`, and what else `ts.integrate` takes.
+
+        Returns:
+            The final state, with all systems in the order they were given.
+
+        Raises:
+            ValueError: Levels in the wrong order, or a meaning that the calibration data cannot support.
+            InputError: A system that the potential cannot take.
+            TypeError: The reporter is a dictionary, or the integrator is none.
+        """
+        functions = self._watching(integrator, ts.INTEGRATOR_REGISTRY, "integrator")
+        state = self._begin(system, 0.0)
+        with self._reporting(trajectory_reporter):
+            final = ts.integrate(
+                state, self.model, integrator=functions, trajectory_reporter=trajectory_reporter, **options
+            )
+        return _without_numbers(final)
+
+    def optimize(
+        self,
+        system: Any,
+        *,
+        optimizer: ts.Optimizer | tuple[Callable[..., Any], Callable[..., Any]],
+        convergence_fn: Callable[..., Tensor] | None = None,
+        trajectory_reporter: ts.TrajectoryReporter | None = None,
+        **options: Any,
+    ) -> Any:
+        """Relaxations by `ts.optimize`, judged at every step and at the first structure.
+
+        Args:
+            system: ASE Atoms, several of them, or a state; what `ts.optimize` takes.
+            optimizer: As for `ts.optimize`.
+            convergence_fn: As for `ts.optimize`; None for its default, an energy change below 1 meV.
+            trajectory_reporter: A reporter; it writes each replica up to the step at which that was halted.
+            options: `max_steps`, `autobatcher`, `init_kwargs`, and what else `ts.optimize` takes.
+
+        Returns:
+            The final state, with all systems in the order they were given.
+
+        Raises:
+            ValueError: Levels in the wrong order, a meaning that the calibration data cannot support, or a rule that
+                waits for a time, which a relaxation does not have.
+            InputError: A system that the potential cannot take.
+            TypeError: The reporter is a dictionary, or the optimizer is none.
+        """
+        functions = self._watching(optimizer, ts.OPTIM_REGISTRY, "optimizer")
+        state = self._begin(system, None)
+        done = convergence_fn or ts.generate_energy_convergence_fn(energy_tol=1e-3)
+
+        def done_or_halted(state: Any, last_energy: Tensor) -> Tensor:
+            return done(state, last_energy) | self._halted(state)
+
+        with self._reporting(trajectory_reporter):
+            final = ts.optimize(
+                state,
+                self.model,
+                optimizer=functions,
+                convergence_fn=done_or_halted,
+                trajectory_reporter=trajectory_reporter,
+                **options,
+            )
+        return _without_numbers(final)
+
+    def _begin(self, system: Any, time: float | None) -> ts.SimState:
+        """The state of a new run, with its replicas numbered; whatever is wrong with one is said now."""
+        state = ts.initialize_state(system, self.model.device, self.model.dtype)
+        frames = self.model._frames(state)
+        self.model.predictor.backend.check(frames, name="system")
+        settled: dict[tuple[str, ...], Judge] = {}
+        self._judges, self.replicas = [], []
+        for number, atoms in enumerate(frames):
+            symbols = symbols_looked_at(self._judge.reduction, atoms)
+            if (kind := tuple(sorted(set(symbols)))) not in settled:
+                settled[kind] = copy.deepcopy(self._judge)
+                # Of a calculator only its calibration data are asked for, and the model knows them as well.
+                settled[kind].settle(cast(BaseCalculator, self.model), kind, time)
+            self._judges.append(copy.deepcopy(settled[kind]))
+            self.replicas.append(Replica(number, atoms.get_chemical_formula(), time_fs=time))
+        self._watched.left_out = None
+        state.system_extras[_REPLICA] = torch.arange(state.n_systems, device=state.device)
+        return state
+
+    def _watching(
+        self, chosen: Any, registry: Mapping[Any, Any], what: str
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The two functions of an integrator or optimiser, with a judgement after each call."""
+        functions = chosen if isinstance(chosen, tuple) else registry.get(chosen, ())
+        if len(functions) != 2 or not all(map(callable, functions)):
+            raise TypeError(
+                f"{chosen!r} is no {what}. Give one of {', '.join(registry)}, or two functions, for the first state "
+                "and for a step."
+            )
+        begin, move = functions
+
+        def first(state: Any, model: ModelInterface, **options: Any) -> Any:
+            self._watched.left_out = None
+            state = begin(state=state, model=self._watched, **options)
+            self._judge_systems(state, None)
+            return state
+
+        def step(state: Any, model: ModelInterface, **options: Any) -> Any:
+            halted = self._watched.left_out = self._halted(state)
+            if halted.all():
+                return state
+            before = _rows(state)
+            state = move(state=state, model=self._watched, **options)
+            broken = torch.zeros_like(halted)
+            broken[self._watched.broken] = True
+            _put_back(state, before, halted | broken)
+            self._judge_systems(state, options.get("dt", 0.0))
+            return state
+
+        return first, step
+
+    def _halted(self, state: Any) -> Tensor:
+        """(n_systems,) whether each system of a batch was halted."""
+        halted = [self.replicas[number].halted for number in state.system_extras[_REPLICA].tolist()]
+        return torch.tensor(halted, device=state.device)
+
+    def _judge_systems(self, state: Any, dt: Tensor | float | None) -> None:
+        """Judges what the last forward pass has evaluated; `dt` is None at the first structure."""
+        numbers = state.system_extras[_REPLICA].tolist()
+        for system in self._watched.broken:
+            replica = self._next(numbers[system], dt)
+            reason = f"positions or cell are no longer finite at step {replica.step}; put back to the step before"
+            self._note(replica, Verdict("halt", reason=reason))
+        for system, atoms, prediction in zip(
+            self._watched.systems, self._with_motion(state), self._watched.predictions, strict=True
+        ):
+            replica, results = self._next(numbers[system], dt), prediction.results
+            snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
+            verdict = self._judges[replica.number]([Site(snapshot, norms_of(atoms, results))], replica.time_fs)
+            assert verdict is not None  # every forward pass has uncertainties
+            self._note(replica, verdict)
+            if verdict.level != "ok" and self._keep is not None:
+                self._keep(_event(replica, verdict, annotated(atoms, results, replica=replica.number)))
+
+    def _next(self, number: int, dt: Tensor | float | None) -> Replica:
+        """A replica at the step that it has just made."""
+        replica = self.replicas[number]
+        if dt is None:
+            return replica
+        step = replica.step + 1
+        time = None if replica.time_fs is None else float(step * float(dt) / units.fs)
+        return replace(replica, step=step, time_fs=time)
+
+    def _note(self, replica: Replica, verdict: Verdict) -> None:
+        halted = verdict.level == "halt"
+        self.replicas[replica.number] = replace(
+            replica,
+            reading=verdict.reading,
+            halted=halted,
+            reason=verdict.reason if halted else "",
+            n_flagged=replica.n_flagged + (verdict.level == "flag"),
+        )
+
+    def _with_motion(self, state: Any) -> Iterator[Atoms]:
+        """The evaluated structures with masses, which a state may have its own, and in dynamics momenta."""
+        ends = np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1]
+        masses = np.split(state.masses.cpu().double().numpy(), ends)
+        momenta = np.split(state.momenta.cpu().double().numpy(), ends) if hasattr(state, "momenta") else None
+        for system, atoms in zip(self._watched.systems, self._watched.frames, strict=True):
+            if (abs(masses[system] - atoms.get_masses()) > 1e-4).any():
+                atoms.set_masses(masses[system])
+            if momenta is not None:
+                atoms.set_momenta(momenta[system])
+            yield atoms
+
+    @contextmanager
+    def _reporting(self, reporter: ts.TrajectoryReporter | None) -> Iterator[None]:
+        """While it lasts, the reporter is not shown a replica that was halted before the step."""
+        if reporter is None:
+            yield
+            return
+        if not isinstance(reporter, ts.TrajectoryReporter):
+            raise TypeError(
+                f"trajectory_reporter is a {type(reporter).__name__}; a ts.TrajectoryReporter was expected. Make it "
+                "with ts.TrajectoryReporter(filenames, ...)."
+            )
+        report = reporter.report
+
+        def of_the_running(state: Any, step: int | list[int], model: Any = None) -> list[dict[str, Tensor]]:
+            left_out = self._watched.left_out
+            if left_out is None or not left_out.any():
+                return report(state, step, model)
+            running = torch.nonzero(~left_out)[:, 0].tolist()
+            if not running:
+                return []
+            trajectories = reporter.trajectories
+            reporter.trajectories = [trajectories[system] for system in running if trajectories]
+            try:
+                steps = [step[system] for system in running] if isinstance(step, list) else step
+                return report(state[running], steps, model)
+            finally:
+                reporter.trajectories = trajectories
+
+        # On the instance, over the method of its class, whichever that is.
+        vars(reporter)["report"] = of_the_running
+        try:
+            yield
+        finally:
+            del vars(reporter)["report"]
+
+
+class _Watched(ModelInterface):
+    """The model as an integrator sees it: it evaluates what still runs, and remembers what it found.
+
+    Args:
+        model: The model.
+
+    Attributes:
+        left_out: (n_systems,) systems not to evaluate; None for none.
+        broken: Systems that could not be evaluated in the last pass, for positions or cells that are not finite.
+        systems: Numbers of those that were, in the batch.
+        frames: Their structures.
+        predictions: What was found for them.
+    """
+
+    def __init__(self, model: UncertainModel) -> None:
+        super().__init__()
+        self._model = model
+        self._device, self._dtype = model.device, model.dtype
+        self._compute_forces, self._compute_stress = model.compute_forces, model.compute_stress
+        self.left_out: Tensor | None = None
+        self.broken: list[int] = []
+        self.systems: list[int] = []
+        self.frames: list[Atoms] = []
+        self.predictions: list[Prediction] = []
+
+    def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
+        """Outputs as the model gives them; rows of systems that were not evaluated are 0."""
+        halted = set() if self.left_out is None else set(torch.nonzero(self.left_out)[:, 0].tolist())
+        moved_away = ~torch.isfinite(state.positions).all(1)
+        wrong = {*state.system_idx[moved_away].tolist()}
+        wrong |= {*torch.nonzero(~torch.isfinite(state.cell).all(2).all(1))[:, 0].tolist()}
+        self.broken = sorted(wrong - halted)
+        self.systems = [system for system in range(state.n_systems) if system not in wrong | halted]
+        self.frames = self._model._frames(state, self.systems)
+        self.predictions = self._model.predictor.predict(self.frames) if self.frames else []
+        if not self.frames:
+            zeros = {"energy": state.positions.new_zeros(state.n_systems), "forces": torch.zeros_like(state.positions)}
+            return zeros | ({"stress": torch.zeros_like(state.cell)} if self.compute_stress else {})
+        return self._model._outputs(state, dict(zip(self.systems, self.predictions, strict=True)))
+
+
+def _event(replica: Replica, verdict: Verdict, frame: Atoms) -> Event:
+    return Event(
+        level=verdict.level,
+        step=replica.step,
+        time_fs=replica.time_fs,
+        reading=verdict.reading,
+        threshold=verdict.threshold,
+        reason=verdict.reason,
+        atoms=frame,
+        dynamics=None,
+    )
+
+
+def _rows(state: Any) -> dict[tuple[str, str], Tensor]:
+    """Copies of everything that a state has for each atom and each system; integrators may write in place."""
+    return {
+        (scope, name): value.clone()
+        for scope in ("per-atom", "per-system")
+        for name, value in get_attrs_for_scope(state, scope)
+        if isinstance(value, torch.Tensor)
+    }
+
+
+def _put_back(state: Any, before: Mapping[tuple[str, str], Tensor], systems: Tensor) -> None:
+    """Gives the rows of some systems, (n_systems,) booleans, the values that they had before."""
+    if not systems.any():
+        return
+    for (scope, name), then in before.items():
+        now = getattr(state, name)
+        # The history of L-BFGS grows: there the shape is new, and what a halted replica has in it is never used.
+        if name == "system_idx" or now.shape != then.shape:
+            continue
+        chosen = systems if scope == "per-system" else systems[state.system_idx]
+        setattr(state, name, torch.where(chosen.reshape(-1, *[1] * (now.ndim - 1)), then, now))
+
+
+def _without_numbers(state: Any) -> Any:
+    del state.system_extras[_REPLICA]
+    return state

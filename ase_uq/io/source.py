@@ -1,0 +1,357 @@
+"""Frames one by one from anything ASE reads, in memory that does not grow with the file.
+
+ASE indexes or reads many formats whole before it gives the first frame, and gives up at the first that is damaged.
+Here the text formats of trajectories are cut into the text of one frame each, which ASE's own reader then parses: what
+lies before a frame is skipped without parsing it, and a damaged frame is left out while those after it are read.
+"""
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+import ase.db
+import numpy as np
+from ase import Atoms
+from ase.io import iread
+from ase.io.formats import filetype, get_ioformat, open_with_compression
+from ase.io.trajectory import TrajectoryReader
+
+from ase_uq.errors import InputError, UQWarning
+from ase_uq.io.frames import Frames
+
+_NAMED = 10  # frames left out that are warned of one by one
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A frame that cannot be read.
+
+    Args:
+        reason: What is wrong with it, for people.
+        last: Whether nothing can be read after it.
+    """
+
+    reason: str
+    last: bool = False
+
+
+@dataclass(frozen=True)
+class Unparsed:
+    """The text of one frame, whole.
+
+    Args:
+        format: ASE's name of its format.
+        text: What a file with this frame alone would hold.
+        n_atoms: Atoms it says it has.
+    """
+
+    format: str
+    text: str
+    n_atoms: int
+
+    def parse(self) -> Atoms | Unreadable:
+        """The structure."""
+        return _attempt(self._parsed)
+
+    def _parsed(self) -> Atoms:
+        # What ase.io.read calls, without its preparations, which take as long as a small frame.
+        reader: Any = get_ioformat(self.format).read
+        (atoms,) = reader(io.StringIO(self.text), slice(None))
+        return atoms
+
+
+Item = Atoms | Unparsed | Unreadable
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The text of one frame and its number of atoms, or why it cannot be one."""
+
+    text: str
+    n_atoms: int = 0
+    problem: str = ""
+
+
+class Source:
+    """Frames of a file or a list, numbered from 0.
+
+    Args:
+        frames: A path in any format that ASE reads, or a list of structures.
+
+    Attributes:
+        name: The path, or `the list`.
+
+    Raises:
+        InputError: There is no such file, it is empty, or ASE does not know its format.
+    """
+
+    def __init__(self, frames: Frames) -> None:
+        self._frames: Sequence[Atoms] | Path
+        if isinstance(frames, Sequence) and not isinstance(frames, str):
+            self._frames, self.name, self._format = frames, "the list", ""
+            return
+        self._frames = path = Path(frames)  # pyright: ignore[reportArgumentType] (a str or a PathLike)
+        self.name = str(path)
+        if not path.is_file():
+            raise InputError(f"there is no file {path}.")
+        if path.stat().st_size == 0:
+            raise InputError(f"the file {path} is empty.")
+        try:
+            self._format = _format_of(str(path))
+            get_ioformat(self._format)
+        except Exception as error:  # UnknownFileTypeError
+            raise InputError(f"{path} is in no format that ASE knows ({error}).") from error
+
+    def digest(self, info_keys: Sequence[str] = ()) -> str:
+        """sha256 of the file, or of the structures' atoms, positions and cells.
+
+        Args:
+            info_keys: Entries of the structures' info that matter too.
+        """
+        if isinstance(self._frames, Path):
+            with open(self._frames, "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        for atoms in self._frames:
+            for values in (atoms.numbers, atoms.positions, atoms.cell.array, atoms.pbc):
+                digest.update(np.ascontiguousarray(values).tobytes() + b"|")
+            digest.update(repr([(key, atoms.info[key]) for key in info_keys if key in atoms.info]).encode())
+        return digest.hexdigest()
+
+    def total(self) -> int | None:
+        """Number of frames, damaged ones too, where it can be told without reading them; else None."""
+        if not isinstance(self._frames, Path):
+            return len(self._frames)
+        try:
+            if self._format in _CUTTERS:
+                with self._opened() as file:
+                    return sum(1 for _ in _CUTTERS[self._format](file))
+            if self._format == "traj":
+                with TrajectoryReader(self.name) as trajectory:
+                    return len(trajectory)
+            if self._format == "db":
+                return ase.db.connect(self.name, serial=True).count()
+        except Exception:  # reading will say what is wrong with the file
+            return None
+        return None
+
+    def read(self, start: int = 0) -> Iterator[tuple[int, Atoms | Unreadable]]:
+        """The number of each frame, and the frame or what is wrong with it.
+
+        Args:
+            start: Number of the first one wanted; those before it are not parsed where the format allows.
+        """
+        for number, item in self.unparsed(start):
+            yield number, item.parse() if isinstance(item, Unparsed) else item
+
+    def unparsed(self, start: int = 0) -> Iterator[tuple[int, Item]]:
+        """What `read` gives, but frames that can be parsed elsewhere are left to the caller."""
+        if not isinstance(self._frames, Path):
+            for number in range(start, len(self._frames)):
+                yield number, self._frames[number]
+            return
+        reader = self._reader(start)
+        number = start
+        while True:
+            try:
+                item = next(reader, None)
+            except Exception as error:  # ASE's readers raise anything from KeyError to UnicodeDecodeError
+                item = Unreadable(f"the file cannot be read from here on ({_named(error)})", last=True)
+            if item is None:
+                return
+            yield number, item
+            if isinstance(item, Unreadable) and item.last:
+                return
+            number += 1
+
+    def _reader(self, start: int) -> Iterator[Item]:
+        if self._format in _CUTTERS:
+            return self._from_pieces(start)
+        if self._format == "traj":
+            return self._from_trajectory(start)
+        if self._format == "db":
+            return self._from_database(start)
+        return islice(iread(self.name, ":"), start, None)
+
+    def _opened(self) -> TextIO:
+        # A stray byte must not take the frames around it along: it becomes a character that no number has.
+        return io.TextIOWrapper(cast(Any, open_with_compression(self.name, "rb")), "utf-8", "replace")
+
+    def _from_pieces(self, start: int) -> Iterator[Unparsed | Unreadable]:
+        with self._opened() as file:
+            for piece in islice(_CUTTERS[self._format](file), start, None):
+                if piece.problem:
+                    yield Unreadable(piece.problem)
+                else:
+                    yield Unparsed(self._format, piece.text, piece.n_atoms)
+
+    def _from_trajectory(self, start: int) -> Iterator[Atoms | Unreadable]:
+        with TrajectoryReader(self.name) as trajectory:
+            for number in range(start, len(trajectory)):
+                yield _attempt(trajectory.__getitem__, number)
+
+    def _from_database(self, start: int) -> Iterator[Atoms | Unreadable]:
+        database: Any = ase.db.connect(self.name, serial=True)
+        total, number = database.count(), start
+        while number < total:
+            try:
+                for row in database.select(offset=number, limit=total - number):
+                    yield _attempt(row.toatoms)
+                    number += 1
+                return
+            except Exception as error:  # the row itself cannot be decoded
+                yield Unreadable(_named(error))
+                number += 1
+
+
+def _format_of(name: str) -> str:
+    try:
+        return filetype(name)
+    except Exception:  # what peeking into a damaged archive raises
+        return filetype(name, read=False)
+
+
+def warn_of_left_out(number: int, reason: str, before: int) -> None:
+    """Says that a frame is not used, and why; only that there are more after the tenth.
+
+    Args:
+        number: Of the frame.
+        reason: What is wrong with it.
+        before: How many were left out before it.
+    """
+    if before < _NAMED:
+        warnings.warn(f"frame {number} was left out: {reason}", UQWarning, stacklevel=5)
+    elif before == _NAMED:
+        warnings.warn("further frames that are left out are not named.", UQWarning, stacklevel=5)
+
+
+def _attempt(build: Callable[..., Any], *arguments: Any) -> Atoms | Unreadable:
+    try:
+        return build(*arguments)
+    except Exception as error:  # whatever a parser stumbles over
+        return Unreadable(_named(error))
+
+
+def _named(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
+    """Plain and extended XYZ: a number of atoms, a comment, a line an atom, and up to three cell vectors."""
+    line = file.readline()
+    while line:
+        if not line.strip():
+            line = file.readline()
+            continue
+        if not _is_count(line):
+            begin = line.strip()[:60]
+            _, line = _skipped(file, line)
+            yield _Piece("", problem=f"a number of atoms was expected, found {begin!r}")
+            continue
+        count, lines = int(line), [line, file.readline()]
+        line = file.readline()
+        # A line of an atom has four columns or more: a number alone begins the next frame.
+        while len(lines) < count + 2 and line and not _is_count(line):
+            lines.append(line)
+            line = file.readline()
+        if len(lines) < count + 2:
+            yield _Piece("", problem=f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
+            continue
+        while line.lstrip().startswith("VEC"):
+            lines.append(line)
+            line = file.readline()
+        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one more like the last
+            excess, line = _skipped(file, line)
+            yield _Piece("", problem=f"it has {count + excess} lines of atoms, and says that there are {count}")
+        else:
+            yield _Piece("".join(lines), count)
+
+
+def _skipped(file: TextIO, line: str) -> tuple[int, str]:
+    """How many lines are not blank from this one to the next number of atoms, and the line of that."""
+    count = 0
+    while line and not _is_count(line):
+        count += bool(line.strip())
+        line = file.readline()
+    return count, line
+
+
+def _is_count(line: str) -> bool:
+    return len(line) < 20 and line.strip().isdecimal()
+
+
+def _lammps_pieces(file: TextIO) -> Iterator[_Piece]:
+    """LAMMPS text dumps: sections under `ITEM:` lines; `TIMESTEP` begins a frame, or `UNITS` or `TIME` before it."""
+    lines: list[str] = []
+    has_step = False
+    for line in file:
+        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # TIMESTEP among them
+            yield _dumped(lines)
+            lines, has_step = [], False
+        has_step = has_step or line.startswith("ITEM: TIMESTEP")
+        lines.append(line)
+    if any(line.strip() for line in lines):
+        yield _dumped(lines)
+
+
+def _dumped(lines: Sequence[str]) -> _Piece:
+    expected = found = None
+    for index, line in enumerate(lines):
+        if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
+            expected = lines[index + 1].strip()
+        elif line.startswith("ITEM: ATOMS"):
+            if "element" not in line.split():
+                return _Piece(
+                    "",
+                    problem="it has no column `element`, and ASE would take the types for atomic numbers: dump with "
+                    "`element` and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the "
+                    "frames",
+                )
+            found = len(lines) - index - 1
+            break
+    # ASE would read what is there, as a frame of fewer atoms.
+    if expected is None or found is None:
+        return _Piece("", problem="it is truncated: its number of atoms or its atoms are missing")
+    if expected != str(found):
+        return _Piece("", problem=f"it is truncated: {found} of its {expected} atoms are there")
+    return _Piece("".join(lines), found)
+
+
+def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
+    """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
+    header: list[str] = []
+    between: list[str] = []  # lines since the last block: blank ones, a header, or what is too much
+    line = file.readline()
+    while line:
+        if "configuration=" not in line:
+            between = [*between[-6:], line]
+            line = file.readline()
+            continue
+        # The title may be blank; below it stands the scale, one number.
+        if len(between) == 7 and len(between[1].split()) == 1:
+            header = between
+        between, lines = [], [line]
+        line = file.readline()
+        while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
+            lines.append(line)
+            line = file.readline()
+        found, expected = len(lines) - 1, _n_atoms(header)
+        problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
+        yield _Piece("".join([*header, *lines]), found, problem)
+
+
+def _n_atoms(header: Sequence[str]) -> int:
+    return sum(int(count) for count in header[6].split()) if len(header) == 7 else 0
+
+
+_CUTTERS: dict[str, Callable[[TextIO], Iterator[_Piece]]] = {
+    "extxyz": _xyz_pieces,
+    "xyz": _xyz_pieces,
+    "lammps-dump-text": _lammps_pieces,
+    "vasp-xdatcar": _xdatcar_pieces,
+}

@@ -1,0 +1,78 @@
+"""Residual forces that are the gradient of an energy: linear in fixed random functions of the features.
+
+    r(D) = Σ_h w_h s_h(D),    s_h(D) = tanh(a_h · D √d / ‖D‖),    ΔF_j = -∂/∂R_j Σ_i r(D_i) = Σ_h w_h G_jh
+
+The force features G take one backward pass for each h, in the fit only: ΔF is linear in w, a ridge regression, and
+then a single pass gives it for any w. The functions are fixed before the data are seen, so that they can be streamed;
+the length of D is taken out because its scale is then not known.
+"""
+
+import torch
+from torch import Tensor
+
+from ase_uq.forward_pass import Evaluation, Gradients
+
+WIDTH = 64
+RIDGES = tuple(10.0**power for power in range(-10, 1))  # relative to the mean square of a force feature
+
+
+def functions_of(n_features: int, seed: int) -> Tensor:
+    """(n_features, WIDTH) a, columns of unit length; float64, the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(n_features, WIDTH, generator=generator, dtype=torch.float64)
+    return drawn / drawn.norm(dim=0)
+
+
+def force_features(evaluation: Evaluation, functions: Tensor) -> Tensor:
+    """(n_atoms, 3, WIDTH) G; one backward pass each."""
+    gradients = _gradients(evaluation)
+    eye = torch.eye(functions.shape[1], dtype=functions.dtype, device=functions.device)
+    parts = [gradients.of_features(_cotangent(evaluation.features, functions, own)) for own in eye]
+    return torch.stack(parts, 2).double()
+
+
+def forces_of(evaluation: Evaluation, functions: Tensor, weights: Tensor) -> Tensor:
+    """(n_atoms, 3) ΔF for these (WIDTH,) weights, float64; one backward pass."""
+    return _gradients(evaluation).of_features(_cotangent(evaluation.features, functions, weights)).double()
+
+
+def ridge_regression(force_features: Tensor, forces: Tensor, fold: Tensor) -> Tensor:
+    """(n_folds, WIDTH) w, each without one fold; the ridge is the one that does best on the folds left out.
+
+    Args:
+        force_features: (n_atoms, 3, WIDTH) G.
+        forces: (n_atoms, 3) ΔF.
+        fold: (n_atoms,).
+    """
+    grams, crosses, squares = [], [], []
+    for member in range(int(fold.max()) + 1):
+        rows, target = force_features[fold == member].flatten(0, 1), forces[fold == member].flatten()
+        grams.append(rows.T @ rows)
+        crosses.append(rows.T @ target)
+        squares.append(target @ target)
+    gram, cross, square = torch.stack(grams), torch.stack(crosses), torch.stack(squares)
+    eye = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    others, mean_square = gram.sum(0) - gram, gram.sum(0).diagonal().mean()
+    best, least = torch.zeros_like(cross), torch.inf
+    for ridge in RIDGES:
+        found = torch.linalg.solve(others + ridge * mean_square * eye, cross.sum(0) - cross)
+        error = square - 2 * (found * cross).sum(1) + torch.einsum("kh,khl,kl->k", found, gram, found)
+        if float(error.sum()) < least:
+            best, least = found, float(error.sum())
+    return best
+
+
+def _cotangent(features: Tensor, functions: Tensor, weights: Tensor) -> Tensor:
+    """(n_atoms, n_features) ∂r(D_i)/∂D_i."""
+    d = features.double()
+    length = d.norm(dim=1, keepdim=True).clamp(min=1e-12)
+    unit = d / length
+    root = features.shape[1] ** 0.5
+    slope = (1 - torch.tanh(root * unit @ functions).square()) * weights @ functions.T
+    return root / length * (slope - (slope * unit).sum(1, keepdim=True) * unit)
+
+
+def _gradients(evaluation: Evaluation) -> Gradients:
+    if evaluation.gradients is None:
+        raise ValueError("the conservative P-DRUM takes derivatives of the features: evaluate with gradients=True.")
+    return evaluation.gradients

@@ -1,0 +1,342 @@
+"""P-DRUM: networks that predict the residual of a potential from its own features.
+
+With D_i the features of an atom, r a network, ΔE and ΔF_i label less prediction:
+
+    norm               Σ_i r(D_i) → |ΔE|      r(D_i) → ‖ΔF_i‖                  r > 0
+    diff               Σ_i r(D_i) → ΔE        Σ_c g_c(D_i) v_ic → ΔF_i         v_ic vectors that turn with the structure
+    diff_invariant     Σ_i r(D_i) → ΔE        r(D_i) → ΔF_i                    as published
+    diff_conservative  Σ_i r(D_i) → ΔE        -∂/∂R_i Σ_j r(D_j) → ΔF_i        one backward pass more
+
+norm learns how large errors are, the others what they are on average; |prediction| is the score. The published
+F-diff, `diff_invariant`, cannot be equivariant: the features do not turn with the structure, ΔF_i does. Over all
+orientations Q of the same structure the best prediction is the mean of QΔF_i, which is zero: trained on structures in
+random orientation, it predicts that there is no error. It has a meaning for crystals in one orientation only.
+
+Every network is one of several, each trained without one fold of the frames; a structure is given the mean of all.
+The residuals of frames that the potential itself was trained on are smaller than others: the calibration, on frames
+that it was not trained on, sets the scale.
+
+Source: P-DRUM (arXiv 2509.02927), E-norm, E-diff, F-norm and F-diff; the quantile is that of Ho, Ortner and Wang 2025;
+the logarithm, the equivariant and the conservative F-diff are own derivations.
+"""
+
+import math
+import warnings
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+import torch
+from scipy import special
+from torch import Tensor
+
+from ase_uq.communicator import Communicator, gather
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods.pdrum.conservative import force_features, forces_of, functions_of, ridge_regression
+from ase_uq.methods.pdrum.directions import directions, mixing_of
+from ase_uq.methods.pdrum.rows import Rows, RowStore
+from ase_uq.numerics.networks import (
+    Ensemble,
+    Loss,
+    Training,
+    cross_fit,
+    folds_of,
+    out_of_fold,
+    pinball,
+    squared_error,
+    squared_log_error,
+)
+
+Variant = Literal["norm", "diff", "diff_invariant", "diff_conservative"]
+Target = Literal["magnitude", "log", "quantile"]
+
+_EVALUATED_TOGETHER = 4096  # atoms
+_SMALLEST = 1e-300  # so that nothing is divided by zero
+
+
+@dataclass(frozen=True)
+class PDRUM(Method):
+    """Trains networks on force and energy residuals.
+
+    Energies have a network of their own where enough training frames are labelled with them; else their uncertainty
+    is the mean of that of the forces, as that of the stress always is.
+
+    Args:
+        variant: What is predicted of the residuals, as the module says.
+        target: What `norm` predicts of their magnitudes: the mean, as published, the mean of the logarithm, which few
+            large errors do not dominate, or a quantile.
+        quantile: Which one.
+        folds: Networks; each is trained without one fold of the frames.
+        training: Of the networks.
+    """
+
+    name = "pdrum"
+    forces = True
+    variant: Variant = "norm"
+    target: Target = "magnitude"
+    quantile: float = 0.9
+    folds: int = 5
+    training: Training = field(default_factory=lambda: Training(hidden=(64, 64)))
+
+    def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"variants are {', '.join(get_args(Variant))}, not {self.variant!r}.")
+        if self.target not in get_args(Target):
+            raise ValueError(f"targets are {', '.join(get_args(Target))}, not {self.target!r}.")
+        if self.target != "magnitude" and self.variant != "norm":
+            raise ValueError(f"only the variant 'norm' has a {self.target} target, not {self.variant!r}.")
+        if not 0 < self.quantile < 1:
+            raise ValueError(f"a quantile lies between 0 and 1, not at {self.quantile!r}.")
+        if self.folds < 2:
+            raise ValueError(f"cross-fitting needs 2 folds or more, not {self.folds}.")
+
+        # The potential keeps the graph of its forward pass for this variant only.
+        object.__setattr__(self, "gradients", self.variant == "diff_conservative")
+
+    def start(self) -> "ResidualAccumulator":
+        return ResidualAccumulator(self)
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "PDRUMHead":
+        return PDRUMHead(settings, tensors)
+
+
+def magnitude_of_unit(target: Target, quantile: float, components: int) -> float:
+    """What a target predicts of the norm of a Gaussian vector with a standard deviation of 1 in each component.
+
+    The mean of its chi distribution, √(8/π) for 3 components and √(2/π) for 1; the exponential of the mean of its
+    logarithm; or its quantile. A prediction divided by it is a standard deviation.
+    """
+    half = components / 2
+    if target == "magnitude":
+        return math.sqrt(2) * math.exp(special.gammaln(half + 0.5) - special.gammaln(half))
+    if target == "log":
+        return math.sqrt(2) * math.exp(special.digamma(half) / 2)
+    return math.sqrt(2 * special.gammaincinv(half, quantile))
+
+
+class PDRUMHead(Head):
+    """Fitted residual networks.
+
+    Args:
+        settings: Hyper-parameters; `forces` and, where energies were labelled, `energy`: those of the ensembles, with
+            `out_of_fold`, the mean square of the residuals of the training frames over their mean score, each by the
+            network that has not seen it; `mean_score`, eV²/Å², of the training atoms.
+        tensors: Those of the ensembles as `forces.…` and `energy.…`; for the equivariant and the conservative `diff`
+            the `mixing` that their vectors are made with, `vector_units`, and the `force_unit`, eV/Å; for the latter
+            `weights` of the vectors instead of an ensemble.
+    """
+
+    mixing: Tensor
+    vector_units: Tensor
+    force_unit: Tensor
+    weights: Tensor
+
+    grows = False
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        for name, tensor in tensors.items():
+            if "." not in name:
+                self.register_buffer(name, tensor)
+        for part in ("forces", "energy"):
+            own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+            if own:
+                self.add_module(part, Ensemble(settings[part], own))
+        self.gradients = settings["variant"] == "diff_conservative"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        if self._settings["variant"] == "norm":
+            atoms = self.force_score(self.get_submodule("forces")(evaluation.features), None)
+        else:
+            atoms = self.expected_forces(evaluation).square().mean(1)
+        counts = evaluation.n_atoms_of_frame.double()
+        mean = evaluation.sum_over_atoms(atoms) / counts
+        energy, energies = mean, atoms
+        if "energy" in self._settings:
+            each = self.get_submodule("energy")(evaluation.features)[:, 0]
+            energy = self.energy_score(evaluation.sum_over_atoms(each) / counts)
+            energies = self.energy_score(each)
+        return Raw(
+            forces=atoms[:, None, None],
+            energy=energy[:, None],
+            energies=energies,
+            stress=mean[:, None],
+            distance=atoms / self._settings["mean_score"],
+        )
+
+    def expected_forces(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, 3) eV/Å: the residuals that a `diff` expects. Adding them to the forces is not its purpose."""
+        if self.gradients:
+            weights = self.force_unit * self.weights / self.vector_units
+            return forces_of(evaluation, self.mixing, weights)
+        vectors = directions(evaluation, self.mixing) if self._settings["variant"] == "diff" else None
+        return self.combined(self.get_submodule("forces")(evaluation.features), vectors)
+
+    def combined(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
+        """(n_atoms, 3) eV/Å: outputs that are forces, or the sum of (n_atoms, 3, width) vectors that they weigh."""
+        if vectors is None:
+            return outputs
+        return self.force_unit * torch.einsum("ic,iac->ia", outputs, vectors / self.vector_units)
+
+    def force_score(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
+        """(n_atoms,) eV²/Å², the variance of a force component, from magnitudes or from what `combined` takes."""
+        if self._settings["variant"] == "norm":
+            return (outputs[:, 0] / self._unit(3)).square()
+        return self.combined(outputs, vectors).square().mean(1)
+
+    def energy_score(self, outputs: Tensor) -> Tensor:
+        """eV², the variance of an energy, from what the networks say of it."""
+        return (outputs / (self._unit(1) if self._settings["variant"] == "norm" else 1.0)).square()
+
+    def _unit(self, components: int) -> float:
+        return magnitude_of_unit(self._settings["target"], self._settings["quantile"], components)
+
+
+class ResidualAccumulator(Accumulator):
+    """Rows of all training atoms."""
+
+    def __init__(self, method: PDRUM) -> None:
+        self.method = method
+        self.rows = RowStore()
+        self.mixing: Tensor | None = None
+
+    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+        vectors, seed, device = None, self.method.training.seed, evaluation.features.device
+        if self.method.variant == "diff":
+            n_vectors = 0 if evaluation.vectors is None else evaluation.vectors.shape[2]
+            self.mixing = mixing_of(n_vectors, seed).to(device)
+            vectors = directions(evaluation, self.mixing)
+        elif self.method.variant == "diff_conservative":
+            self.mixing = functions_of(evaluation.features.shape[1], seed).to(device)
+            vectors = force_features(evaluation, self.mixing)
+        self.rows.add(evaluation, targets, vectors)
+
+    def finish(self, communicator: Communicator) -> PDRUMHead:
+        method = self.method
+        rows = self.rows.finish(communicator)
+        labelled = len(rows.with_forces().frame_of_atom.unique())
+        if labelled < 2 * method.folds:
+            raise LabelError(
+                f"P-DRUM learns from the errors of forces: its {method.folds} folds need {2 * method.folds} labelled "
+                f"training frames, there are {labelled} with reference forces. Label more of them, or leave 'pdrum' "
+                "out of the methods: 'bll' and 'kernel' need none."
+            )
+        if method.variant == "diff_invariant" and communicator.rank == 0:
+            warnings.warn(
+                "diff_invariant predicts forces from features that do not turn with the structure: it has a meaning "
+                "only where all structures have one orientation. Use 'diff' otherwise.",
+                UQWarning,
+                stacklevel=2,
+            )
+        title = "pdrum" if communicator.rank == 0 and self.progress else ""
+        settings: dict[str, Any] = asdict(method)
+        tensors: dict[str, Tensor] = {}
+        # The first rank has frames if any has.
+        mixing = gather(self.mixing if communicator.rank == 0 else None, communicator)
+        if mixing is not None:
+            tensors["mixing"] = mixing
+        _fit_energy(method, rows.with_energy(), settings, tensors, title and f"{title} energy")
+        return _fit_forces(method, rows.with_forces(), settings, tensors, title and f"{title} forces")
+
+
+def _fit_energy(method: PDRUM, rows: Rows, settings: dict[str, Any], tensors: dict[str, Tensor], title: str) -> None:
+    """Adds an ensemble for the energy, where enough frames are labelled."""
+    if len(rows.frames) < 2 * method.folds:
+        return
+    targets, segments = rows.energy[:, None], rows.place_of_frame
+    ensemble = cross_fit(
+        rows.features,
+        targets.abs() if method.variant == "norm" else targets,
+        rows.frames,
+        training=method.training,
+        loss=_loss(method),
+        folds=method.folds,
+        output="softplus" if method.variant == "norm" else "linear",
+        segments=segments,
+        title=title,
+    )
+    fold = folds_of(rows.frames, method.folds)
+    each = out_of_fold(ensemble, rows.features, fold[segments])[:, 0]
+    sums = torch.zeros_like(rows.energy).index_add_(0, segments, each)
+    settings["energy"] = ensemble.settings
+    tensors |= {f"energy.{name}": buffer for name, buffer in ensemble.named_buffers()}
+    scores = PDRUMHead(settings, tensors).energy_score(sums)
+    settings["energy"]["out_of_fold"] = _ratio(rows.energy.square(), scores)
+
+
+def _fit_forces(
+    method: PDRUM, rows: Rows, settings: dict[str, Any], tensors: dict[str, Tensor], title: str
+) -> PDRUMHead:
+    """The head, with what predicts the forces."""
+    fold = folds_of(rows.frame_of_atom, method.folds)
+    vectors = rows.vectors if "mixing" in tensors else None
+    if vectors is not None:
+        tensors["vector_units"] = _root_mean_square(vectors.flatten(0, 1))
+        tensors["force_unit"] = _root_mean_square(rows.residuals.flatten())
+    if vectors is not None and method.variant == "diff_conservative":
+        weights = ridge_regression(vectors / tensors["vector_units"], rows.residuals / tensors["force_unit"], fold)
+        tensors["weights"] = weights.mean(0)
+        settings["forces"] = {}
+        seen, unseen = tensors["weights"].expand(len(fold), -1), weights[fold]
+    else:
+        ensemble = _force_ensemble(method, rows, tensors, title)
+        tensors |= {f"forces.{name}": buffer for name, buffer in ensemble.named_buffers()}
+        settings["forces"] = ensemble.settings
+        seen = torch.cat([ensemble(some) for some in rows.features.split(_EVALUATED_TOGETHER)])
+        unseen = out_of_fold(ensemble, rows.features, fold)
+    head = PDRUMHead(settings, tensors)
+    settings["mean_score"] = max(float(head.force_score(seen, vectors).mean()), _SMALLEST)
+    settings["forces"]["out_of_fold"] = _ratio(rows.residuals.square().mean(1), head.force_score(unseen, vectors))
+    return head
+
+
+def _force_ensemble(method: PDRUM, rows: Rows, tensors: dict[str, Tensor], title: str) -> Ensemble:
+    """Networks for magnitudes, for forces, or for the weights of vectors."""
+    targets, loss, width = rows.residuals, _loss(method), None
+    if method.variant == "norm":
+        targets = targets.norm(dim=1, keepdim=True)
+    elif method.variant == "diff":
+        scaled = (rows.vectors / tensors["vector_units"]).flatten(1)
+        targets, loss = torch.cat([targets / tensors["force_unit"], scaled], 1), _error_of_combination
+        width = rows.vectors.shape[2]
+    return cross_fit(
+        rows.features,
+        targets,
+        rows.frame_of_atom,
+        training=method.training,
+        loss=loss,
+        folds=method.folds,
+        output="softplus" if method.variant == "norm" else "linear",
+        n_outputs=width,
+        title=title,
+    )
+
+
+def _loss(method: PDRUM) -> Loss:
+    if method.target == "quantile":
+        return pinball(method.quantile)
+    return squared_log_error if method.target == "log" else squared_error
+
+
+def _error_of_combination(weights: Tensor, targets: Tensor) -> Tensor:
+    """⅓‖Σ_c g_c v_c - ΔF‖²; a target is ΔF followed by its vectors, component by component."""
+    vectors = targets[..., 3:].unflatten(-1, (3, -1))
+    return squared_error(torch.einsum("mic,miac->mia", weights, vectors), targets[..., :3])
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """Over the first dimension; 1 where all is zero."""
+    found = values.square().mean(0).sqrt()
+    return torch.where(found > 0, found, 1.0)
+
+
+def _ratio(squares: Tensor, variances: Tensor) -> float:
+    """Mean square over mean predicted variance, 1 for honest ones."""
+    return float(squares.mean() / variances.mean().clamp(min=_SMALLEST))

@@ -1,0 +1,100 @@
+"""Features and residuals of all training atoms, in the order of the data set whatever the batches and ranks were."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ase_uq.communicator import Communicator, gather
+from ase_uq.errors import LabelError
+from ase_uq.forward_pass import Evaluation, Targets, residuals_of
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Training atoms and frames; residuals are label less prediction, NaN without a label.
+
+    Args:
+        frame_of_atom: (n_atoms,) number of the frame in the data set, ascending.
+        residuals: (n_atoms, 3) ΔF, eV/Å.
+        features: (n_atoms, n_features).
+        vectors: (n_atoms, 3, width) what the method wants of each atom beside them; width may be 0.
+        frames: (n_frames,) numbers in the data set, ascending.
+        energy: (n_frames,) ΔE, eV.
+    """
+
+    frame_of_atom: Tensor
+    residuals: Tensor
+    features: Tensor
+    vectors: Tensor
+    frames: Tensor
+    energy: Tensor
+
+    def with_forces(self) -> "Rows":
+        """Those of the atoms that have a force label."""
+        return self._of_atoms(self.residuals.isfinite().all(1))
+
+    def with_energy(self) -> "Rows":
+        """Those of the frames that have an energy label."""
+        labelled = self.energy.isfinite()
+        rows = self._of_atoms(torch.isin(self.frame_of_atom, self.frames[labelled]))
+        return replace(rows, frames=self.frames[labelled], energy=self.energy[labelled])
+
+    @property
+    def place_of_frame(self) -> Tensor:
+        """(n_atoms,) which of `frames` each atom belongs to."""
+        return torch.searchsorted(self.frames, self.frame_of_atom)
+
+    def _of_atoms(self, chosen: Tensor) -> "Rows":
+        names = ("frame_of_atom", "residuals", "features", "vectors")
+        return replace(self, **{name: getattr(self, name)[chosen] for name in names})
+
+
+class RowStore:
+    """Takes batches; atoms are kept in float32."""
+
+    def __init__(self) -> None:
+        self._atoms: list[Tensor] = []
+        self._frames: list[Tensor] = []
+        self._n_features = 0
+
+    def add(self, evaluation: Evaluation, targets: Targets, vectors: Tensor | None = None) -> None:
+        """Takes a batch with its forces, and (n_atoms, 3, width) vectors of the method's own."""
+        if evaluation.forces is None:
+            raise ValueError("residuals of forces need the potential's forces: evaluate the training frames with them.")
+        columns = [residuals_of(targets.forces, evaluation.forces), evaluation.features]
+        if vectors is not None:
+            columns.append(vectors.flatten(1))
+        self._atoms.append(torch.cat([column.float() for column in columns], 1))
+        energy = residuals_of(targets.energy, evaluation.energy)
+        counts = evaluation.n_atoms_of_frame.double()
+        self._frames.append(torch.stack([targets.frames.double(), counts, energy], 1))
+        self._n_features = evaluation.features.shape[1]
+
+    def finish(self, communicator: Communicator) -> Rows:
+        """The rows of all ranks.
+
+        Raises:
+            LabelError: There are none.
+        """
+        # A rank without frames learns the widths from the others.
+        own = torch.tensor([float(bool(self._atoms)), self._n_features], dtype=torch.float64)
+        ranks, widths = communicator.sum({"widths": own})["widths"].tolist()
+        frames = gather(torch.cat(self._frames) if self._frames else None, communicator)
+        atoms = gather(torch.cat(self._atoms) if self._atoms else None, communicator)
+        if atoms is None or frames is None:
+            raise LabelError("there are no training frames.")
+        numbers, counts, energy = frames.T
+        frame_of_atom = torch.repeat_interleave(numbers, counts.long())
+        # Frames are never split between batches: atoms stay in their order.
+        order, frame_order = torch.argsort(frame_of_atom, stable=True), torch.argsort(numbers, stable=True)
+        first, last = 3, 3 + round(widths / ranks)
+        atoms = atoms[order]
+        return Rows(
+            frame_of_atom=frame_of_atom[order].long(),
+            residuals=atoms[:, :first],
+            features=atoms[:, first:last],
+            vectors=atoms[:, last:].reshape(len(atoms), 3, (atoms.shape[1] - last) // 3),
+            frames=numbers[frame_order].long(),
+            energy=energy[frame_order],
+        )

@@ -1,0 +1,1 @@
+"""Numbers and tensors that know nothing of potentials: linear algebra, moments, sketches, site sums, networks."""

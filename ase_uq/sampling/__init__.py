@@ -1,0 +1,1 @@
+"""Structures that a potential is made to visit: perturbed frames, reference runs, ensembles of dynamics."""

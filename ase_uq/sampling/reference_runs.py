@@ -1,0 +1,154 @@
+"""Reference runs: what the uncertainty does where the potential is trusted, so that false alarms can be counted."""
+
+import warnings
+from numbers import Integral
+
+import numpy as np
+from ase import Atoms, units
+from ase.md.langevin import Langevin
+from tqdm import tqdm
+
+from ase_uq.errors import UQWarning
+from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.thresholds.meanings import ReferenceRuns
+from ase_uq.thresholds.reduction import Reduction, atom_norms
+
+_KEY = "forces_uncertainty"
+
+
+def reference_runs(
+    atoms: Atoms,
+    *,
+    temperature: float,
+    n_runs: int = 20,
+    ps: float = 5.0,
+    timestep: float = 0.5,
+    friction: float = 0.01,
+    equilibration: float = 1.0,
+    interval: int = 1,
+    reduction: Reduction | None = None,
+    before: ReferenceRuns | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> ReferenceRuns:
+    """Independent Langevin runs under conditions in which the potential is trusted; no labels are needed.
+
+        model = model.with_reference(reference_runs(atoms, temperature=300))
+        model.threshold(FalseAlarms(per_run=0.05, ps=5))
+
+    Each run begins at the structure with momenta of its own and is equilibrated before it counts. A threshold for
+    false alarms is as good as these runs are like the later ones: the same system, temperature and ensemble.
+
+    Args:
+        atoms: Structure with an `UncertainCalculator`; it is not changed.
+        temperature: K.
+        n_runs: Runs; 19 give a guarantee of 5 % false alarms for runs of their length, 9 one of 10 %.
+        ps: Length of each run that counts, ps.
+        timestep: fs.
+        friction: Of the thermostat, 1/fs.
+        equilibration: Before each run, ps.
+        interval: Steps between two readings; take that at which the later runs are watched.
+        reduction: How atoms become a reading; by default the largest ε_i.
+        before: Runs made earlier in the same way, to which these are added; none is repeated.
+        seed: Of momenta and thermostat.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: A number that is not positive, a structure whose calculator gives no uncertainties, or a run that
+            left the realm of finite uncertainties.
+    """
+    _check_positive(temperature=temperature, n_runs=n_runs, ps=ps, timestep=timestep, interval=interval)
+    _check_not_negative(friction=friction, equilibration=equilibration)
+    _check_whole(n_runs=n_runs, interval=interval)
+    if round(1000 * ps / timestep) < interval:
+        raise ValueError(
+            f"reference runs of {ps:g} ps are shorter than the {timestep * interval:g} fs from one reading to the "
+            "next. Make them longer."
+        )
+    calculator = atoms.calc
+    if calculator is None or _KEY not in calculator.implemented_properties:
+        raise ValueError(
+            f"reference runs need a structure whose calculator gives {_KEY}. "
+            "Set atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
+        )
+    reduction = reduction or Reduction()
+    waiting, steps = round(1000 * equilibration / timestep), round(1000 * ps / timestep)
+    conditions = f"{atoms.get_chemical_formula()}, Langevin {temperature:g} K"
+    made = _made_before(before, timestep * interval, reduction, conditions)
+    numbers = range(len(made), len(made) + n_runs)
+    with tqdm(total=n_runs * (waiting + steps), desc="reference", unit="step", disable=not progress) as bar:
+        try:
+            for number in numbers:
+                rng = np.random.default_rng([seed, number])
+                copy = atoms.copy()
+                copy.calc = calculator
+                set_thermal_momenta(copy, temperature, rng)
+                options = {"temperature_K": temperature, "friction": friction / units.fs, "fixcm": False, "rng": rng}
+                dynamics = Langevin(copy, timestep * units.fs, **options)
+                readings = _readings(dynamics, waiting, steps, interval, reduction, bar)
+                if not np.isfinite(readings).all():
+                    lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
+                    raise ValueError(
+                        f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K "
+                        "the potential is not to be trusted. Take a lower temperature."
+                    )
+                made.append(readings)
+        except KeyboardInterrupt:
+            if not made:
+                raise
+            warnings.warn(
+                f"interrupted: {len(made)} of {numbers.stop} reference runs are whole, and are kept.",
+                UQWarning,
+                stacklevel=2,
+            )
+    return ReferenceRuns(tuple(made), timestep * interval, reduction, conditions)
+
+
+def _readings(
+    dynamics: Langevin, waiting: int, steps: int, interval: int, reduction: Reduction, bar: tqdm
+) -> np.ndarray:
+    """(n_readings,) eV/Å, of every `interval`-th step after those of the equilibration."""
+    atoms, found = dynamics.atoms, []
+    assert atoms.calc is not None
+    for step, _ in enumerate(dynamics.irun(waiting + steps)):
+        bar.update(1 if step else 0)
+        if step > waiting and (step - waiting) % interval == 0:
+            norms = atom_norms(atoms.calc.get_property(_KEY, atoms))
+            found.append(reduction(norms, atoms.numbers))
+    return np.array(found)
+
+
+def _made_before(
+    before: ReferenceRuns | None, interval: float, reduction: Reduction, conditions: str
+) -> list[np.ndarray]:
+    if before is None:
+        return []
+    for what, then, now in (
+        ("a reading every (fs)", before.interval, interval),
+        ("the reduction", before.reduction, reduction),
+        ("conditions", before.conditions, conditions),
+    ):
+        if then != now:
+            raise ValueError(
+                f"these runs cannot be added to those made before: {what} was {then} then, is {now} now. Make them in "
+                "the same way, or anew without those."
+            )
+    return list(before.readings)
+
+
+def _check_positive(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 < value < np.inf:
+            raise ValueError(f"{name} of reference runs is a positive number, not {value!r}.")
+
+
+def _check_not_negative(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 <= value < np.inf:
+            raise ValueError(f"{name} of reference runs is a number of 0 or more, not {value!r}.")
+
+
+def _check_whole(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} of reference runs is a whole number, not {value!r}.")

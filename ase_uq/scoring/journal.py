@@ -1,0 +1,337 @@
+"""Results on their way to disk: whatever kills the process, the work can be taken up where it was.
+
+While the work goes on, `OUT.part` has the frames, `OUT.part.csv` a row a frame, and `OUT.part.json` what they were made
+from. The rows of a batch are written before its frames, so the truth is in the frames: taking up again cuts off a torn
+last frame, and every row beyond the last whole one. `OUT` appears, whole, when everything is there.
+"""
+
+import csv
+import errno
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import astuple, dataclass, fields, replace
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+from ase.io.extxyz import key_val_str_to_dict
+
+from ase_uq.errors import ArtefactError
+from ase_uq.io.tensor_file import check_writable
+
+NUMBER_KEY = "source_frame"  # in the info of every written frame: its number in the source
+_NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
+# A killed process loses nothing that was written; only a power cut would, and that of so many seconds.
+_SECONDS_AT_RISK = 5.0
+
+
+@dataclass(frozen=True)
+class FrameScore:
+    """The numbers of one frame: a row of the CSV file.
+
+    Args:
+        frame: Number of the frame in the source, from 0.
+        n_atoms: Atoms; 0 of a frame that could not be read.
+        energy: eV.
+        energy_uncertainty: eV; NaN where the uncertainty model has none.
+        force_uncertainty_max: Largest ε_i, eV/Å.
+        force_uncertainty_mean: Mean ε_i, eV/Å.
+        worst_atom: Index of the atom with the largest ε_i.
+        worst_element: Its element.
+        gamma_max: Largest distance from the fitted atoms; above 1 is beyond the calibration data.
+        problem: Why the frame was left out; empty for one that was scored.
+    """
+
+    frame: int
+    n_atoms: int = 0
+    energy: float = float("nan")
+    energy_uncertainty: float = float("nan")
+    force_uncertainty_max: float = float("nan")
+    force_uncertainty_mean: float = float("nan")
+    worst_atom: int = -1
+    worst_element: str = ""
+    gamma_max: float = float("nan")
+    problem: str = ""
+
+    @classmethod
+    def from_row(cls, row: Sequence[str]) -> "FrameScore":
+        """The numbers in a row of the file."""
+        return cls(*(field.type(cell) for field, cell in zip(fields(cls), row, strict=True)))  # pyright: ignore
+
+
+class Journal:
+    """Frames and rows as they are written; a context manager that leaves them for the next run unless finished.
+
+    Args:
+        out: Extended XYZ file that is to appear.
+        csv_file: CSV file that is to appear; None for none.
+        origin: What decides the results, as JSON values: another run goes on only from the same.
+        overwrite: Whether an existing `out` is replaced, and what another origin left is thrown away.
+
+    Attributes:
+        next_frame: Number of the first frame of the source that is not written yet.
+        n_resumed: Frames that were there when the journal was opened.
+        is_complete: Whether all frames were there already, and only the files had not got their names.
+
+    Raises:
+        FileExistsError: `out` or `csv_file` exists.
+        ArtefactError: The files cannot be written, belong to something else, or another process is writing them.
+    """
+
+    def __init__(self, out: Path, csv_file: Path | None, origin: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        self.part = out.with_name(out.name + ".part")
+        self._rows_part = self.part.with_name(self.part.name + ".csv")
+        self._origin_file = self.part.with_name(self.part.name + ".json")
+        self._out, self._csv = out, csv_file
+        self.next_frame = self.n_resumed = 0
+        self.is_complete = self._origin_file.exists() and out.exists() and not self.part.exists()
+        known = self._known(origin, overwrite)
+        self.is_complete = self.is_complete and known
+        if self.is_complete:
+            return
+        for path in (out, csv_file):
+            if path is not None and path.exists() and not overwrite:
+                raise FileExistsError(
+                    f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite)."
+                )
+            if path is not None:
+                check_writable(path)
+        self._open = ExitStack()
+        try:
+            self._frames = self._open.enter_context(_appended(self.part))
+            _lock(self._frames, self.part)
+            self._rows = self._open.enter_context(_appended(self._rows_part))
+            if known:
+                self._take_up()
+            else:
+                self._begin(origin)
+            self._synced = time.monotonic()
+        except OSError as error:
+            self._open.close()
+            raise self._refused(error) from error
+        except BaseException:
+            self._open.close()
+            raise
+
+    def _known(self, origin: Mapping[str, Any], overwrite: bool) -> bool:
+        """Whether there is something to go on from.
+
+        Raises:
+            ArtefactError: There is something, but of another origin.
+        """
+        try:
+            stored = json.loads(self._origin_file.read_text(encoding="utf-8"))
+            assert isinstance(stored, dict)
+        except (OSError, ValueError, AssertionError):
+            if self.part.exists() and self.part.stat().st_size and not overwrite:
+                raise ArtefactError(
+                    f"{self.part} exists, and nothing says what it was made from. Move it away, or give --overwrite "
+                    "(overwrite=True) to start anew."
+                ) from None
+            return False
+        changed = [key for key in {**stored, **origin} if stored.get(key) != origin.get(key)]
+        if not changed or overwrite or self.is_complete:
+            return not changed
+        key = changed[0]
+        raise ArtefactError(
+            f"{self.part} was begun with another {key.replace('_', ' ')} ({_shown(stored.get(key))}, now "
+            f"{_shown(origin.get(key))}). Give another output, the same {key.replace('_', ' ')}, or --overwrite "
+            "(overwrite=True) to start anew."
+        )
+
+    def _begin(self, origin: Mapping[str, Any]) -> None:
+        self._frames.truncate(0)
+        self._rows.truncate(0)
+        header = ",".join(field.name for field in fields(FrameScore))
+        _write(self._rows, header.encode() + b"\n")
+        temporary = self._origin_file.with_name(self._origin_file.name + ".new")
+        temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
+        os.replace(temporary, self._origin_file)
+
+    def _take_up(self) -> None:
+        """Cuts both files after the last frame that is whole in both."""
+        n_frames, last, end = _whole_frames(self.part)
+        found, rows_end = _rows_up_to(self._rows_part, last)
+        if found < last:  # the rows were tampered with, or a power cut took them
+            n_frames, last, end = _whole_frames(self.part, upto=found)
+            last, rows_end = _rows_up_to(self._rows_part, last)
+        self._frames.truncate(end)
+        self._rows.truncate(rows_end)
+        if not rows_end:
+            _write(self._rows, ",".join(field.name for field in fields(FrameScore)).encode() + b"\n")
+        self.next_frame, self.n_resumed = last + 1, n_frames
+
+    def rows(self) -> Iterator[FrameScore]:
+        """The rows that are written, one by one."""
+        path = self._rows_part if self._rows_part.exists() else self._csv
+        if path is None:
+            return
+        with open(path, newline="", encoding="utf-8") as file:
+            reader = csv.reader(file)
+            next(reader, None)
+            for row in reader:
+                yield FrameScore.from_row(row)
+
+    def append(self, rows: Sequence[FrameScore], frames: Sequence[str]) -> None:
+        """Writes the rows of a batch, then the text of its frames.
+
+        Raises:
+            ArtefactError: They cannot be written; everything before them is kept.
+        """
+        lines = _Lines()
+        # A row is a line, whatever a parser said.
+        rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
+        csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
+        try:
+            _write(self._rows, "".join(lines).encode())
+            _write(self._frames, "".join(frames).encode())
+            if time.monotonic() - self._synced > _SECONDS_AT_RISK:
+                self._sync()
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def finish(self) -> None:
+        """Gives the files their names. A process that dies in between leaves the rest to the next run."""
+        try:
+            if not self.is_complete:
+                self._sync()
+                self._open.close()
+                os.replace(self.part, self._out)
+            if self._csv is not None and self._rows_part.exists():
+                _move(self._rows_part, self._csv)
+            self._origin_file.unlink()
+            self._rows_part.unlink(missing_ok=True)
+        except OSError as error:
+            raise self._refused(error) from error
+
+    def discard(self) -> None:
+        """Removes what was written."""
+        self._open.close()
+        for path in (self.part, self._rows_part, self._origin_file):
+            path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Leaves what was written to the next run; where there is nothing, no file is left either."""
+        if not self.is_complete:
+            self._open.close()
+            if self.part.exists() and not self.part.stat().st_size:
+                self.discard()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _sync(self) -> None:
+        for file in (self._rows, self._frames):
+            os.fsync(file.fileno())
+        self._synced = time.monotonic()
+
+    def _refused(self, error: OSError) -> ArtefactError:
+        kept = (
+            f" What was scored before is kept in {self.part}, and the same run goes on from there."
+            if self.part.exists() and self.part.stat().st_size
+            else ""
+        )
+        return ArtefactError(f"cannot write {self._out}: {error.strerror or error}.{kept}")
+
+
+class _Lines(list[str]):
+    """What `csv.writer` wants for a file."""
+
+    write = list.append
+
+
+def _appended(path: Path) -> FileIO:
+    return FileIO(path, "ab")
+
+
+def _write(file: FileIO, data: bytes) -> None:
+    """All of it: an unbuffered file may take less at once."""
+    view = memoryview(data)
+    while view:
+        view = view[file.write(view) :]
+
+
+def _move(path: Path, target: Path) -> None:
+    """Also to another file system, where the target appears whole as well."""
+    try:
+        os.replace(path, target)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        near = target.with_name(target.name + ".part")
+        with open(path, "rb") as source, open(near, "wb") as file:
+            shutil.copyfileobj(source, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(near, target)
+
+
+def _lock(file: FileIO, path: Path) -> None:
+    """Two runs into one file would write every frame twice."""
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtefactError(f"another process is writing {path}. Wait for it, or give another output.") from None
+        except OSError:  # a file system without locks
+            pass
+
+
+def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
+    """Frames of our extended XYZ that are there to their last byte: how many, the number of the last, where it ends.
+
+    Args:
+        path: File.
+        upto: Only those with a number up to this one.
+    """
+    count, last, end = 0, -1, 0
+    with open(path, "rb") as file:
+        while head := file.readline():
+            comment = file.readline()
+            number = _number_in(comment)
+            if not head.strip().isdigit() or number is None or (upto is not None and number > upto):
+                break
+            lines = [comment, *(file.readline() for _ in range(int(head)))]
+            # Zeros are what a power cut leaves of a block that was promised.
+            if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
+                break
+            count, last, end = count + 1, number, file.tell()
+    return count, last, end
+
+
+def _number_in(comment: bytes) -> int | None:
+    found = _NUMBER.findall(comment)
+    if len(found) > 1:  # somebody's own text speaks of another
+        try:
+            found = [key_val_str_to_dict(comment.decode())[NUMBER_KEY]]
+        except (ValueError, KeyError):
+            return None
+    return int(found[0]) if found else None
+
+
+def _rows_up_to(path: Path, last: int) -> tuple[int, int]:
+    """Number of the last whole row that is no later than `last`, -1 for none, and where it ends."""
+    found, end = -1, 0
+    with open(path, "rb") as file:
+        end = len(header) if (header := file.readline()).endswith(b"\n") else 0
+        for line in file if end else ():
+            number = line.split(b",", 1)[0]
+            if not line.endswith(b"\n") or b"\0" in line or not number.isdigit() or int(number) > last:
+                break
+            found, end = int(number), end + len(line)
+    return found, end
+
+
+def _shown(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"

@@ -1,0 +1,368 @@
+"""Finished trajectories: every frame with its uncertainties, batched, streamed to disk, and taken up after a kill."""
+
+import hashlib
+import io
+import os
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.data import chemical_symbols
+from ase.io import write
+from ase.io.extxyz import output_column_format
+from ase.stress import voigt_6_to_full_3x3_stress
+from loky import cpu_count
+from tqdm import tqdm
+
+from ase_uq.backends.base import Backend, probe_structure
+from ase_uq.errors import InputError
+from ase_uq.io.frames import Frames, annotated, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.source import Source, warn_of_left_out
+from ase_uq.io.tensor_file import check_distinct
+from ase_uq.prediction import Prediction
+from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.properties import STANDARD, find_property
+from ase_uq.scoring.journal import NUMBER_KEY, FrameScore, Journal
+from ase_uq.stream.labelled import BatchLimit
+from ase_uq.stream.preparation import Preparation, Prepared, count_edges
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+_property = cache(find_property)  # it is asked for every key of every frame
+# On a CPU small batches stay in its caches, a GPU wants many atoms.
+BATCH_ATOMS = {"cpu": 300}
+BATCH_ATOMS_ELSEWHERE = 8000
+# Processes take seconds to start; a thread with the GIL keeps up with about so many others.
+_WORTH_WORKERS, _MOST_WORKERS = 2000, 8
+
+
+@dataclass
+class ScoredTrajectory:
+    """What became of a trajectory, without holding it.
+
+    Attributes:
+        out: Extended XYZ file with the frames.
+        n_frames: Frames scored, those of interrupted runs too.
+        n_atoms: Their atoms.
+        n_beyond: Those with an atom beyond the calibration data: gamma above 1, or not a number.
+        n_left_out: Frames that could not be read or evaluated.
+        worst: Numbers of the frame with the largest force uncertainty; None before the first.
+        first_left_out: Numbers of the first frame that was left out.
+        n_resumed: Frames that an interrupted run had scored.
+        seconds: Of this run.
+    """
+
+    out: Path
+    n_frames: int = 0
+    n_atoms: int = 0
+    n_beyond: int = 0
+    n_left_out: int = 0
+    worst: FrameScore | None = None
+    first_left_out: FrameScore | None = None
+    n_resumed: int = 0
+    seconds: float = 0.0
+
+    def add(self, row: FrameScore) -> None:
+        """Counts a frame."""
+        if row.problem:
+            self.n_left_out += 1
+            self.first_left_out = self.first_left_out or row
+            return
+        self.n_frames += 1
+        self.n_atoms += row.n_atoms
+        self.n_beyond += not row.gamma_max <= 1  # NaN counts
+        if self.worst is None or _rank(row) > _rank(self.worst):
+            self.worst = row
+
+    def summary(self) -> str:
+        """One line for people."""
+        assert self.worst is not None
+        worst = self.worst
+        parts = [
+            f"{self.n_frames} frames, {self.n_atoms} atoms in {self.seconds:.1f} s, written to {self.out}: "
+            f"largest force uncertainty {worst.force_uncertainty_max:.3g} eV/Å in frame {worst.frame}, atom "
+            f"{worst.worst_atom} ({worst.worst_element})",
+            f"{self.n_beyond} frames have an atom beyond the calibration data (gamma > 1)",
+        ]
+        if self.n_resumed:
+            parts.append(f"{self.n_resumed} of them were there from an interrupted run")
+        if self.n_left_out:
+            parts.append(f"{self.n_left_out} frame{'s were' if self.n_left_out > 1 else ' was'} left out")
+        return "; ".join(parts)
+
+
+def _rank(row: FrameScore) -> float:
+    # Not a number is worse than any.
+    return np.inf if np.isnan(row.force_uncertainty_max) else row.force_uncertainty_max
+
+
+def score(
+    frames: Frames,
+    calculator: BaseCalculator | Predictor | Backend | str,
+    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
+    *,
+    out: str | os.PathLike[str],
+    csv: str | os.PathLike[str] | None = None,
+    batch_atoms: int | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ScoredTrajectory:
+    """Scores every frame of a trajectory and writes it, with results and uncertainties, as extended XYZ.
+
+    Memory does not grow with the trajectory. Killed at any instant, the same call goes on after the last frame that
+    was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out, with a
+    warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0.
+
+    Args:
+        frames: A path in any format that ASE reads, or a list of structures.
+        calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
+            calculator of MACE or orb, or a SPEC string.
+        uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
+        out: Extended XYZ file.
+        csv: A CSV file of the numbers of each frame, those left out too; None for none. See `FrameScore`.
+        batch_atoms: Most atoms evaluated together, and sixty times as many edges; by default 300 on a CPU and 8000
+            elsewhere. Where the device runs out of memory the batches become smaller, and later larger again.
+        workers: Processes that parse frames and make neighbour lists beside the device; 0 for none. By default none on
+            a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
+        overwrite: Whether existing files are replaced.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: The file is missing, or none of its frames can be read and evaluated; a single frame that does
+            not fit into the device's memory.
+        FileExistsError: `out` or `csv` exists.
+        ArtefactError: They cannot be written, for example because the disk is full; or what an interrupted run left
+            was made from another trajectory, potential or uncertainty model.
+        TypeError: A bare potential without an uncertainty model, or the other way round.
+        ValueError: Two of the trajectory, `out` and `csv` are the same file, or an option is out of range.
+    """
+    check_distinct(frames if isinstance(frames, str | os.PathLike) else None, out, csv)
+    if batch_atoms is not None and batch_atoms < 1:
+        raise ValueError(f"batch_atoms is {batch_atoms}; 1 or more was expected.")
+    if workers is not None and workers < 0:
+        raise ValueError(f"workers is {workers}; 0 or more was expected.")
+    start = time.perf_counter()
+    predictor = as_predictor(calculator, uncertainty_model)
+    source = Source(frames)
+    device = predictor.backend.device.type
+    limit = BatchLimit(batch_atoms or BATCH_ATOMS.get(device, BATCH_ATOMS_ELSEWHERE))
+    csv_file = None if csv is None else Path(csv)
+    with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:
+        scored = ScoredTrajectory(Path(out), n_resumed=journal.n_resumed)
+        for row in journal.rows():
+            scored.add(row)
+        if not journal.is_complete:
+            _score_rest(source, predictor, limit, journal, scored, progress, workers)
+        if not scored.n_frames:
+            journal.discard()
+            first = scored.first_left_out
+            raise InputError(
+                f"{source.name} has no frames."
+                if first is None
+                else f"none of the {scored.n_left_out} frames of {source.name} could be scored. Frame {first.frame}: "
+                f"{first.problem}"
+            )
+        journal.finish()
+    scored.seconds = time.perf_counter() - start
+    return scored
+
+
+def _score_rest(
+    source: Source,
+    predictor: Predictor,
+    limit: BatchLimit,
+    journal: Journal,
+    scored: ScoredTrajectory,
+    progress: bool,
+    workers: int | None,
+) -> None:
+    """Everything that is not in the journal yet: read ahead of the device and written behind it."""
+    backend = predictor.backend
+    total = source.total() if progress else None
+    n_workers = _n_workers(backend, source) if workers is None else workers
+    cutoff = _cutoff(backend)
+    # Methods that read derivatives evaluate a structure at a time.
+    collator = None if predictor.uncertainty_model.gradients else backend.collator
+    with (
+        tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress) as bar,
+        ThreadPoolExecutor(1, "journal of ase_uq") as beside,
+        Preparation(source.unparsed(journal.next_frame), limit, cutoff, collator, n_workers) as batches,
+    ):
+        behind: Future[None] | None = None
+        named: set[str] = set()
+        for batch in batches:
+            left_out = [FrameScore(number, problem=reason) for number, reason in batch.unreadable]
+            predicted = _predict(predictor, batch, left_out, limit, cutoff)
+            rows = [_row(*each) for each in predicted]
+            if behind is not None:
+                behind.result()
+            for count, row in enumerate(left_out, scored.n_left_out):
+                warn_of_left_out(row.frame, row.problem, count)
+            rows = sorted([*rows, *left_out], key=lambda row: row.frame)
+            for row in rows:
+                scored.add(row)
+            behind = beside.submit(_write, journal, rows, predicted, named)
+            if scored.worst is not None:
+                bar.set_postfix_str(f"largest {scored.worst.force_uncertainty_max:.3g} eV/Å", refresh=False)
+            bar.update(len(rows))
+        if behind is not None:
+            behind.result()
+
+
+def _cutoff(backend: Backend) -> float:
+    probe = probe_structure(backend.elements, backend.required_info_keys)
+    return backend.evaluate(backend.collate([probe]), forces=False).edges.cutoff
+
+
+def _n_workers(backend: Backend, source: Source) -> int:
+    # A CPU is busy with the potential; and processes take seconds to start.
+    if backend.device.type == "cpu" or backend.collator is None or (source.total() or np.inf) < _WORTH_WORKERS:
+        return 0
+    return min(_MOST_WORKERS, max(1, cpu_count() - 2))
+
+
+_Predicted = list[tuple[int, Atoms, Prediction]]
+
+
+def _predict(
+    predictor: Predictor, batch: Prepared, left_out: list[FrameScore], limit: BatchLimit, cutoff: float
+) -> _Predicted:
+    """Predictions of a batch, in parts where it does not fit; frames that are refused go to `left_out`."""
+    found: _Predicted = []
+    waiting: list[tuple[list[int], list[Atoms], Any]] = [(batch.numbers, batch.frames, batch.data)]
+    while waiting:
+        numbers, frames, data = waiting.pop()
+        if not frames:
+            continue
+        if len(frames) > 1 and limit.is_reduced and not limit.fits(*_size(frames, cutoff)):
+            waiting += _halves(numbers, frames)  # it was made before the limit shrank
+            continue
+        problem = _try(predictor, numbers, frames, data, found)
+        if problem is None:
+            limit.count_success()
+            continue
+        if isinstance(problem, torch.OutOfMemoryError):
+            if len(frames) == 1:
+                raise InputError(
+                    f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
+                    f"{predictor.backend.device}. What was scored is kept; go on on another device."
+                )
+            limit.halve(*_size(frames, cutoff))
+            if predictor.backend.device.type == "cuda":
+                torch.cuda.empty_cache()
+        elif len(frames) == 1:
+            left_out.append(FrameScore(numbers[0], len(frames[0]), problem=str(problem)))
+            continue
+        waiting += _halves(numbers, frames)
+    return found
+
+
+def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:
+    """The second half and the first: the last is taken next."""
+    middle = len(frames) // 2
+    return [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
+
+
+def _size(frames: Sequence[Atoms], cutoff: float) -> tuple[int, float]:
+    return sum(map(len, frames)), sum(count_edges(atoms, cutoff) for atoms in frames)
+
+
+def _try(
+    predictor: Predictor, numbers: Sequence[int], frames: Sequence[Atoms], data: Any, found: _Predicted
+) -> InputError | torch.OutOfMemoryError | None:
+    try:
+        if data is None:
+            predictions = predictor.predict(frames, first=numbers[0])
+        else:
+            predictions = predictor.predict_batch(predictor.backend.received(frames, data))
+    except (InputError, torch.OutOfMemoryError) as error:
+        # Without the traceback, which holds on to the tensors of the pass that failed.
+        return error.with_traceback(None)
+    found += zip(numbers, frames, predictions, strict=True)
+    return None
+
+
+def _row(number: int, atoms: Atoms, prediction: Prediction) -> FrameScore:
+    norms = prediction.atom_uncertainty
+    worst = int(norms.argmax())
+    return FrameScore(
+        frame=number,
+        n_atoms=len(atoms),
+        energy=float(prediction["energy"]),
+        energy_uncertainty=float(prediction.results.get("energy_uncertainty", np.nan)),
+        force_uncertainty_max=float(norms[worst]),
+        force_uncertainty_mean=float(norms.mean()),
+        worst_atom=worst,
+        worst_element=chemical_symbols[atoms.numbers[worst]],
+        gamma_max=float(prediction["gamma"].max()),
+    )
+
+
+def _write(journal: Journal, rows: Sequence[FrameScore], predicted: _Predicted, named: set[str]) -> None:
+    odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
+    warn_of_unwritable(odd - named)
+    named |= odd
+    texts = [extxyz_text(without_unwritable(a) if odd else a, p.results, **{NUMBER_KEY: n}) for n, a, p in predicted]
+    journal.append(rows, texts)
+
+
+def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
+    """What `write_frames` writes of a structure with these results, in a third of the time.
+
+    ASE formats a number at a time; here a frame is one format string.
+    """
+    if atoms.constraints:  # ASE knows how to write them
+        buffer = io.StringIO()
+        frame = annotated(atoms, results, **info)
+        frame.calc = SinglePointCalculator(frame, **{k: v for k, v in results.items() if k in STANDARD})
+        write(buffer, frame, format="extxyz")
+        return buffer.getvalue()
+    frame = atoms.copy()
+    for store in (frame.info, frame.arrays):
+        for key in [key for key in store if _property(key) is not None]:
+            del store[key]  # of an earlier calculation
+    for key, value in results.items():
+        entry = _property(key)
+        if entry is None:
+            continue
+        if entry.per_atom:
+            frame.arrays[key] = value
+        else:
+            frame.info[key] = voigt_6_to_full_3x3_stress(value) if key == "stress" else value
+    frame.info.update(info)
+    names = [name for name in frame.arrays if name not in ("numbers", "positions")]
+    columns = {"symbols": np.array(list(frame.symbols)), "positions": frame.positions}
+    columns |= {name: frame.arrays[name] for name in names}
+    comment, widths, _, row_format = output_column_format(frame, list(columns), columns, True)
+    cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
+    flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
+    return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
+
+
+def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
+    """What decides the results, in the order in which a difference is told."""
+    return {
+        "trajectory": source.digest(predictor.backend.info_keys),
+        "potential": predictor.backend.identity.fingerprint,
+        "precision": str(predictor.backend.dtype).removeprefix("torch."),
+        "uncertainty_model": _digest(predictor.uncertainty_model),
+        "set_of_results": " ".join(predictor.results),
+    }
+
+
+def _digest(model: UncertaintyModel) -> str:
+    """sha256 of its file: nothing that could change a result is forgotten."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "model")
+        model.save(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()

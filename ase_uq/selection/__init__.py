@@ -1,0 +1,1 @@
+"""Which frames of a pool are worth labelling."""

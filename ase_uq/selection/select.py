@@ -1,0 +1,357 @@
+"""The frames of a pool that are worth labelling: one pass over the pool, then `selection` on the features it gave."""
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
+from tqdm import tqdm
+
+from ase_uq.backends.base import Backend
+from ase_uq.errors import UQWarning
+from ase_uq.io.frames import Frames, annotated, drop_uncertainties
+from ase_uq.io.source import Source
+from ase_uq.methods.base import Head
+from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.selection.points import Per, Scan
+from ase_uq.selection.strategies import (
+    Determinant,
+    Farthest,
+    Highest,
+    Known,
+    LargestCluster,
+    Pick,
+    Points,
+    Rule,
+    Space,
+    choose,
+    resolution,
+    typical_distance,
+)
+from ase_uq.thresholds.meanings import Meaning
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+Strategy = Literal["lcmd", "maxdet", "maxdist", "top", "bands", "random"]
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A frame that was chosen, and why.
+
+    Args:
+        frame: Its index in the pool.
+        atom: The atom it was chosen for, where environments were compared; else None.
+        uncertainty: Its reading, the largest ε_i of an atom, eV/Å.
+        distance: From the nearest training frame or frame chosen before, in units of the typical distance between
+            two frames of the pool; of its atom likewise, among those of its element. Infinite where there was none.
+        score: What the strategy made largest, as `selection` says.
+        reason: For people.
+    """
+
+    frame: int
+    atom: int | None
+    uncertainty: float
+    distance: float
+    score: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Bands:
+    """Frames of a pool by their readings, as DP-GEN counts them.
+
+    Args:
+        flag: eV/Å.
+        halt: eV/Å.
+        accurate: Frames below `flag`.
+        candidate: Frames between.
+        failed: Frames from `halt` on, and those whose reading is not a number.
+    """
+
+    flag: float
+    halt: float
+    accurate: int
+    candidate: int
+    failed: int
+
+    def describe(self) -> str:
+        """One line for people."""
+        total = self.accurate + self.candidate + self.failed
+        counts = ", ".join(
+            f"{name} {count} ({count / total:.1%})"
+            for name, count in (("accurate", self.accurate), ("candidate", self.candidate), ("failed", self.failed))
+        )
+        return f"bands at {self.flag:.3g} and {self.halt:.3g} eV/Å: {counts}"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen of a pool, in the order of choice.
+
+    Args:
+        chosen: Frames with their reasons.
+        n_pool: Frames in the pool.
+        near_duplicates: Frames left out since nothing in them is farther from a training frame or a chosen one than a
+            small share of the typical distance.
+        bands: Counts by readings, where thresholds were given.
+        strategy: As given.
+        method: Fitted method in whose space distances were measured.
+        uncertainties: (n_pool,) readings of all frames, eV/Å; NaN for those left out.
+        left_out: Frames that cannot be read or evaluated, and why.
+    """
+
+    chosen: tuple[Chosen, ...]
+    n_pool: int
+    near_duplicates: int
+    bands: Bands | None
+    strategy: Strategy
+    method: str
+    uncertainties: np.ndarray
+    left_out: Mapping[int, str]
+
+    @property
+    def indices(self) -> np.ndarray:
+        """(n_chosen,) indices in the pool, in the order of choice: the first k are what a smaller choice would be."""
+        return np.array([one.frame for one in self.chosen], int)
+
+    def frames(self, pool: Frames) -> list[Atoms]:
+        """Copies of the chosen frames, in the order of choice, to be labelled.
+
+        They carry `selected_rank` (from 1), `source_index` in the pool, `selected_uncertainty`, `selected_distance`
+        and `selected_atom` in info. Results of a calculator are left behind: those of the potential would pass for
+        labels. Labels such as `REF_energy` stay.
+
+        Args:
+            pool: The one that was chosen from; a file is read again.
+        """
+        wanted = {one.frame: (rank, one) for rank, one in enumerate(self.chosen, 1)}
+        found = {}
+        for index, atoms in Source(pool).read():
+            if index in wanted and isinstance(atoms, Atoms):
+                rank, one = wanted[index]
+                info = {
+                    "selected_rank": rank,
+                    "source_index": index,
+                    "selected_uncertainty": one.uncertainty,
+                    "selected_distance": one.distance,
+                }
+                found[rank] = annotated(atoms, {}, **info, **({} if one.atom is None else {"selected_atom": one.atom}))
+                drop_uncertainties(found[rank])
+        return [found[rank] for rank in sorted(found)]
+
+
+def select(
+    pool: Frames,
+    n: int,
+    *,
+    calculator: BaseCalculator | Predictor | Backend | str,
+    uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
+    train: Frames | None = None,
+    strategy: Strategy = "lcmd",
+    method: str | None = None,
+    per: Per = "structure",
+    flag: float | Meaning | None = None,
+    halt: float | Meaning | None = None,
+    duplicates: float = 1e-3,
+    noise: float = 1e-6,
+    batch_atoms: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+) -> Selection:
+    """Chooses the frames of a pool that are worth labelling.
+
+    Distances are those of the features of a fitted method. A structure has the mean over its atoms: their sum would
+    make the largest structures the farthest, and labels of these cost most. What is new in one atom of many is lost in
+    a mean; then compare environments, where each atom is a point, only atoms of one element are compared, and a frame
+    is chosen for one of its atoms.
+
+    Frames of the pool that cannot be read or evaluated are left out, with a warning that names them.
+
+    The pool is evaluated once. A file is read frame by frame; what stays of it in memory are the features, 4 bytes a
+    number, of each structure or of each atom. Time is that of the evaluation, and of n plus the training points times
+    the points of the pool: hours, where environments of 10^5 frames are compared with those of as many.
+
+    Args:
+        pool: Frames without labels: path or list.
+        n: How many to choose; the first k of them are the choice of k.
+        calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
+            calculator of MACE or orb, or a SPEC string.
+        uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
+        train: Frames that are labelled already: path or list. What is close to them is not chosen.
+        strategy: `"lcmd"`, dense regions count as well as outliers; `"maxdet"`, largest determinant of the posterior
+            covariance; `"maxdist"`, the farthest, outliers first; `"top"`, the most uncertain; `"bands"`, at random
+            between `flag` and `halt`, as DP-GEN does; `"random"`.
+        method: Fitted method whose features are compared; by default the first that has some, such as `"bll"`.
+        per: What is compared: `"structure"` or `"environment"`.
+        flag: Frames with a lower reading are accurate and not chosen, whatever the strategy: eV/Å or a meaning.
+        halt: Frames with this reading or a higher one have failed and are not chosen.
+        duplicates: Share of the typical distance between frames of the pool below which two are the same. A copy that
+            was turned is found where the potential's features are invariant, as those of MACE, not those of orb.
+        noise: σ² of `"maxdet"`, relative to the mean square of the features.
+        batch_atoms: Most atoms evaluated together.
+        seed: Of `"bands"` and `"random"`.
+        progress: Whether to show progress bars.
+
+    Raises:
+        ValueError: The pool has fewer than `n` frames, the uncertainty model has no method with features, or an option
+            is out of range.
+        InputError: The pool has no frames that can be read and evaluated, or a training frame cannot.
+        TypeError: A bare potential without an uncertainty model, or the other way round.
+    """
+    _check_options(n, strategy, per, flag, halt, duplicates)
+    predictor = as_predictor(calculator, uncertainty_model)
+    name, head = _measuring(predictor.uncertainty_model, method)
+    levels = _levels(predictor.uncertainty_model, flag, halt)
+    if not isinstance(pool, str | os.PathLike) and pool:
+        _check_size(n, len(pool))  # of a file it is known when it has been read
+    scan = Scan(predictor, head, per, batch_atoms)
+    points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
+    _check_size(n, len(numbers), " that can be evaluated" if left_out else "")
+    known = None if train is None else scan.train(train, "train" if progress else "")
+    bands, allowed = _bands(readings, levels)
+    unit = typical_distance(points)
+    floor = max(duplicates * unit, resolution(points))
+    rule = _rule(strategy, points, known, readings, noise, seed)
+    space = Space(points, known)
+    picks = choose(space, n, rule, allowed=allowed, floor=floor)
+    picks = list(tqdm(picks, desc="select", total=n, unit="frame", disable=not progress, leave=False))
+    taken = torch.zeros(points.n_candidates, dtype=torch.bool)
+    taken[[pick.candidate for pick in picks]] = True
+    near = int((~taken & allowed & (space.farthest_of_candidates() <= floor**2)).sum())
+    if len(picks) < n:
+        warnings.warn(_why_fewer(len(picks), n, near, bands), UQWarning, stacklevel=2)
+    chosen = tuple(_chosen(pick, points, readings, numbers, unit or 1.0, strategy, per) for pick in picks)
+    everywhere = np.full(len(numbers) + len(left_out), np.nan)
+    everywhere[numbers] = readings
+    return Selection(chosen, len(everywhere), near, bands, strategy, name, everywhere, left_out)
+
+
+def _check_options(
+    n: int, strategy: str, per: str, flag: float | Meaning | None, halt: float | Meaning | None, duplicates: float
+) -> None:
+    if not n >= 1:
+        raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
+    for option, value, choices in (("strategy", strategy, get_args(Strategy)), ("per", per, get_args(Per))):
+        if value not in choices:
+            raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+    if strategy == "bands" and (flag is None or halt is None):
+        raise ValueError("the strategy 'bands' chooses between two thresholds: give flag and halt.")
+    if not 0 <= duplicates < 1:
+        raise ValueError(f"duplicates is a share of the typical distance from 0 to below 1, not {duplicates!r}.")
+
+
+def _check_size(n: int, n_pool: int, which: str = "") -> None:
+    if n_pool < n:
+        raise ValueError(
+            f"{n} frames were asked for and the pool has {n_pool}{which}. Ask for fewer, or label all of them."
+        )
+
+
+def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
+    """The method whose features are compared."""
+    featured = [name for name, fitted in model.methods.items() if fitted.head.measures]
+    if method is not None and method not in model.methods:
+        raise ValueError(f"the uncertainty model has no method {method!r}. It has {', '.join(model.methods)}.")
+    if method is not None and method not in featured:
+        others = f"take {' or '.join(map(repr, featured))}" if featured else "fit 'bll' or 'kernel' as well"
+        raise ValueError(f"the method {method!r} has no features to measure distances in: {others}.")
+    if not featured:
+        raise ValueError(
+            f"none of the fitted methods, {', '.join(model.methods)}, has features to measure distances in: fit 'bll' "
+            "or 'kernel' as well."
+        )
+    name = method or featured[0]
+    return name, model.methods[name].head
+
+
+def _levels(
+    model: UncertaintyModel, flag: float | Meaning | None, halt: float | Meaning | None
+) -> tuple[float, float] | None:
+    if flag is None and halt is None:
+        return None
+    low = -np.inf if flag is None else float(model.threshold(flag))
+    high = np.inf if halt is None else float(model.threshold(halt))
+    if not low < high:
+        raise ValueError(f"flag, {low:g} eV/Å, is not below halt, {high:g} eV/Å: no frame lies between them.")
+    return low, high
+
+
+def _bands(readings: np.ndarray, levels: tuple[float, float] | None) -> tuple[Bands | None, Tensor]:
+    if levels is None:
+        return None, torch.ones(len(readings), dtype=torch.bool)
+    accurate, candidate = readings < levels[0], (levels[0] <= readings) & (readings < levels[1])
+    n_accurate, n_candidate = int(accurate.sum()), int(candidate.sum())
+    bands = Bands(*levels, n_accurate, n_candidate, len(readings) - n_accurate - n_candidate)
+    return bands, torch.from_numpy(candidate)
+
+
+def _rule(
+    strategy: Strategy, points: Points, train: Points | None, readings: np.ndarray, noise: float, seed: int
+) -> Rule:
+    match strategy:
+        case "lcmd":
+            return LargestCluster()
+        case "maxdist":
+            return Farthest()
+        case "maxdet":
+            return Determinant(points, train, noise=noise)
+        case "top":
+            return Highest(torch.from_numpy(np.where(np.isnan(readings), np.inf, readings)))
+        case _:
+            order = np.random.default_rng(seed).permutation(len(readings))
+            return Highest(torch.from_numpy(-order.astype(float)))
+
+
+def _chosen(
+    pick: Pick,
+    points: Points,
+    readings: np.ndarray,
+    numbers: Sequence[int],
+    unit: float,
+    strategy: Strategy,
+    per: Per,
+) -> Chosen:
+    uncertainty = float(readings[pick.candidate])
+    match pick.nearest:
+        case None:
+            where = ""
+        case Known(trained=True, number=number):
+            where = f"training frame {number}"
+        case Known(number=number):
+            where = f"frame {numbers[number]}"
+    first = int((points.owner == pick.candidate).nonzero()[0])
+    match strategy:
+        case "top":
+            reason = "most uncertain"
+        case "bands" | "random":
+            reason = "drawn at random"
+        case "maxdet":
+            reason = "largest variance left"
+        case _ if not where:
+            reason = "nothing like it is known"
+        case "lcmd":
+            reason = f"farthest around {where}, {pick.score:.0%} of what is left"
+        case _:
+            reason = f"farthest, nearest is {where}"
+    return Chosen(
+        frame=numbers[pick.candidate],
+        atom=pick.point - first if per == "environment" else None,
+        uncertainty=uncertainty,
+        distance=pick.distance / unit,
+        score=pick.score,
+        reason=reason,
+    )
+
+
+def _why_fewer(found: int, n: int, near: int, bands: Bands | None) -> str:
+    within = "" if bands is None else f" of the {bands.candidate} between {bands.flag:.3g} and {bands.halt:.3g} eV/Å"
+    return (
+        f"{found} of the {n} frames asked for were chosen: {near}{within} are near-duplicates of these or of training "
+        "frames, and nothing else is left to choose."
+    )

@@ -1,0 +1,1 @@
+"""Frames on their way through a potential: the one loop that batches, evaluates and survives a full device."""

@@ -1,0 +1,543 @@
+"""Meanings of a threshold, which calibration data and reference runs turn into a number in eV/Å.
+
+A meaning says what the threshold buys: a share of the frames (`Quantile`), at most so many dangerous frames missed
+(`MissRate`, `ErrorBound`), at most so many runs disturbed for nothing (`FalseAlarms`). Each says what data it needs and
+refuses, with the number required, where there are too few.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from numbers import Integral, Real
+from typing import Self
+
+import numpy as np
+
+from ase_uq.thresholds import conformal, extremes
+from ase_uq.thresholds.reduction import Reduction
+
+# Of a threshold beyond what was seen: runs this many times as long as the reference are a guess.
+_FARTHEST = 100.0
+_FEWEST_PEAKS = 30
+_TAIL = 0.98
+
+
+@dataclass(frozen=True)
+class ReferenceRuns:
+    """Readings of runs in which the potential is trusted: what false alarms are counted on. No labels are needed.
+
+    Args:
+        readings: One array a run, (n_readings,) eV/Å, of steps one after the other; independent runs.
+        interval: Time between two readings, fs.
+        reduction: How atoms became a reading.
+        conditions: What was run, for people: `"malonaldehyde, Langevin 300 K"`.
+
+    Raises:
+        ValueError: No run, an empty one, a reading that is not finite and positive, or an interval that is not
+            positive.
+    """
+
+    readings: tuple[np.ndarray, ...]
+    interval: float
+    reduction: Reduction = field(default_factory=Reduction)
+    conditions: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.readings:
+            raise ValueError("there is no reference run: give the readings of at least one.")
+        if not 0 < self.interval < np.inf:
+            raise ValueError(f"the interval of reference runs is a positive time in fs, not {self.interval!r}.")
+        for number, run in enumerate(self.readings):
+            if np.ndim(run) != 1 or not len(run):
+                raise ValueError(f"reference run {number} has readings of shape {np.shape(run)}, not (n_readings,).")
+            if not (np.isfinite(run).all() and np.all(np.asarray(run) > 0)):
+                raise ValueError(
+                    f"reference run {number} has readings that are not finite and positive. A reference is a run "
+                    "that went well: leave this one out."
+                )
+
+    @property
+    def n_steps(self) -> int:
+        """Readings of all runs."""
+        return sum(map(len, self.readings))
+
+
+@dataclass(frozen=True, eq=False)
+class Evidence:
+    """What a threshold is made of.
+
+    Args:
+        readings: (n_frames,) readings of the calibration frames, eV/Å.
+        errors: (n_frames,) largest ‖F_ref - F‖ among the atoms that are looked at, eV/Å.
+        groups: (n_frames,) exchangeable unit of each frame: frames of one block of a trajectory have the same number.
+        reduction: How atoms became readings.
+        runs: Reference runs, where there are any.
+        stressed: The same of deliberately bad frames, where there are any.
+    """
+
+    readings: np.ndarray
+    errors: np.ndarray
+    groups: np.ndarray
+    reduction: Reduction = field(default_factory=Reduction)
+    runs: ReferenceRuns | None = None
+    stressed: "Evidence | None" = None
+
+    @cached_property
+    def finite(self) -> "Evidence":
+        """Only the frames with a finite reading, of at least one atom that is looked at."""
+        kept = np.isfinite(self.readings) & np.isfinite(self.errors)
+        return replace(self, readings=self.readings[kept], errors=self.errors[kept], groups=self.groups[kept])
+
+    def worse_than(self, error: float) -> "Evidence":
+        """The frames with a larger error, stressed ones too."""
+        found = self.finite
+        if found.stressed is not None:
+            other = found.stressed.finite
+            groups = other.groups + (found.groups.max() + 1 if len(found.groups) else 0)
+            found = replace(
+                found,
+                readings=np.concatenate([found.readings, other.readings]),
+                errors=np.concatenate([found.errors, other.errors]),
+                groups=np.concatenate([found.groups, groups]),
+                stressed=None,
+            )
+        bad = found.errors > error
+        return replace(found, readings=found.readings[bad], errors=found.errors[bad], groups=found.groups[bad])
+
+    @property
+    def n_units(self) -> int:
+        """Independent units among the frames."""
+        return len(np.unique(self.groups))
+
+    def require_runs(self, meaning: object) -> ReferenceRuns:
+        """The reference runs.
+
+        Raises:
+            ValueError: There are none, or their readings were made otherwise.
+        """
+        if self.runs is None:
+            raise ValueError(
+                f"{meaning} counts alarms in reference runs, and the uncertainty model has none. Make them with "
+                "`ase-uq reference`, or with reference_runs(...) and UncertaintyModel.with_reference(...)."
+            )
+        if self.runs.reduction != self.reduction:
+            raise ValueError(
+                f"the reference runs were read with {self.runs.reduction}, and {meaning} is asked for with "
+                f"{self.reduction}. Make reference runs with the same reduction."
+            )
+        return self.runs
+
+
+class ResolvedThreshold(float):
+    """A threshold in eV/Å that remembers what it means; a float everywhere else.
+
+    Attributes:
+        meaning: What it was made from.
+        promise: What it buys, for people.
+        n_units: Independent units that it was made of.
+        needed: Fewest units that this meaning asks for.
+        band: Where it could lie, eV/Å, as far as the data tell: a 90 % interval; None where that is not known.
+    """
+
+    meaning: object
+    promise: str
+    n_units: int
+    needed: int
+    band: tuple[float, float] | None
+
+    def __new__(
+        cls,
+        value: float,
+        *,
+        meaning: object,
+        promise: str,
+        n_units: int,
+        needed: int,
+        band: tuple[float, float] | None = None,
+    ) -> Self:
+        found = super().__new__(cls, value)
+        found.meaning, found.promise, found.n_units, found.needed, found.band = meaning, promise, n_units, needed, band
+        return found
+
+    def __getnewargs_ex__(self) -> tuple[tuple[float], dict]:
+        # Pickle and copy would call __new__ without the keywords.
+        return (float(self),), dict(vars(self))
+
+    def shared(self) -> "ResolvedThreshold":
+        """The same, saying that it was made of all atoms since one element had too few data."""
+        return ResolvedThreshold(
+            self,
+            meaning=self.meaning,
+            promise=f"{self.promise}, of all atoms together: there are too few data of this element alone",
+            n_units=self.n_units,
+            needed=self.needed,
+            band=self.band,
+        )
+
+    def describe(self) -> str:
+        """Value, promise and how sure it is, in one line."""
+        band = "" if self.band is None else f"; 90 % band {self.band[0]:.3g} to {self.band[1]:.3g}"
+        units = f"{self.n_units} units, {self.needed} needed"
+        return f"{float(self):.4g} eV/Å by {self.meaning}: {self.promise} ({units}{band})"
+
+
+class Meaning(ABC):
+    """Base of the meanings; subclasses are frozen dataclasses with a `__str__` for people."""
+
+    @abstractmethod
+    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+        """The threshold.
+
+        Raises:
+            ValueError: The data cannot support the meaning.
+        """
+
+
+@dataclass(frozen=True)
+class Quantile(Meaning):
+    """The reading that a fraction `q` of the calibration frames stay below.
+
+    Args:
+        q: Fraction in (0, 1), for example 0.99.
+
+    Raises:
+        ValueError: `q` is outside (0, 1).
+    """
+
+    q: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.q, Real) or not 0 < self.q < 1:
+            raise ValueError(f"a quantile lies between 0 and 1, not at {self.q!r}.")
+
+    def __str__(self) -> str:
+        return f"Quantile({self.q:g})"
+
+    @property
+    def needed(self) -> int:
+        """Fewest calibration frames that know this quantile: one of them lies above it."""
+        return int(np.ceil(1 / (1 - self.q) - 1e-9))
+
+    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+        """The threshold in eV/Å.
+
+        Raises:
+            ValueError: There are too few frames to know this quantile: fewer than 1/(1 - q).
+        """
+        readings = evidence.finite.readings
+        if len(readings) < self.needed:
+            raise ValueError(
+                f"Quantile({self.q}) needs at least {self.needed} calibration frames, the uncertainty model has "
+                f"{len(readings)}. Calibrate on more frames or ask for a lower quantile."
+            )
+        # Ranks of a binomial around q: where the quantile of the population lies, if frames were independent.
+        low, high = np.quantile(readings, np.clip(_binomial_spread(self.q, evidence.finite.n_units), 0, 1))
+        return ResolvedThreshold(
+            float(np.quantile(readings, self.q)),
+            meaning=self,
+            promise=f"{self.q:.4g} of frames like those of the calibration stay below",
+            n_units=len(readings),
+            needed=self.needed,
+            band=(float(low), float(high)),
+        )
+
+
+@dataclass(frozen=True)
+class ErrorBound(Meaning):
+    """Flags every frame whose error bound reaches a tolerance: split conformal.
+
+    With scores error/reading of the calibration units and their conformal quantile q̂, the largest force error of a
+    frame stays below q̂·reading with the stated confidence; the threshold is `error`/q̂. Then at most
+    1 - `confidence` of all frames are both unflagged and worse than `error`. No frame as bad as that is needed.
+
+    Source: Vovk et al. 2005; blocks of frames as in Lee, Barber and Willett (2023).
+
+    Args:
+        error: Tolerance of the largest force error of an atom, eV/Å.
+        confidence: In (0, 1).
+
+    Raises:
+        ValueError: `error` is not positive, or `confidence` outside (0, 1).
+    """
+
+    error: float
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        _check_error(self.error)
+        _check_share("confidence", self.confidence)
+
+    def __str__(self) -> str:
+        return f"ErrorBound({self.error:g}, confidence={self.confidence:g})"
+
+    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+        """The threshold in eV/Å.
+
+        Raises:
+            ValueError: Fewer than 1/(1 - confidence) - 1 independent units.
+        """
+        found = evidence.finite
+        alpha = 1 - self.confidence
+        needed = conformal.fewest_units(alpha)
+        if found.n_units < needed:
+            raise ValueError(
+                f"{self} needs at least {needed} independent calibration frames or blocks, the uncertainty model has "
+                f"{_units(found)}. Calibrate on more, or ask for less confidence."
+            )
+        # No floor but that of division: where low readings were raised to a quantile of all, frames that read less
+        # than that could be worse than the tolerance, unflagged, and as many as that quantile says.
+        scores = found.errors / np.maximum(found.readings, np.finfo(np.float32).tiny)
+        bound = conformal.conformal_quantile(scores, alpha, found.groups)
+        return ResolvedThreshold(
+            self.error / bound if bound > 0 else np.inf,
+            meaning=self,
+            promise=f"at most {alpha:.4g} of frames are worse than {self.error:g} eV/Å and below it (errors stay "
+            f"below {bound:.3g} times the reading)",
+            n_units=found.n_units,
+            needed=needed,
+        )
+
+
+@dataclass(frozen=True)
+class MissRate(Meaning):
+    """Of the frames with an error above a tolerance, at most a given share is missed: recall-controlled.
+
+    The threshold lies below all but a few of the readings of the frames that are that bad, so there must be bad ones:
+    make some with `ase-uq stress-frames`, label them with your reference and give them to `fit` as `stressed`. The
+    promise is for bad frames like those.
+
+    Without `confidence` the share is that expected over calibration sets, k/(n_bad + 1) ≤ `at_most`; with it, it
+    holds with that probability for this calibration set (the exact binomial, or PAC, form).
+
+    Args:
+        error: Tolerance of the largest force error of an atom, eV/Å.
+        at_most: Share of the frames above it that may be missed, in (0, 1).
+        confidence: Probability in (0, 1) that the share is kept; None for the expectation.
+
+    Raises:
+        ValueError: `error` is not positive, or a share is outside (0, 1).
+    """
+
+    error: float
+    at_most: float = 0.1
+    confidence: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_error(self.error)
+        _check_share("at_most", self.at_most)
+        if self.confidence is not None:
+            _check_share("confidence", self.confidence)
+
+    def __str__(self) -> str:
+        sure = "" if self.confidence is None else f", confidence={self.confidence:g}"
+        return f"MissRate(error={self.error:g}, at_most={self.at_most:g}{sure})"
+
+    @property
+    def needed(self) -> int:
+        """Fewest bad units."""
+        if self.confidence is None:
+            return conformal.fewest_units(self.at_most)
+        return conformal.fewest_units_pac(self.at_most, 1 - self.confidence)
+
+    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+        """The threshold in eV/Å.
+
+        Raises:
+            ValueError: Too few calibration frames are that bad.
+        """
+        bad = evidence.worse_than(self.error)
+        if bad.n_units < self.needed:
+            raise ValueError(
+                f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, the "
+                f"uncertainty model has {bad.n_units} (among {_units(evidence.finite)}{_and_stressed(evidence)}). Make "
+                "bad frames with `ase-uq stress-frames`, label them with the reference and give them to fit as "
+                "stressed; or ask for a smaller error or a larger share."
+            )
+        if self.confidence is None:
+            value = conformal.recall_threshold(bad.readings, self.at_most, bad.groups)
+            how = "on average over calibration sets"
+        else:
+            value = conformal.recall_threshold_pac(bad.readings, self.at_most, 1 - self.confidence, bad.groups)
+            how = f"with confidence {self.confidence:g}"
+        return ResolvedThreshold(
+            value,
+            meaning=self,
+            promise=f"at most {self.at_most:.4g} of frames worse than {self.error:g} eV/Å are missed, {how}",
+            n_units=bad.n_units,
+            needed=self.needed,
+        )
+
+
+@dataclass(frozen=True)
+class FalseAlarms(Meaning):
+    """At most a given share of runs is disturbed although nothing is wrong.
+
+    Counted on reference runs, in which the potential is trusted. Where these are long and many enough, the threshold
+    is a conformal quantile of the maxima of runs of this length; else a generalised Pareto tail is fitted to the
+    peaks of declustered readings, P(alarm) = 1 - exp(-n·λ·(1 + ξ(τ - u)/σ)^(-1/ξ)) with λ clusters a reading, so
+    that neighbouring steps are not counted as if they were independent.
+
+    Source: Coles, An Introduction to Statistical Modeling of Extreme Values, 2001, chapters 4 and 5.
+
+    Args:
+        per_run: Share of runs with an alarm, in (0, 1).
+        steps: Length of a run in readings; give this or `ps`.
+        ps: Length of a run in ps.
+
+    Raises:
+        ValueError: `per_run` is outside (0, 1), or not exactly one length is given, or it is not positive.
+    """
+
+    per_run: float = 0.05
+    steps: int | None = None
+    ps: float | None = None
+
+    def __post_init__(self) -> None:
+        _check_share("per_run", self.per_run)
+        if (self.steps is None) == (self.ps is None):
+            raise ValueError(
+                f"FalseAlarms counts runs of one length: give steps or ps, not {self.steps} and {self.ps}."
+            )
+        length = self.ps if self.steps is None else self.steps
+        if not isinstance(length, Real) or not 0 < length < np.inf:
+            raise ValueError(f"the length of a run is positive, not {length!r}.")
+        if self.steps is not None and not isinstance(self.steps, Integral):
+            raise ValueError(f"steps is a whole number of readings, not {self.steps!r}. Give a time as ps.")
+
+    def __str__(self) -> str:
+        length = f"ps={self.ps:g}" if self.steps is None else f"steps={self.steps}"
+        return f"FalseAlarms(per_run={self.per_run:g}, {length})"
+
+    def n_readings(self, runs: ReferenceRuns) -> int:
+        """Readings in a run of the length that is meant."""
+        if self.steps is not None:
+            return int(self.steps)
+        assert self.ps is not None
+        if 1000 * self.ps < runs.interval:
+            raise ValueError(
+                f"{self} is shorter than the {runs.interval:g} fs between two readings of the reference runs. Give a "
+                "longer run."
+            )
+        return round(1000 * self.ps / runs.interval)
+
+    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+        """The threshold in eV/Å.
+
+        Raises:
+            ValueError: There are no reference runs, or they are too few and too short.
+        """
+        runs = evidence.require_runs(self)
+        length = self.n_readings(runs)
+        promise = f"at most {self.per_run:.4g} of runs of {length} readings like the reference have an alarm"
+        needed = conformal.fewest_units(self.per_run)
+        maxima, groups = extremes.run_maxima(runs.readings, length)
+        if len(np.unique(groups)) >= needed:
+            return ResolvedThreshold(
+                # An alarm is a reading at or above the threshold: that of the quantile itself is none.
+                np.nextafter(conformal.conformal_quantile(maxima, self.per_run, groups), np.inf),
+                meaning=self,
+                promise=promise,
+                n_units=len(np.unique(groups)),
+                needed=needed,
+            )
+        return self._from_tail(runs, length, promise, needed)
+
+    def _from_tail(self, runs: ReferenceRuns, length: int, promise: str, needed: int) -> ResolvedThreshold:
+        way_out = (
+            f"Make more reference runs: {needed} of {length} readings each give a guarantee without any extrapolation."
+        )
+        longest = -length / np.log1p(-self.per_run)  # readings to one alarm
+        if longest > _FARTHEST * runs.n_steps:
+            raise ValueError(
+                f"{self} asks for one alarm in {longest:.3g} readings, the reference runs have {runs.n_steps}: too few "
+                f"to extrapolate, which takes at least {longest / _FARTHEST:.0f}. {way_out}"
+            )
+        tail = extremes.fit_tail(runs.readings, _TAIL)
+        if tail.n_peaks < _FEWEST_PEAKS:
+            raise ValueError(
+                f"{self} needs at least {_FEWEST_PEAKS} independent excursions above the {_TAIL:.0%} quantile of the "
+                f"reference runs, there are {tail.n_peaks}. {way_out}"
+            )
+        return ResolvedThreshold(
+            tail.return_level(self.per_run, length),
+            meaning=self,
+            promise=f"{promise} (extrapolated from the tail)",
+            n_units=tail.n_peaks,
+            needed=_FEWEST_PEAKS,
+            band=extremes.tail_band(runs.readings, self.per_run, length, quantile=_TAIL, confidence=0.9),
+        )
+
+
+@dataclass(frozen=True)
+class PerElement:
+    """A threshold for each element of its own (Mondrian): what the meaning promises then holds for every element.
+
+    Atoms of an element are compared with the threshold of that element, made from the readings and errors of such
+    atoms alone. An element with too few data gets the threshold of all atoms together.
+
+    Args:
+        meaning: What the threshold of each element means.
+
+    Raises:
+        TypeError: `meaning` is none, or needs reference runs, which are read over all atoms.
+    """
+
+    meaning: Meaning
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.meaning, Meaning) or isinstance(self.meaning, FalseAlarms):
+            raise TypeError(
+                f"PerElement takes Quantile, ErrorBound or MissRate, which calibration frames resolve, not "
+                f"{self.meaning!r}."
+            )
+
+    def __str__(self) -> str:
+        return f"PerElement({self.meaning})"
+
+
+def _binomial_spread(q: float, n: int) -> tuple[float, float]:
+    spread = 1.645 * np.sqrt(q * (1 - q) / max(n, 1))
+    return q - spread, q + spread
+
+
+def _units(evidence: Evidence) -> str:
+    n_frames = len(evidence.readings)
+    if evidence.n_units == n_frames:
+        return f"{n_frames} frames"
+    return f"{n_frames} frames in {evidence.n_units} blocks, since neighbouring frames are alike"
+
+
+def _and_stressed(evidence: Evidence) -> str:
+    return "" if evidence.stressed is None else f" and {_units(evidence.stressed.finite)} that were stressed"
+
+
+def _check_error(error: float) -> None:
+    if not isinstance(error, Real) or not 0 < error < np.inf:
+        raise ValueError(f"a tolerated force error is a positive number in eV/Å, not {error!r}.")
+
+
+def _check_share(name: str, value: float) -> None:
+    if not isinstance(value, Real) or not 0 < value < 1:
+        raise ValueError(f"{name} lies between 0 and 1, not at {value!r}.")
+
+
+def exchangeable_groups(series: Sequence[np.ndarray], segments: np.ndarray) -> np.ndarray:
+    """The exchangeable unit of each frame: blocks of two correlation times where frames follow a trajectory.
+
+    Args:
+        series: Arrays of (n_frames,) quantities in the order of the frames; the slowest decides.
+        segments: (n_frames,) number of the run that a frame comes from; blocks never reach across two.
+
+    Returns:
+        (n_frames,) numbers of units; each frame is its own where neighbours are not alike.
+    """
+    cuts = np.flatnonzero(np.diff(segments)) + 1
+    slowest = max(extremes.correlation_time(np.split(values, cuts)) for values in series)
+    length = max(1, int(np.ceil(2 * slowest - 1e-9))) if slowest > 0.5 else 1
+    groups, first = np.empty(len(segments), int), 0
+    for part in np.split(np.arange(len(segments)), cuts):
+        own = (part - part[0]) // length if len(part) else part
+        groups[part] = first + own
+        first += int(own[-1]) + 1 if len(part) else 0
+    return groups

@@ -1,0 +1,424 @@
+"""Other people's tools, each on a real run: results are the bare potential's, and the uncertainties can be had.
+
+A tool that is not installed skips its tests: `pip install phonopy matcalc ipi janus-core`.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.io import read, write
+
+from ase_uq import UncertainCalculator, UncertaintyMonitor, WatchedCalculator, embedded, load_backend, read_frames
+from ase_uq.engines.ase.bias import UncertaintyBias
+from ase_uq.errors import InputError, UncertaintyHalt, UQWarning
+from ase_uq.testing.backends import count_forwards
+
+
+@pytest.fixture(scope="module")
+def bare() -> Any:
+    return load_backend("embedded:mace", device="cpu").calculator
+
+
+@pytest.fixture
+def calculator(bare: Any) -> UncertainCalculator:
+    return UncertainCalculator(bare, embedded.path("mace.uq.safetensors"))
+
+
+def molecule_in(cell: Sequence[float] | None = (7.0, 7.5, 8.0)) -> Atoms:
+    """The molecule in a periodic box, or in vacuum."""
+    atoms = read(embedded.path("malonaldehyde.xyz"))
+    return Atoms(atoms.numbers, atoms.positions, cell=cell, pbc=cell is not None)
+
+
+def attached(atoms: Atoms, calculator: Any) -> Atoms:
+    atoms.calc = calculator
+    return atoms
+
+
+def test_properties_of_ase_are_those_it_knows(bare: Any, calculator: UncertainCalculator):
+    atoms = molecule_in()
+    found = attached(atoms, calculator).get_properties(["energy", "forces", "stress"])
+    assert set(found) == {"energy", "free_energy", "energies", "forces", "stress", "natoms"}
+    attached(atoms, bare)
+    np.testing.assert_array_equal(found["forces"], atoms.get_forces())
+    np.testing.assert_array_equal(found["stress"], atoms.get_stress())
+    watched = attached(molecule_in(), WatchedCalculator(calculator, halt=10.0)).get_properties(["energy", "forces"])
+    np.testing.assert_array_equal(watched["forces"], found["forces"])
+    with pytest.warns(UQWarning, match="not physical dynamics"):
+        bias = UncertaintyBias(calculator, height=0.1, width=0.02)
+    assert set(attached(molecule_in(), bias).get_properties(["energy", "forces"])) <= set(found)
+
+
+# phonopy
+
+
+def phonopy_run(calculator: Any) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Force constants, and the force uncertainties of each displaced supercell where there are any."""
+    from phonopy import Phonopy
+    from phonopy.structure.atoms import PhonopyAtoms
+
+    atoms = molecule_in()
+    cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), positions=atoms.positions, cell=atoms.cell.array)
+    phonon = Phonopy(cell, supercell_matrix=np.eye(3), primitive_matrix="P")
+    phonon.generate_displacements(distance=0.01)
+    forces, uncertainties = [], []
+    for displaced in phonon.supercells_with_displacements:
+        supercell = Atoms(displaced.symbols, displaced.positions, cell=displaced.cell, pbc=True, calculator=calculator)
+        forces.append(supercell.get_forces())
+        if "forces_uncertainty" in calculator.results:
+            uncertainties.append(calculator.results["forces_uncertainty"])
+    phonon.forces = forces
+    phonon.produce_force_constants()
+    return phonon.force_constants, uncertainties
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # spglib, of phonopy 2
+def test_phonopy_gets_the_bare_force_constants_and_an_uncertainty_of_each_displacement(
+    bare: Any, calculator: UncertainCalculator
+):
+    pytest.importorskip("phonopy")
+    expected, none = phonopy_run(bare)
+    constants, uncertainties = phonopy_run(calculator)
+    np.testing.assert_array_equal(constants, expected)
+    assert not none
+    # A molecule in a box keeps its mirror plane: fewer than two displacements of each coordinate.
+    assert 9 * 3 <= len(uncertainties) < 9 * 6
+    assert all(u.shape == (9, 3) and (u > 0).all() for u in uncertainties)
+    assert len({u.tobytes() for u in uncertainties}) == len(uncertainties)
+
+
+# matcalc
+
+
+def test_matcalc_relaxes_to_the_bare_minimum(bare: Any, calculator: UncertainCalculator, tmp_path: Path):
+    matcalc = pytest.importorskip("matcalc")
+
+    def relaxed(calculator: Any) -> dict[str, Any]:
+        return matcalc.RelaxCalc(calculator, fmax=0.05, relax_cell=False, traj_file=str(tmp_path / "relax.traj")).calc(
+            molecule_in()
+        )
+
+    expected, found = relaxed(bare), relaxed(calculator)
+    assert expected["is_converged"]
+    for key in ("energy", "forces", "stress"):
+        np.testing.assert_array_equal(found[key], expected[key])
+    # They are of the final structure: asking for it again costs nothing.
+    final = found["final_structure"].to_ase_atoms()
+    assert not calculator.calculation_required(attached(final, calculator), ["forces_uncertainty"])
+    assert len(read(tmp_path / "relax.traj", ":")) > 2
+
+
+# A crystal that nobody relaxed.
+@pytest.mark.filterwarnings("ignore:Elastic strain-stress fits:RuntimeWarning")
+def test_matcalc_gets_the_bare_elastic_tensor(bare: Any, calculator: UncertainCalculator):
+    matcalc = pytest.importorskip("matcalc")
+
+    def tensor(calculator: Any) -> np.ndarray:
+        # So close that the molecules feel their images in every direction.
+        crystal = molecule_in((5.0, 4.5, 3.5))
+        return matcalc.ElasticityCalc(
+            calculator, relax_structure=False, norm_strains=(-0.01, 0.01), shear_strains=(-0.02, 0.02)
+        ).calc(crystal)["elastic_tensor"]
+
+    np.testing.assert_array_equal(tensor(calculator), tensor(bare))
+
+
+def test_matcalc_phonons_leave_a_record_of_every_displaced_supercell(bare: Any, calculator: UncertainCalculator):
+    matcalc = pytest.importorskip("matcalc")
+
+    def phonons(calculator: Any) -> dict[str, Any]:
+        return matcalc.PhononCalc(
+            calculator,
+            relax_structure=False,
+            supercell_matrix=np.eye(3, dtype=int),
+            t_max=100,
+            t_step=50,
+            write_phonon=False,
+        ).calc(molecule_in())
+
+    watched = WatchedCalculator(calculator, halt=10.0)
+    expected, found = phonons(bare), phonons(watched)
+    np.testing.assert_array_equal(found["phonon"].force_constants, expected["phonon"].force_constants)
+    n_displaced = len(found["phonon"].supercells_with_displacements)
+    readings = [record.reading for record in watched.records]
+    assert len(readings) >= n_displaced > 0
+    assert all(0 < reading < 10 for reading in readings)
+
+
+# janus-core
+
+
+@pytest.fixture
+def in_tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to work in: janus-core writes into the one it finds itself in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.usefixtures("in_tmp")
+def test_janus_single_point_is_the_bare_one(bare: Any, calculator: UncertainCalculator):
+    single_point = pytest.importorskip("janus_core.calculations.single_point")
+    expected = single_point.SinglePoint(struct=attached(molecule_in(), bare)).run()
+    calculation = single_point.SinglePoint(struct=attached(molecule_in(), calculator))
+    found = calculation.run()
+    for key in ("energy", "forces", "stress"):
+        np.testing.assert_array_equal(found[key], expected[key])
+    assert calculation.struct.calc.results["forces_uncertainty"].shape == (9, 3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # spglib, of janus-core
+@pytest.mark.usefixtures("in_tmp")
+def test_janus_relaxation_ends_at_the_bare_minimum(bare: Any, calculator: UncertainCalculator):
+    geom_opt = pytest.importorskip("janus_core.calculations.geom_opt")
+
+    def relaxed(calculator: Any) -> Atoms:
+        calculation = geom_opt.GeomOpt(struct=attached(molecule_in(), calculator), fmax=0.05, filter_class=None)
+        calculation.run()
+        return calculation.struct
+
+    found = relaxed(calculator)
+    np.testing.assert_array_equal(found.positions, relaxed(bare).positions)
+    assert np.abs(found.positions - molecule_in().positions).max() > 0.001
+    assert found.calc.results["forces_uncertainty"].shape == (9, 3)
+
+
+@pytest.mark.filterwarnings("ignore:The implementation of `fixcm=True`:FutureWarning")  # ASE, of janus-core's Langevin
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ASE, of janus-core
+@pytest.mark.filterwarnings("ignore:Skipping unhashable information:UserWarning")  # ASE, of janus-core's info
+def test_janus_md_goes_as_the_bare_one_and_takes_a_monitor(bare: Any, calculator: UncertainCalculator, in_tmp: Path):
+    md = pytest.importorskip("janus_core.calculations.md")
+
+    def run(calculator: Any, **levels: Any) -> np.ndarray:
+        calculation = md.NVT(struct=attached(molecule_in(), calculator), steps=6, temp=300, timestep=0.5, seed=1)
+        if levels:
+            calculation.dyn.attach(UncertaintyMonitor(calculation.dyn, **levels))
+        calculation.run()
+        return calculation.struct.positions
+
+    found = run(calculator, flag=1e-6, halt=10.0, frames="flagged.xyz")
+    np.testing.assert_array_equal(found, run(bare))
+    flagged = read_frames(in_tmp / "flagged.xyz")
+    assert len(flagged) == 7
+    assert all(atoms.calc.results["forces_uncertainty"].shape == (9, 3) for atoms in flagged)
+    with pytest.raises(UncertaintyHalt, match="halted at step 0 "):
+        run(calculator, halt=1e-6)
+
+
+# i-PI
+
+INPUT = """
+<simulation verbosity='low' floatformat='%20.12e'>
+  <output prefix='run'>
+    <trajectory filename='positions' format='ase'> positions </trajectory>
+    <trajectory filename='forces' format='ase'> forces </trajectory>
+    <trajectory filename='forces_uncertainty' extra_type='forces_uncertainty'> extras </trajectory>
+    <trajectory filename='energy_uncertainty' extra_type='energy_uncertainty'> extras </trajectory>
+  </output>
+  <total_steps>4</total_steps>
+  <prng><seed>1</seed></prng>
+  FORCEFIELD
+  <system>
+    <initialize nbeads='BEADS'>
+      <file mode='ase'> start.xyz </file>
+      <velocities mode='thermal' units='kelvin'> 300 </velocities>
+    </initialize>
+    <forces> <force forcefield='uq'/> </forces>
+    <ensemble> <temperature units='kelvin'> 300 </temperature> </ensemble>
+    <motion mode='dynamics'>
+      <dynamics mode='nvt'>
+        <timestep units='femtosecond'> 0.5 </timestep>
+        <thermostat mode='pile_g'> <tau units='femtosecond'> 100 </tau> </thermostat>
+      </dynamics>
+    </motion>
+  </system>
+</simulation>
+"""
+SOCKET = "<ffsocket name='uq' mode='unix'> <address>ADDRESS</address> </ffsocket>"
+CLIENT = ("i-pi-py_driver", "-u", "-a", "ADDRESS", "-m", "custom", "-P")
+PARAMETERS = "template=start.xyz,model=embedded:mace,uq=my.uq.safetensors"
+DIRECT = """<ffdirect name='uq'>
+    <pes>custom</pes> <pes_path>DRIVER</pes_path> <batch_size>2</batch_size>
+    <parameters>{template: start.xyz, model: embedded:mace, uq: my.uq.safetensors}</parameters>
+  </ffdirect>"""
+
+
+@pytest.fixture
+def driver_file() -> str:
+    pytest.importorskip("ipi")
+    from ase_uq.engines import ipi_driver
+
+    return ipi_driver.__file__
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """What an i-PI run of the molecule needs but its input."""
+    write(tmp_path / "start.xyz", molecule_in(), format="extxyz")
+    shutil.copy(embedded.path("mace.uq.safetensors"), tmp_path / "my.uq.safetensors")
+    return tmp_path
+
+
+def start(folder: Path, *command: str) -> subprocess.Popen[str]:
+    program = Path(sys.executable).with_name(command[0])
+    return subprocess.Popen(
+        [sys.executable, program, *command[1:]],
+        cwd=folder,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> None:
+    text, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, text
+
+
+def through_a_socket(folder: Path, driver: str) -> None:
+    address = f"ase_uq_{uuid.uuid4().hex[:12]}"
+    (folder / "input.xml").write_text(
+        INPUT.replace("FORCEFIELD", SOCKET).replace("ADDRESS", address).replace("BEADS", "1")
+    )
+    server = start(folder, "i-pi", "input.xml")
+    client = None
+    try:
+        assert server.stdout is not None
+        while not Path(f"/tmp/ipi_{address}").exists():
+            try:
+                server.wait(0.1)
+            except subprocess.TimeoutExpired:
+                continue
+            pytest.fail(server.stdout.read())
+        client = start(folder, *(address if part == "ADDRESS" else part for part in CLIENT), driver, "-o", PARAMETERS)
+        finished(client)
+        finished(server)
+    finally:
+        for process in (server, client):
+            if process is not None:
+                process.kill()
+
+
+def inside_ipi(folder: Path, driver: str) -> None:
+    (folder / "input.xml").write_text(
+        INPUT.replace("FORCEFIELD", DIRECT).replace("DRIVER", driver).replace("BEADS", "2")
+    )
+    finished(start(folder, "i-pi", "input.xml"))
+
+
+def test_the_page_shows_what_is_run_here():
+    page = (Path(__file__).resolve().parents[2] / "docs" / "other_tools.md").read_text()
+    for line in INPUT.splitlines():
+        if "extra_type='forces_uncertainty'" in line:
+            assert line.strip() in page
+    assert " ".join(CLIENT) in page
+    assert PARAMETERS.replace("embedded:mace", "mace:my.model") in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("go", "n_beads"), [(through_a_socket, 1), (inside_ipi, 2)])
+def test_an_ipi_run_has_our_forces_and_the_uncertainties_of_every_step_and_bead(
+    go: Any, n_beads: int, folder: Path, driver_file: str, calculator: UncertainCalculator
+):
+    go(folder, driver_file)
+    for bead in range(n_beads):
+        frames = read(folder / f"run.positions_{bead}.extxyz", ":")
+        forces = read(folder / f"run.forces_{bead}.extxyz", ":")
+        assert len(frames) == 5
+        assert np.abs(frames[-1].positions - frames[0].positions).max() > 0.001
+        values = {}
+        for key in ("forces_uncertainty", "energy_uncertainty"):
+            text = (folder / f"run.{key}_{bead}").read_text()
+            assert re.findall(r"#EXTRAS\((\w+)\)# Step: +(\d+)", text) == [(key, str(step)) for step in range(5)]
+            values[key] = np.split(np.loadtxt(text.splitlines()), 5)
+        for step, atoms in enumerate(frames):
+            expected = attached(Atoms(atoms.numbers, atoms.positions, cell=molecule_in().cell, pbc=True), calculator)
+            # The files round positions to 1e-8 Å, the potential is in single precision.
+            np.testing.assert_allclose(forces[step].get_forces(), expected.get_forces(), atol=2e-5)
+            for key, found in values.items():
+                np.testing.assert_allclose(found[step].squeeze(), calculator.results[key], rtol=1e-4, err_msg=key)
+
+
+def in_bohr(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
+    """Cell, with vectors as columns, and positions as i-PI sends them."""
+    return atoms.cell.array.T / units.Bohr, atoms.positions / units.Bohr
+
+
+def test_driver_answers_as_ipis_own_ase_driver_does(folder: Path, driver_file: str, calculator: UncertainCalculator):
+    from ipi.pes import load_pes
+
+    skewed = molecule_in()
+    skewed.set_cell([[6.0, 0, 0], [0.7, 6.5, 0], [0.3, -0.4, 5.0]])
+    theirs = load_pes("ase", "")(str(folder / "start.xyz"))
+    theirs.ase_calculator = calculator
+    ours = load_pes("custom", driver_file)(
+        str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors")
+    )
+    expected, found = theirs(*in_bohr(skewed)), ours(*in_bohr(skewed))
+    for number in range(3):
+        np.testing.assert_allclose(np.ravel(found[number]), np.ravel(expected[number]), rtol=1e-6, atol=1e-6)
+    assert np.abs(found[2]).max() > 1e-3
+    extras = json.loads(found[3])
+    assert list(extras) == ["energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "gamma"]
+    for key, value in extras.items():
+        np.testing.assert_allclose(value, calculator.results[key], rtol=1e-4, err_msg=key)
+
+
+def test_driver_leaves_a_molecule_in_vacuum(folder: Path, driver_file: str, calculator: UncertainCalculator):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    atoms = molecule_in(None)
+    write(folder / "vacuum.xyz", atoms, format="extxyz")
+    driver = UncertainDriver(str(folder / "vacuum.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+    # A cell so small that images would be felt.
+    energy, forces, virial, _ = driver(np.eye(3) * 5, in_bohr(atoms)[1])
+    attached(atoms, calculator)
+    assert energy * units.Ha == pytest.approx(atoms.get_potential_energy(), rel=1e-6)  # single precision
+    np.testing.assert_allclose(forces * units.Ha / units.Bohr, atoms.get_forces(), atol=2e-5)
+    np.testing.assert_array_equal(virial, 0)
+
+
+def test_beads_that_are_sent_together_are_one_forward_pass(folder: Path, driver_file: str):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+    beads = [molecule_in() for _ in range(3)]
+    for number, atoms in enumerate(beads):
+        atoms.rattle(0.02, seed=number)
+    cells, positions = zip(*(in_bohr(atoms) for atoms in beads), strict=True)
+    with count_forwards(driver._predictor.backend.calculator.models) as n_forwards:
+        together = driver(list(cells), list(positions))
+    assert n_forwards() == 1
+    for found, cell, at in zip(together, cells, positions, strict=True):
+        alone = driver(cell, at)
+        np.testing.assert_allclose(found[1], alone[1], atol=1e-6)
+        assert json.loads(found[3])["energy_uncertainty"] == pytest.approx(
+            json.loads(alone[3])["energy_uncertainty"], rel=1e-4
+        )
+
+
+def test_driver_refuses_another_number_of_atoms(folder: Path, driver_file: str):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+    with pytest.raises(InputError, match=r"i-PI sent 3 atoms and the template has 9\. Give template="):
+        driver(np.eye(3), np.zeros((3, 3)))
+
+
+def test_driver_without_ipi_says_what_to_install(tmp_path: Path):
+    (tmp_path / "ipi").mkdir()
+    (tmp_path / "ipi" / "__init__.py").write_text("raise ModuleNotFoundError('no', name='ipi')")
+    code = "import ase_uq.engines.ipi_driver"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert "ase_uq.engines.ipi_driver needs i-PI, and ipi is not installed. Run: pip install ipi" in done.stderr

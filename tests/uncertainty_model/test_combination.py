@@ -1,0 +1,538 @@
+"""The combined estimator on scenes made with numpy, where the truth is known, and its scenes on the toy potential."""
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.calibration import AffineCalibrator, PowerCalibrator
+from ase_uq.methods.base import Raw
+from ase_uq.numerics.networks import Training, folds_of
+from ase_uq.numerics.sites import RADII, around, sum_over_sites
+from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.uncertainty_model import combination as combined
+from ase_uq.uncertainty_model.combination import (
+    LARGEST_CORRECTION,
+    RESIDUAL,
+    Combination,
+    Fitted,
+    Gate,
+    Scene,
+    View,
+    fit_combination,
+)
+
+N_VIEWS = 6
+Rows = tuple[Scene, Tensor, Tensor]
+FLAT = AffineCalibrator(1.0, 0.0)
+QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patience=5)
+
+
+class Given(View):
+    """A view of batches that are scenes already."""
+
+    def scene(self, evaluation: Any, raws: Any) -> Scene:
+        return evaluation
+
+
+@dataclass(frozen=True)
+class World:
+    """Atoms whose errors are known: log σ² = level + strength·tanh(2·hidden); the anchor sees the level alone.
+
+    Args:
+        strength: Of what only an input of the networks tells.
+        n_components: Of the anchor's variance.
+        others: By name, how much of the hidden part another method sees, and its noise.
+    """
+
+    strength: float = 0.0
+    n_components: int = 1
+    others: tuple[tuple[str, float, float], ...] = ()
+
+    @property
+    def view(self) -> View:
+        return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {}, FLAT)
+
+    def rows(self, seed: int, n_frames: int = 80, n_atoms: int = 10, scale: float = 1.0) -> Rows:
+        """Scene, squared residuals and frames."""
+        random = np.random.default_rng(seed)
+        n, shape = n_frames * n_atoms, (n_frames * n_atoms, self.n_components)
+        level = random.normal(size=(n, 1))
+        inputs = random.normal(size=(n, 3))
+        hidden = self.strength * np.tanh(2 * inputs[:, :1])
+        base = np.broadcast_to(level - 4, shape)
+        others = [base + share * hidden + random.normal(scale=noise, size=shape) for _, share, noise in self.others]
+        residuals = random.normal(size=(n, 3)) * scale * np.exp((level - 4 + hidden) / 2)
+        squares = residuals**2 if self.n_components == 3 else (residuals**2).mean(1, keepdims=True)
+        scene = Scene(
+            base=torch.tensor(base),
+            careful=torch.zeros(shape, dtype=torch.float64),
+            others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
+            around=torch.tensor(level + 0.2 * random.normal(size=(n, N_VIEWS))),
+            inputs=torch.tensor(inputs),
+        )
+        return scene, torch.tensor(squares), torch.arange(n_frames).repeat_interleave(n_atoms)
+
+    def fit(self, *, training: Rows | None = None, seed: int = 0) -> Fitted:
+        return fit_combination(self.view, training, self.rows(seed))
+
+
+def nll(variance: Tensor | np.ndarray, squares: Tensor) -> float:
+    variance = torch.as_tensor(variance)
+    return float(0.5 * (torch.log(2 * torch.pi * variance) + squares / variance).mean())
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly trained networks, where they are not the point."""
+    monkeypatch.setattr(combined, "_TRAINING", QUICK)
+
+
+class TestWeights:
+    def rows(self) -> combined._Rows:
+        random = np.random.default_rng(0)
+        base, gate, good, useless = random.normal(size=(4, 900, 1))
+        gate = 1 / (1 + np.exp(-gate))
+        squares = np.exp(base + gate * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
+        harmful = base - np.log(squares)
+        corrections = {"good": gate * good, "useless": gate * useless, "harmful": gate * harmful}
+        return combined._Rows(base, gate, squares, corrections)
+
+    def test_are_those_of_another_optimiser(self):
+        rows = self.rows()
+        names = ("good", "useless", "harmful")
+
+        def loss(x: np.ndarray) -> float:
+            return rows.nll(rows.log_variance(names, x[0], x[1:]))
+
+        bounds = [(-5, 5), *[(0, 1)] * 3]
+        expected = minimize(loss, [0.1] * 4, method="SLSQP", bounds=bounds, options={"ftol": 1e-13, "maxiter": 500})
+        constant, weights = rows.fitted(names)
+        np.testing.assert_allclose([constant, *weights], expected.x, atol=1e-4)
+        assert weights[2] == 0.0
+        # The standard error of 900 rows with three components each is 0.05.
+        np.testing.assert_allclose([constant, weights[0]], [0.4, 0.8], atol=0.15)
+
+    def test_make_the_likelihood_stationary(self):
+        rows = self.rows()
+        names = ("good", "harmful")
+        constant, weights = rows.fitted(names)
+        slope = 1 - rows.squares * np.exp(-rows.log_variance(names, constant, weights))
+        assert np.mean(slope * rows.gate) == pytest.approx(0, abs=1e-6)
+        assert np.mean(slope * rows.corrections["good"]) == pytest.approx(0, abs=1e-6)
+        assert np.mean(slope * rows.corrections["harmful"]) > 0
+
+    def test_are_none_without_corrections(self):
+        constant, weights = self.rows().fitted(())
+        assert constant == 0.0
+        assert len(weights) == 0
+
+    @pytest.mark.usefixtures("quick")
+    @pytest.mark.parametrize("n_components", [1, 3])
+    def test_of_a_method_that_knows_more_and_of_one_that_knows_nothing(self, n_components: int):
+        world = World(1.5, n_components, others=(("knows", 1.0, 0.3), ("noise", 0.0, 2.0)))
+        rows = world.rows(0)
+        fitted = fit_combination(world.view, None, rows)
+        weights = fitted.combination.weights
+        assert weights["knows"] > 0.5
+        assert weights.get("noise", 0.0) < 0.1
+        assert fitted.variance.shape == rows[1].shape
+        fresh = world.rows(1)
+        assert nll(fitted.combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
+
+    @pytest.mark.usefixtures("quick")
+    @pytest.mark.parametrize("n_components", [1, 3])
+    def test_without_anything_that_helps_the_anchor_stands_alone(self, n_components: int):
+        world = World(0.0, n_components, others=(("noise", 0.0, 2.0),))
+        rows = world.rows(0)
+        fitted = fit_combination(world.view, None, rows)
+        fresh = world.rows(1)[0]
+        assert fitted.combination.weights == {}
+        assert fitted.combination.constant == 0.0
+        assert fitted.combination.ensemble is None
+        torch.testing.assert_close(fitted.combination(fresh, {}), fresh.base.exp(), rtol=1e-12, atol=0)
+        np.testing.assert_allclose(fitted.variance, rows[0].base.exp(), rtol=1e-12)
+        assert fitted.combination.describe()[0].startswith("log σ² = near; far from the data ")
+
+    @pytest.mark.usefixtures("quick")
+    def test_likelihoods_name_what_was_tried(self):
+        others = World(1.5, others=(("knows", 1.0, 0.3),)).fit().combination
+        assert list(others.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
+        assert list(World().fit().combination.likelihoods) == ["anchor", RESIDUAL]
+        formula, tried = others.describe()
+        assert "near + gate·(" in formula
+        assert "·knows" in formula
+        assert tried.startswith(f"cross-validated NLL {min(others.likelihoods.values()):.3f} of anchor ")
+
+
+class TestResidual:
+    @pytest.mark.parametrize("from_training", [True, False])
+    def test_what_networks_can_learn_is_kept(self, from_training: bool):
+        world = World(1.5)
+        # Errors on training frames are a hundredth, and say where they are large all the same.
+        training = world.rows(5, n_frames=200, scale=0.01) if from_training else None
+        fitted = fit_combination(world.view, training, world.rows(0, n_frames=120))
+        likelihoods = fitted.combination.likelihoods
+        assert likelihoods[RESIDUAL] < likelihoods["anchor"] - 0.1
+        assert fitted.combination.weights[RESIDUAL] > 0.5
+        assert fitted.combination.ensemble is not None
+        fresh = world.rows(1, n_frames=200)
+        assert nll(fitted.combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
+
+    def test_training_frames_count_where_calibration_frames_are_few(self):
+        world = World(1.5)
+        calibration = world.rows(0, n_frames=20, n_atoms=5)
+        with_training = fit_combination(world.view, world.rows(5, n_frames=200, scale=0.01), calibration)
+        assert with_training.combination.weights[RESIDUAL] > 0.5
+        alone = fit_combination(world.view, None, calibration)
+        fresh = world.rows(1, n_frames=200)
+        found, expected = (nll(fitted.combination(fresh[0], {}), fresh[1]) for fitted in (with_training, alone))
+        assert found < expected
+
+    @pytest.mark.parametrize("seed", range(2))
+    def test_noise_does_no_harm(self, seed: int):
+        world = World(0.0)
+        combination = world.fit(training=world.rows(5 + seed, n_frames=100), seed=seed).combination
+        fresh = world.rows(100 + seed, n_frames=300)
+        assert nll(combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) + 0.02
+
+    @pytest.mark.usefixtures("quick")
+    def test_training_frames_without_labels_take_no_part(self):
+        world = World(1.5)
+        training = world.rows(5)
+        scene, squares, frames = training
+        blind = torch.arange(len(squares)) % 20 < 10  # every second frame
+        hidden = (scene, squares.masked_fill(blind[:, None], torch.nan), frames)
+        fitted = world.fit(training=hidden).combination
+        assert fitted.likelihoods != world.fit(training=training).combination.likelihoods
+        assert np.isfinite(list(fitted.likelihoods.values())).all()
+
+    @pytest.mark.usefixtures("quick")
+    @pytest.mark.parametrize("labelled", [0, 10])
+    def test_training_frames_nearly_all_of_which_have_no_labels(self, labelled: int):
+        world = World(1.5)
+        scene, squares, frames = world.rows(5, n_frames=400)
+        squares[labelled:] = torch.nan
+        few = world.rows(0, n_frames=10)
+        fitted = fit_combination(world.view, (scene, squares, frames), few)
+        assert np.isfinite(fitted.variance).all()
+
+    @pytest.mark.usefixtures("quick")
+    def test_training_frames_without_errors_teach_nothing(self):
+        """Such as frames labelled with the potential itself."""
+        world = World(1.5)
+        scene, squares, frames = world.rows(5)
+        found = world.fit(training=(scene, 0 * squares, frames)).combination
+        unlabelled = world.fit(training=(scene, squares * torch.nan, frames)).combination
+        assert found.likelihoods == unlabelled.likelihoods
+        assert np.isfinite(list(found.likelihoods.values())).all()
+
+    def test_each_network_leaves_out_as_much_of_either_set(self):
+        training, calibration = torch.arange(1000).repeat_interleave(3), 7 + torch.arange(40).repeat_interleave(2)
+        groups = combined._interleaved(training, calibration)
+        assert len(groups.unique()) == 1040
+        folds = folds_of(groups, 5)
+        for own, share in ((folds[:3000], 600), (folds[3000:], 16)):
+            assert torch.bincount(own, minlength=5).tolist() == pytest.approx([share] * 5, rel=0.3)
+        # Frames stay whole and in their order.
+        assert torch.equal(groups[:3000].unique_consecutive(), groups[:3000:3])
+        assert bool((groups[3000::2].diff() > 0).all())
+
+
+class TestOutOfFold:
+    """What a calibration frame reads comes from a network that has not seen it."""
+
+    @pytest.fixture(autouse=True)
+    def no_early_stop(self, monkeypatch: pytest.MonkeyPatch):
+        # A member that stops draws no more batches, and those of the others are then other random ones.
+        monkeypatch.setattr(combined, "_TRAINING", replace(QUICK, max_epochs=8, patience=8))
+
+    @pytest.mark.parametrize("with_training", [True, False])
+    @pytest.mark.parametrize("frame", [0, 17, 79])
+    def test_its_own_errors_change_nothing_of_it(self, with_training: bool, frame: int):
+        world = World(1.5)
+        training = world.rows(5, n_frames=100) if with_training else None
+        scene, squares, frames = world.rows(0)
+        own = frames == frame
+        changed = torch.where(own[:, None], 1e4 * squares, squares)
+        (_, before), (_, after) = (
+            combined._residual_model(training, (scene, errors, frames), "") for errors in (squares, changed)
+        )
+        torch.testing.assert_close(after[own], before[own], rtol=1e-6, atol=1e-9)
+        assert float((after - before).abs().max()) > 0.1
+
+    def test_variances_of_calibration_atoms_are_those_out_of_fold(self):
+        world = World(1.5)
+        rows = world.rows(0)
+        fitted = fit_combination(world.view, None, rows)
+        combination = fitted.combination
+        assert RESIDUAL in combination.weights
+        _, seen = combined._residual_model(None, rows, "")
+        correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
+        expected = (rows[0].base + combination.gate(rows[0].around)[:, None] * correction).exp()
+        np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
+        assert not np.allclose(fitted.variance, combination(rows[0], {}))
+
+
+@pytest.fixture(scope="module")
+def views() -> Tensor:
+    random = np.random.default_rng(3)
+    level = random.normal(size=(2000, 1))
+    mixed = random.normal(size=(2000, N_VIEWS)) @ (0.3 * random.normal(size=(N_VIEWS, N_VIEWS)))
+    return torch.from_numpy(level + mixed)
+
+
+@pytest.fixture(scope="module")
+def gate(views: Tensor) -> Gate:
+    return Gate.fit(views, views[1000:])
+
+
+class TestGate:
+    def test_is_two_sigmoids_with_edges_at_quantiles_of_the_calibration_atoms(self, gate: Gate, views: Tensor):
+        pattern = (views[:, 1:] - views[:, :1]).numpy()
+        z = (pattern - pattern.mean(0)) / pattern.std(0, ddof=1)
+        precision = np.linalg.inv(z.T @ z / len(z) + 1e-3 * np.eye(N_VIEWS - 1))
+        far = np.log(np.einsum("ni,ij,nj->n", z, precision, z))
+        level = views.mean(1).numpy()
+        edges = [
+            np.quantile(far[1000:], combined._PATTERN_QUANTILE),
+            np.quantile(level[1000:], combined._LEVEL_QUANTILE),
+        ]
+        np.testing.assert_allclose(gate.edges, edges, rtol=1e-10)
+        pattern = 1 / (1 + np.exp(combined._PATTERN_SLOPE * (far - edges[0])))
+        expected = pattern / (1 + np.exp(combined._LEVEL_SLOPE * (level - edges[1])))
+        np.testing.assert_allclose(gate(views), expected, rtol=1e-9)
+
+    def test_is_open_deep_inside(self, gate: Gate):
+        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])[None]
+        deep = typical - typical.mean() + gate.edges[1] - 10
+        assert float(gate(deep)) > 0.999
+
+    def test_closes_as_the_level_rises(self, gate: Gate):
+        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])
+        opened = gate(typical + torch.linspace(-10, 60, 200, dtype=torch.float64)[:, None])
+        assert bool((opened.diff() < 0).all())
+        assert float(opened[-1]) < 1e-15
+        at_edge = typical - typical.mean() + gate.edges[1]
+        assert float(gate(at_edge[None])) == pytest.approx(0.5, abs=0.01)
+
+    @pytest.mark.parametrize("seed", range(5))
+    def test_closes_along_any_change_of_the_pattern(self, gate: Gate, seed: int):
+        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])
+        direction = torch.from_numpy(np.random.default_rng(seed).normal(size=N_VIEWS))
+        direction -= direction.mean()  # the level stays where it is
+        opened = gate(typical - 10 + torch.linspace(0, 100, 300, dtype=torch.float64)[:, None] * direction)
+        assert float(opened[0]) > 0.99
+        assert bool((opened.diff() <= 0).all())
+        assert float(opened[-1]) < 1e-8
+
+    def test_views_that_never_vary_do_not_break_it(self):
+        """Lone atoms, whose views are all the same; and two radii beyond the cutoff, whose views are equal."""
+        views = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 1))).expand(-1, N_VIEWS)
+        gate = Gate.fit(views, views)
+        assert bool(torch.isfinite(gate(views)).all())
+        assert float(gate(views).min()) > 0.1
+
+    def test_an_atom_does_not_depend_on_its_batch(self, gate: Gate, views: Tensor):
+        alone = torch.cat([gate(view[None]) for view in views[:20]])
+        torch.testing.assert_close(gate(views)[:20], alone, rtol=1e-12, atol=0)
+
+
+class TestFarAway:
+    @pytest.fixture
+    def combination(self, quick: None) -> Combination:
+        """With networks that say the wildest things."""
+        others = (("knows", 1.0, 0.3),)
+        combination = World(1.5, others=others).fit().combination
+        wild = fit_combination(World().view, None, World(1.5).rows(0)).combination
+        ensemble = wild.ensemble or combined._residual_model(None, World(1.5).rows(0), "")[0]
+        ensemble.weights *= 100
+        weights = {"knows": 0.9, RESIDUAL: 1.4}
+        return Combination(combination.view, combination.gate, ensemble, 0.3, weights, {})
+
+    def test_the_anchor_is_all_there_is(self, combination: Combination):
+        scene = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
+        by_level = replace(scene, around=scene.around + 50)
+        by_pattern = replace(scene, around=scene.around + torch.linspace(-500, 500, N_VIEWS, dtype=torch.float64))
+        careful = torch.linspace(0, 2, len(scene.base), dtype=torch.float64)[:, None]
+        for far in (by_level, by_pattern):
+            torch.testing.assert_close(combination(far, {}), far.base.exp(), rtol=1e-6, atol=0)
+            # Its other form, where that is larger.
+            both = combination(replace(far, careful=careful), {})
+            torch.testing.assert_close(both, (far.base + careful).exp(), rtol=1e-6, atol=0)
+        assert not torch.allclose(combination(scene, {}), scene.base.exp())
+
+    def test_deep_inside_the_other_form_of_the_anchor_does_not_count(self, combination: Combination):
+        scene = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
+        deep = replace(scene, around=combination.gate.centre.mean() + torch.full_like(scene.around, -20.0))
+        deep.around[:, 1:] += combination.gate.centre
+        both = combination(replace(deep, careful=torch.full_like(scene.base, 2.0)), {})
+        torch.testing.assert_close(both, combination(deep, {}), rtol=1e-3, atol=0)
+
+    def test_corrections_are_bounded_everywhere(self, combination: Combination):
+        scene = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
+        correction = combination(scene, {}).log() - scene.base
+        limit = 0.3 + LARGEST_CORRECTION * (0.9 + 1.4)
+        assert float(correction.abs().max()) <= limit
+        assert float(correction.abs().max()) > 0.5 * limit
+
+    def test_a_potential_that_has_broken_is_not_hidden(self, combination: Combination):
+        scene = World(1.5, others=(("knows", 1.0, 1.0),)).rows(3)[0]
+        scene.base[4] = torch.nan
+        found = combination(scene, {})
+        assert bool(found[4].isnan().all())
+        assert int(found.isnan().sum()) == 1
+
+
+@pytest.mark.usefixtures("quick")
+class TestSameBits:
+    world = World(1.5, 3, others=(("knows", 1.0, 0.3), ("more", 0.5, 1.0)))
+
+    def test_settings_and_tensors_are_all_of_it(self):
+        combination = self.with_all(self.world.fit().combination)
+        settings = json.loads(json.dumps(combination.settings))
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _state(combination)}
+        calibrators = {"near": AffineCalibrator(1.0, 1.0)}
+        again = Combination.load(settings, tensors, calibrators)
+        assert again.view == View("near", ("knows", "more"), (), (1,), calibrators, FLAT)
+        assert again.settings == combination.settings
+        assert again.describe() == combination.describe()
+        again.view = combination.view
+        scene = self.world.rows(1)[0]
+        assert torch.equal(again(scene, {}), combination(scene, {}))
+
+    def test_without_networks_too(self):
+        found = self.world.fit().combination
+        combination = Combination(found.view, found.gate, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
+        again = Combination.load(json.loads(json.dumps(combination.settings)), dict(_state(combination)), {})
+        assert again.ensemble is None
+        assert again.weights == {"knows": 0.5}
+
+    def test_all_tensors_move_with_it(self):
+        combination = self.with_all(self.world.fit().combination)
+        assert not list(combination.parameters())
+        moved = combination.to("meta")
+        assert {name for name, _ in moved.named_buffers()} >= {"gate.edges", "gate.precision", "ensemble.weights"}
+        assert all(buffer.is_meta for buffer in moved.buffers())
+
+    def test_the_same_data_give_the_same_bits_and_leave_random_states_alone(self):
+        training = self.world.rows(5)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002 (it must not change)
+        threads = torch.get_num_threads()
+        one, two = (self.world.fit(training=training) for _ in range(2))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert (np.random.get_state()[1] == before[1]).all()  # noqa: NPY002
+        assert torch.get_num_threads() == threads
+        assert one.combination.settings == two.combination.settings
+        np.testing.assert_array_equal(one.variance, two.variance)
+        for (name, first), (_, second) in zip(_state(one.combination), _state(two.combination), strict=True):
+            assert torch.equal(first, second), name
+
+    def test_what_is_given_is_not_changed(self):
+        training, calibration = self.world.rows(5), self.world.rows(0)
+        fit_combination(self.world.view, training, calibration)
+        for rows, expected in ((training, self.world.rows(5)), (calibration, self.world.rows(0))):
+            for name in Scene.__dataclass_fields__:
+                assert torch.equal(getattr(rows[0], name), getattr(expected[0], name))
+            assert torch.equal(rows[1], expected[1])
+            assert torch.equal(rows[2], expected[2])
+
+    def with_all(self, combination: Combination) -> Combination:
+        """Everything kept, however little it helps."""
+        ensemble = combined._residual_model(None, self.world.rows(0), "")[0]
+        weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
+        return Combination(combination.view, combination.gate, ensemble, 0.1, weights, combination.likelihoods)
+
+
+class TestView:
+    """Scenes of the toy potential, with raw scores made up."""
+
+    def raws(self, n_components: dict[str, int], n_atoms: int) -> dict[str, Raw]:
+        random = np.random.default_rng(0)
+
+        def raw(components: int) -> Raw:
+            forces = torch.from_numpy(random.lognormal(size=(n_atoms, components, 2)))
+            distance = torch.from_numpy(random.lognormal(size=n_atoms))
+            return Raw(forces, forces[:, 0], distance, forces[:, 0], distance)
+
+        return {name: raw(components) for name, components in n_components.items()}
+
+    def view(self, **options: Any) -> View:
+        calibrators = {
+            "near": PowerCalibrator(-2.0, (0.4, 0.3), (1e-3, 1e-3)),
+            "other": PowerCalibrator(-1.0, (0.2, 0.1), (1e-3, 1e-3)),
+        }
+        settings = {"distances": (), "elements": (1, 6), "alternative": AffineCalibrator(0.08, 0.05), **options}
+        return View("near", ("other",), calibrators=calibrators, **settings)
+
+    @pytest.mark.parametrize(("own", "other"), [(1, 1), (1, 3), (3, 1), (3, 3)])
+    def test_components_are_those_of_the_anchor(self, own: int, other: int):
+        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
+        raws = self.raws({"near": own, "other": other}, len(batch.numbers))
+        view = self.view()
+        scene = view.scene(batch, raws)
+        base, others = (view.calibrators[name].variance(raws[name].forces).numpy() for name in ("near", "other"))
+        np.testing.assert_allclose(scene.base, np.log(base), rtol=1e-12)
+        if own == 1:
+            others = others.mean(1, keepdims=True)
+        careful = np.log(view.alternative.variance(raws["near"].forces).numpy() / base)
+        assert 0.1 < np.mean(careful > 0) < 0.9
+        np.testing.assert_allclose(scene.careful, 2 * np.tanh(np.maximum(careful, 0) / 2), rtol=1e-9, atol=1e-12)
+        expected = np.broadcast_to(np.log(others), base.shape)
+        assert scene.others.shape == (len(batch.numbers), own, 1)
+        np.testing.assert_allclose(scene.others[:, :, 0], expected, rtol=1e-12)
+
+    def test_inputs_are_all_that_errors_may_depend_on(self):
+        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
+        raws = self.raws({"near": 1, "other": 1}, len(batch.numbers))
+        scene = self.view(distances=("other",)).scene(batch, raws)
+        sites = around(raws["near"].distance, batch.edges, RADII)
+        views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).log()
+        torch.testing.assert_close(scene.around, views)
+        assert batch.forces is not None
+        ones = torch.ones(len(batch.numbers), 1, dtype=torch.float64)
+        near, weights = (sum_over_sites(x, batch.edges, [3.5])[:, :, 0] for x in (batch.features, ones))
+        expected = [
+            batch.features,
+            near / weights,
+            views,
+            (batch.forces.norm(dim=1, keepdim=True) + 1e-3).log(),
+            torch.stack([batch.numbers == 1, batch.numbers == 6], 1).double(),
+            raws["other"].distance.log()[:, None],
+        ]
+        torch.testing.assert_close(scene.inputs, torch.cat(expected, 1))
+
+    def test_batch_equals_singles(self):
+        frames = [*labelled_frames(3, seed=1), Atoms("O"), *labelled_frames(1, seed=2, cell=4.2)]
+        backend = load_backend(ToyCalculator(ELEMENTS))
+        batch = evaluate(backend, frames)
+        raws = self.raws({"near": 3, "other": 1}, len(batch.numbers))
+        together = self.view().scene(batch, raws)
+        alone = []
+        for k, atoms in enumerate(frames):
+            own = batch.frame_of_atom == k
+            parts = {n: Raw(r.forces[own], r.energy, r.energies, r.stress, r.distance[own]) for n, r in raws.items()}
+            alone.append(self.view().scene(evaluate(backend, [atoms]), parts))
+        joined = Scene.joined(alone)
+        for name in Scene.__dataclass_fields__:
+            torch.testing.assert_close(getattr(joined, name), getattr(together, name), rtol=1e-9, atol=1e-12)
+
+    def test_a_distance_of_zero_is_no_infinity(self):
+        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), [Atoms("O")])
+        raws = self.raws({"near": 1, "other": 1}, 1)
+        zero = {name: replace(raw, forces=0 * raw.forces, distance=0 * raw.distance) for name, raw in raws.items()}
+        scene = self.view(distances=("other",)).scene(batch, zero)
+        for name in Scene.__dataclass_fields__:
+            assert bool(torch.isfinite(getattr(scene, name)).all()), name
+
+
+def _state(combination: Combination) -> list[tuple[str, Tensor]]:
+    return list(combination.state_dict().items())
