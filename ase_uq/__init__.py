@@ -6,7 +6,8 @@ Importing this package imports neither mace nor orb_models and changes nothing i
 """
 
 from ase_uq import metrics
-from ase_uq.backends import available_backends, load_backend
+from ase_uq.backends import load_backend
+from ase_uq.backends.registry import available_backends
 from ase_uq.diagnostics.evaluate import evaluate
 from ase_uq.dynamics import (
     AllOf,
@@ -40,7 +41,8 @@ from ase_uq.predictor import Predictor
 from ase_uq.sampling.stressed import stress_frames
 from ase_uq.scoring.score import score
 from ase_uq.selection.select import Selection, select
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ReferenceRuns
+from ase_uq.thresholds.evidence import ReferenceRuns
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 

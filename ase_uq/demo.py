@@ -22,7 +22,8 @@ from ase_uq.backends import load_backend
 from ase_uq.dynamics import UncertaintyMonitor
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import MissingDependency, UncertaintyHalt
-from ase_uq.io.frames import annotated, read_frames, write_frames
+from ase_uq.io.frames import read_frames, write_frames
+from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.meanings import Quantile

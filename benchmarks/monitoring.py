@@ -34,16 +34,8 @@ from ase_uq.demo import ACCEPTOR, DONOR, PROTON
 from ase_uq.dynamics import Cusum, Patience, Rule, Threshold
 from ase_uq.sampling.stressed import KINDS, stress_frames
 from ase_uq.thresholds.conformal import binomial_band, pac_rank
-from ase_uq.thresholds.meanings import (
-    ErrorBound,
-    Evidence,
-    FalseAlarms,
-    MissRate,
-    Quantile,
-    ReferenceRuns,
-    exchangeable_groups,
-    extremes,
-)
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns, exchangeable_groups
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, Quantile, extremes
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 METHODS = ("combined", "bll", "pdrum", "kernel")

@@ -30,9 +30,11 @@ from ase_uq import Predictor, UncertaintyModel, UQWarning, fit, load_backend, re
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import Calibrator, Residuals, fit_calibrator
 from ase_uq.communicator import Serial
-from ase_uq.diagnostics.evaluate import Assessment, Sample, Score, assess, evaluate, largest_of_frames
+from ase_uq.diagnostics.evaluate import Assessment, assess, evaluate
+from ase_uq.diagnostics.samples import Sample, largest_of_frames
+from ase_uq.diagnostics.table import Score
 from ase_uq.errors import InputError
-from ase_uq.io.frames import labels_of
+from ase_uq.io.labels import labels_of
 from ase_uq.stream.labelled import LabelledStream
 
 DEFAULT = ("bll", "pdrum", "kernel")

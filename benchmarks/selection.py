@@ -45,7 +45,7 @@ from tqdm import tqdm
 from ase_uq import Predictor, Quantile, UncertaintyModel, UQWarning, embedded, fit, load_backend, read_frames, select
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.forward_pass import Evaluation
-from ase_uq.io.frames import labels_of
+from ase_uq.io.labels import labels_of
 from ase_uq.methods.base import Head
 
 STRATEGIES: dict[str, dict[str, Any]] = {

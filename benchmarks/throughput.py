@@ -39,7 +39,8 @@ from overhead import crystal, fitted, mace_calculator, machine, spread
 from tqdm import tqdm
 
 from ase_uq import Predictor, UncertaintyModel, embedded, load_backend
-from ase_uq.io.frames import annotated, write_frames
+from ase_uq.io.frames import write_frames
+from ase_uq.io.results import annotated
 from ase_uq.scoring.score import BATCH_ATOMS, BATCH_ATOMS_ELSEWHERE, score
 
 WAYS = ("loop", "forward", "uncertain", "score", "static")

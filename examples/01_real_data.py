@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from ase_uq import fit, load_backend, metrics, read_frames
-from ase_uq.io.frames import labels_of
-from ase_uq.stream.labelled import batches_of
+from ase_uq.io.labels import labels_of
+from ase_uq.stream.limits import batches_of
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ACAC = SHARED / "data" / "acac"

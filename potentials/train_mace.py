@@ -53,7 +53,7 @@ def main(out: Path) -> None:
         subprocess.run(["mace_run_train", *options, *SWITCHES], cwd=folder, check=True)
         from mace.calculators import MACECalculator  # importing mace takes seconds: only once it is needed
 
-        from ase_uq.backends.mace.backend import save_potential
+        from ase_uq.backends.mace.loading import save_potential
 
         calculator = MACECalculator(model_paths=str(Path(folder) / "mace_stagetwo.model"), device="cpu")
         save_potential(calculator.models[0], out)

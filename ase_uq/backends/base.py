@@ -1,6 +1,5 @@
 """The protocol of a backend: structures in; mean, features and exact last-layer features out, in one forward."""
 
-import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -8,18 +7,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, final
 
-import numpy as np
 import torch
 from ase import Atoms
-from ase.data import chemical_symbols
 
-from ase_uq.errors import InputError, PotentialMismatch
+from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, probe_structure, relative_deviation, weights_hash
+from ase_uq.backends.structures import check_structures
+from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import Evaluation
-
-# Two evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ
-# by about 1e-7; one with another neighbour normalisation by 1e-2.
-PROBE_TOLERANCE = 1e-4
-_THINNEST = 1e-2  # Å, the smallest singular value of periodic cell vectors; atoms are a hundred times larger
 
 
 @dataclass(frozen=True)
@@ -57,28 +51,6 @@ class Collator:
         """
         check_structures(frames, self.elements, self.required_info_keys)
         return self.build(frames)
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What binds an uncertainty model to a potential.
-
-    Args:
-        settings: Everything outside the weights that changes predictions or features; JSON values.
-        weights: sha256 of the weights, cast to float32 so that precision does not matter.
-        probe: Features of a fixed structure and what the last layers make of them: tells whether other weights
-            are the same potential rewritten.
-    """
-
-    settings: dict[str, Any]
-    weights: str
-    probe: torch.Tensor
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the weights, the head and the feature recipe."""
-        text = json.dumps(self.settings, sort_keys=True) + self.weights
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Backend(ABC):
@@ -204,7 +176,7 @@ class Backend(ABC):
         for layer in (evaluation.energy_layer, evaluation.force_layer):
             if layer is not None:
                 columns.append((layer.features @ layer.weights).reshape(len(columns[0]), -1))
-        return Identity(self._settings(), _weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())
+        return Identity(self._settings(), weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())
 
     @final
     def check_identity(self, fitted: Identity) -> str | None:
@@ -228,7 +200,7 @@ class Backend(ABC):
                 )
         if fitted.weights == here.weights:
             return None
-        deviation = _relative_deviation(here.probe, fitted.probe)
+        deviation = relative_deviation(here.probe, fitted.probe)
         if deviation > PROBE_TOLERANCE:
             raise PotentialMismatch(
                 f"the uncertainty model was fitted on other weights: features of the probe structure differ by "
@@ -238,89 +210,3 @@ class Backend(ABC):
             "the potential's weights are stored differently from when the uncertainty model was fitted, but its "
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
         )
-
-
-def check_structures(
-    frames: Sequence[Atoms],
-    elements: frozenset[int],
-    required_info_keys: Sequence[str],
-    *,
-    first: int = 0,
-    name: str = "structure",
-) -> None:
-    """Refuses what no potential, or not this one, can evaluate.
-
-    Args:
-        frames: Structures.
-        elements: Atomic numbers the potential knows.
-        required_info_keys: Entries of `atoms.info` without which it cannot run.
-        first: Number of the first structure, for messages.
-        name: What messages call a structure.
-
-    Raises:
-        InputError: Those of `Backend.collate`.
-    """
-    if not frames:
-        raise InputError("there is no structure to evaluate.")
-    for number, atoms in enumerate(frames, first):
-        which = f"{name} {number} ({atoms.get_chemical_formula() or 'empty'})"
-        if len(atoms) == 0:
-            raise InputError(f"{which} has no atoms.")
-        for what, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
-            if not np.isfinite(values).all():
-                row = int(np.argwhere(~np.isfinite(values))[0][0])
-                raise InputError(
-                    f"{what} of {which} are not finite (row {row}: {values[row]}). The run has probably "
-                    "blown up; go back to the last good frame."
-                )
-        _check_cell(which, atoms)
-        unknown = sorted(set(atoms.numbers.tolist()) - elements)
-        if unknown:
-            names = ", ".join(chemical_symbols[z] for z in unknown)
-            known = ", ".join(chemical_symbols[z] for z in sorted(elements))
-            raise InputError(f"{which} contains {names}, which the potential does not know. It knows {known}.")
-        missing = [key for key in required_info_keys if key not in atoms.info]
-        if missing:
-            raise InputError(
-                f"{which} has no {' and '.join(missing)} in atoms.info, which this potential reads. "
-                f"Set it, for example atoms.info[{missing[0]!r}] = 0."
-            )
-
-
-def _check_cell(which: str, atoms: Atoms) -> None:
-    """Neighbours cannot be counted where periodic images lie on one another."""
-    if not atoms.pbc.any():
-        return
-    vectors = atoms.cell.array[atoms.pbc]
-    thickness = np.linalg.svd(vectors, compute_uv=False)[-1]
-    if thickness < _THINNEST:
-        raise InputError(
-            f"{which} is periodic in a cell without extent: {vectors.tolist()} Å are its periodic vectors. Give it a "
-            "cell, or set atoms.pbc = False."
-        )
-
-
-def probe_structure(elements: frozenset[int], info_keys: Sequence[str]) -> Atoms:
-    """One atom of every element (at most 16) on a jittered grid with 2 Å spacing; the same in every process."""
-    common = (1, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 17, 20, 26, 29, 79)
-    chosen = sorted(elements) if len(elements) <= 16 else sorted(elements & frozenset(common))
-    count = len(chosen)
-    grid = 2.0 * np.array([(i % 3, (i // 3) % 3, i // 9) for i in range(count)], float)
-    jitter = 0.1 * np.sin(np.arange(3 * count)).reshape(count, 3)
-    return Atoms(numbers=chosen, positions=grid + jitter, info=dict.fromkeys(info_keys, 1))
-
-
-def _weights_hash(modules: Sequence[torch.nn.Module]) -> str:
-    digest = hashlib.sha256()
-    for module in modules:
-        for name, weight in sorted(module.named_parameters()):
-            if weight.numel():
-                digest.update(name.replace("_orig_mod.", "").encode())
-                digest.update(np.ascontiguousarray(weight.detach().cpu().float().numpy()).tobytes())
-    return digest.hexdigest()
-
-
-def _relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
-    if a.shape != b.shape:
-        return float("inf")
-    return float((a - b).norm() / b.norm().clamp(min=1e-30))

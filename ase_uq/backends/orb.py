@@ -34,7 +34,8 @@ from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
-from ase_uq.backends.base import Backend, Batch, probe_structure
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.identity import probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import Confidence, Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
 from ase_uq.io.tensor_file import read_artefact, write_artefact

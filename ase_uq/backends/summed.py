@@ -17,8 +17,9 @@ from ase.calculators.mixing import LinearCombinationCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
 
-from ase_uq.backends import find_module
-from ase_uq.backends.base import Backend, Batch, Identity
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.identity import Identity
+from ase_uq.backends.registry import find_module
 from ase_uq.forward_pass import Confidence, EnergyLayer, Evaluation, ForceLayer, Gradients, Members
 from ase_uq.properties import STANDARD
 

@@ -130,7 +130,8 @@ def told(
     Raises:
         ValueError: The calibration data cannot support a meaning.
     """
-    from ase_uq.dynamics.rules import Threshold, settled
+    from ase_uq.dynamics.policy import settled
+    from ase_uq.dynamics.rules import Threshold
     from ase_uq.thresholds.meanings import ResolvedThreshold
     from ase_uq.thresholds.reduction import Reduction
 

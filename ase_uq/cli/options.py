@@ -71,7 +71,7 @@ Before = Annotated[
 
 def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tuple[str, str, str] | None:
     """Names of the labels, those that were not given by their first default; None where none was given."""
-    from ase_uq.io.frames import LABEL_KEYS
+    from ase_uq.io.labels import LABEL_KEYS
 
     if not (energy or forces or stress):
         return None

@@ -16,25 +16,20 @@ from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
+from ase_uq.diagnostics.samples import Sample, largest_of_frames
+from ase_uq.diagnostics.table import _TITLES, UNITS, Score, _block
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.io.frames import LABEL_KEYS, Frames, Labels, check_labels, labels_of, read_frames
-from ase_uq.io.tensor_file import check_writable
+from ase_uq.io.files import check_writable
+from ase_uq.io.frames import Frames, read_frames
+from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
-from ase_uq.stream.labelled import batches_of
-from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
+from ase_uq.stream.limits import batches_of
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 # By quantity: the name of its labels and results, its unit, its title. `forces_max` ranks frames by their largest force
 # error, since it is by their largest uncertainty that runs are stopped.
 _STORED = {"forces": "forces", "energy_per_atom": "energy", "stress": "stress"}
-UNITS = {"forces": "eV/Å", "forces_max": "eV/Å", "energy_per_atom": "eV", "stress": "eV/Å³"}
-_TITLES = {
-    "forces": "forces",
-    "forces_max": "largest force error of each frame",
-    "energy_per_atom": "energy per atom",
-    "stress": "stress",
-}
 # Of residuals, zeros and standard deviations, component by component.
 _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
     "mae": lambda residuals, zeros, _: metrics.mae(residuals, zeros),
@@ -52,65 +47,6 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
 }
 # Residuals this small beside the forces are rounding.
 _OWN_RATIO = 1e-5
-
-
-@dataclass(frozen=True)
-class Score:
-    """One number of an assessment.
-
-    Args:
-        method: Name of the method.
-        quantity: `forces`, `forces_max` (largest of each frame), `energy_per_atom` or `stress`.
-        element: Chemical symbol, or `all`.
-        metric: Name in `metrics`, with the level for `coverage_68`; or `left_out`, the number of atoms or frames
-            without a finite, positive standard deviation, on which no metric is taken.
-        value: In ASE's units; NaN where it is not defined.
-        low: Of its 95 % interval; NaN where there is none.
-        high: Likewise.
-        n: Atoms or frames it was taken over.
-    """
-
-    method: str
-    quantity: str
-    element: str
-    metric: str
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Residuals beside standard deviations of one quantity from one method: what figures are made of.
-
-    Args:
-        residuals: (n, n_components) reference - prediction of each atom or frame, in ASE's units. For `forces_max`
-            (n_frames, 1) the largest ‖F_ref - F‖ of each frame.
-        std: Of the same shape, finite and positive. For `forces_max` the largest ε of each frame.
-        frame: (n,) number of the frame each belongs to.
-        numbers: (n,) atomic numbers; None for what belongs to frames.
-    """
-
-    residuals: np.ndarray
-    std: np.ndarray
-    frame: np.ndarray
-    numbers: np.ndarray | None = None
-
-    @property
-    def errors(self) -> np.ndarray:
-        """(n,) norms of the residuals."""
-        return np.linalg.norm(self.residuals, axis=1)
-
-    @property
-    def uncertainties(self) -> np.ndarray:
-        """(n,) norms of the standard deviations, sqrt(Σ_c σ_c²)."""
-        return np.linalg.norm(self.std, axis=1)
-
-    def only(self, chosen: np.ndarray) -> "Sample":
-        """The chosen rows."""
-        numbers = None if self.numbers is None else self.numbers[chosen]
-        return Sample(self.residuals[chosen], self.std[chosen], self.frame[chosen], numbers)
 
 
 @dataclass(frozen=True)
@@ -446,70 +382,3 @@ def _rows(quantity: str, values: np.ndarray | float, n_atoms: int) -> np.ndarray
     if quantity == "energy_per_atom":
         return np.array([[values / n_atoms]])
     return np.atleast_2d(np.asarray(values, float))
-
-
-def largest_of_frames(sample: Sample) -> Sample:
-    """`forces_max` of `forces`: largest error and uncertainty of each frame; NaN and inf of an atom are its frame's."""
-    assert sample.numbers is not None
-    frames, counts = np.unique(sample.frame, return_counts=True)
-    errors, uncertainties = (
-        readings_of(atom_norms(values), sample.numbers, counts, Reduction())[:, None]
-        for values in (sample.residuals, sample.std)
-    )
-    return Sample(errors, uncertainties, frames)
-
-
-# Heading and format of the metrics in the table.
-_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "rmse": ("RMSE", "{:.3g}".format),
-    "sharpness": ("sharpness", "{:.3g}".format),
-    "mean_squared_z": ("z²", "{:.2f}".format),
-    "coverage_68": ("68%", "{:.0%}".format),
-    "coverage_90": ("90%", "{:.0%}".format),
-    "coverage_95": ("95%", "{:.0%}".format),
-    "miscalibration_area": ("ECE", "{:.3f}".format),
-    "nll": ("NLL", "{:.2f}".format),
-    "rll": ("RLL", "{:.2f}".format),
-    "spearman": ("Spearman", "{:.2f}".format),
-    "attainable_spearman": ("of", "{:.2f}".format),
-    "auroc": ("AUROC", "{:.2f}".format),
-    "auprc": ("AUPRC", "{:.2f}".format),
-    "ause": ("AUSE", "{:.2f}".format),
-}
-
-
-def _block(title: str, scores: Sequence[Score]) -> str:
-    """A title and aligned columns, a row a method and element."""
-    rows: dict[tuple[str, str], dict[str, Score]] = {}
-    for score in scores:
-        rows.setdefault((score.method, score.element), {})[score.metric] = score
-    shown = [metric for metric in _COLUMNS if any(metric in found for found in rows.values())]
-    several = {element for _, element in rows} != {"all"}
-    cells = [["method", *(["element"] if several else []), "n", *(_COLUMNS[metric][0] for metric in shown)]]
-    notes = []
-    for (method, element), found in rows.items():
-        left_out = found["left_out"]
-        names = [method, element] if several else [method]
-        cells.append([*names, f"{left_out.n - left_out.value:.0f}", *(_cell(metric, found) for metric in shown)])
-        if left_out.value:
-            notes.append(
-                f"  {' '.join(names)}: {left_out.value:.0f} of {left_out.n} have no finite, positive uncertainty and "
-                "are left out."
-            )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    n_names = 2 if several else 1
-    lines = [
-        "  ".join(c.ljust(w) if i < n_names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
-    ]
-    return "\n".join([title, *(f"  {line.rstrip()}" for line in lines), *notes])
-
-
-def _cell(metric: str, found: Mapping[str, Score]) -> str:
-    score = found.get(metric)
-    if score is None or np.isnan(score.value):
-        return "-"
-    text = _COLUMNS[metric][1]
-    if metric == "spearman" and np.isfinite(score.low):
-        return f"{text(score.value)} ({text(score.low)}–{text(score.high)})"
-    return text(score.value)

@@ -7,7 +7,7 @@ import numpy as np
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
-from ase_uq.stream.labelled import batches_of
+from ase_uq.stream.limits import batches_of
 
 
 @dataclass(frozen=True)

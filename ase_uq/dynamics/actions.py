@@ -6,7 +6,7 @@ in order, and an exception from one ends the run there.
 
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -24,7 +24,10 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.io.frames import LABEL_KEYS, annotated, check_whole, write_frames
+from ase_uq.io.files import check_whole
+from ase_uq.io.frames import write_frames
+from ase_uq.io.labels import LABEL_KEYS
+from ase_uq.io.results import annotated
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -192,49 +195,6 @@ class Call:
 
     def __call__(self, event: Event) -> None:
         self.function(event)
-
-
-def as_actions(actions: Action | Sequence[Action] | None) -> tuple[Action, ...]:
-    """One action, several or None as a tuple; raises TypeError for what cannot be called."""
-    chosen = () if actions is None else (actions,) if callable(actions) else tuple(actions)
-    for action in chosen:
-        if not callable(action):
-            raise TypeError(
-                f"an action is a callable that takes one Event, such as Halt() or Log('log.csv'), not {action!r}."
-            )
-    return chosen
-
-
-def actions_of_levels(
-    levels: Collection[Level],
-    frames: str | os.PathLike[str] | None,
-    log: str | os.PathLike[str] | TextIO | None,
-    on_halt: Action | Sequence[Action] | None,
-    on_flag: Action | Sequence[Action] | None,
-) -> dict[Level, tuple[Action, ...]]:
-    """What is done at each level, in order: the log, the frame, and the user's actions.
-
-    Args:
-        levels: Those that can be reached.
-        frames: File of flagged and halting frames; None for none.
-        log: File, stream or `"-"` for every judged step; None for none.
-        on_halt: At the halt level; None for `Halt()`.
-        on_flag: At the flag level; None for nothing more.
-
-    Raises:
-        ValueError: An action that could never run, or a file that cannot be written.
-        TypeError: An action that cannot be called.
-    """
-    for level, actions in (("halt", on_halt), ("flag", on_flag)):
-        if actions is not None and level not in levels:
-            raise ValueError(f"on_{level} is given but {level} is not, so it would never run. Give {level} too.")
-    keep = () if frames is None else (Flag(frames),)
-    always = () if log is None else (Log(log),)
-    return {
-        "ok": always,
-        "flag": (*always, *keep, *as_actions(on_flag)),
-        "halt": (*always, *keep, *(as_actions(on_halt) if on_halt is not None else (Halt(),))),
-    }
 
 
 def _flagged(event: Event, level: str, reason: str) -> Atoms:

@@ -9,7 +9,8 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ase_uq.dynamics.rules import Rule
-from ase_uq.thresholds.meanings import Evidence, FalseAlarms, Meaning, PerElement, ReferenceRuns, conformal, extremes
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
+from ase_uq.thresholds.meanings import FalseAlarms, Meaning, PerElement, conformal, extremes
 
 # Of a CUSUM: independent readings without which mean and spread are not known (with fewer, simulated runs alarmed more
 # often than promised), series of the bootstrap, readings of all of them together (a second of work), and length of a

@@ -10,7 +10,8 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.rules import Level, Rule, Watch, settled
+from ase_uq.dynamics.policy import Watch, settled
+from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.thresholds.reduction import Reduction
 
@@ -219,23 +220,6 @@ def checked(calculator: BaseCalculator | None, *, uncertain: bool) -> BaseCalcul
             "atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
         )
     return calculator
-
-
-def reduction_of(kind: str | float, elements: Sequence[str] | None, indices: Sequence[int] | None) -> Reduction:
-    """The reduction that a user's arguments mean.
-
-    Raises:
-        TypeError: The indices are a mask.
-    """
-    if indices is not None and np.asarray(indices).dtype == bool:
-        raise TypeError(
-            "indices are numbers of atoms, not a mask, in which True would be atom 1. Give np.flatnonzero(mask)."
-        )
-    return Reduction(
-        kind,
-        None if elements is None else (elements,) if isinstance(elements, str) else tuple(elements),
-        None if indices is None else tuple(int(index) for index in indices),
-    )
 
 
 def symbols_looked_at(reduction: Reduction, atoms: Atoms) -> list[str]:

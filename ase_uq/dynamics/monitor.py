@@ -15,13 +15,14 @@ from ase.md.md import MolecularDynamics
 from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
 
-from ase_uq.dynamics.actions import Action, Event, Flag, actions_of_levels
+from ase_uq.dynamics.actions import Action, Event, Flag
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, reduction_of, symbols_looked_at
-from ase_uq.dynamics.rules import Level, Rule, Watch, counted_alarms, rules_of_levels
+from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, symbols_looked_at
+from ase_uq.dynamics.policy import Watch, actions_of_levels, counted_alarms, reduction_of, rules_of_levels
+from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
 from ase_uq.errors import UQWarning
-from ase_uq.io.frames import annotated
+from ase_uq.io.results import annotated
 from ase_uq.thresholds.meanings import Meaning, PerElement
 
 

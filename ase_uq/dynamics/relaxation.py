@@ -26,7 +26,9 @@ from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.rules import Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.io.frames import LABEL_KEYS, annotated, write_frames
+from ase_uq.io.frames import write_frames
+from ase_uq.io.labels import LABEL_KEYS
+from ase_uq.io.results import annotated
 from ase_uq.thresholds.meanings import Meaning, PerElement
 from ase_uq.thresholds.reduction import atom_norms
 

@@ -4,29 +4,19 @@ A rule holds hyper-parameters only. Whatever it must remember between two steps 
 hands back, so that the same readings give the same alarms and a run can be restarted from a JSON file.
 """
 
-import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self, SupportsFloat, runtime_checkable
+from typing import Any, Literal, Self, SupportsFloat
 
-from ase.calculators.calculator import BaseCalculator
-
-from ase_uq.thresholds.meanings import Evidence, FalseAlarms, Meaning, PerElement
-from ase_uq.thresholds.reduction import Reduction
+from ase_uq.thresholds.evidence import Evidence
+from ase_uq.thresholds.meanings import Meaning, PerElement
 
 Level = Literal["ok", "flag", "halt"]
 
 # Times are step numbers times a step that is not a round binary number: 40 steps of 0.5 fs must count as 20 fs.
 _TIME_TOLERANCE = 1e-6
-
-
-@runtime_checkable
-class _Calibrated(Protocol):
-    """A calculator that knows its calibration data, as `UncertainCalculator` does."""
-
-    def evidence(self, reduction: Reduction) -> Evidence: ...
 
 
 class Rule(ABC):
@@ -325,156 +315,6 @@ class Refractory(Rule):
         if triggered or reading == math.inf:
             return [None, time], True
         return [inner, None], False
-
-
-@dataclass(frozen=True)
-class Watch:
-    """One rule of a level and the reading that it judges.
-
-    Args:
-        asked: The rule as the user gave it.
-        rule: The same with numbers.
-        reduction: How the atoms become its reading.
-    """
-
-    asked: Rule
-    rule: Rule
-    reduction: Reduction
-
-
-def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
-    """The false alarms of a rule that are counted a reading, for which it matters how often readings are taken."""
-    match rule:
-        case _OfValue(value=FalseAlarms() as meaning):
-            return (meaning,)
-        case _Several(rules=rules):
-            return tuple(meaning for own in rules for meaning in counted_alarms(own))
-        case Refractory(rule=own):
-            return counted_alarms(own)
-    return ()
-
-
-def as_rule(level: float | Meaning | PerElement | Rule) -> Rule:
-    """A rule as it is; a number in eV/Å or a meaning as a `Threshold`."""
-    return level if isinstance(level, Rule) else Threshold(level)
-
-
-def rules_of_levels(
-    halt: float | Meaning | PerElement | Rule | None,
-    flag: float | Meaning | PerElement | Rule | None,
-    patience: float | None = None,
-    at_once: float | Meaning | None = None,
-    refractory: float | None = None,
-) -> dict[Level, Rule]:
-    """The rules as the user gave them, flag before halt.
-
-    Args:
-        halt: Number, meaning or rule of the halt level.
-        flag: The same of the flag level.
-        patience: fs that readings must stay above a plain `halt`.
-        at_once: Number or meaning above `halt` at which there is no patience.
-        refractory: fs for which `flag` is silent after it triggered.
-
-    Raises:
-        ValueError: Neither level is given, `patience` has no plain `halt` to belong to, `at_once` no `patience` or
-            is not above `halt`, or `refractory` no `flag`.
-    """
-    if halt is None and flag is None:
-        raise ValueError("the monitor has nothing to watch for. Give halt, flag or both, for example halt=0.5 (eV/Å).")
-    asked: dict[Level, Rule] = {}
-    if flag is not None:
-        asked["flag"] = as_rule(flag) if refractory is None else Refractory(as_rule(flag), refractory)
-    elif refractory is not None:
-        raise ValueError("refractory belongs to flag, which is not given. Give flag too, for example flag=0.3 (eV/Å).")
-    if halt is not None:
-        asked["halt"] = as_rule(halt)
-    if patience is not None:
-        if halt is None:
-            raise ValueError("patience belongs to halt, which is not given. For a flag give flag=Patience(value, fs).")
-        if isinstance(halt, Rule):
-            raise ValueError(f"halt is already a rule, {halt}. Leave patience out, or give halt as a number.")
-        waiting = Patience(halt, patience)
-        asked["halt"] = waiting if at_once is None else AnyOf(waiting, Threshold(at_once))
-    elif at_once is not None:
-        raise ValueError(
-            f"at_once is where the run halts without patience, and no patience is given. Give patience in fs, or "
-            f"halt={at_once} alone."
-        )
-    return asked
-
-
-def settled(
-    asked: Mapping[Level, Rule],
-    calculator: BaseCalculator,
-    reduction: Reduction,
-    symbols: Sequence[str],
-    time: float | None,
-) -> dict[Level, tuple[Watch, ...]]:
-    """The rules with numbers in place of meanings, by the calibration data of a calculator.
-
-    A rule with `PerElement` becomes one for each element, on readings of the atoms of that element alone.
-
-    Args:
-        asked: Rules of the levels.
-        calculator: Asked for `evidence(reduction)` where a rule has a meaning.
-        reduction: How readings are made.
-        symbols: Chemical symbols of the atoms that are looked at, in any order and number.
-        time: Time of the run now, fs; None if it has none.
-
-    Raises:
-        ValueError: The calculator cannot say what a meaning means, the flag is not below the halt, or a rule needs
-            a time that the run does not have.
-    """
-    elements = [s for s in dict.fromkeys(symbols) if reduction.elements is None or s in reduction.elements]
-
-    @functools.cache
-    def evidence(reduction: Reduction) -> Evidence:
-        assert isinstance(calculator, _Calibrated)
-        return calculator.evidence(reduction)
-
-    def watches(rule: Rule) -> tuple[Watch, ...]:
-        if not rule.meanings:
-            return (Watch(rule, rule, reduction),)
-        if not isinstance(calculator, _Calibrated):
-            raise ValueError(
-                f"{type(calculator).__name__} knows no calibration data to turn {rule.meanings[0]} into a number. "
-                "Use UncertainCalculator, or give the threshold in eV/Å."
-            )
-        if not any(isinstance(meaning, PerElement) for meaning in rule.meanings):
-            return (Watch(rule, rule.resolved(evidence(reduction)), reduction),)
-        own = [replace(reduction, elements=(element,)) for element in elements]
-        return tuple(Watch(rule, rule.resolved(evidence(reduction), evidence(each)), each) for each in own)
-
-    found: dict[Level, tuple[Watch, ...]] = {level: watches(rule) for level, rule in asked.items()}
-    for flag in found.get("flag", ()):
-        for halt in found.get("halt", ()):
-            _check_order(flag, halt)
-    for watch in (watch for level in found.values() for watch in level):
-        # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
-        watch.rule.judge(None, 0.0, time)
-    return found
-
-
-def _check_order(flag: Watch, halt: Watch) -> None:
-    """Raises ValueError where a flag could never come before a halt on the same atoms."""
-    flagged, halted = flag.reduction.elements, halt.reduction.elements
-    if flagged is not None and halted is not None and not set(flagged) & set(halted):
-        return
-    # A rule that waits lets frames at its threshold be flagged, but a flag above it is a mistake all the same.
-    waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
-    halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
-    if flag.rule.threshold >= halts:
-        meanings = [m for watch in (flag, halt) for m in watch.asked.meanings]
-        per_element = [m for m in meanings if isinstance(m, PerElement)]
-        scope = f" for {' '.join(flagged or halted or ())}" if per_element else ""
-        # What a meaning comes to is news to its user, who may not know which of two is the lower.
-        asked = (
-            f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if meanings else ""
-        )
-        raise ValueError(
-            f"flag is {flag.rule.threshold:.4g} eV/Å and halt is {halts:.4g} eV/Å{scope}, so no frame could "
-            f"be flagged before the run is halted. Give a flag below the halt.{asked}"
-        )
 
 
 def _reaches(reading: float, threshold: float) -> bool:

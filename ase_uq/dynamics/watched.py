@@ -9,10 +9,11 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
 from ase.outputs import Properties
 
-from ase_uq.dynamics.actions import Action, Event, actions_of_levels
+from ase_uq.dynamics.actions import Action, Event
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.judging import Judge, Site, checked, reduction_of, symbols_looked_at
-from ase_uq.dynamics.rules import Level, Rule, Watch, rules_of_levels
+from ase_uq.dynamics.judging import Judge, Site, checked, symbols_looked_at
+from ase_uq.dynamics.policy import Watch, actions_of_levels, reduction_of, rules_of_levels
+from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
 from ase_uq.thresholds.meanings import Meaning, PerElement

@@ -22,6 +22,7 @@ from ase.io.formats import filetype, get_ioformat, open_with_compression
 from ase.io.trajectory import TrajectoryReader
 
 from ase_uq.errors import InputError, UQWarning
+from ase_uq.io.formats import CUTTERS
 from ase_uq.io.frames import Frames
 
 _NAMED = 10  # frames left out that are warned of one by one
@@ -66,15 +67,6 @@ class Unparsed:
 
 
 Item = Atoms | Unparsed | Unreadable
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """The text of one frame and its number of atoms, or why it cannot be one."""
-
-    text: str
-    n_atoms: int = 0
-    problem: str = ""
 
 
 class Source:
@@ -128,9 +120,9 @@ class Source:
         if not isinstance(self._frames, Path):
             return len(self._frames)
         try:
-            if self._format in _CUTTERS:
+            if self._format in CUTTERS:
                 with self._opened() as file:
-                    return sum(1 for _ in _CUTTERS[self._format](file))
+                    return sum(1 for _ in CUTTERS[self._format](file))
             if self._format == "traj":
                 with TrajectoryReader(self.name) as trajectory:
                     return len(trajectory)
@@ -170,7 +162,7 @@ class Source:
             number += 1
 
     def _reader(self, start: int) -> Iterator[Item]:
-        if self._format in _CUTTERS:
+        if self._format in CUTTERS:
             return self._from_pieces(start)
         if self._format == "traj":
             return self._from_trajectory(start)
@@ -184,7 +176,7 @@ class Source:
 
     def _from_pieces(self, start: int) -> Iterator[Unparsed | Unreadable]:
         with self._opened() as file:
-            for piece in islice(_CUTTERS[self._format](file), start, None):
+            for piece in islice(CUTTERS[self._format](file), start, None):
                 if piece.problem:
                     yield Unreadable(piece.problem)
                 else:
@@ -239,119 +231,3 @@ def _attempt(build: Callable[..., Any], *arguments: Any) -> Atoms | Unreadable:
 
 def _named(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _xyz_pieces(file: TextIO) -> Iterator[_Piece]:
-    """Plain and extended XYZ: a number of atoms, a comment, a line an atom, and up to three cell vectors."""
-    line = file.readline()
-    while line:
-        if not line.strip():
-            line = file.readline()
-            continue
-        if not _is_count(line):
-            begin = line.strip()[:60]
-            _, line = _skipped(file, line)
-            yield _Piece("", problem=f"a number of atoms was expected, found {begin!r}")
-            continue
-        count, lines = int(line), [line, file.readline()]
-        line = file.readline()
-        # A line of an atom has four columns or more: a number alone begins the next frame.
-        while len(lines) < count + 2 and line and not _is_count(line):
-            lines.append(line)
-            line = file.readline()
-        if len(lines) < count + 2:
-            yield _Piece("", problem=f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
-            continue
-        while line.lstrip().startswith("VEC"):
-            lines.append(line)
-            line = file.readline()
-        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one more like the last
-            excess, line = _skipped(file, line)
-            yield _Piece("", problem=f"it has {count + excess} lines of atoms, and says that there are {count}")
-        else:
-            yield _Piece("".join(lines), count)
-
-
-def _skipped(file: TextIO, line: str) -> tuple[int, str]:
-    """How many lines are not blank from this one to the next number of atoms, and the line of that."""
-    count = 0
-    while line and not _is_count(line):
-        count += bool(line.strip())
-        line = file.readline()
-    return count, line
-
-
-def _is_count(line: str) -> bool:
-    return len(line) < 20 and line.strip().isdecimal()
-
-
-def _lammps_pieces(file: TextIO) -> Iterator[_Piece]:
-    """LAMMPS text dumps: sections under `ITEM:` lines; `TIMESTEP` begins a frame, or `UNITS` or `TIME` before it."""
-    lines: list[str] = []
-    has_step = False
-    for line in file:
-        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # TIMESTEP among them
-            yield _dumped(lines)
-            lines, has_step = [], False
-        has_step = has_step or line.startswith("ITEM: TIMESTEP")
-        lines.append(line)
-    if any(line.strip() for line in lines):
-        yield _dumped(lines)
-
-
-def _dumped(lines: Sequence[str]) -> _Piece:
-    expected = found = None
-    for index, line in enumerate(lines):
-        if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
-            expected = lines[index + 1].strip()
-        elif line.startswith("ITEM: ATOMS"):
-            if "element" not in line.split():
-                return _Piece(
-                    "",
-                    problem="it has no column `element`, and ASE would take the types for atomic numbers: dump with "
-                    "`element` and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the "
-                    "frames",
-                )
-            found = len(lines) - index - 1
-            break
-    # ASE would read what is there, as a frame of fewer atoms.
-    if expected is None or found is None:
-        return _Piece("", problem="it is truncated: its number of atoms or its atoms are missing")
-    if expected != str(found):
-        return _Piece("", problem=f"it is truncated: {found} of its {expected} atoms are there")
-    return _Piece("".join(lines), found)
-
-
-def _xdatcar_pieces(file: TextIO) -> Iterator[_Piece]:
-    """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
-    header: list[str] = []
-    between: list[str] = []  # lines since the last block: blank ones, a header, or what is too much
-    line = file.readline()
-    while line:
-        if "configuration=" not in line:
-            between = [*between[-6:], line]
-            line = file.readline()
-            continue
-        # The title may be blank; below it stands the scale, one number.
-        if len(between) == 7 and len(between[1].split()) == 1:
-            header = between
-        between, lines = [], [line]
-        line = file.readline()
-        while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
-            lines.append(line)
-            line = file.readline()
-        found, expected = len(lines) - 1, _n_atoms(header)
-        problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
-        yield _Piece("".join([*header, *lines]), found, problem)
-
-
-def _n_atoms(header: Sequence[str]) -> int:
-    return sum(int(count) for count in header[6].split()) if len(header) == 7 else 0
-
-
-_CUTTERS: dict[str, Callable[[TextIO], Iterator[_Piece]]] = {
-    "extxyz": _xyz_pieces,
-    "xyz": _xyz_pieces,
-    "lammps-dump-text": _lammps_pieces,
-    "vasp-xdatcar": _xdatcar_pieces,
-}

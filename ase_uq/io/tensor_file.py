@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ase_uq.errors import ArtefactError
+from ase_uq.io.files import as_readable_as_a_new_file, refused_write
 
 _KEY = "ase_uq"
 
@@ -46,13 +47,13 @@ def write_artefact(
         os.close(handle)
         try:
             save_file(stored, temporary, metadata={_KEY: json.dumps(envelope)})
-            _as_readable_as_a_new_file(temporary)
+            as_readable_as_a_new_file(temporary)
             os.replace(temporary, path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise
     except (OSError, SafetensorError) as error:
-        raise _refused(path, error) from error
+        raise refused_write(path, error) from error
 
 
 def read_artefact(
@@ -90,51 +91,6 @@ def read_artefact(
     return json.loads(envelope["header"]), tensors
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Fails now, not after the work, where `path` could not be written.
-
-    Raises:
-        ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ase_uq_"):
-            pass
-    except OSError as error:
-        raise _refused(path, error) from error
-
-
-def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
-    """Refuses outputs that would overwrite each other or what is read.
-
-    Args:
-        source: File that is read; None for none.
-        outputs: Files that are written; None for none.
-
-    Raises:
-        ValueError: Two of them are the same file.
-    """
-    paths = [Path(path) for path in (source, *outputs) if path is not None]
-    for index, path in enumerate(paths):
-        for earlier in paths[:index]:
-            if earlier.resolve() == path.resolve() or (earlier.exists() and path.exists() and earlier.samefile(path)):
-                read = source is not None and earlier is paths[0]
-                raise ValueError(
-                    f"{path} is {'read from' if read else 'two of the outputs'}: it would be overwritten. Give another "
-                    "name."
-                )
-
-
-def _refused(path: Path, error: Exception) -> ArtefactError:
-    if isinstance(error, IsADirectoryError):
-        return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
-    # The whole message of an OSError would name the temporary file, of which nobody has heard.
-    reason = getattr(error, "strerror", None) or error
-    return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")
-
-
 def _envelope(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
     try:
         envelope = json.loads(metadata[_KEY])
@@ -155,10 +111,3 @@ def _digest(kind: str, schema: int, header: str, tensors: Mapping[str, torch.Ten
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
     return digest.hexdigest()
-
-
-def _as_readable_as_a_new_file(path: str) -> None:
-    # mkstemp makes private files; what the user asked for should obey the umask like any other file.
-    mask = os.umask(0)
-    os.umask(mask)
-    os.chmod(path, 0o666 & ~mask)

@@ -24,7 +24,8 @@ from ase_uq.errors import LabelError
 from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
-from ase_uq.numerics.linalg import Moments, reduced, whitener
+from ase_uq.numerics.linalg import whitener
+from ase_uq.numerics.moments import Moments, reduced
 from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 from ase_uq.numerics.sites import RADII

@@ -20,7 +20,8 @@ from ase_uq.errors import LabelError
 from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.numerics.linalg import Moments, reduced, whitener
+from ase_uq.numerics.linalg import whitener
+from ase_uq.numerics.moments import Moments, reduced
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,9 @@ from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import Evaluation, Gradients, Targets
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
-from ase_uq.numerics.posterior import Sketch, mean_square, random_signs, residual, substream
+from ase_uq.numerics.hashing import random_signs, substream
+from ase_uq.numerics.posterior import mean_square, residual
+from ase_uq.numerics.sketch import Sketch
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.forward_pass import Evaluation, Targets
-from ase_uq.numerics.posterior import random_bits, random_uniform
+from ase_uq.numerics.hashing import random_bits, random_uniform
 
 _LABELS = 2  # columns before the row itself: number of the frame, place in it
 

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from ase_uq.errors import ArtefactError
-from ase_uq.io.tensor_file import check_writable
+from ase_uq.io.files import check_writable
 
 # What pictures say of themselves: those of an earlier report are known by it.
 PICTURE_METADATA = {"Software": "ase-uq report"}

@@ -24,8 +24,9 @@ from ase import Atoms
 from ase.data import chemical_symbols
 
 from ase_uq.backends.base import Backend
-from ase_uq.diagnostics.evaluate import UNITS, Assessment, assess
+from ase_uq.diagnostics.evaluate import Assessment, assess
 from ase_uq.diagnostics.latent import LatentMap, evenly, frame_features, principal_plane
+from ase_uq.diagnostics.table import UNITS
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.report import plots
 from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish

@@ -13,11 +13,12 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from ase_uq.diagnostics.evaluate import Sample
+from ase_uq.diagnostics.samples import Sample
 from ase_uq.errors import InputError, LabelError, UQWarning
-from ase_uq.io.frames import LABEL_KEYS, Frames
+from ase_uq.io.frames import Frames
+from ase_uq.io.labels import LABEL_KEYS
 from ase_uq.io.source import Source, Unreadable
-from ase_uq.scoring.journal import NUMBER_KEY
+from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 _TIME_KEYS = ("time_fs", "flag_time_fs")  # of trajectories and of flagged frames of `ase-uq md`

@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import astuple, fields, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -22,46 +22,12 @@ from typing import Any
 from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
-from ase_uq.io.tensor_file import check_writable
+from ase_uq.io.files import check_writable
+from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
-NUMBER_KEY = "source_frame"  # in the info of every written frame: its number in the source
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
 # A killed process loses nothing that was written; only a power cut would, and that of so many seconds.
 _SECONDS_AT_RISK = 5.0
-
-
-@dataclass(frozen=True)
-class FrameScore:
-    """The numbers of one frame: a row of the CSV file.
-
-    Args:
-        frame: Number of the frame in the source, from 0.
-        n_atoms: Atoms; 0 of a frame that could not be read.
-        energy: eV.
-        energy_uncertainty: eV; NaN where the uncertainty model has none.
-        force_uncertainty_max: Largest ε_i, eV/Å.
-        force_uncertainty_mean: Mean ε_i, eV/Å.
-        worst_atom: Index of the atom with the largest ε_i.
-        worst_element: Its element.
-        gamma_max: Largest distance from the fitted atoms; above 1 is beyond the calibration data.
-        problem: Why the frame was left out; empty for one that was scored.
-    """
-
-    frame: int
-    n_atoms: int = 0
-    energy: float = float("nan")
-    energy_uncertainty: float = float("nan")
-    force_uncertainty_max: float = float("nan")
-    force_uncertainty_mean: float = float("nan")
-    worst_atom: int = -1
-    worst_element: str = ""
-    gamma_max: float = float("nan")
-    problem: str = ""
-
-    @classmethod
-    def from_row(cls, row: Sequence[str]) -> "FrameScore":
-        """The numbers in a row of the file."""
-        return cls(*(field.type(cell) for field, cell in zip(fields(cls), row, strict=True)))  # pyright: ignore
 
 
 class Journal:
@@ -113,7 +79,7 @@ class Journal:
             self._synced = time.monotonic()
         except OSError as error:
             self._open.close()
-            raise self._refused(error) from error
+            raise self.refused_write(error) from error
         except BaseException:
             self._open.close()
             raise
@@ -193,7 +159,7 @@ class Journal:
             if time.monotonic() - self._synced > _SECONDS_AT_RISK:
                 self._sync()
         except OSError as error:
-            raise self._refused(error) from error
+            raise self.refused_write(error) from error
 
     def finish(self) -> None:
         """Gives the files their names. A process that dies in between leaves the rest to the next run."""
@@ -207,7 +173,7 @@ class Journal:
             self._origin_file.unlink()
             self._rows_part.unlink(missing_ok=True)
         except OSError as error:
-            raise self._refused(error) from error
+            raise self.refused_write(error) from error
 
     def discard(self) -> None:
         """Removes what was written."""
@@ -233,7 +199,7 @@ class Journal:
             os.fsync(file.fileno())
         self._synced = time.monotonic()
 
-    def _refused(self, error: OSError) -> ArtefactError:
+    def refused_write(self, error: OSError) -> ArtefactError:
         kept = (
             f" What was scored before is kept in {self.part}, and the same run goes on from there."
             if self.part.exists() and self.part.stat().st_size

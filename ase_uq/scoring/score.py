@@ -1,14 +1,12 @@
 """Finished trajectories: every frame with its uncertainties, batched, streamed to disk, and taken up after a kill."""
 
 import hashlib
-import io
 import os
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +14,25 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.data import chemical_symbols
-from ase.io import write
-from ase.io.extxyz import output_column_format
-from ase.stress import voigt_6_to_full_3x3_stress
 from loky import cpu_count
 from tqdm import tqdm
 
-from ase_uq.backends.base import Backend, probe_structure
+from ase_uq.backends.base import Backend
+from ase_uq.backends.identity import probe_structure
 from ase_uq.errors import InputError
-from ase_uq.io.frames import Frames, annotated, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.files import check_distinct
+from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source, warn_of_left_out
-from ase_uq.io.tensor_file import check_distinct
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.properties import STANDARD, find_property
-from ase_uq.scoring.journal import NUMBER_KEY, FrameScore, Journal
-from ase_uq.stream.labelled import BatchLimit
+from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
+from ase_uq.scoring.journal import Journal
+from ase_uq.stream.limits import BatchLimit
 from ase_uq.stream.preparation import Preparation, Prepared, count_edges
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-_property = cache(find_property)  # it is asked for every key of every frame
 # On a CPU small batches stay in its caches, a GPU wants many atoms.
 BATCH_ATOMS = {"cpu": 300}
 BATCH_ATOMS_ELSEWHERE = 8000
@@ -314,39 +309,6 @@ def _write(journal: Journal, rows: Sequence[FrameScore], predicted: _Predicted, 
     named |= odd
     texts = [extxyz_text(without_unwritable(a) if odd else a, p.results, **{NUMBER_KEY: n}) for n, a, p in predicted]
     journal.append(rows, texts)
-
-
-def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
-    """What `write_frames` writes of a structure with these results, in a third of the time.
-
-    ASE formats a number at a time; here a frame is one format string.
-    """
-    if atoms.constraints:  # ASE knows how to write them
-        buffer = io.StringIO()
-        frame = annotated(atoms, results, **info)
-        frame.calc = SinglePointCalculator(frame, **{k: v for k, v in results.items() if k in STANDARD})
-        write(buffer, frame, format="extxyz")
-        return buffer.getvalue()
-    frame = atoms.copy()
-    for store in (frame.info, frame.arrays):
-        for key in [key for key in store if _property(key) is not None]:
-            del store[key]  # of an earlier calculation
-    for key, value in results.items():
-        entry = _property(key)
-        if entry is None:
-            continue
-        if entry.per_atom:
-            frame.arrays[key] = value
-        else:
-            frame.info[key] = voigt_6_to_full_3x3_stress(value) if key == "stress" else value
-    frame.info.update(info)
-    names = [name for name in frame.arrays if name not in ("numbers", "positions")]
-    columns = {"symbols": np.array(list(frame.symbols)), "positions": frame.positions}
-    columns |= {name: frame.arrays[name] for name in names}
-    comment, widths, _, row_format = output_column_format(frame, list(columns), columns, True)
-    cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
-    flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
-    return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
 
 
 def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:

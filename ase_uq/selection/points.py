@@ -18,7 +18,7 @@ from ase_uq.io.source import Source, Unreadable, warn_of_left_out
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor
 from ase_uq.selection.strategies import Points
-from ase_uq.stream.labelled import batches_of
+from ase_uq.stream.limits import batches_of
 from ase_uq.thresholds.reduction import Reduction, readings_of
 
 Per = Literal["structure", "environment"]

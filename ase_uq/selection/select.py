@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.errors import UQWarning
-from ase_uq.io.frames import Frames, annotated, drop_uncertainties
+from ase_uq.io.frames import Frames
+from ase_uq.io.results import annotated, drop_uncertainties
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor

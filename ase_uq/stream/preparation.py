@@ -22,7 +22,7 @@ from scipy.spatial.distance import pdist
 from ase_uq.backends.base import Collator
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.source import Item, Unparsed, Unreadable
-from ase_uq.stream.labelled import BatchLimit
+from ase_uq.stream.limits import BatchLimit
 
 _Chunk = list[tuple[int, Item]]
 

@@ -30,19 +30,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator, load_calibrator
 from ase_uq.forward_pass import Evaluation
 from ase_uq.methods.base import Raw
-from ase_uq.numerics.networks import Ensemble, Training, cross_fit, folds_of, out_of_fold
+from ase_uq.numerics.networks import Ensemble
 from ase_uq.numerics.sites import RADII, around, mean_around
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
-_LARGEST_WEIGHT = 1.0
-_FOLDS = 5
-_TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å, beside which a predicted force is none
@@ -119,7 +115,7 @@ class View:
         ]
         return Scene(
             base=base,
-            careful=_bounded(careful.clamp(min=0)),
+            careful=bounded(careful.clamp(min=0)),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             around=views,
             inputs=torch.cat(columns, 1),
@@ -244,9 +240,9 @@ class Combination(torch.nn.Module):
     def forward(self, evaluation: Evaluation, raws: Mapping[str, Raw]) -> Tensor:
         """(n_atoms, n_components) variances of force components, squared eV/Å."""
         scene = self.view.scene(evaluation, raws)
-        corrections = _of_methods(scene, self.view.others)
+        corrections = corrections_of_methods(scene, self.view.others)
         if self.ensemble is not None:
-            corrections[RESIDUAL] = _bounded(self.ensemble(scene.inputs))
+            corrections[RESIDUAL] = bounded(self.ensemble(scene.inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
         gate = self.gate(scene.around)[:, None]
         return (scene.base + gate * total + (1 - gate) * scene.careful).exp()
@@ -262,60 +258,6 @@ class Combination(torch.nn.Module):
         ]
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A combination, and the variances it gives the calibration atoms without having seen them.
-
-    Args:
-        combination: To be used from now on.
-        variance: (n_atoms, n_components) of the calibration atoms, networks out of fold.
-    """
-
-    combination: Combination
-    variance: np.ndarray
-
-
-def fit_combination(
-    view: View,
-    training: tuple[Scene, Tensor, Tensor] | None,
-    calibration: tuple[Scene, Tensor, Tensor],
-    *,
-    title: str = "",
-) -> Fitted:
-    """Tries the anchor alone, with the other methods, with the residual model, and with all; keeps the likeliest.
-
-    Args:
-        view: How scenes were made.
-        training: Scene of training atoms, their (n_atoms, n_components) squared residuals in squared eV/Å (the mean
-            over the components where there is one; NaN without a label), and the (n_atoms,) number of each atom's
-            frame; None where no training frame has forces.
-        calibration: The same of the calibration atoms.
-        title: Of the progress bar; empty for none.
-    """
-    scene, squares, frames = calibration
-    corrections = _of_methods(scene, view.others)
-    ensemble, seen = _residual_model(training, calibration, title)
-    corrections[RESIDUAL] = _bounded(seen)
-    views = scene.around if training is None else torch.cat([training[0].around, scene.around])
-    gate = Gate.fit(views, scene.around)
-    opened = gate(scene.around)[:, None]
-    table = {name: (opened * value).expand_as(scene.base).cpu().numpy() for name, value in corrections.items()}
-    tried = {"anchor": (), "methods": view.others, RESIDUAL: (RESIDUAL,), "all": (*view.others, RESIDUAL)}
-    candidates = {name: columns for name, columns in tried.items() if view.others or name in ("anchor", RESIDUAL)}
-    base = scene.base + (1 - opened) * scene.careful
-    rows = _Rows(base.cpu().numpy(), opened.expand_as(scene.base).cpu().numpy(), squares.cpu().numpy(), table)
-    fold = _contiguous(frames.cpu().numpy())
-    likelihoods = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
-    best = min(likelihoods, key=lambda name: likelihoods[name])
-    constant, found = rows.fitted(candidates[best])
-    # A weight of zero costs an evaluation and says nothing.
-    weights = {name: weight for name, weight in zip(candidates[best], found.tolist(), strict=True) if weight > 1e-3}
-    kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(view, gate, kept, constant if weights else 0.0, weights, likelihoods)
-    variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
-    return Fitted(combination, variance)
-
-
 def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Tensor:
     variance = calibrator.variance(raw.forces)
     if n_components == 1:  # the anchor tells no components apart
@@ -323,101 +265,11 @@ def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Te
     return variance.clamp(min=1e-300).log()
 
 
-def _of_methods(scene: Scene, names: Sequence[str]) -> dict[str, Tensor]:
+def corrections_of_methods(scene: Scene, names: Sequence[str]) -> dict[str, Tensor]:
     """(n_atoms, n_components) corrections towards each of the other methods, bounded."""
-    return {name: _bounded(scene.others[:, :, k] - scene.base) for k, name in enumerate(names)}
+    return {name: bounded(scene.others[:, :, k] - scene.base) for k, name in enumerate(names)}
 
 
-def _bounded(values: Tensor) -> Tensor:
+def bounded(values: Tensor) -> Tensor:
+    """Corrections of log σ² within ±`LARGEST_CORRECTION`, unchanged where they are small."""
     return LARGEST_CORRECTION * torch.tanh(values / LARGEST_CORRECTION)
-
-
-def _residual_model(
-    training: tuple[Scene, Tensor, Tensor] | None, calibration: tuple[Scene, Tensor, Tensor], title: str
-) -> tuple[Ensemble, Tensor]:
-    """The networks, and what each calibration atom reads from the one that has not seen its frame, before bounds."""
-    scene, squares, frames = calibration
-    inputs, ratios = scene.inputs, squares * torch.exp(-scene.base)
-    if training is not None:
-        seen, own_squares, own_frames = training
-        own = own_squares * torch.exp(-seen.base)
-        # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
-        # there is none at all, as with its own forces for labels, nothing is.
-        inputs, ratios = torch.cat([seen.inputs, inputs]), torch.cat([own / own.nanmean(), ratios])
-        frames = _interleaved(own_frames, frames)
-    ensemble = cross_fit(inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
-    found = out_of_fold(ensemble, inputs, folds_of(frames, _FOLDS))
-    return ensemble, found[len(inputs) - len(scene.inputs) :]
-
-
-def _interleaved(first: Tensor, second: Tensor) -> Tensor:
-    """Numbers the frames of two data sets anew, so that consecutive ones are as far into the one as into the other.
-
-    Folds are made of consecutive frames. A few calibration frames after many training frames would all be in one, and
-    where the training frames have no labels, none would be left to train a network on.
-    """
-    one, two = (frames.unique(return_inverse=True)[1] for frames in (first, second))
-    n_one, n_two = (len(frames.unique()) for frames in (first, second))
-    # Even numbers and odd ones: no frame of the one is taken for a frame of the other.
-    return torch.cat([2 * n_two * one, 2 * n_one * two + 1])
-
-
-def _nll(predictions: Tensor, ratios: Tensor) -> Tensor:
-    """Negative log-likelihood of a component, less what does not depend on the networks; r²/σ² of the anchor."""
-    correction = _bounded(predictions)
-    return 0.5 * (correction + ratios * torch.exp(-correction)).mean(-1)
-
-
-def _contiguous(frames: np.ndarray) -> np.ndarray:
-    """(n_atoms,) fold of each atom, by consecutive frames: neighbours of one trajectory tell nothing new."""
-    groups, place = np.unique(frames, return_inverse=True)
-    return place * _FOLDS // len(groups)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Calibration components: base, gate and squares (n_atoms, n_components), corrections times the gate by name."""
-
-    base: np.ndarray
-    gate: np.ndarray
-    squares: np.ndarray
-    corrections: dict[str, np.ndarray]
-
-    def log_variance(self, columns: Sequence[str], constant: float, weights: np.ndarray) -> np.ndarray:
-        found = self.base + self.gate * constant
-        for name, weight in zip(columns, weights, strict=True):
-            found = found + weight * self.corrections[name]
-        return found
-
-    def nll(self, log_variance: np.ndarray) -> float:
-        return float(0.5 * np.mean(np.log(2 * np.pi) + log_variance + self.squares * np.exp(-log_variance)))
-
-    def only(self, chosen: np.ndarray) -> "_Rows":
-        corrections = {name: value[chosen] for name, value in self.corrections.items()}
-        return _Rows(self.base[chosen], self.gate[chosen], self.squares[chosen], corrections)
-
-    def fitted(self, columns: Sequence[str]) -> tuple[float, np.ndarray]:
-        """(c, s) of largest likelihood with s ≥ 0; convex in both. Without corrections there is no constant."""
-        if not columns:
-            return 0.0, np.zeros(0)
-        design = np.stack([self.gate, *(self.corrections[name] for name in columns)])
-        axes = tuple(range(1, design.ndim))
-
-        def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-            eta = self.base + np.tensordot(x, design, 1)
-            ratio = self.squares * np.exp(-eta)
-            return float(np.mean(0.5 * (eta + ratio))), (design * (0.5 * (1 - ratio))).mean(axes)
-
-        start = np.zeros(len(design))
-        bounds = [(None, None)] + [(0.0, _LARGEST_WEIGHT)] * len(columns)
-        options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500}
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        return float(found[0]), found[1:]
-
-    def cross_validated(self, columns: Sequence[str], fold: np.ndarray) -> float:
-        total = 0.0
-        for k in range(_FOLDS):
-            left_out = self.only(fold == k)
-            found = left_out.log_variance(columns, *self.only(fold != k).fitted(columns))
-            total += left_out.nll(found) * left_out.base.size
-        return total / self.base.size

@@ -5,7 +5,6 @@ import os
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from itertools import pairwise
 from numbers import Real
 from typing import Any
 
@@ -14,15 +13,18 @@ import torch
 from ase.data import chemical_symbols
 from torch import Tensor
 
-from ase_uq.backends.base import Identity
+from ase_uq.backends.identity import Identity
 from ase_uq.calibration import AffineCalibrator, Calibrator, EdgeTable, load_calibrator
+from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import Evaluation
 from ase_uq.io.tensor_file import read_artefact, write_artefact
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Head, Raw
-from ase_uq.thresholds.meanings import Evidence, Meaning, Quantile, ReferenceRuns, conformal, exchangeable_groups
-from ase_uq.thresholds.reduction import Reduction, readings_of
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
+from ase_uq.thresholds.meanings import Meaning, Quantile, conformal
+from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
+from ase_uq.uncertainty_model.record import CalibrationRecord
 
 _KIND = "uncertainty model"
 _SCHEMA = 3  # 2: a combination of several methods; 3: runs of the calibration frames, reference runs
@@ -55,94 +57,6 @@ class FittedMethod:
             stress = self.calibrators["stress"].variance(raw.stress).sqrt()
             found["stress_uncertainty"] = stress[:, None].expand(-1, 6)
         return found
-
-
-@dataclass(frozen=True)
-class CalibrationRecord:
-    """What the calibration frames read, atom by atom: thresholds are made of it.
-
-    Args:
-        uncertainty: (n_atoms,) ε_i, eV/Å.
-        error: (n_atoms,) ‖F_ref - F‖, eV/Å.
-        numbers: (n_atoms,) atomic numbers.
-        n_atoms_of_frame: (n_frames,).
-        run: (n_frames,) number of the run that a frame comes from.
-    """
-
-    uncertainty: np.ndarray
-    error: np.ndarray
-    numbers: np.ndarray
-    n_atoms_of_frame: np.ndarray
-    run: np.ndarray
-
-    def readings(self, reduction: Reduction) -> np.ndarray:
-        """(n_frames,) eV/Å."""
-        return readings_of(self.uncertainty, self.numbers, self.n_atoms_of_frame, reduction)
-
-    def errors(self, reduction: Reduction) -> np.ndarray:
-        """(n_frames,) largest ‖F_ref - F‖ among the atoms that a reduction looks at, eV/Å."""
-        return readings_of(self.error, self.numbers, self.n_atoms_of_frame, replace(reduction, kind="max"))
-
-    def evidence(self, reduction: Reduction) -> Evidence:
-        """Its frames as thresholds are made of them.
-
-        Raises:
-            ValueError: Chosen indices mean different atoms in different frames.
-        """
-        if reduction.indices is not None and not self.is_one_system:
-            raise ValueError(
-                "a meaning for chosen indices needs calibration frames of one system, in which an index is always the "
-                "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
-            )
-        return Evidence(self.readings(reduction), self.errors(reduction), self.groups, reduction)
-
-    @property
-    def _frames_numbers(self) -> list[np.ndarray]:
-        return np.split(self.numbers, np.cumsum(self.n_atoms_of_frame)[:-1])
-
-    @property
-    def is_one_system(self) -> bool:
-        """Whether all frames have the same atoms in the same order, so that an index names the same atom in each."""
-        first, *others = self._frames_numbers
-        return all(np.array_equal(first, other) for other in others)
-
-    @cached_property
-    def groups(self) -> np.ndarray:
-        """(n_frames,) exchangeable unit of each frame: itself, or a block where frames follow a trajectory.
-
-        Blocks are as long as the largest reading or error of a frame remembers, and end where the run or the
-        composition changes. Frames of one run follow each other, also where those of others stand between them.
-        """
-        order = np.argsort(self.run, kind="stable")
-        numbers = self._frames_numbers
-        changed = [sorted(numbers[a]) != sorted(numbers[b]) for a, b in pairwise(order)]
-        segments = np.concatenate([[0], np.cumsum(np.array(changed, bool) | (np.diff(self.run[order]) != 0))])
-        whole = Reduction()
-        smallest = np.finfo(np.float32).tiny
-        series = [np.log(np.maximum(v, smallest))[order] for v in (self.readings(whole), self.errors(whole))]
-        groups = np.empty(len(order), int)
-        groups[order] = exchangeable_groups(series, segments)
-        return groups
-
-
-@dataclass(frozen=True)
-class IntervalTable:
-    """Conformal factors by element: bound = factor · ε_i.
-
-    Args:
-        factors: (n_elements,) by atomic number.
-        elements: Atomic numbers among the calibration atoms; the bound of any other is infinite.
-    """
-
-    factors: Tensor
-    elements: frozenset[int]
-
-    def __call__(self, forces_uncertainty: Tensor, numbers: Tensor) -> Tensor:
-        """(n_atoms, 3) eV/Å and (n_atoms,) atomic numbers → (n_atoms,) bounds of ‖F_ref - F‖, eV/Å."""
-        known = torch.zeros(len(self.factors), dtype=torch.bool)
-        known[list(self.elements)] = True
-        bounds = self.factors.to(numbers.device)[numbers] * forces_uncertainty.norm(dim=1)
-        return torch.where(known.to(numbers.device)[numbers], bounds, torch.inf)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 from ase import Atoms
 from ase.io import read
 
-from ase_uq.backends import calculator_from_spec, load_backend
+from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.mace.backend import MACECalculator, load_potential, save_potential
+from ase_uq.backends.mace.backend import MACECalculator
+from ase_uq.backends.mace.loading import load_potential, save_potential
+from ase_uq.backends.specs import calculator_from_spec
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import Evaluation
 from ase_uq.io.tensor_file import read_artefact, write_artefact
@@ -309,9 +311,9 @@ def test_gradients_are_in_other_units_too():
 def test_pseudo_vectors_are_no_vectors(irreps: str, columns: slice | None):
     from e3nn import o3
 
-    from ase_uq.backends.mace.backend import _vector_columns
+    from ase_uq.backends.mace.readout import vector_columns
 
-    assert _vector_columns(o3.Irreps(irreps)) == columns
+    assert vector_columns(o3.Irreps(irreps)) == columns
 
 
 def test_gradients_of_a_trained_scripted_model(trained_models: Path, shared_data: Path):

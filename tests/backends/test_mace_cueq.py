@@ -9,7 +9,8 @@ from ase.build import molecule
 
 from ase_uq import UncertainCalculator, UQWarning, embedded
 from ase_uq.backends import load_backend
-from ase_uq.backends.mace.backend import MACECalculator, load_potential
+from ase_uq.backends.mace.backend import MACECalculator
+from ase_uq.backends.mace.loading import load_potential
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,9 @@ from ase.calculators.emt import EMT
 from ase.io import read
 
 from ase_uq import backends, embedded
-from ase_uq.backends import available_backends, calculator_from_spec, load_backend
+from ase_uq.backends import load_backend
+from ase_uq.backends.registry import available_backends
+from ase_uq.backends.specs import calculator_from_spec
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import MissingDependency
 

@@ -33,7 +33,7 @@ def _() -> None: ...
 @pytest.fixture(scope="module")
 def scored(files, tmp_path_factory):
     """Labelled frames with the uncertainties of the fitted model, as `ase-uq predict` writes them."""
-    from ase_uq.io.frames import annotated
+    from ase_uq.io.results import annotated
 
     frames = read(files.test, ":")
     predictions = UncertainCalculator("toy:", files.uq).predictor.predict(frames)

@@ -16,7 +16,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.evaluate import Assessment
 from ase_uq.errors import ArtefactError, InputError, LabelError, UQWarning
-from ase_uq.io.frames import labels_of
+from ase_uq.io.labels import labels_of
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")

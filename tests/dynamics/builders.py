@@ -6,7 +6,7 @@ from ase.calculators.calculator import compare_atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
-from ase_uq.thresholds.meanings import Evidence
+from ase_uq.thresholds.evidence import Evidence
 
 EXTRA = ["energy_uncertainty", "forces_uncertainty", "gamma"]
 

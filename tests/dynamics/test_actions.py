@@ -15,9 +15,10 @@ from ase.optimize.basin import BasinHopping
 from ase.optimize.sciopt import Converged, OptimizerConvergenceError, SciPyFminCG
 
 from ase_uq.dynamics import Call, Event, Flag, Halt, Log
-from ase_uq.dynamics.actions import as_actions
+from ase_uq.dynamics.policy import as_actions
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.io.frames import annotated, read_frames
+from ase_uq.io.frames import read_frames
+from ase_uq.io.results import annotated
 
 REASON = 'force uncertainty (max) 0.7 eV/A reached flag at 0.5 eV/A by Threshold(value=0.5); worst atom 1 (H, "0.7")'
 

@@ -39,7 +39,8 @@ from ase_uq.dynamics import (
 )
 from ase_uq.errors import UncertaintyHalt, UQWarning
 from ase_uq.io.frames import read_frames
-from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile, ReferenceRuns
+from ase_uq.thresholds.evidence import ReferenceRuns
+from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile
 from tests.dynamics.builders import EXTRA, Uncertain, crystal
 
 

@@ -12,19 +12,10 @@ from scipy.signal import lfilter
 
 from ase_uq.dynamics import cusum
 from ase_uq.dynamics.cusum import Cusum, cusum_limit
-from ase_uq.dynamics.rules import (
-    AllOf,
-    AnyOf,
-    Patience,
-    Refractory,
-    Rule,
-    Threshold,
-    Watch,
-    as_rule,
-    rules_of_levels,
-    settled,
-)
-from ase_uq.thresholds.meanings import Evidence, FalseAlarms, PerElement, Quantile, ReferenceRuns
+from ase_uq.dynamics.policy import Watch, as_rule, rules_of_levels, settled
+from ase_uq.dynamics.rules import AllOf, AnyOf, Patience, Refractory, Rule, Threshold
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
+from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile
 from ase_uq.thresholds.reduction import Reduction
 
 READINGS = st.lists(st.floats(0, 2) | st.just(math.nan) | st.just(math.inf), max_size=40)

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.io.frames import annotated, labels_of, read_frames, unwritable, write_frames
+from ase_uq.io.extxyz import unwritable
+from ase_uq.io.frames import read_frames, write_frames
+from ase_uq.io.labels import labels_of
+from ase_uq.io.results import annotated
 from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
 
 KEYS = (*PROPERTIES, *(f"{key}_bll" for key in UNCERTAINTIES))

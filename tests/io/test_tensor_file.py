@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 
 from ase_uq.errors import ArtefactError
 from ase_uq.io import tensor_file as artefact
-from ase_uq.io.tensor_file import check_writable, read_artefact, write_artefact
+from ase_uq.io.files import check_writable
+from ase_uq.io.tensor_file import read_artefact, write_artefact
 
 KIND = "test file"
 HEADER = {"name": "σ", "counts": {"6": 3}, "list": [1, 2.5, None, True]}

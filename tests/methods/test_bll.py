@@ -16,7 +16,9 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import Evaluation, ForceLayer
 from ase_uq.methods import available_methods, make_method, method_class
-from ase_uq.methods.bll.method import BLL, BLLHead, projected_leverage
+from ase_uq.methods.bll.head import BLLHead
+from ase_uq.methods.bll.method import BLL
+from ase_uq.methods.bll.projection import projected_leverage
 from ase_uq.numerics.sites import sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
 

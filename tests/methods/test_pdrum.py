@@ -20,7 +20,8 @@ from ase_uq.methods import make_method
 from ase_uq.methods.base import Head
 from ase_uq.methods.pdrum.conservative import force_features, forces_of, functions_of
 from ase_uq.methods.pdrum.directions import WIDTH, directions, mixing_of
-from ase_uq.methods.pdrum.method import PDRUM, PDRUMHead, magnitude_of_unit
+from ase_uq.methods.pdrum.head import PDRUMHead, magnitude_of_unit
+from ase_uq.methods.pdrum.method import PDRUM
 from ase_uq.numerics.networks import Training
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames

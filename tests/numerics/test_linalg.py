@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, Serial
-from ase_uq.numerics.linalg import JITTER_LADDER, Moments, cholesky, reduced, whitener
+from ase_uq.numerics.linalg import JITTER_LADDER, cholesky, whitener
+from ase_uq.numerics.moments import Moments, reduced
 from ase_uq.testing.methods import on_ranks
 
 

@@ -10,17 +10,9 @@ from sklearn.gaussian_process.kernels import DotProduct
 from torch import Tensor
 
 from ase_uq.errors import LabelError
-from ase_uq.numerics.posterior import (
-    Sketch,
-    mean_square,
-    pivoted_cholesky,
-    random_bits,
-    random_normal,
-    random_signs,
-    random_uniform,
-    residual,
-    substream,
-)
+from ase_uq.numerics.hashing import random_bits, random_normal, random_signs, random_uniform, substream
+from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
+from ase_uq.numerics.sketch import Sketch
 
 NOISE = 1e-2
 

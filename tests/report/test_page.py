@@ -25,7 +25,8 @@ from PIL import Image
 
 from ase_uq import Quantile, UncertainCalculator, UncertaintyModel, embedded, write_frames
 from ase_uq.errors import ArtefactError, InputError, MissingDependency
-from ase_uq.io.frames import annotated, read_frames
+from ase_uq.io.frames import read_frames
+from ase_uq.io.results import annotated
 from ase_uq.report.page import write_report
 
 EVIL = """<script>alert(1)</script>"><img src=x onerror=alert(2)>"""

@@ -5,7 +5,7 @@ from ase.build import molecule
 
 from ase_uq import Reduction, UQWarning, write_frames
 from ase_uq.errors import InputError, LabelError
-from ase_uq.io.frames import annotated
+from ase_uq.io.results import annotated
 from ase_uq.report.survey import survey
 
 

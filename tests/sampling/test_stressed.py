@@ -14,7 +14,8 @@ from ase.io import read
 
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import InputError, LabelError, UQWarning
-from ase_uq.io.frames import labels_of, read_frames, write_frames
+from ase_uq.io.frames import read_frames, write_frames
+from ase_uq.io.labels import labels_of
 from ase_uq.sampling.stressed import KINDS, shortest_distance, stress_frames
 
 COLD = ("rattled", "strained", "compressed", "swapped")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from ase_uq.errors import ArtefactError
 from ase_uq.scoring import journal as module
-from ase_uq.scoring.journal import FrameScore, Journal
+from ase_uq.scoring.frame_score import FrameScore
+from ase_uq.scoring.journal import Journal
 
 ORIGIN = {"trajectory": "abc", "potential": "def"}
 LEFT_OUT = (2, 5)

@@ -26,13 +26,15 @@ from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
 from ase_uq.backends import Backend, load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
-from ase_uq.io.frames import annotated, read_frames, write_frames
+from ase_uq.io.extxyz import extxyz_text
+from ase_uq.io.frames import read_frames, write_frames
+from ase_uq.io.results import annotated
 from ase_uq.io.source import Source
 from ase_uq.scoring import journal as journal_module
 from ase_uq.scoring import score as trajectory_module
-from ase_uq.scoring.journal import FrameScore
-from ase_uq.scoring.score import ScoredTrajectory, extxyz_text, score
-from ase_uq.stream.labelled import BatchLimit
+from ase_uq.scoring.frame_score import FrameScore
+from ase_uq.scoring.score import ScoredTrajectory, score
+from ase_uq.stream.limits import BatchLimit
 from ase_uq.stream.preparation import Prepared
 from ase_uq.testing.methods import labelled_frames
 

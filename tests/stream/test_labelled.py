@@ -6,7 +6,7 @@ from ase import Atoms
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ase_uq.stream.labelled import BatchLimit, batches_of
+from ase_uq.stream.limits import BatchLimit, batches_of
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 60))

@@ -24,7 +24,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Collator
 from ase_uq.errors import UQWarning
 from ase_uq.io.source import Item, Source, Unreadable
-from ase_uq.stream.labelled import BatchLimit
+from ase_uq.stream.limits import BatchLimit
 from ase_uq.stream.preparation import Preparation, Prepared, chunks_of, count_edges, prepare
 from ase_uq.testing.methods import labelled_frames
 
@@ -133,7 +133,7 @@ from itertools import count
 from ase import Atoms
 from ase_uq.backends.base import Collator
 from ase_uq.stream.preparation import Preparation
-from ase_uq.stream.labelled import BatchLimit
+from ase_uq.stream.limits import (BatchLimit)
 items = ((number, Atoms("H")) for number in count())
 collator = Collator(frozenset({1}), (), lambda frames: os.getpid())
 for batch in Preparation(items, BatchLimit(1), 5.0, collator, n_workers=1):

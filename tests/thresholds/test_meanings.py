@@ -11,17 +11,8 @@ from hypothesis import strategies as st
 from scipy.signal import lfilter
 
 from ase_uq.thresholds.conformal import binomial_band
-from ase_uq.thresholds.meanings import (
-    ErrorBound,
-    Evidence,
-    FalseAlarms,
-    MissRate,
-    PerElement,
-    Quantile,
-    ReferenceRuns,
-    ResolvedThreshold,
-    exchangeable_groups,
-)
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns, exchangeable_groups
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
 from ase_uq.thresholds.reduction import Reduction
 
 

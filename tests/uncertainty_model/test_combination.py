@@ -14,21 +14,13 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.calibration import AffineCalibrator, PowerCalibrator
+from ase_uq.fitting.combination import Fitted, fit_combination
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.networks import Training, folds_of
 from ase_uq.numerics.sites import RADII, around, sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 from ase_uq.uncertainty_model import combination as combined
-from ase_uq.uncertainty_model.combination import (
-    LARGEST_CORRECTION,
-    RESIDUAL,
-    Combination,
-    Fitted,
-    Gate,
-    Scene,
-    View,
-    fit_combination,
-)
+from ase_uq.uncertainty_model.combination import LARGEST_CORRECTION, RESIDUAL, Combination, Gate, Scene, View
 
 N_VIEWS = 6
 Rows = tuple[Scene, Tensor, Tensor]
@@ -97,14 +89,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestWeights:
-    def rows(self) -> combined._Rows:
+    def rows(self) -> combined._Likelihood:
         random = np.random.default_rng(0)
         base, gate, good, useless = random.normal(size=(4, 900, 1))
         gate = 1 / (1 + np.exp(-gate))
         squares = np.exp(base + gate * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
         harmful = base - np.log(squares)
         corrections = {"good": gate * good, "useless": gate * useless, "harmful": gate * harmful}
-        return combined._Rows(base, gate, squares, corrections)
+        return combined._Likelihood(base, gate, squares, corrections)
 
     def test_are_those_of_another_optimiser(self):
         rows = self.rows()

@@ -24,10 +24,11 @@ from ase_uq.methods.bll import BLL
 from ase_uq.numerics.networks import Ensemble, Training
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
-from ase_uq.thresholds.meanings import ErrorBound, Evidence, FalseAlarms, MissRate, ReferenceRuns
+from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
+from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate
 from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
-from ase_uq.uncertainty_model.model import CalibrationRecord
+from ase_uq.uncertainty_model.record import CalibrationRecord
 
 SEVERAL = ("bll", "pdrum", "kernel")
 FITTED = Path(__file__).parents[1] / "fitted"

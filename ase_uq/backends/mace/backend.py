@@ -10,86 +10,30 @@ with h^(t) the output of layer t. Source: the readout blocks of MACE (Batatia et
 for every model that is wrapped.
 """
 
-import difflib
-import os
-import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from contextlib import contextmanager
 from functools import partial
-from glob import glob
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, Calculator
+from ase.calculators.calculator import BaseCalculator
+from mace import data as mace_data
+from mace.calculators import MACECalculator
+from mace.tools import torch_geometric, torch_tools
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
-from ase_uq.backends.base import Backend, Batch, probe_structure
-from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
+from ase_uq.backends._process import preserved_process
+from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.identity import probe_structure
+from ase_uq.backends.mace.readout import hidden_activations, plain_module, resolve_readout, rounded
+from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import Edges, EnergyLayer, Evaluation, Gradients, Members
-from ase_uq.io.tensor_file import read_artefact, write_artefact
 
-
-@contextmanager
-def _process_left_as_it_was() -> Iterator[None]:
-    """Undoes what mace does to the whole process: torch's safe loading off, ASE's base class extended."""
-    switch = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
-    properties = list(BaseCalculator.implemented_properties)
-    default_dtype = torch.get_default_dtype()
-    random_state = torch.random.get_rng_state()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e3nn and torch.jit speak to mace's authors, not to our users
-            yield
-    finally:
-        BaseCalculator.implemented_properties[:] = properties
-        torch.set_default_dtype(default_dtype)
-        torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
-        if switch is None:
-            os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
-        else:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = switch
-
-
-with _process_left_as_it_was():
-    import mace  # noqa: F401 (before e3nn, which mace's modules import)
-    from mace import data as mace_data
-    from mace import modules as mace_modules
-    from mace.calculators import MACECalculator, foundations_models
-    from mace.modules.wrapper_ops import get_layout
-    from mace.tools import torch_geometric, torch_tools
-    from mace.tools.scripts_utils import extract_config_mace_model
-
-_KIND, _SCHEMA = "MACE potential", 1
 # Σ of float32 node energies of a probe of a few atoms; a wrong readout is off by tenths of an eV.
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
-
-
-@dataclass(frozen=True)
-class _Readout:
-    """How the last-layer features follow from the node features: slices and modules, resolved once.
-
-    Plain integers, no e3nn objects: nothing here trips over a compiled model.
-    """
-
-    layer_dims: list[int]
-    n_scalars: int
-    vectors: slice | None  # columns of the polar vectors (1o) in the first layer
-    hidden: tuple[tuple[torch.nn.Module, int], ...]  # non-linear readouts and the layer each one reads
-    linear: tuple[int, ...]  # layers read by a linear readout
-    kept: tuple[slice, ...]  # columns of each non-linear readout that belong to the head
-    weights: Tensor
-    intercept: float
-    scale: float
-    shift: float
-    head: int
-    n_heads: int
-    components_first: bool  # cuEquivariance kernels order (2l+1, channels), e3nn (channels, 2l+1)
 
 
 class MACEBackend(Backend):
@@ -119,9 +63,9 @@ class MACEBackend(Backend):
         self.calculator = calculator
         self.elements = frozenset(int(z) for z in calculator.z_table.zs)
         self.info_keys = tuple(sorted({*calculator.info_keys.values()}))
-        if getattr(_plain(calculator.models[0]), "joint_embedding", None) is not None:
+        if getattr(plain_module(calculator.models[0]), "joint_embedding", None) is not None:
             self.required_info_keys = tuple(key for key in ("charge", "spin") if key in self.info_keys)
-        self._readout = _resolve_readout(_plain(calculator.models[0]), str(calculator.head))
+        self._readout = resolve_readout(plain_module(calculator.models[0]), str(calculator.head))
         if calculator.use_compile:
             # The probe structure must not be compiled for, nor set the size that real structures are padded to.
             with self._uncompiled():
@@ -139,10 +83,10 @@ class MACEBackend(Backend):
         return next(self.calculator.models[0].parameters()).dtype
 
     def _modules(self) -> Sequence[torch.nn.Module]:
-        return [_plain(model) for model in self.calculator.models]
+        return [plain_module(model) for model in self.calculator.models]
 
     def _settings(self) -> dict[str, Any]:
-        model = _plain(self.calculator.models[0])
+        model = plain_module(self.calculator.models[0])
         return {
             "package": "mace",
             "heads": list(self.calculator.available_heads),
@@ -151,9 +95,9 @@ class MACEBackend(Backend):
             "r_max": float(model.r_max),
             "elements": sorted(self.elements),
             "avg_num_neighbors": [float(np.float32(layer.avg_num_neighbors)) for layer in model.interactions],
-            "scale": _rounded(self._readout.scale),
-            "shift": _rounded(self._readout.shift),
-            "isolated_atoms": [_rounded(e) for e in model.atomic_energies_fn.atomic_energies.flatten().tolist()],
+            "scale": rounded(self._readout.scale),
+            "shift": rounded(self._readout.shift),
+            "isolated_atoms": [rounded(e) for e in model.atomic_energies_fn.atomic_energies.flatten().tolist()],
             "units": [self.calculator.energy_units_to_eV, self.calculator.length_units_to_A],
             "features": "invariants of all layers, norms of equivariant channels; v1",
         }
@@ -190,7 +134,7 @@ class MACEBackend(Backend):
         n_frames = len(batch.frames)
         n_atoms = sum(len(atoms) for atoms in batch.frames)
         first = self.calculator.models[0]
-        if gradients and _plain(first) is not first:
+        if gradients and plain_module(first) is not first:
             raise InputError(
                 "this MACE model is compiled, and what torch compiles cannot be differentiated twice. Make its "
                 "MACECalculator without compile_mode to get gradients."
@@ -273,7 +217,7 @@ class MACEBackend(Backend):
         calculator = self.calculator
         names = ("models", "use_compile", "pad_num_atoms", "pad_num_edges", "_padding_initialized")
         before = {name: getattr(calculator, name) for name in names}
-        calculator.models = [_plain(model) for model in calculator.models]
+        calculator.models = [plain_module(model) for model in calculator.models]
         calculator.use_compile = False
         try:
             yield
@@ -336,14 +280,14 @@ class MACEBackend(Backend):
         layers = torch.split(features, readout.layer_dims, -1)
         parts = [layers[index][:, : readout.n_scalars] for index in readout.linear]
         for (block, index), kept in zip(readout.hidden, readout.kept, strict=True):
-            parts.append(_hidden_activations(block, layers[index], readout)[:, kept])
+            parts.append(hidden_activations(block, layers[index], readout)[:, kept])
         return torch.cat(parts, 1) * readout.scale
 
     def _check_last_layer(self) -> None:
         """w·φ_i + base_i = e_i on a structure with every element, with the base computed on its own."""
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
         evaluation = self.evaluate(batch, forces=False)
-        model = _plain(self.calculator.models[0])
+        model = plain_module(self.calculator.models[0])
         unit = self.calculator.energy_units_to_eV
         inputs = self._inputs(batch.data, model)
         with torch.no_grad(), torch_tools.default_dtype(self.calculator.default_dtype):
@@ -376,105 +320,8 @@ def accepts(calculator: BaseCalculator) -> bool:
 def wrap(calculator: BaseCalculator) -> MACEBackend:
     """The backend of a `MACECalculator`."""
     assert isinstance(calculator, MACECalculator)
-    with _process_left_as_it_was():
+    with preserved_process():
         return MACEBackend(calculator)
-
-
-def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
-    """The calculator that a SPEC names: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`.
-
-    PATH is a `.model` file as MACE trains it, several of them as `committee_*.model`, or a `.safetensors` file of
-    `save_potential`. A `.model` file is a pickle: loading one runs code, so load only your own or those you trust.
-    NAME is one of the loader's own, an `https:` address, or a `.model` file.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: MACE has no pretrained model of that name.
-    """
-    with _process_left_as_it_was():
-        # mace.torch.load carries no weights_only: its files are pickled modules.
-        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
-        if prefix == "mace":
-            dtype = dtype or "float64"
-            # Sorted: the first member of a committee gives the features.
-            paths = [target] if Path(target).is_file() else sorted(glob(target))
-            if not paths:
-                raise FileNotFoundError(f"there is no MACE model file {target}.")
-            source: dict[str, Any] = {"model_paths": paths}
-            if all(path.endswith(".safetensors") for path in paths):
-                source = {"models": [load_potential(path).to(getattr(torch, dtype)) for path in paths]}
-            calculator = MACECalculator(**source, device=device, default_dtype=dtype)
-        else:
-            _check_pretrained(prefix, target)
-            loader = getattr(foundations_models, prefix.replace("-", "_"))
-            options = {"default_dtype": dtype} if dtype else {}
-            # What MACE prints about its licences belongs beside our results, not into them.
-            with redirect_stdout(sys.stderr):
-                calculator = loader(model=target or None, device=device, **options)
-        # MACE appends to the list of ASE's base class, which is put back on leaving: give it a list of its own.
-        calculator.implemented_properties = list(dict.fromkeys(calculator.implemented_properties))
-        return calculator
-
-
-def _check_pretrained(prefix: str, target: str) -> None:
-    names = {
-        "mace-mp": [name for name in foundations_models.mace_mp_names if name],
-        "mace-off": list(foundations_models.mace_off_urls),
-        "mace-omol": ["extra_large"],
-    }[prefix]
-    if target and target not in names and not target.startswith("https:") and not Path(target).exists():
-        close = difflib.get_close_matches(target, names, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(
-            f"{prefix} has no model {target!r}, and there is no file of that name.{hint} It has {', '.join(names)}."
-        )
-
-
-def save_potential(model: torch.nn.Module, path: str | Path) -> None:
-    """Stores a ScaleShiftMACE as safetensors with its architecture in the JSON header (no pickle).
-
-    Weights are stored in float32, which changes forces by about 1e-6 eV/Å.
-    """
-    config = extract_config_mace_model(model)
-    if "error" in config:
-        raise TypeError(f"only ScaleShiftMACE models can be stored: {config['error']}")
-    header = {key: _to_json(value) for key, value in config.items() if key != "cueq_config"}
-    # Buffers (coupling coefficients, constants) follow from the architecture and would treble the file.
-    tensors = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
-    write_artefact(path, _KIND, _SCHEMA, header, tensors)
-
-
-def load_potential(path: str | Path) -> torch.nn.Module:
-    """The model stored by `save_potential`, in float32."""
-    from e3nn import o3
-
-    header, tensors = read_artefact(path, _KIND, _SCHEMA)
-    arguments = dict(header)
-    for key in ("hidden_irreps", "MLP_irreps", "edge_irreps"):
-        arguments[key] = None if arguments[key] is None else o3.Irreps(arguments[key])
-    for key in ("interaction_cls", "interaction_cls_first"):
-        arguments[key] = mace_modules.interaction_classes[arguments[key]]
-    arguments["readout_cls"] = mace_modules.readout_classes[arguments["readout_cls"]]
-    arguments["gate"] = getattr(torch.nn.functional, arguments["gate"])
-    for key in ("atomic_energies", "atomic_inter_scale", "atomic_inter_shift"):
-        arguments[key] = np.array(arguments[key])
-    arguments["cueq_config"] = None
-    with _process_left_as_it_was(), torch_tools.default_dtype("float32"):
-        model = mace_modules.ScaleShiftMACE(**arguments)
-    absent = model.load_state_dict(tensors, strict=False)
-    if absent.unexpected_keys or set(absent.missing_keys) & {name for name, _ in model.named_parameters()}:
-        raise ArtefactError(f"{path} does not hold the weights of the architecture in its header: {absent}.")
-    return model.eval()
-
-
-def _to_json(value: Any) -> Any:
-    if isinstance(value, type) or callable(value):
-        return value.__name__
-    if isinstance(value, np.ndarray | torch.Tensor):
-        return value.tolist()
-    if value is None or isinstance(value, bool | int | float | str | list | dict):
-        return value
-    return str(value)  # irreps
 
 
 def _check_heads(frames: Sequence[Atoms], heads: Sequence[str]) -> None:
@@ -502,16 +349,6 @@ def _graphs_of(
     return torch_geometric.Batch.from_data_list(graphs)
 
 
-def _plain(model: Any) -> Any:
-    """The module behind `torch.compile`."""
-    return getattr(model, "_orig_mod", model)
-
-
-def _rounded(value: float) -> float:
-    # As float32 so that a model cast between precisions keeps its settings.
-    return float(np.float32(value))
-
-
 def _voigt(stress: Tensor) -> Tensor:
     """(..., 3, 3) → (..., 6), as ASE does it, on the device."""
     xx, yy, zz = stress.diagonal(dim1=-2, dim2=-1).unbind(-1)
@@ -526,88 +363,3 @@ def _edges(data: dict[str, Tensor], n_atoms: int, cutoff: float, length_unit: fl
         real = (source < n_atoms) & (target < n_atoms)
         source, target, vector = source[real], target[real], vector[real]
     return Edges(source, target, vector, cutoff * length_unit)
-
-
-def _hidden_activations(block: Any, features: Tensor, readout: _Readout) -> Tensor:
-    """Input of the last linear map of a non-linear readout."""
-    hidden = block.non_linearity(block.linear_1(features))
-    if hasattr(block, "linear_mid"):
-        hidden = _masked(hidden, readout)
-        hidden = block.non_linearity(block.linear_mid(hidden))
-    return hidden
-
-
-def _masked(hidden: Tensor, readout: _Readout) -> Tensor:
-    if readout.n_heads == 1:
-        return hidden
-    kept = torch.zeros_like(hidden)
-    columns = _head_columns(hidden.shape[1], readout.head, readout.n_heads)
-    kept[:, columns] = hidden[:, columns]
-    return kept
-
-
-def _head_columns(width: int, head: int, n_heads: int) -> slice:
-    step = width // n_heads
-    return slice(head * step, (head + 1) * step)
-
-
-def _resolve_readout(model: Any, head_name: str) -> _Readout:
-    heads = list(getattr(model, "heads", None) or ["Default"])
-    head = heads.index(head_name) if head_name in heads else 0
-    dims = [product.linear.irreps_out.dim for product in model.products]
-    n_scalars = model.products[-1].linear.irreps_out.count("0e")
-    readouts = list(model.readouts)
-    layers = list(range(len(dims) - len(readouts), len(dims)))
-    linear, hidden, kept, intercept = [], [], [], 0.0
-    linear_weights, hidden_weights = [], []
-    for block, layer in zip(readouts, layers, strict=True):
-        last = block.linear_2 if hasattr(block, "linear_1") else block.linear
-        matrix, offset = _effective_weights(last)
-        intercept += float(offset[head])
-        if hasattr(block, "linear_1"):
-            columns = _head_columns(len(matrix), head, len(heads))
-            hidden.append((block, layer))
-            kept.append(columns)
-            hidden_weights.append(matrix[columns, head])
-        else:
-            linear.append(layer)
-            linear_weights.append(matrix[:n_scalars, head])
-    has_scale = hasattr(model, "scale_shift")
-    scale = float(torch.atleast_1d(model.scale_shift.scale)[head]) if has_scale else 1.0
-    shift = float(torch.atleast_1d(model.scale_shift.shift)[head]) if has_scale else 0.0
-    weights = torch.cat([*linear_weights, *hidden_weights]).detach().clone()
-    return _Readout(
-        layer_dims=dims,
-        n_scalars=n_scalars,
-        vectors=_vector_columns(model.products[0].linear.irreps_out),
-        hidden=tuple(hidden),
-        linear=tuple(linear),
-        kept=tuple(kept),
-        weights=weights,
-        intercept=intercept,
-        scale=scale,
-        shift=shift,
-        head=head,
-        n_heads=len(heads),
-        components_first=get_layout(getattr(model.products[0], "cueq_config", None)) == "ir_mul",
-    )
-
-
-def _vector_columns(irreps: Any) -> slice | None:
-    start = 0
-    for multiplicity, kind in irreps:
-        width = multiplicity * kind.dim
-        if str(kind) == "1o":  # 1e are pseudo-vectors
-            return slice(start, start + width)
-        start += width
-    return None
-
-
-def _effective_weights(linear: Any) -> tuple[Tensor, Tensor]:
-    """(n_in, n_out) matrix and offset of a linear map, with the path normalisation that its weights lack."""
-    weight = next(linear.parameters())
-    width = linear.irreps_in.dim
-    with torch.no_grad():
-        offset = linear(torch.zeros(1, width, dtype=weight.dtype, device=weight.device))
-        matrix = linear(torch.eye(width, dtype=weight.dtype, device=weight.device)) - offset
-    return matrix, offset[0]

@@ -68,7 +68,7 @@ def evaluate(
 
 def _check_outputs(csv: Path | None, plots: Path | None) -> None:
     """Everything that can be refused before seconds are spent on importing a potential."""
-    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.io.files import check_writable
 
     if csv is not None:
         check_writable(csv)
@@ -85,7 +85,7 @@ def _draw(assessment: "Assessment", folder: Path) -> list[Path]:
     """Two figures a quantity, all methods in each; returns their files."""
     from matplotlib import pyplot as plt
 
-    from ase_uq.diagnostics.evaluate import UNITS
+    from ase_uq.diagnostics.table import UNITS
     from ase_uq.report import plots
 
     written = []

@@ -73,8 +73,8 @@ def fit(
     """
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.fitting.fit import fit as fit_model
+    from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
-    from ase_uq.io.tensor_file import check_writable
     from ase_uq.methods import make_method
 
     check_writable(out)

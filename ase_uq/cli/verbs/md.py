@@ -260,8 +260,7 @@ def _check_files(frames: Path | None, trajectory: Path | None, log: Path | None,
     for name, file in (("--frames", frames), ("--trajectory", trajectory)):
         if file is not None:
             check_xyz_name(file, name)
-    from ase_uq.io.frames import check_whole
-    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.io.files import check_whole, check_writable
 
     for file in filter(None, (trajectory, log)):
         if file.exists() and not append:
@@ -304,7 +303,8 @@ def _run(
     from tqdm import tqdm
 
     from ase_uq.errors import UncertaintyHalt
-    from ase_uq.io.frames import annotated, write_frames
+    from ase_uq.io.frames import write_frames
+    from ase_uq.io.results import annotated
 
     written = origin.step if origin.written else -1
 

@@ -40,8 +40,8 @@ def reference(
     my.uq.safetensors[/]
     """
     from ase_uq.cli.potential import load_calculator, seed_all
+    from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
-    from ase_uq.io.tensor_file import check_writable
     from ase_uq.sampling.reference_runs import reference_runs
     from ase_uq.thresholds.meanings import FalseAlarms
     from ase_uq.thresholds.reduction import Reduction

@@ -87,7 +87,8 @@ def relax(
     from ase_uq.cli.start import give_calculator, read_start
     from ase_uq.dynamics.checks import Bonds as BondsCheck
     from ase_uq.dynamics.relaxation import relax as relax_atoms
-    from ase_uq.io.frames import annotated, write_frames
+    from ase_uq.io.frames import write_frames
+    from ase_uq.io.results import annotated
 
     seed_all(seed)
     atoms = read_start(start)
@@ -127,7 +128,7 @@ def relax(
 
 def _check_files(written: dict[str, Path | None], frames: Path | None, overwrite: bool) -> None:
     """Everything that can be refused before seconds are spent on importing a potential."""
-    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.io.files import check_writable
 
     for name, file in (written | {"--frames": frames}).items():
         if file is not None and name != "--log":

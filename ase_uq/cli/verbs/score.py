@@ -75,7 +75,7 @@ def _check_arguments(frames: Path, out: Path, csv: Path | None, part: Path, over
         raise FileNotFoundError(f"there is no file {frames}.")
     # A run that was killed while it finished has files of both kinds.
     interrupted = part.with_name(part.name + ".json").exists()
-    from ase_uq.io.tensor_file import check_distinct, check_writable
+    from ase_uq.io.files import check_distinct, check_writable
 
     check_distinct(frames, out, csv)
     for path in (out, csv):

@@ -119,7 +119,7 @@ def _check_arguments(pool: Path, train: Path | None, out: Path, overwrite: bool)
             raise typer.BadParameter(f"{out} is read from: give another name.", param_hint="'--out'")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
-    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.io.files import check_writable
 
     check_writable(out)
 

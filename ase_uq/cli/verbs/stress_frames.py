@@ -83,7 +83,7 @@ def _check_arguments(frames: Path, out: Path, overwrite: bool, names: list[str],
         )
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
-    from ase_uq.io.tensor_file import check_writable
+    from ase_uq.io.files import check_writable
 
     check_writable(out)
 

@@ -28,7 +28,8 @@ from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.forward_pass import Evaluation
 from ase_uq.properties import STANDARD, known_to_ase
-from ase_uq.thresholds.meanings import Evidence, Meaning
+from ase_uq.thresholds.evidence import Evidence
+from ase_uq.thresholds.meanings import Meaning
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import FittedMethod, UncertaintyModel
 

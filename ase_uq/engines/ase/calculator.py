@@ -2,8 +2,7 @@
 
 import os
 import warnings
-from collections import OrderedDict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from numbers import Integral
 from typing import Any
@@ -15,15 +14,14 @@ from ase.outputs import Properties
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.engines.ase.memory import Memory, inputs_of
 from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
 from ase_uq.properties import known_to_ase
-from ase_uq.thresholds.meanings import Evidence, Meaning
+from ase_uq.thresholds.evidence import Evidence
+from ase_uq.thresholds.meanings import Meaning
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
-
-# A band of images or the ends of a dimer, twice over; some 30 MB of results at the most.
-_MOST_STRUCTURES, _MOST_ATOMS = 100, 100_000
 
 
 class UncertainCalculator(Calculator):
@@ -90,7 +88,7 @@ class UncertainCalculator(Calculator):
         self.every = int(every)
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)
         self._n_calculated = 0
-        self._memory = _Memory()
+        self._memory = Memory()
         if uncertainty_model.gradients and self.every == 1:
             dear = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
             warnings.warn(
@@ -121,7 +119,7 @@ class UncertainCalculator(Calculator):
         # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
         keys = self.predictor.backend.info_keys
         self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
-        inputs = _inputs(self.atoms, keys)
+        inputs = inputs_of(self.atoms, keys)
         asked = self._uncertain.intersection(properties)
         known = self._memory.recall(inputs)
         if known and asked <= known.keys():
@@ -139,14 +137,14 @@ class UncertainCalculator(Calculator):
     def reset(self) -> None:
         """Forgets all results, also of structures before the last; the next calculation takes uncertainties."""
         super().reset()
-        self._memory = _Memory()
+        self._memory = Memory()
         self._n_calculated = 0
 
     def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
         """Whether these properties cost a forward pass: not those of a structure that is remembered."""
         if not super().calculation_required(atoms, list(properties)):
             return False
-        return not set(properties) <= self._memory.recall(_inputs(atoms, self.predictor.backend.info_keys)).keys()
+        return not set(properties) <= self._memory.recall(inputs_of(atoms, self.predictor.backend.info_keys)).keys()
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
         """What changed since the last calculation, among the inputs that the potential reads.
@@ -174,66 +172,7 @@ class UncertainCalculator(Calculator):
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies, in this process or another, start without the remembered results: they may be many.
-        return {**vars(self), "_memory": _Memory()}
-
-
-class _Memory:
-    """Results of the structures calculated last, by their inputs. Copies go in and copies come out."""
-
-    def __init__(self) -> None:
-        self._kept: OrderedDict[Hashable, tuple[int, dict[str, Any]]] = OrderedDict()
-        self._n_atoms = 0
-
-    def recall(self, inputs: Hashable | None) -> dict[str, Any]:
-        """Results of these inputs; empty where there are none."""
-        if inputs not in self._kept:
-            return {}
-        self._kept.move_to_end(inputs)
-        return _copied(self._kept[inputs][1])
-
-    def keep(self, inputs: Hashable | None, n_atoms: int, results: Mapping[str, Any]) -> None:
-        """Adds or replaces results; those not used for the longest time go, but never the last."""
-        if inputs is None:
-            return
-        before, _ = self._kept.pop(inputs, (0, {}))
-        self._kept[inputs] = n_atoms, _copied(results)
-        self._n_atoms += n_atoms - before
-        while len(self._kept) > 1 and (len(self._kept) > _MOST_STRUCTURES or self._n_atoms > _MOST_ATOMS):
-            _, (gone, _) = self._kept.popitem(last=False)
-            self._n_atoms -= gone
-
-
-def _inputs(atoms: Atoms, info_keys: Sequence[str]) -> Hashable | None:
-    """What the potential reads of a structure, to the last bit; None where it cannot be compared, as with NaN."""
-    arrays = atoms.arrays
-    values = (
-        arrays["positions"],
-        atoms.cell.array,
-        atoms.pbc,
-        arrays["numbers"],
-        arrays.get("initial_charges"),
-        arrays.get("initial_magmoms"),
-        *(atoms.info.get(key) for key in info_keys),
-    )
-    parts = [_bits(value) for value in values]
-    return None if None in parts else tuple(parts)
-
-
-def _bits(value: Any) -> Hashable | None:
-    """A value as something to compare exactly, whatever its precision; None for NaN and for objects."""
-    if value is None:
-        return ()
-    array = np.asarray(value)
-    if array.dtype.kind in "US":
-        return array.shape, array.dtype.str, array.tobytes()
-    if array.dtype.kind not in "biuf":
-        return None
-    array = np.asarray(array, float)
-    return None if np.isnan(array).any() else (array.shape, array.tobytes())
-
-
-def _copied(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in results.items()}
+        return {**vars(self), "_memory": Memory()}
 
 
 def _same(a: Any, b: Any) -> bool:

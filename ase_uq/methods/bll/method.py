@@ -16,7 +16,7 @@ The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Cho
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -24,15 +24,16 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, ForceLayer, Targets
+from ase_uq.forward_pass import Evaluation, Targets
 from ase_uq.methods._distance import units_of
-from ase_uq.methods._sites import REACH, raw_of_atoms
-from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods._sites import REACH
+from ase_uq.methods.base import Accumulator, Method
+from ase_uq.methods.bll.head import BLLHead, atom_features
+from ase_uq.methods.bll.projection import removed_mean
 from ase_uq.methods.bll.regression import Statistics, maximise_evidence
-from ase_uq.numerics.linalg import Moments, reduced, whitener
+from ase_uq.numerics.linalg import whitener
+from ase_uq.numerics.moments import Moments, reduced
 from ase_uq.numerics.sites import RADII
-
-_SMALLEST_UNIT = 1e-2  # of `BLLHead.features`, relative to the largest
 
 
 @dataclass(frozen=True)
@@ -73,95 +74,6 @@ class BLL(Method):
         return BLLHead(settings, tensors)
 
 
-class BLLHead(Head):
-    """A fitted Bayesian last layer.
-
-    Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; where energies were labelled `energy_root` about
-            `energy_centre`; for direct heads `force_root`; float64.
-    """
-
-    measures = True
-    centre: Tensor
-    atom_root: Tensor
-    energy_centre: Tensor
-    energy_root: Tensor
-    force_root: Tensor
-
-    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
-
-    def forward(self, evaluation: Evaluation) -> Raw:
-        features = _atom_features(evaluation, self._settings["features"])
-        distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
-        # Heads fitted before 0.2 had no reach.
-        raw = raw_of_atoms(distance, evaluation, self._settings["radii"], self._settings.get("reach", 0.0))
-        if evaluation.force_layer is not None:
-            exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
-            raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
-        if "energy" in self._settings:
-            phi = evaluation.energy_layer.features.double()
-            counts = evaluation.n_atoms_of_frame.double()[:, None]
-            structure = self._energy_leverage(evaluation.sum_over_atoms(phi) / counts)
-            energy = torch.cat([structure[:, None], raw.energy], 1)
-            raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
-        return raw
-
-    def features(self, evaluation: Evaluation) -> Tensor:
-        """(n_atoms, d) standardised: about the training mean, in units of each one's spread there.
-
-        The unit is not below a hundredth of the largest: what hardly varied in training would be all that counts.
-        """
-        rows = _atom_features(evaluation, self._settings["features"]).double() - self.centre
-        # The root R is triangular and holds the units s: (RRᵀ)⁻¹ = effective · s(C + ridge)s, where C has ones on its
-        # diagonal.
-        eye = torch.eye(len(self.atom_root), dtype=rows.dtype, device=rows.device)
-        inverse = torch.linalg.solve_triangular(self.atom_root, eye, upper=True)
-        squares = inverse.square().sum(0) / (self._settings["atoms"]["effective"] * (1 + self._settings["ridge"]))
-        units = squares.sqrt()
-        return rows / units.clamp(min=_SMALLEST_UNIT * float(units.max()))
-
-    def _energy_leverage(self, rows: Tensor) -> Tensor:
-        """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""
-        squares = ((rows - self.energy_centre) @ self.energy_root).square().sum(1)
-        return squares + 1 / self._settings["energy"]["effective"]
-
-
-def projected_leverage(layer: ForceLayer, root: Tensor, evaluation: Evaluation) -> Tensor:
-    """(n_atoms, 3) leverage of each force component through the potential's own projection.
-
-    F = P(φB) with independent columns of B gives Var F_ia ∝ Σ_b ‖Σ_j P_(ia),(jb) φ_j R‖². With P = I - UUᵀ, U the
-    orthonormal rigid modes, and a_i = φ_i R less its mean over the structure (which takes the translations out),
-
-        u_ia = ‖a_i‖² - 2 Σ_m U_iam c_ma·a_i + Σ_mn U_iam U_ian Σ_b c_mb·c_nb,    c_mb = Σ_j U_jbm a_j.
-
-    Leaving P out overestimates 30 to 50 times where the features have a large common part.
-
-    Args:
-        layer: Last layer of the direct force head.
-        root: (n_last, n_last) R with φRRᵀφᵀ the leverage before the projection.
-        evaluation: The batch, for its positions and frames.
-    """
-    rows = _removed_mean(layer, evaluation) @ root
-    leverage = rows.square().sum(1, keepdim=True).expand(-1, 3)
-    if not bool(layer.torque_free.any()):
-        return leverage
-    modes = _rotations(evaluation, layer.torque_free)
-    coupling = evaluation.sum_over_atoms(torch.einsum("ibm,ik->imbk", modes, rows))
-    overlap = torch.einsum("smbk,snbk->smn", coupling, coupling)[evaluation.frame_of_atom]
-    cross = torch.einsum("iam,imak,ik->ia", modes, coupling[evaluation.frame_of_atom], rows)
-    square = torch.einsum("iam,ian,imn->ia", modes, modes, overlap)
-    return (leverage - 2 * cross + square).clamp(min=0)
-
-
 class BLLSums(Accumulator):
     """Moments of features and targets, all that the posteriors need; None where there was nothing to add."""
 
@@ -172,7 +84,7 @@ class BLLSums(Accumulator):
         self.force: Moments | None = None
 
     def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.atoms = _added(self.atoms, _atom_features(evaluation, self.method.features))
+        self.atoms = _added(self.atoms, atom_features(evaluation, self.method.features))
         counts = evaluation.n_atoms_of_frame.double()[:, None]
         psi = evaluation.sum_over_atoms(evaluation.energy_layer.features.double()) / counts
         if targets.energy is not None:
@@ -181,7 +93,7 @@ class BLLSums(Accumulator):
         if evaluation.force_layer is not None and targets.forces is not None:
             layer = evaluation.force_layer
             target = targets.forces.double() - layer.base.double()
-            self.force = _added(self.force, _labelled(_removed_mean(layer, evaluation), target))
+            self.force = _added(self.force, _labelled(removed_mean(layer, evaluation), target))
 
     def finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
@@ -220,22 +132,6 @@ def _labelled(features: Tensor, target: Tensor) -> Tensor:
     return torch.cat([features, target], 1)[target.isfinite().all(1)]
 
 
-def _atom_features(evaluation: Evaluation, features: str) -> Tensor:
-    return evaluation.features if features == "latent" else evaluation.energy_layer.features
-
-
-def _removed_mean(layer: ForceLayer, evaluation: Evaluation) -> Tensor:
-    """Features less their mean over the structure, where the head removes the net force; float64.
-
-    Mean removal is linear over atoms, so these are the exact features; the bias drops out.
-    """
-    features = layer.features.double()
-    if not layer.force_free:
-        return features
-    counts = evaluation.n_atoms_of_frame.double()[:, None]
-    return features - (evaluation.sum_over_atoms(features) / counts)[evaluation.frame_of_atom]
-
-
 def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took.
 
@@ -269,21 +165,3 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     if name == "energy":
         tensors["energy_centre"] = moments.mean[:width]
     return tensors, found
-
-
-def _rotations(evaluation: Evaluation, torque_free: Tensor) -> Tensor:
-    """(n_atoms, 3 components, 3 modes) orthonormal infinitesimal rotations of each structure; zero where kept."""
-    positions = evaluation.positions.double()
-    counts = evaluation.n_atoms_of_frame.double()[:, None]
-    centre = evaluation.sum_over_atoms(positions) / counts
-    r = positions - centre[evaluation.frame_of_atom]
-    axes = torch.eye(3, dtype=r.dtype, device=r.device)
-    # e_k × r, k in the last axis
-    turns = torch.linalg.cross(axes.expand(len(r), 3, 3), r[:, None, :].expand(len(r), 3, 3)).transpose(1, 2)
-    overlap = evaluation.sum_over_atoms(torch.einsum("iak,ial->ikl", turns, turns))
-    values, vectors = torch.linalg.eigh(overlap)
-    # Linear molecules have two rotations and single atoms none.
-    kept = values > 1e-8 * values.amax(1, keepdim=True).clamp(min=1e-30)
-    inverse_root = torch.where(kept, values.clamp(min=1e-300).rsqrt(), 0.0)
-    orthonormal = (vectors * inverse_root[:, None, :]) * torque_free[:, None, None]
-    return torch.einsum("iak,ikl->ial", turns, orthonormal[evaluation.frame_of_atom])

@@ -1,0 +1,120 @@
+"""MACE calculators from a SPEC, and models stored without pickles."""
+
+import difflib
+import os
+import sys
+from contextlib import redirect_stdout
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ase.calculators.calculator import Calculator
+from mace import modules as mace_modules
+from mace.calculators import MACECalculator, foundations_models
+from mace.tools import torch_tools
+from mace.tools.scripts_utils import extract_config_mace_model
+
+from ase_uq.backends._process import preserved_process
+from ase_uq.errors import ArtefactError
+from ase_uq.io.tensor_file import read_artefact, write_artefact
+
+_KIND, _SCHEMA = "MACE potential", 1
+
+
+def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
+    """The calculator that a SPEC names: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`.
+
+    PATH is a `.model` file as MACE trains it, several of them as `committee_*.model`, or a `.safetensors` file of
+    `save_potential`. A `.model` file is a pickle: loading one runs code, so load only your own or those you trust.
+    NAME is one of the loader's own, an `https:` address, or a `.model` file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: MACE has no pretrained model of that name.
+    """
+    with preserved_process():
+        # mace.torch.load carries no weights_only: its files are pickled modules.
+        os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
+        if prefix == "mace":
+            dtype = dtype or "float64"
+            # Sorted: the first member of a committee gives the features.
+            paths = [target] if Path(target).is_file() else sorted(glob(target))
+            if not paths:
+                raise FileNotFoundError(f"there is no MACE model file {target}.")
+            source: dict[str, Any] = {"model_paths": paths}
+            if all(path.endswith(".safetensors") for path in paths):
+                source = {"models": [load_potential(path).to(getattr(torch, dtype)) for path in paths]}
+            calculator = MACECalculator(**source, device=device, default_dtype=dtype)
+        else:
+            _check_pretrained(prefix, target)
+            loader = getattr(foundations_models, prefix.replace("-", "_"))
+            options = {"default_dtype": dtype} if dtype else {}
+            # What MACE prints about its licences belongs beside our results, not into them.
+            with redirect_stdout(sys.stderr):
+                calculator = loader(model=target or None, device=device, **options)
+        # MACE appends to the list of ASE's base class, which is put back on leaving: give it a list of its own.
+        calculator.implemented_properties = list(dict.fromkeys(calculator.implemented_properties))
+        return calculator
+
+
+def _check_pretrained(prefix: str, target: str) -> None:
+    names = {
+        "mace-mp": [name for name in foundations_models.mace_mp_names if name],
+        "mace-off": list(foundations_models.mace_off_urls),
+        "mace-omol": ["extra_large"],
+    }[prefix]
+    if target and target not in names and not target.startswith("https:") and not Path(target).exists():
+        close = difflib.get_close_matches(target, names, n=2)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"{prefix} has no model {target!r}, and there is no file of that name.{hint} It has {', '.join(names)}."
+        )
+
+
+def save_potential(model: torch.nn.Module, path: str | Path) -> None:
+    """Stores a ScaleShiftMACE as safetensors with its architecture in the JSON header (no pickle).
+
+    Weights are stored in float32, which changes forces by about 1e-6 eV/Å.
+    """
+    config = extract_config_mace_model(model)
+    if "error" in config:
+        raise TypeError(f"only ScaleShiftMACE models can be stored: {config['error']}")
+    header = {key: _to_json(value) for key, value in config.items() if key != "cueq_config"}
+    # Buffers (coupling coefficients, constants) follow from the architecture and would treble the file.
+    tensors = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
+    write_artefact(path, _KIND, _SCHEMA, header, tensors)
+
+
+def load_potential(path: str | Path) -> torch.nn.Module:
+    """The model stored by `save_potential`, in float32."""
+    from e3nn import o3
+
+    header, tensors = read_artefact(path, _KIND, _SCHEMA)
+    arguments = dict(header)
+    for key in ("hidden_irreps", "MLP_irreps", "edge_irreps"):
+        arguments[key] = None if arguments[key] is None else o3.Irreps(arguments[key])
+    for key in ("interaction_cls", "interaction_cls_first"):
+        arguments[key] = mace_modules.interaction_classes[arguments[key]]
+    arguments["readout_cls"] = mace_modules.readout_classes[arguments["readout_cls"]]
+    arguments["gate"] = getattr(torch.nn.functional, arguments["gate"])
+    for key in ("atomic_energies", "atomic_inter_scale", "atomic_inter_shift"):
+        arguments[key] = np.array(arguments[key])
+    arguments["cueq_config"] = None
+    with preserved_process(), torch_tools.default_dtype("float32"):
+        model = mace_modules.ScaleShiftMACE(**arguments)
+    absent = model.load_state_dict(tensors, strict=False)
+    if absent.unexpected_keys or set(absent.missing_keys) & {name for name, _ in model.named_parameters()}:
+        raise ArtefactError(f"{path} does not hold the weights of the architecture in its header: {absent}.")
+    return model.eval()
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, type) or callable(value):
+        return value.__name__
+    if isinstance(value, np.ndarray | torch.Tensor):
+        return value.tolist()
+    if value is None or isinstance(value, bool | int | float | str | list | dict):
+        return value
+    return str(value)  # irreps

@@ -1,0 +1,98 @@
+"""Which backends there are, and their modules, imported when they are asked for."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+from ase.calculators.calculator import BaseCalculator
+
+from ase_uq.errors import MissingDependency
+
+GROUP = "ase_uq.backends"
+
+
+@dataclass(frozen=True)
+class _BuiltIn:
+    """A backend of this package: its module here, where its calculators' classes live, its SPEC prefixes."""
+
+    name: str
+    package: str
+    prefixes: tuple[str, ...]
+
+
+_BUILT_IN = (
+    _BuiltIn("mace", "mace", ("mace", "mace-mp", "mace-off", "mace-omol")),
+    _BuiltIn("orb", "orb_models", ("orb",)),
+    _BuiltIn("toy", "ase_uq.backends.toy", ("toy",)),
+    _BuiltIn("summed", "ase.calculators.mixing", ()),
+)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends whose packages are installed, plugins included. Imports none of them."""
+    built_in = [entry.name for entry in _BUILT_IN if entry.prefixes and is_importable(entry.package.split(".")[0])]
+    return tuple(sorted({*built_in, *(plugin.name for plugin in entry_points(group=GROUP))}))
+
+
+def find_module(calculator: BaseCalculator) -> ModuleType | None:
+    """The backend module that accepts a calculator, or None. Imports only what the calculator's classes need."""
+    origins = {cls.__module__ for cls in type(calculator).__mro__}
+    for entry in _BUILT_IN:
+        if any(origin == entry.package or origin.startswith(entry.package + ".") for origin in origins):
+            module = import_backend(entry)
+            if module.accepts(calculator):
+                return module
+    for plugin in entry_points(group=GROUP):
+        try:
+            module = import_backend(plugin)
+        except MissingDependency:
+            continue  # named by the error of load_backend if no other plugin takes the calculator
+        if module.accepts(calculator):
+            return module
+    return None
+
+
+def loaders() -> dict[str, _BuiltIn | EntryPoint]:
+    """SPEC prefix → where its module is; a plugin cannot take the prefix of a built-in backend."""
+    plugins = {plugin.name: plugin for plugin in entry_points(group=GROUP)}
+    return plugins | {prefix: entry for entry in _BUILT_IN for prefix in entry.prefixes}
+
+
+def import_backend(entry: _BuiltIn | EntryPoint) -> ModuleType:
+    """The module of a backend.
+
+    Raises:
+        MissingDependency: A package that it needs is not installed.
+    """
+    built_in = isinstance(entry, _BuiltIn)
+    try:
+        return importlib.import_module(f"ase_uq.backends.{entry.name}") if built_in else entry.load()
+    except ImportError as error:
+        if built_in and not isinstance(error, ModuleNotFoundError):
+            raise  # installed but broken: its own message says more
+        distribution = "" if built_in or entry.dist is None else entry.dist.name
+        line = f'pip install "ase-uq[{entry.name}]"' if built_in else f"pip install --upgrade {distribution}"
+        raise MissingDependency(
+            f"the {entry.name} backend cannot be imported ({error}): a package it needs is not installed. Run: {line}"
+        ) from error
+
+
+def broken_plugins() -> str:
+    """Why plugins could not be asked, for the end of an error; empty where all could."""
+    broken = []
+    for plugin in entry_points(group=GROUP):
+        try:
+            import_backend(plugin)
+        except MissingDependency as error:
+            broken.append(str(error))
+    return f" Plugins that could not be asked: {'; '.join(broken)}" if broken else ""
+
+
+def is_importable(name: str) -> bool:
+    """Whether there is a module of this name; it is not imported."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except (ImportError, ValueError):  # a missing parent package, or a name that is no module name
+        return False

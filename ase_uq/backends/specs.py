@@ -1,0 +1,146 @@
+"""From a SPEC, such as `mace:my.model`, to the ASE calculator that it names."""
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from ase.calculators.calculator import BaseCalculator
+
+from ase_uq import embedded
+from ase_uq.backends.registry import import_backend, is_importable, loaders
+
+# Potentials shipped with the package: SPEC name → (prefix that loads it, file).
+_EMBEDDED = {
+    "mace": ("mace", "mace.safetensors"),
+    "orb-direct": ("orb", "orb_direct.safetensors"),
+    "orb-conservative": ("orb", "orb_conservative.safetensors"),
+}
+
+
+def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> BaseCalculator:
+    """The ASE calculator that a SPEC names.
+
+    Args:
+        spec: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`, `orb:FUNCTION[@WEIGHTS]`,
+            `orb:PATH.safetensors`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`, or `FILE.py:FUNCTION` or
+            `package.module:FUNCTION`, a function that returns an ASE calculator.
+        device: As in `load_backend`.
+        dtype: As in `load_backend`.
+
+    Raises:
+        ValueError: The SPEC names nothing that exists, or device or dtype cannot be used.
+        FileNotFoundError: A file in the SPEC does not exist.
+        TypeError: The function of the SPEC does not return a calculator.
+        MissingDependency: The package of the potential is not installed.
+    """
+    asked = {"device": device, "dtype": dtype}
+    device, dtype = _checked_device(device), _checked_dtype(dtype)
+    prefix, colon, target = spec.partition(":")
+    if not colon:
+        raise ValueError(f"{spec!r} has no colon. A SPEC is PREFIX:TARGET, for example {_suggestion(spec)!r}.")
+    if prefix == "embedded":
+        prefix, target = _embedded(target)
+    known = loaders()
+    if prefix in known:
+        return import_backend(known[prefix]).load(prefix, target, device, dtype)
+    place, _, function = spec.rpartition(":")
+    if place.endswith(".py"):
+        return _call(_run_file(Path(place)), function, spec, asked)
+    if is_importable(place):
+        return _call(importlib.import_module(place), function, spec, asked)
+    raise ValueError(
+        f"{prefix!r} in {spec!r} is neither a SPEC prefix nor an importable module."
+        f"{_close(prefix, [*known, 'embedded'])} Prefixes here: {', '.join(sorted([*known, 'embedded']))}."
+    )
+
+
+def _checked_device(device: str) -> str:
+    if not device:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}, which torch does not know. Use for example cpu or cuda:0.") from error
+    if kind.type == "mps":
+        raise ValueError(f"device is {device!r}, but the statistics are in float64, which MPS lacks. Use cpu.")
+    if kind.type == "cuda" and (kind.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"device is {device!r}, but torch sees {torch.cuda.device_count()} cuda devices on this machine. "
+            "Use cpu, or leave device out to take what there is."
+        )
+    return device
+
+
+def _checked_dtype(dtype: str) -> str:
+    if dtype not in ("", "float32", "float64"):
+        raise ValueError(f"dtype is {dtype!r}. Use float32 or float64, or leave it out for the potential's own.")
+    return dtype
+
+
+def _embedded(name: str) -> tuple[str, str]:
+    if name not in _EMBEDDED:
+        raise ValueError(
+            f"there is no embedded potential {name!r}.{_close(name, list(_EMBEDDED))} "
+            f"The package carries {', '.join(_EMBEDDED)}."
+        )
+    prefix, file = _EMBEDDED[name]
+    try:
+        return prefix, str(embedded.path(file))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"this installation lacks {file} of embedded:{name}. Install ase-uq again.") from error
+
+
+def _suggestion(spec: str) -> str:
+    if spec in _EMBEDDED:
+        return f"embedded:{spec}"
+    if spec.endswith(".py"):
+        return f"{spec}:FUNCTION"
+    if spec.replace("-", "_").startswith("orb_"):
+        return f"orb:{spec}"
+    return f"mace:{spec}"
+
+
+def _close(name: str, known: list[str]) -> str:
+    found = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
+
+def _run_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path} to take a calculator from.")
+    name = f"ase_uq_spec_{path.stem}"
+    description = importlib.util.spec_from_file_location(name, path)
+    assert description is not None
+    assert description.loader is not None
+    module = importlib.util.module_from_spec(description)
+    sys.modules[name] = module  # dataclasses and pickles in the file look themselves up there
+    description.loader.exec_module(module)
+    return module
+
+
+def _call(module: ModuleType, name: str, spec: str, asked: dict[str, str]) -> BaseCalculator:
+    """Calls the function of a SPEC; a device and dtype that were asked for go to parameters of these names."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise ValueError(
+            f"{spec!r}: there is no function {name!r} in that module.{_close(name, callables)} "
+            "A function that returns an ASE calculator is expected."
+        )
+    arguments = {what: value for what, value in asked.items() if value}
+    takes = inspect.signature(function).parameters
+    for what, value in arguments.items():
+        if what not in takes:
+            raise ValueError(
+                f"{spec!r} takes no {what}, but {value} was asked for. Give the function a parameter of that name, "
+                "or leave it out."
+            )
+    calculator = function(**arguments)
+    if not isinstance(calculator, BaseCalculator):
+        raise TypeError(f"{spec!r} returned {type(calculator).__name__}; an ASE calculator was expected.")
+    return calculator

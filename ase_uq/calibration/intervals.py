@@ -1,0 +1,26 @@
+"""Bounds of force errors from uncertainties, per element."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class IntervalTable:
+    """Conformal factors by element: bound = factor · ε_i.
+
+    Args:
+        factors: (n_elements,) by atomic number.
+        elements: Atomic numbers among the calibration atoms; the bound of any other is infinite.
+    """
+
+    factors: Tensor
+    elements: frozenset[int]
+
+    def __call__(self, forces_uncertainty: Tensor, numbers: Tensor) -> Tensor:
+        """(n_atoms, 3) eV/Å and (n_atoms,) atomic numbers → (n_atoms,) bounds of ‖F_ref - F‖, eV/Å."""
+        known = torch.zeros(len(self.factors), dtype=torch.bool)
+        known[list(self.elements)] = True
+        bounds = self.factors.to(numbers.device)[numbers] * forces_uncertainty.norm(dim=1)
+        return torch.where(known.to(numbers.device)[numbers], bounds, torch.inf)

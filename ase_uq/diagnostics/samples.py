@@ -1,0 +1,51 @@
+"""Residuals beside standard deviations: what metrics are taken over and figures are made of."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Residuals beside standard deviations of one quantity from one method: what figures are made of.
+
+    Args:
+        residuals: (n, n_components) reference - prediction of each atom or frame, in ASE's units. For `forces_max`
+            (n_frames, 1) the largest ‖F_ref - F‖ of each frame.
+        std: Of the same shape, finite and positive. For `forces_max` the largest ε of each frame.
+        frame: (n,) number of the frame each belongs to.
+        numbers: (n,) atomic numbers; None for what belongs to frames.
+    """
+
+    residuals: np.ndarray
+    std: np.ndarray
+    frame: np.ndarray
+    numbers: np.ndarray | None = None
+
+    @property
+    def errors(self) -> np.ndarray:
+        """(n,) norms of the residuals."""
+        return np.linalg.norm(self.residuals, axis=1)
+
+    @property
+    def uncertainties(self) -> np.ndarray:
+        """(n,) norms of the standard deviations, sqrt(Σ_c σ_c²)."""
+        return np.linalg.norm(self.std, axis=1)
+
+    def only(self, chosen: np.ndarray) -> "Sample":
+        """The chosen rows."""
+        numbers = None if self.numbers is None else self.numbers[chosen]
+        return Sample(self.residuals[chosen], self.std[chosen], self.frame[chosen], numbers)
+
+
+def largest_of_frames(sample: Sample) -> Sample:
+    """`forces_max` of `forces`: largest error and uncertainty of each frame; NaN and inf of an atom are its frame's."""
+    assert sample.numbers is not None
+    frames, counts = np.unique(sample.frame, return_counts=True)
+    errors, uncertainties = (
+        readings_of(atom_norms(values), sample.numbers, counts, Reduction())[:, None]
+        for values in (sample.residuals, sample.std)
+    )
+    return Sample(errors, uncertainties, frames)

@@ -1,0 +1,98 @@
+"""The numbers of an assessment as a table for people."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+UNITS = {"forces": "eV/Å", "forces_max": "eV/Å", "energy_per_atom": "eV", "stress": "eV/Å³"}
+
+
+_TITLES = {
+    "forces": "forces",
+    "forces_max": "largest force error of each frame",
+    "energy_per_atom": "energy per atom",
+    "stress": "stress",
+}
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number of an assessment.
+
+    Args:
+        method: Name of the method.
+        quantity: `forces`, `forces_max` (largest of each frame), `energy_per_atom` or `stress`.
+        element: Chemical symbol, or `all`.
+        metric: Name in `metrics`, with the level for `coverage_68`; or `left_out`, the number of atoms or frames
+            without a finite, positive standard deviation, on which no metric is taken.
+        value: In ASE's units; NaN where it is not defined.
+        low: Of its 95 % interval; NaN where there is none.
+        high: Likewise.
+        n: Atoms or frames it was taken over.
+    """
+
+    method: str
+    quantity: str
+    element: str
+    metric: str
+    value: float
+    low: float
+    high: float
+    n: int
+
+
+# Heading and format of the metrics in the table.
+_COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
+    "rmse": ("RMSE", "{:.3g}".format),
+    "sharpness": ("sharpness", "{:.3g}".format),
+    "mean_squared_z": ("z²", "{:.2f}".format),
+    "coverage_68": ("68%", "{:.0%}".format),
+    "coverage_90": ("90%", "{:.0%}".format),
+    "coverage_95": ("95%", "{:.0%}".format),
+    "miscalibration_area": ("ECE", "{:.3f}".format),
+    "nll": ("NLL", "{:.2f}".format),
+    "rll": ("RLL", "{:.2f}".format),
+    "spearman": ("Spearman", "{:.2f}".format),
+    "attainable_spearman": ("of", "{:.2f}".format),
+    "auroc": ("AUROC", "{:.2f}".format),
+    "auprc": ("AUPRC", "{:.2f}".format),
+    "ause": ("AUSE", "{:.2f}".format),
+}
+
+
+def _block(title: str, scores: Sequence[Score]) -> str:
+    """A title and aligned columns, a row a method and element."""
+    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    for score in scores:
+        rows.setdefault((score.method, score.element), {})[score.metric] = score
+    shown = [metric for metric in _COLUMNS if any(metric in found for found in rows.values())]
+    several = {element for _, element in rows} != {"all"}
+    cells = [["method", *(["element"] if several else []), "n", *(_COLUMNS[metric][0] for metric in shown)]]
+    notes = []
+    for (method, element), found in rows.items():
+        left_out = found["left_out"]
+        names = [method, element] if several else [method]
+        cells.append([*names, f"{left_out.n - left_out.value:.0f}", *(_cell(metric, found) for metric in shown)])
+        if left_out.value:
+            notes.append(
+                f"  {' '.join(names)}: {left_out.value:.0f} of {left_out.n} have no finite, positive uncertainty and "
+                "are left out."
+            )
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    n_names = 2 if several else 1
+    lines = [
+        "  ".join(c.ljust(w) if i < n_names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([title, *(f"  {line.rstrip()}" for line in lines), *notes])
+
+
+def _cell(metric: str, found: Mapping[str, Score]) -> str:
+    score = found.get(metric)
+    if score is None or np.isnan(score.value):
+        return "-"
+    text = _COLUMNS[metric][1]
+    if metric == "spearman" and np.isfinite(score.low):
+        return f"{text(score.value)} ({text(score.low)}–{text(score.high)})"
+    return text(score.value)

@@ -1,0 +1,189 @@
+"""Calibration: raw scores of held-out frames, beside their residuals, become standard deviations."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from ase import Atoms
+
+from ase_uq.backends.base import Backend
+from ase_uq.calibration import Calibrator, Choice, Residuals, fit_affine, fit_calibrator
+from ase_uq.communicator import Serial
+from ase_uq.errors import UQWarning
+from ase_uq.fitting.checks import FEWEST_FRAMES
+from ase_uq.fitting.provenance import runs_of
+from ase_uq.forward_pass import Evaluation, Targets, residuals_of
+from ase_uq.methods.base import Head, Raw
+from ase_uq.stream.labelled import LabelledStream
+from ase_uq.uncertainty_model.model import FittedMethod, UncertaintyModel
+from ase_uq.uncertainty_model.record import CalibrationRecord
+
+
+def with_stressed(
+    model: UncertaintyModel, backend: Backend, frames: list[Atoms], progress: bool, options: Mapping[str, Any]
+) -> UncertaintyModel:
+    """The model with what it says of deliberately bad frames, beside their errors."""
+    title = "stressed" if progress else ""
+    stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
+    uncertainty, error, numbers, counts = [], [], [], []
+    for evaluation, targets in stream:
+        assert evaluation.forces is not None
+        uncertainty.append(model.apply(evaluation)["forces_uncertainty"].norm(dim=1))
+        error.append(residuals_of(targets.forces, evaluation.forces).norm(dim=1))
+        numbers.append(evaluation.numbers)
+        counts.append(evaluation.n_atoms_of_frame)
+    record = CalibrationRecord(
+        uncertainty=_column(uncertainty, np.float32),
+        error=_column(error, np.float32),
+        numbers=_column(numbers, np.uint8),
+        n_atoms_of_frame=_column(counts, np.int32),
+        run=runs_of(frames),
+    )
+    return replace(model, stressed=record)
+
+
+def _column(parts: Sequence[torch.Tensor], dtype: type) -> np.ndarray:
+    return torch.cat(list(parts)).cpu().numpy().astype(dtype)
+
+
+@dataclass(frozen=True)
+class _RawArrays:
+    """`Raw` of all calibration frames as float64 arrays."""
+
+    forces: np.ndarray
+    energy: np.ndarray
+    energies: np.ndarray
+    stress: np.ndarray
+    distance: np.ndarray
+
+
+@dataclass(frozen=True)
+class Observed:
+    """Raw scores of every head on the calibration frames, beside the residuals.
+
+    Args:
+        raw: By method.
+        forces: (n_atoms, 3) residuals, eV/Å.
+        energy: (n_frames, 1) residuals per atom, eV; NaN for frames without a label.
+        stress: (n_frames, 6) residuals, eV/Å³, likewise; None for a potential without stress.
+        numbers: (n_atoms,).
+        n_atoms_of_frame: (n_frames,).
+    """
+
+    raw: dict[str, _RawArrays]
+    forces: np.ndarray
+    energy: np.ndarray
+    stress: np.ndarray | None
+    numbers: np.ndarray
+    n_atoms_of_frame: np.ndarray
+
+    @property
+    def frame_of_atom(self) -> np.ndarray:
+        return np.repeat(np.arange(len(self.n_atoms_of_frame)), self.n_atoms_of_frame)
+
+    def variance(self, name: str, fitted: FittedMethod) -> np.ndarray:
+        """(n_atoms, n_components) squared eV/Å, of one method."""
+        return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces)).numpy()
+
+    def record(self, variance: np.ndarray, runs: np.ndarray) -> CalibrationRecord:
+        """What thresholds are made of, from the variances of the primary estimator and the run of each frame."""
+        norms = np.sqrt(np.broadcast_to(variance, self.forces.shape).sum(1))
+        errors = np.linalg.norm(self.forces, axis=1)
+        counts = self.n_atoms_of_frame.astype(np.int32)
+        return CalibrationRecord(
+            norms.astype(np.float32), errors.astype(np.float32), self.numbers.astype(np.uint8), counts, runs
+        )
+
+
+def observe(
+    heads: dict[str, Head], stream: LabelledStream, *, keep: bool
+) -> tuple[Observed, list[tuple[Evaluation, dict[str, Raw], Targets]]]:
+    """Scores and residuals of the calibration frames; and, to be kept, the batches themselves."""
+    raws: dict[str, list[Raw]] = {name: [] for name in heads}
+    batches = []
+    forces, energy, stress, numbers, counts = [], [], [], [], []
+    for evaluation, targets in stream:
+        assert evaluation.forces is not None
+        assert targets.forces is not None
+        with torch.no_grad():
+            own = {name: head(evaluation) for name, head in heads.items()}
+        for name, raw in own.items():
+            raws[name].append(raw)
+        if keep:
+            batches.append((replace(evaluation, gradients=None, members=None), own, targets))
+        forces.append(targets.forces - evaluation.forces.double())
+        energy.append(residuals_of(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
+        if evaluation.stress is not None:
+            stress.append(residuals_of(targets.stress, evaluation.stress))
+        numbers.append(evaluation.numbers)
+        counts.append(evaluation.n_atoms_of_frame)
+
+    def joined(parts: list[torch.Tensor]) -> np.ndarray:
+        return torch.cat(parts).cpu().numpy()
+
+    fields = ("forces", "energy", "energies", "stress", "distance")
+    observed = Observed(
+        raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
+        forces=joined(forces),
+        energy=joined(energy)[:, None],
+        stress=joined(stress) if stress else None,
+        numbers=joined(numbers),
+        n_atoms_of_frame=joined(counts),
+    )
+    return observed, batches
+
+
+def calibrated_method(name: str, head: Head, observed: Observed) -> tuple[FittedMethod, Calibrator]:
+    """Calibrators of a head, separately for forces, energy and stress; and the other form of that of the forces."""
+    raw = observed.raw[name]
+    choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
+    calibrators = {"forces": choices["forces"].calibrator}
+    if (rows := _frame_residuals(raw.energy, observed.energy)) is not None:
+        choices["energy"] = fit_calibrator(rows)
+        calibrators["energy"] = choices["energy"].calibrator
+        # Atoms have no reference energies: theirs is the posterior variance on the scale of the total energy.
+        calibrators["energies"] = fit_affine(rows, column=0)
+    if observed.stress is not None and (rows := _frame_residuals(raw.stress, observed.stress)) is not None:
+        choices["stress"] = fit_calibrator(rows)
+        calibrators["stress"] = choices["stress"].calibrator
+    for quantity, choice in choices.items():
+        _warn_at_boundaries(name, quantity, choice)
+    likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
+    return FittedMethod(head, calibrators, likelihoods), choices["forces"].alternative
+
+
+def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
+    squares = observed.forces**2
+    if scores.shape[1] == 1:
+        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom)
+    groups = np.repeat(observed.frame_of_atom, 3)
+    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups)
+
+
+def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
+    """Rows of the frames that have a label; None if they are too few to calibrate on."""
+    (labelled,) = np.nonzero(np.isfinite(residuals).all(1))
+    if len(labelled) < FEWEST_FRAMES:
+        return None
+    return Residuals(scores[labelled], (residuals[labelled] ** 2).sum(1), residuals.shape[1], labelled)
+
+
+def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:
+    boundary = choice.calibrator.settings["boundary"]
+    if boundary == "useless" or min(choice.nll.values()) >= choice.constant_nll:
+        warnings.warn(
+            f"{name} tells nothing about the {quantity} errors of the calibration frames: a constant standard "
+            "deviation does as well. Calibrate on frames whose errors differ more.",
+            UQWarning,
+            stacklevel=4,
+        )
+    elif boundary == "bare":
+        warnings.warn(
+            f"{name}: the calibrated {quantity} variance has no floor (a = 0): it vanishes with the distance from "
+            "the training frames. More or more varied calibration frames would settle it.",
+            UQWarning,
+            stacklevel=4,
+        )

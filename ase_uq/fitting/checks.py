@@ -1,0 +1,86 @@
+"""What is refused before a fit begins."""
+
+import warnings
+
+from ase import Atoms
+
+from ase_uq.backends.base import Backend
+from ase_uq.errors import LabelError, UQWarning
+from ase_uq.fitting.provenance import digest_of
+from ase_uq.io.labels import check_labels, labels_of
+from ase_uq.stream.labelled import targets_of
+
+FEWEST_FRAMES = 10
+
+
+# Residuals this many times the forces themselves mean other units, another potential or other atoms.
+_SUSPICIOUS_RATIO = 10.0
+
+
+# Residuals this small are rounding.
+_OWN_RATIO = 1e-5
+
+
+def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
+    """The frames without the isolated atoms that training sets carry for their energies."""
+    return [atoms for atoms in frames if atoms.info.get("config_type") != "IsolatedAtom"]
+
+
+def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool) -> None:
+    """Refuses too few frames, and frames without the labels that the fit needs."""
+    if len(frames) < FEWEST_FRAMES:
+        raise LabelError(
+            f"there are {len(frames)} {what} frames; at least {FEWEST_FRAMES} are needed, a few hundred are good."
+        )
+    for index, atoms in enumerate(frames):
+        labels = labels_of(atoms, keys)
+        if labels.forces is None and (forces or labels.energy is None):
+            wanted = "forces" if forces else "energy or forces"
+            names = ", ".join(keys) if keys else "REF_energy and REF_forces, or energy and forces"
+            raise LabelError(
+                f"{what} frame {index} has no reference {wanted}. Looked for {names}; its info has "
+                f"{sorted(atoms.info)}, its arrays {sorted(atoms.arrays)}."
+            )
+        check_labels(f"{what} frame {index}", atoms, labels)
+
+
+def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
+    """Refuses calibration frames that are training frames."""
+    seen = {digest_of(atoms) for atoms in train}
+    shared = [index for index, atoms in enumerate(calibration) if digest_of(atoms) in seen]
+    if shared:
+        raise LabelError(
+            f"{len(shared)} of {len(calibration)} calibration frames are training frames (the first is frame "
+            f"{shared[0]}). Errors on training frames are too small to calibrate on: hold frames out."
+        )
+
+
+def check_first_frames(
+    backend: Backend, train: list[Atoms], calibration: list[Atoms], keys: tuple[str, str, str] | None
+) -> None:
+    """Finds bad structures and wrong units before minutes are spent on all frames."""
+    backend.check(train, name="training structure")
+    backend.check(calibration, name="calibration structure")
+    first = calibration[:4]
+    if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
+        raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
+    evaluation = backend.evaluate(backend.collate(first))
+    targets = targets_of([labels_of(atoms, keys) for atoms in first], evaluation)
+    assert evaluation.forces is not None
+    assert targets.forces is not None
+    forces = evaluation.forces.double()
+    residual = float((targets.forces - forces).square().mean().sqrt())
+    smaller = min(float(targets.forces.square().mean().sqrt()), float(forces.square().mean().sqrt()))
+    if residual < _OWN_RATIO * smaller:
+        raise LabelError(
+            f"the calibration labels are the potential's own forces (they agree to {residual / smaller:.0e}): there "
+            "are no errors to calibrate on. Give the reference that the potential was trained on, such as DFT."
+        )
+    if residual > _SUSPICIOUS_RATIO * smaller:
+        warnings.warn(
+            f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "
+            f"({smaller:.3g} eV/Å): the labels are probably in other units than eV and Å, or belong to another "
+            "potential.",
+            UQWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,88 @@
+"""Files that are whole or not there: what can be written, and everything written to its last byte."""
+
+import io
+import os
+import tempfile
+from pathlib import Path
+
+from ase_uq.errors import ArtefactError
+
+
+def check_whole(path: str | os.PathLike[str]) -> None:
+    """Refuses a file to add to that ends in the middle of a line: all of it would become unreadable.
+
+    Raises:
+        ValueError: It was cut off, as a run that is killed while it writes may leave it.
+    """
+    path = Path(path)
+    if not path.is_file() or path.stat().st_size == 0:
+        return
+    with open(path, "rb") as file:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            raise ValueError(
+                f"{path} ends in the middle of a line: it was cut off. Remove its last, broken frame, or give another "
+                "file."
+            )
+
+
+def write_whole(file: io.FileIO, data: bytes) -> None:
+    """Writes all bytes and waits until they are on the disk."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    os.fsync(file.fileno())
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fails now, not after the work, where `path` could not be written.
+
+    Raises:
+        ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ase_uq_"):
+            pass
+    except OSError as error:
+        raise refused_write(path, error) from error
+
+
+def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
+    """Refuses outputs that would overwrite each other or what is read.
+
+    Args:
+        source: File that is read; None for none.
+        outputs: Files that are written; None for none.
+
+    Raises:
+        ValueError: Two of them are the same file.
+    """
+    paths = [Path(path) for path in (source, *outputs) if path is not None]
+    for index, path in enumerate(paths):
+        for earlier in paths[:index]:
+            if earlier.resolve() == path.resolve() or (earlier.exists() and path.exists() and earlier.samefile(path)):
+                read = source is not None and earlier is paths[0]
+                raise ValueError(
+                    f"{path} is {'read from' if read else 'two of the outputs'}: it would be overwritten. Give another "
+                    "name."
+                )
+
+
+def refused_write(path: Path, error: Exception) -> ArtefactError:
+    """The error that says why a file cannot be written."""
+    if isinstance(error, IsADirectoryError):
+        return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
+    # The whole message of an OSError would name the temporary file, of which nobody has heard.
+    reason = getattr(error, "strerror", None) or error
+    return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")
+
+
+def as_readable_as_a_new_file(path: str) -> None:
+    """Gives a private temporary file the permissions of any new file."""
+    # mkstemp makes private files; what the user asked for should obey the umask like any other file.
+    mask = os.umask(0)
+    os.umask(mask)
+    os.chmod(path, 0o666 & ~mask)

@@ -1,0 +1,130 @@
+"""Text formats of trajectories, cut into the text of one frame each."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TextIO
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The text of one frame and its number of atoms, or why it cannot be one."""
+
+    text: str
+    n_atoms: int = 0
+    problem: str = ""
+
+
+def xyz_pieces(file: TextIO) -> Iterator[Piece]:
+    """Plain and extended XYZ: a number of atoms, a comment, a line an atom, and up to three cell vectors."""
+    line = file.readline()
+    while line:
+        if not line.strip():
+            line = file.readline()
+            continue
+        if not _is_count(line):
+            begin = line.strip()[:60]
+            _, line = _skipped(file, line)
+            yield Piece("", problem=f"a number of atoms was expected, found {begin!r}")
+            continue
+        count, lines = int(line), [line, file.readline()]
+        line = file.readline()
+        # A line of an atom has four columns or more: a number alone begins the next frame.
+        while len(lines) < count + 2 and line and not _is_count(line):
+            lines.append(line)
+            line = file.readline()
+        if len(lines) < count + 2:
+            yield Piece("", problem=f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
+            continue
+        while line.lstrip().startswith("VEC"):
+            lines.append(line)
+            line = file.readline()
+        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one more like the last
+            excess, line = _skipped(file, line)
+            yield Piece("", problem=f"it has {count + excess} lines of atoms, and says that there are {count}")
+        else:
+            yield Piece("".join(lines), count)
+
+
+def _skipped(file: TextIO, line: str) -> tuple[int, str]:
+    """How many lines are not blank from this one to the next number of atoms, and the line of that."""
+    count = 0
+    while line and not _is_count(line):
+        count += bool(line.strip())
+        line = file.readline()
+    return count, line
+
+
+def _is_count(line: str) -> bool:
+    return len(line) < 20 and line.strip().isdecimal()
+
+
+def lammps_pieces(file: TextIO) -> Iterator[Piece]:
+    """LAMMPS text dumps: sections under `ITEM:` lines; `TIMESTEP` begins a frame, or `UNITS` or `TIME` before it."""
+    lines: list[str] = []
+    has_step = False
+    for line in file:
+        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # TIMESTEP among them
+            yield _dumped(lines)
+            lines, has_step = [], False
+        has_step = has_step or line.startswith("ITEM: TIMESTEP")
+        lines.append(line)
+    if any(line.strip() for line in lines):
+        yield _dumped(lines)
+
+
+def _dumped(lines: Sequence[str]) -> Piece:
+    expected = found = None
+    for index, line in enumerate(lines):
+        if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
+            expected = lines[index + 1].strip()
+        elif line.startswith("ITEM: ATOMS"):
+            if "element" not in line.split():
+                return Piece(
+                    "",
+                    problem="it has no column `element`, and ASE would take the types for atomic numbers: dump with "
+                    "`element` and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the "
+                    "frames",
+                )
+            found = len(lines) - index - 1
+            break
+    # ASE would read what is there, as a frame of fewer atoms.
+    if expected is None or found is None:
+        return Piece("", problem="it is truncated: its number of atoms or its atoms are missing")
+    if expected != str(found):
+        return Piece("", problem=f"it is truncated: {found} of its {expected} atoms are there")
+    return Piece("".join(lines), found)
+
+
+def xdatcar_pieces(file: TextIO) -> Iterator[Piece]:
+    """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
+    header: list[str] = []
+    between: list[str] = []  # lines since the last block: blank ones, a header, or what is too much
+    line = file.readline()
+    while line:
+        if "configuration=" not in line:
+            between = [*between[-6:], line]
+            line = file.readline()
+            continue
+        # The title may be blank; below it stands the scale, one number.
+        if len(between) == 7 and len(between[1].split()) == 1:
+            header = between
+        between, lines = [], [line]
+        line = file.readline()
+        while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
+            lines.append(line)
+            line = file.readline()
+        found, expected = len(lines) - 1, _n_atoms(header)
+        problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
+        yield Piece("".join([*header, *lines]), found, problem)
+
+
+def _n_atoms(header: Sequence[str]) -> int:
+    return sum(int(count) for count in header[6].split()) if len(header) == 7 else 0
+
+
+CUTTERS: dict[str, Callable[[TextIO], Iterator[Piece]]] = {
+    "extxyz": xyz_pieces,
+    "xyz": xyz_pieces,
+    "lammps-dump-text": lammps_pieces,
+    "vasp-xdatcar": xdatcar_pieces,
+}

@@ -1,0 +1,73 @@
+"""Reference values that frames carry: energy, forces, stress."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.stress import full_3x3_to_voigt_6_stress
+
+from ase_uq.errors import LabelError
+
+# (energy, forces, stress) of the reference, in the order they are looked for; the last are those of `atoms.calc`.
+LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Reference values of one frame, in ASE's units.
+
+    Args:
+        energy: eV, or None.
+        forces: (n_atoms, 3) eV/Å, or None.
+        stress: (6,) eV/Å³, Voigt, or None.
+    """
+
+    energy: float | None
+    forces: np.ndarray | None
+    stress: np.ndarray | None
+
+
+def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
+    """Reference values of a frame.
+
+    Args:
+        atoms: Frame with `REF_energy` in info, `REF_forces` in arrays and `REF_stress` in info, or with the
+            results of a reference calculator attached.
+        keys: Names of energy, forces and stress to use instead.
+    """
+    for energy_key, forces_key, stress_key in (keys,) if keys else LABEL_KEYS:
+        results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
+        energy = atoms.info.get(energy_key, results.get(energy_key))
+        forces = atoms.arrays.get(forces_key, results.get(forces_key))
+        stress = atoms.info.get(stress_key, results.get(stress_key))
+        if energy is not None or forces is not None:
+            return Labels(
+                None if energy is None else float(energy),
+                None if forces is None else np.asarray(forces, float),
+                None if stress is None else _voigt(stress),
+            )
+    return Labels(None, None, None)
+
+
+def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
+    """Refuses labels of another shape than their frame, or that are not finite; `which` is what messages call it.
+
+    Raises:
+        LabelError: The forces have another shape, or a label is not finite.
+    """
+    if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
+        raise LabelError(
+            f"{which} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want ({len(atoms)}, 3)."
+        )
+    for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
+        if value is not None and not np.isfinite(value).all():
+            raise LabelError(f"{which} has a reference {kind} that is not finite. Remove the frame.")
+
+
+def _voigt(stress: Any) -> np.ndarray:
+    stress = np.asarray(stress, float)
+    if stress.size not in (6, 9):
+        raise LabelError(f"a reference stress has shape {stress.shape}; 6 (Voigt) or 9 numbers were expected.")
+    return stress if stress.shape == (6,) else full_3x3_to_voigt_6_stress(stress.reshape(3, 3))

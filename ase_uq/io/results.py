@@ -1,0 +1,88 @@
+"""Results of a calculator on a frame: carried where files keep them, and brought back."""
+
+from collections.abc import Mapping
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.calculators.singlepoint import SinglePointCalculator
+
+from ase_uq.properties import STANDARD, UNCERTAINTIES, find_property
+
+
+class StoredResults(SinglePointCalculator):
+    """A `SinglePointCalculator` that also holds keys ASE does not know."""
+
+    name = "stored"
+
+    def __init__(self, atoms: Atoms, results: Mapping[str, Any]) -> None:
+        super().__init__(atoms, **{key: value for key, value in results.items() if key in STANDARD})
+        self.results.update(results)
+
+
+def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: Any) -> Atoms:
+    """A copy that carries results where files keep them.
+
+    Args:
+        atoms: Structure; its constraints, velocities and info are copied.
+        results: Results to carry; None takes those of `atoms.calc` if they belong to these positions.
+        info: Further entries of `atoms.info`, for example the reason a frame was flagged.
+
+    Returns:
+        A structure whose standard results stand in a calculator of stored values and whose uncertainties
+        stand in `info` and `arrays` as well.
+    """
+    stale = results is None and _is_stale(atoms)
+    if results is None:
+        results = _current_results(atoms)
+    copy = atoms.copy()
+    # Copies: some calculators write the next results into the same arrays.
+    known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
+    if stale or any(key not in STANDARD for key in known):
+        # What a file or an earlier calculation left in info and arrays would pass for this calculation's.
+        drop_uncertainties(copy)
+    if known:
+        copy.calc = StoredResults(copy, known)
+    for key, value in known.items():
+        entry = find_property(key)
+        assert entry is not None
+        if key in STANDARD:
+            continue
+        if entry.per_atom:
+            copy.set_array(key, np.asarray(value, float))
+        else:
+            copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
+    copy.info.update(info)
+    return copy
+
+
+def _is_stale(atoms: Atoms) -> bool:
+    # Results of a shared calculator, or of positions before the last step, are not this structure's.
+    return isinstance(atoms.calc, Calculator) and bool(atoms.calc.check_state(atoms))
+
+
+def _current_results(atoms: Atoms) -> Mapping[str, Any]:
+    return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
+
+
+def drop_uncertainties(atoms: Atoms) -> None:
+    """Removes what an earlier calculation left in info and arrays; labels stay."""
+    for store in (atoms.info, atoms.arrays):
+        for key in [key for key in store if key not in STANDARD and find_property(key) is not None]:
+            del store[key]
+
+
+def with_results(atoms: Atoms) -> Atoms:
+    """Puts uncertainties found in info and arrays into the stored results."""
+    found = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
+    for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
+        for key, value in store.items():
+            entry = find_property(key)
+            # Somebody's own info entry named like `gamma_only` is not an array over atoms.
+            if key.startswith(UNCERTAINTIES) and entry is not None and entry.per_atom == per_atom:
+                found[key] = value
+    if any(key not in STANDARD for key in found):
+        atoms.calc = StoredResults(atoms, {k: v for k, v in found.items() if find_property(k) is not None})
+    return atoms

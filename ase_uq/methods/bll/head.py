@@ -1,0 +1,81 @@
+"""The fitted Bayesian last layer."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ase_uq.forward_pass import Evaluation
+from ase_uq.methods._sites import raw_of_atoms
+from ase_uq.methods.base import Head, Raw
+from ase_uq.methods.bll.projection import projected_leverage
+
+_SMALLEST_UNIT = 1e-2  # of `BLLHead.features`, relative to the largest
+
+
+class BLLHead(Head):
+    """A fitted Bayesian last layer.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values.
+        tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; where energies were labelled `energy_root` about
+            `energy_centre`; for direct heads `force_root`; float64.
+    """
+
+    measures = True
+    centre: Tensor
+    atom_root: Tensor
+    energy_centre: Tensor
+    energy_root: Tensor
+    force_root: Tensor
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        features = atom_features(evaluation, self._settings["features"])
+        distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
+        # Heads fitted before 0.2 had no reach.
+        raw = raw_of_atoms(distance, evaluation, self._settings["radii"], self._settings.get("reach", 0.0))
+        if evaluation.force_layer is not None:
+            exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
+            raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
+        if "energy" in self._settings:
+            phi = evaluation.energy_layer.features.double()
+            counts = evaluation.n_atoms_of_frame.double()[:, None]
+            structure = self._energy_leverage(evaluation.sum_over_atoms(phi) / counts)
+            energy = torch.cat([structure[:, None], raw.energy], 1)
+            raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
+        return raw
+
+    def features(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, d) standardised: about the training mean, in units of each one's spread there.
+
+        The unit is not below a hundredth of the largest: what hardly varied in training would be all that counts.
+        """
+        rows = atom_features(evaluation, self._settings["features"]).double() - self.centre
+        # The root R is triangular and holds the units s: (RRᵀ)⁻¹ = effective · s(C + ridge)s, where C has ones on its
+        # diagonal.
+        eye = torch.eye(len(self.atom_root), dtype=rows.dtype, device=rows.device)
+        inverse = torch.linalg.solve_triangular(self.atom_root, eye, upper=True)
+        squares = inverse.square().sum(0) / (self._settings["atoms"]["effective"] * (1 + self._settings["ridge"]))
+        units = squares.sqrt()
+        return rows / units.clamp(min=_SMALLEST_UNIT * float(units.max()))
+
+    def _energy_leverage(self, rows: Tensor) -> Tensor:
+        """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""
+        squares = ((rows - self.energy_centre) @ self.energy_root).square().sum(1)
+        return squares + 1 / self._settings["energy"]["effective"]
+
+
+def atom_features(evaluation: Evaluation, features: str) -> Tensor:
+    """(n_atoms, n_features) that leverages are taken in."""
+    return evaluation.features if features == "latent" else evaluation.energy_layer.features

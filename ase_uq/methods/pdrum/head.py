@@ -1,0 +1,116 @@
+"""The fitted residual networks."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from scipy import special
+from torch import Tensor
+
+from ase_uq.forward_pass import Evaluation
+from ase_uq.methods.base import Head, Raw
+from ase_uq.methods.pdrum.conservative import forces_of
+from ase_uq.methods.pdrum.directions import directions
+from ase_uq.numerics.networks import Ensemble
+
+Variant = Literal["norm", "diff", "diff_invariant", "diff_conservative"]
+
+
+Target = Literal["magnitude", "log", "quantile"]
+
+
+def magnitude_of_unit(target: Target, quantile: float, components: int) -> float:
+    """What a target predicts of the norm of a Gaussian vector with a standard deviation of 1 in each component.
+
+    The mean of its chi distribution, √(8/π) for 3 components and √(2/π) for 1; the exponential of the mean of its
+    logarithm; or its quantile. A prediction divided by it is a standard deviation.
+    """
+    half = components / 2
+    if target == "magnitude":
+        return math.sqrt(2) * math.exp(special.gammaln(half + 0.5) - special.gammaln(half))
+    if target == "log":
+        return math.sqrt(2) * math.exp(special.digamma(half) / 2)
+    return math.sqrt(2 * special.gammaincinv(half, quantile))
+
+
+class PDRUMHead(Head):
+    """Fitted residual networks.
+
+    Args:
+        settings: Hyper-parameters; `forces` and, where energies were labelled, `energy`: those of the ensembles, with
+            `out_of_fold`, the mean square of the residuals of the training frames over their mean score, each by the
+            network that has not seen it; `mean_score`, eV²/Å², of the training atoms.
+        tensors: Those of the ensembles as `forces.…` and `energy.…`; for the equivariant and the conservative `diff`
+            the `mixing` that their vectors are made with, `vector_units`, and the `force_unit`, eV/Å; for the latter
+            `weights` of the vectors instead of an ensemble.
+    """
+
+    mixing: Tensor
+    vector_units: Tensor
+    force_unit: Tensor
+    weights: Tensor
+
+    grows = False
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        self._settings = settings
+        for name, tensor in tensors.items():
+            if "." not in name:
+                self.register_buffer(name, tensor)
+        for part in ("forces", "energy"):
+            own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
+            if own:
+                self.add_module(part, Ensemble(settings[part], own))
+        self.gradients = settings["variant"] == "diff_conservative"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return self._settings
+
+    def forward(self, evaluation: Evaluation) -> Raw:
+        if self._settings["variant"] == "norm":
+            atoms = self.force_score(self.get_submodule("forces")(evaluation.features), None)
+        else:
+            atoms = self.expected_forces(evaluation).square().mean(1)
+        counts = evaluation.n_atoms_of_frame.double()
+        mean = evaluation.sum_over_atoms(atoms) / counts
+        energy, energies = mean, atoms
+        if "energy" in self._settings:
+            each = self.get_submodule("energy")(evaluation.features)[:, 0]
+            energy = self.energy_score(evaluation.sum_over_atoms(each) / counts)
+            energies = self.energy_score(each)
+        return Raw(
+            forces=atoms[:, None, None],
+            energy=energy[:, None],
+            energies=energies,
+            stress=mean[:, None],
+            distance=atoms / self._settings["mean_score"],
+        )
+
+    def expected_forces(self, evaluation: Evaluation) -> Tensor:
+        """(n_atoms, 3) eV/Å: the residuals that a `diff` expects. Adding them to the forces is not its purpose."""
+        if self.gradients:
+            weights = self.force_unit * self.weights / self.vector_units
+            return forces_of(evaluation, self.mixing, weights)
+        vectors = directions(evaluation, self.mixing) if self._settings["variant"] == "diff" else None
+        return self.combined(self.get_submodule("forces")(evaluation.features), vectors)
+
+    def combined(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
+        """(n_atoms, 3) eV/Å: outputs that are forces, or the sum of (n_atoms, 3, width) vectors that they weigh."""
+        if vectors is None:
+            return outputs
+        return self.force_unit * torch.einsum("ic,iac->ia", outputs, vectors / self.vector_units)
+
+    def force_score(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
+        """(n_atoms,) eV²/Å², the variance of a force component, from magnitudes or from what `combined` takes."""
+        if self._settings["variant"] == "norm":
+            return (outputs[:, 0] / self._unit(3)).square()
+        return self.combined(outputs, vectors).square().mean(1)
+
+    def energy_score(self, outputs: Tensor) -> Tensor:
+        """eV², the variance of an energy, from what the networks say of it."""
+        return (outputs / (self._unit(1) if self._settings["variant"] == "norm" else 1.0)).square()
+
+    def _unit(self, components: int) -> float:
+        return magnitude_of_unit(self._settings["target"], self._settings["quantile"], components)

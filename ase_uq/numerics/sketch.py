@@ -1,0 +1,63 @@
+"""Random projections of long vectors."""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from ase_uq.numerics.hashing import random_bits, random_normal, substream
+
+_BUCKETS = 2**13
+
+
+class Sketch(torch.nn.Module):
+    """Random projection of a long vector that keeps inner products: ⟨Sg, Sh⟩ = ⟨g, h⟩ ± ‖g‖‖h‖/√size.
+
+    Two stages, since a Gaussian matrix for millions of parameters would be gigabytes: count-sketch (every entry is
+    added to one of 2¹³ buckets with a random sign; Charikar, Chen and Farach-Colton 2002), then a Gaussian matrix with
+    entries N(0, 1/size). A vector that is no longer than the sketch is left as it is.
+
+    Scores of sketches rank rows as those of the vectors do; their values are others once there are about as many rows
+    as entries. Never compare scores of sketches of other sizes or seeds.
+
+    Args:
+        length: Entries of the vectors.
+        size: Entries of a sketch.
+        seed: Of the hash and of the Gaussian matrix, which the sketch is made from again wherever it is needed.
+    """
+
+    bucket: Tensor
+    gaussian: Tensor
+
+    def __init__(self, length: int, size: int, seed: int) -> None:
+        super().__init__()
+        self.length = length
+        self.size = min(size, length)
+        if self.size == length:
+            return
+        # The upper half of the buckets is subtracted: a bucket holds its sign.
+        bucket = random_bits(torch.arange(length), substream(seed, 0)) & (2 * _BUCKETS - 1)
+        gaussian = random_normal(_BUCKETS * size, substream(seed, 1)).reshape(_BUCKETS, size) / size**0.5
+        self.register_buffer("bucket", bucket.int(), persistent=False)
+        self.register_buffer("gaussian", gaussian, persistent=False)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """(length,) → (size,) float64.
+
+        Raises:
+            ValueError: The vector has another length.
+        """
+        if vector.shape != (self.length,):
+            raise ValueError(
+                f"the kernel was fitted for a potential of {self.length} parameters, this one has {vector.numel()}."
+            )
+        vector = vector.double()
+        if self.size == self.length:
+            return vector
+        buckets = vector.new_zeros(2 * _BUCKETS).index_add_(0, self.bucket, vector)
+        return (buckets[:_BUCKETS] - buckets[_BUCKETS:]) @ self.gaussian
+
+    @classmethod
+    def like(cls, vector: Tensor, size: int, seed: int) -> Self:
+        """A sketch of vectors like this one, on its device."""
+        return cls(len(vector), size, seed).to(vector.device)

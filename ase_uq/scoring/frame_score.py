@@ -1,0 +1,40 @@
+"""The numbers of one scored frame: a row of the CSV file."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+NUMBER_KEY = "source_frame"  # in the info of every written frame: its number in the source
+
+
+@dataclass(frozen=True)
+class FrameScore:
+    """The numbers of one frame: a row of the CSV file.
+
+    Args:
+        frame: Number of the frame in the source, from 0.
+        n_atoms: Atoms; 0 of a frame that could not be read.
+        energy: eV.
+        energy_uncertainty: eV; NaN where the uncertainty model has none.
+        force_uncertainty_max: Largest ε_i, eV/Å.
+        force_uncertainty_mean: Mean ε_i, eV/Å.
+        worst_atom: Index of the atom with the largest ε_i.
+        worst_element: Its element.
+        gamma_max: Largest distance from the fitted atoms; above 1 is beyond the calibration data.
+        problem: Why the frame was left out; empty for one that was scored.
+    """
+
+    frame: int
+    n_atoms: int = 0
+    energy: float = float("nan")
+    energy_uncertainty: float = float("nan")
+    force_uncertainty_max: float = float("nan")
+    force_uncertainty_mean: float = float("nan")
+    worst_atom: int = -1
+    worst_element: str = ""
+    gamma_max: float = float("nan")
+    problem: str = ""
+
+    @classmethod
+    def from_row(cls, row: Sequence[str]) -> "FrameScore":
+        """The numbers in a row of the file."""
+        return cls(*(field.type(cell) for field, cell in zip(fields(cls), row, strict=True)))  # pyright: ignore
