@@ -38,11 +38,11 @@ from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.methods import available_methods
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
-from ase_uq.sampling.stressed import stress_frames
+from ase_uq.sampling.perturbed import perturb_frames
 from ase_uq.scoring.score import score
 from ase_uq.selection.select import Selection, select
-from ase_uq.thresholds.evidence import ReferenceRuns
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile
+from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -86,12 +86,12 @@ __all__ = [
     "fit",
     "load_backend",
     "metrics",
+    "perturb_frames",
     "read_frames",
     "reference_runs",
     "relax",
     "score",
     "select",
-    "stress_frames",
     "write_frames",
 ]
 

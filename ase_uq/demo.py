@@ -26,7 +26,7 @@ from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
 from ase_uq.sampling.momenta import set_thermal_momenta
-from ase_uq.thresholds.meanings import Quantile
+from ase_uq.thresholds.criteria import Quantile
 from ase_uq.thresholds.reduction import atom_norms
 from ase_uq.uncertainty_model.model import UncertaintyModel
 

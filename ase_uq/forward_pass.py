@@ -87,7 +87,7 @@ class Members:
 
 
 @dataclass(frozen=True)
-class Confidence:
+class ConfidenceBins:
     """What a confidence head says of the mean absolute error of an atom's force components.
 
     Args:
@@ -133,7 +133,7 @@ class Gradients(ABC):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ForwardPass:
     """Means and features of a batch, all from the same forward pass.
 
     Args:
@@ -171,7 +171,7 @@ class Evaluation:
     force_layer: ForceLayer | None = None
     vectors: Tensor | None = None
     members: Members | None = None
-    confidence: Confidence | None = None
+    confidence: ConfidenceBins | None = None
     gradients: Gradients | None = None
     extras: dict[str, Tensor] = field(default_factory=dict)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.errors import UQWarning
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.prediction import Prediction
 from ase_uq.properties import find_property
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -77,16 +77,16 @@ class Predictor:
             uncertainties: As in `predict`.
         """
         gradients = uncertainties and self.uncertainty_model.gradients
-        evaluation = self.backend.evaluate(batch, gradients=gradients)
-        predictions = _split(evaluation, self._uncertainties(evaluation) if uncertainties else {})
+        forward_pass = self.backend.forward(batch, gradients=gradients)
+        predictions = _split(forward_pass, self._uncertainties(forward_pass) if uncertainties else {})
         if uncertainties:
             self._name_unseen(batch.frames)
         return predictions
 
-    def _uncertainties(self, evaluation: Evaluation) -> dict[str, Tensor]:
-        found = self.uncertainty_model.apply(evaluation)
+    def _uncertainties(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        found = self.uncertainty_model.apply(forward_pass)
         if self._intervals is not None:
-            found["forces_interval"] = self._intervals(found["forces_uncertainty"], evaluation.numbers)
+            found["forces_interval"] = self._intervals(found["forces_uncertainty"], forward_pass.numbers)
         return found
 
     def _name_unseen(self, frames: Sequence[Atoms]) -> None:
@@ -136,18 +136,18 @@ def as_predictor(
     return Predictor(load_backend(calculator), uncertainty_model)
 
 
-def _split(evaluation: Evaluation, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:
+def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:
     own = {
-        "energy": evaluation.energy,
-        "free_energy": evaluation.energy,
-        "energies": evaluation.energies,
-        "forces": evaluation.forces,
-        "stress": evaluation.stress,
+        "energy": forward_pass.energy,
+        "free_energy": forward_pass.energy,
+        "energies": forward_pass.energies,
+        "forces": forward_pass.forces,
+        "stress": forward_pass.stress,
     }
     values = {key: value for key, value in (own | dict(uncertainties)).items() if value is not None}
-    arrays = {key: value.cpu().numpy() for key, value in (values | evaluation.extras).items()}
-    ends = np.cumsum(evaluation.n_atoms_of_frame.cpu().numpy())
-    starts = ends - evaluation.n_atoms_of_frame.cpu().numpy()
+    arrays = {key: value.cpu().numpy() for key, value in (values | forward_pass.extras).items()}
+    ends = np.cumsum(forward_pass.n_atoms_of_frame.cpu().numpy())
+    starts = ends - forward_pass.n_atoms_of_frame.cpu().numpy()
     predictions = []
     for frame, (start, end) in enumerate(zip(starts, ends, strict=True)):
         results = {}

@@ -1,13 +1,13 @@
-"""Whether thresholds with a meaning hold what they promise, with the reference method beside every run.
+"""Whether thresholds with a criterion hold what they promise, with the reference method beside every run.
 
     python benchmarks/monitoring.py simulate FOLDER                     (about half an hour on one core)
     python benchmarks/monitoring.py committee FOLDER 'MEMBERS_*.model'  (about as long; may be left out)
     python benchmarks/monitoring.py report FOLDER [--out benchmarks/results/monitoring]
 
 The embedded MACE of malonaldehyde was trained on GFN2-xTB at 300 K, and GFN2-xTB is fast enough to say of its runs
-how wrong the forces were. `simulate` makes, labels and stores: reference runs at 300 K and stressed frames, of which
+how wrong the forces were. `simulate` makes, labels and stores: reference runs at 300 K and perturbed frames, of which
 all thresholds are made; fresh ones of both, on which promises are checked; runs that are heated and runs from
-stressed starts, in which the potential fails. `committee` reads the stored positions with the members that
+perturbed starts, in which the potential fails. `committee` reads the stored positions with the members that
 `benchmarks/train_committee.py malonaldehyde` trains. `report` replays the readings through the rules, in a minute,
 and writes OUT.md, OUT.csv and OUT_*.png. An ensemble that FOLDER has already is kept.
 """
@@ -32,10 +32,10 @@ from tqdm import tqdm
 from ase_uq import Predictor, UncertaintyModel, embedded, load_backend, read_frames
 from ase_uq.demo import ACCEPTOR, DONOR, PROTON
 from ase_uq.dynamics import Cusum, Patience, Rule, Threshold
-from ase_uq.sampling.stressed import KINDS, stress_frames
+from ase_uq.sampling.perturbed import KINDS, perturb_frames
 from ase_uq.thresholds.conformal import binomial_band, pac_rank
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns, exchangeable_groups
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, Quantile, extremes
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, Quantile, extremes
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 METHODS = ("combined", "bll", "pdrum", "kernel")
@@ -117,20 +117,20 @@ class Plan:
         n_runs: Independent runs, or frames where `steps` is 0.
         steps: Of a run.
         hot: Whether the thermostat goes from COLD to HOT within RUN steps.
-        stressed: Kinds of stressed frames that runs start from, as many of each; empty for thermal ones.
+        perturbed: Kinds of perturbed frames that runs start from, as many of each; empty for thermal ones.
         label_every: Steps between labels.
     """
 
     n_runs: int
     steps: int
     hot: bool = False
-    stressed: tuple[str, ...] = ()
+    perturbed: tuple[str, ...] = ()
     label_every: int = 2
 
     @property
     def conditions(self) -> str:
         length = f"{self.steps * TIMESTEP / 1000:g} ps"
-        start = "stressed starts" if self.stressed else "thermal starts"
+        start = "perturbed starts" if self.perturbed else "thermal starts"
         heat = f", heated to {HOT:.0f} K within {RUN * TIMESTEP / 1000:g} ps and held" if self.hot else ""
         return (
             f"{self.n_runs} runs of {length} at most, {start}, {COLD:.0f} K{heat}"
@@ -142,13 +142,13 @@ class Plan:
 # A seed an ensemble: its place in this table. Thresholds see only the first two.
 ENSEMBLES = {
     "reference": Plan(40, RUN, label_every=16),
-    "calibration": Plan(200, 0, stressed=KINDS),
+    "calibration": Plan(200, 0, perturbed=KINDS),
     "test": Plan(100, RUN, label_every=16),
-    "fresh": Plan(200, 0, stressed=KINDS),
+    "fresh": Plan(200, 0, perturbed=KINDS),
     "heating": Plan(40, 2 * RUN, hot=True),
-    "strained": Plan(39, RUN, stressed=("rattled", "strained", "compressed")),
+    "strained": Plan(39, RUN, perturbed=("rattled", "strained", "compressed")),
 }
-STRESSED = ("calibration", "fresh", "strained")
+PERTURBED = ("calibration", "fresh", "strained")
 
 
 def first(condition: np.ndarray) -> int | None:
@@ -232,7 +232,7 @@ class Simulator:
         velocities = np.sqrt(COLD) * thermal * rng.standard_normal(positions.shape)
         logs = [_Log() for _ in positions]
         active = np.arange(len(positions))
-        warm_up = 0 if plan.stressed else WARM_UP
+        warm_up = 0 if plan.perturbed else WARM_UP
         forces = self._observe(plan, logs, active, positions, velocities, -warm_up)
         half, decay = TIMESTEP * units.fs / 2, np.exp(-FRICTION * TIMESTEP)
         for step in tqdm(range(1 - warm_up, plan.steps), desc=title, unit="step", leave=False):
@@ -316,9 +316,9 @@ def _norms(results: dict, method: str) -> np.ndarray:
 
 
 def starts_of(plan: Plan, name: str, calculator: BaseCalculator) -> np.ndarray:
-    """(n_runs, n_atoms, 3) first positions, Å: thermal frames of the reference method, or stressed ones."""
+    """(n_runs, n_atoms, 3) first positions, Å: thermal frames of the reference method, or perturbed ones."""
     seed = list(ENSEMBLES).index(name)
-    if not plan.stressed:
+    if not plan.perturbed:
         parents = read_frames(embedded.path("test_300K.xyz"))
         places = np.random.default_rng([0, seed]).integers(len(parents), size=plan.n_runs)
         return np.array([parents[place].positions for place in places])
@@ -326,11 +326,11 @@ def starts_of(plan: Plan, name: str, calculator: BaseCalculator) -> np.ndarray:
         frame for file in ("calibration_300K.xyz", "test_300K.xyz") for frame in read_frames(embedded.path(file))
     ]
     # One shuffle for all, so that calibration, fresh and strained have parents of their own, of the same kind.
-    shares = np.array_split(np.random.default_rng(0).permutation(len(parents)), len(STRESSED))
-    own = [parents[place] for place in shares[STRESSED.index(name)]]
-    per_kind = plan.n_runs // len(plan.stressed)
-    frames = stress_frames(
-        own, kinds=plan.stressed, per_kind=per_kind, calculator=calculator, steps=HOT_STEPS, seed=seed, progress=True
+    shares = np.array_split(np.random.default_rng(0).permutation(len(parents)), len(PERTURBED))
+    own = [parents[place] for place in shares[PERTURBED.index(name)]]
+    per_kind = plan.n_runs // len(plan.perturbed)
+    frames = perturb_frames(
+        own, kinds=plan.perturbed, per_kind=per_kind, calculator=calculator, steps=HOT_STEPS, seed=seed, progress=True
     )
     return np.array([frame.positions for frame in frames])
 
@@ -381,7 +381,7 @@ def read_committee(folder: Path, pattern: str) -> None:
         spreads = []
         for start in tqdm(range(0, len(positions), BATCH), desc=f"{COMMITTEE} {name}", unit="batch", leave=False):
             frames = [Atoms(relaxed.numbers, frame) for frame in positions[start : start + BATCH].astype(float)]
-            members = backend.evaluate(backend.collate(frames)).members
+            members = backend.forward(backend.collate(frames)).members
             assert members is not None
             assert members.forces is not None
             spread = members.forces.double().var(0).sum(1).sqrt()
@@ -437,7 +437,7 @@ class Data:
         return [run.readings[:, READINGS.index(method)].astype(float) for run in self.runs[name]]
 
     @cache  # noqa: B019 - there is one Data a process
-    def evidence(self, names: tuple[str, ...], method: str, element: str = "") -> Evidence:
+    def threshold_data(self, names: tuple[str, ...], method: str, element: str = "") -> ThresholdData:
         """Labelled frames of some ensembles: FRAMES_A_RUN of each run, all that the reference could label."""
         (relaxed,) = read_frames(embedded.path("malonaldehyde.xyz"))
         chosen = np.isin(relaxed.numbers, atomic_numbers[element]) if element else np.full(len(relaxed), True)
@@ -453,7 +453,7 @@ class Data:
             count = int(groups[-1].max()) + 1
         runs = None if element else self.reference(method)
         reduction = Reduction("max", (element,) if element else None)
-        return Evidence(*(np.concatenate(part) for part in (readings, errors, groups)), reduction, runs)
+        return ThresholdData(*(np.concatenate(part) for part in (readings, errors, groups)), reduction, runs)
 
     def _labelled(self, name: str, number: int, method: str, atoms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Readings and errors of labelled frames of one run, by the atoms chosen."""
@@ -521,19 +521,19 @@ def false_alarms(data: Data) -> list[Row]:
     """Alarms in fresh runs at 300 K against the promise, a way of making the threshold and a method at a time."""
     rows = []
     for method in tqdm(data.methods, desc="false alarms", leave=False):
-        evidence = data.evidence(CALIBRATION, method)
+        threshold_data = data.threshold_data(CALIBRATION, method)
         interval, tests = data.interval(method), data.series("test", method)
         n_readings = round(1000 * LENGTH / interval)
         pooled = np.concatenate(data.series("reference", method))
         for promise in PROMISES:
-            meaning = FalseAlarms(promise, ps=LENGTH)
+            criterion = FalseAlarms(promise, ps=LENGTH)
             independent = float(np.quantile(pooled, (1 - promise) ** (1 / n_readings)))
-            ways: dict[str, tuple[Rule, Evidence]] = {
-                MAXIMA: (Threshold(meaning), evidence),
-                "tail of half runs": (Threshold(meaning), replace(evidence, runs=data.halves(method))),
-                f"{MAXIMA}, {PATIENCE:g} fs patience": (Patience(meaning, PATIENCE), evidence),
-                "Cusum": (Cusum(meaning), evidence),
-                "frames as if independent": (Threshold(independent), evidence),
+            ways: dict[str, tuple[Rule, ThresholdData]] = {
+                MAXIMA: (Threshold(criterion), threshold_data),
+                "tail of half runs": (Threshold(criterion), replace(threshold_data, runs=data.halves(method))),
+                f"{MAXIMA}, {PATIENCE:g} fs patience": (Patience(criterion, PATIENCE), threshold_data),
+                "Cusum": (Cusum(criterion), threshold_data),
+                "frames as if independent": (Threshold(independent), threshold_data),
             }
             for way, (asked, known) in ways.items():
                 try:
@@ -621,7 +621,7 @@ def failing_runs(data: Data) -> tuple[list[Row], dict[tuple[str, str, str, float
         for label, (ensembles, asked) in failing_rules(tolerance, method).items():
             table = f"events > {tolerance:g}"
             try:
-                rule = asked.resolved(data.evidence(ensembles, method))
+                rule = asked.resolved(data.threshold_data(ensembles, method))
             except ValueError as refusal:
                 rows.append(Row(table, name, method, label, "refused", np.nan, note=str(refusal)))
                 continue
@@ -665,12 +665,12 @@ def guarantees(data: Data) -> list[Row]:
     rows: list[Row] = []
     for method in tqdm(data.methods, desc="guarantees", leave=False):
         for tolerance in TOLERANCES:
-            for meaning in (
+            for criterion in (
                 ErrorBound(tolerance, confidence=0.95),
                 MissRate(tolerance, 0.1),
                 MissRate(tolerance, 0.1, confidence=0.9),
             ):
-                rows += _frames(data, method, meaning)
+                rows += _frames(data, method, criterion)
         rows += _per_element(data, method) if method in METHODS else []
     rows += [row for method in METHODS for row in _resampled(data, method)]
     rows += [row for method in data.methods for row in _resampled_tail(data, method)]
@@ -678,22 +678,22 @@ def guarantees(data: Data) -> list[Row]:
     return rows
 
 
-def _frames(data: Data, method: str, meaning: ErrorBound | MissRate) -> list[Row]:
-    key = ("guarantees", "fresh", method, str(meaning))
+def _frames(data: Data, method: str, criterion: ErrorBound | MissRate) -> list[Row]:
+    key = ("guarantees", "fresh", method, str(criterion))
     try:
-        threshold = float(meaning.resolve(data.evidence(CALIBRATION, method)))
+        threshold = float(criterion.resolve(data.threshold_data(CALIBRATION, method)))
     except ValueError as refusal:
         return [Row(*key, "refused", np.nan, note=str(refusal))]
     rows = []
     for ensemble, names in (("fresh", FRESH), ("heating", ("heating",)), ("strained", ("strained",))):
-        fresh = data.evidence(names, method).finite
-        key = ("guarantees", ensemble, method, str(meaning))
-        bad = fresh.errors > meaning.error
+        fresh = data.threshold_data(names, method).finite
+        key = ("guarantees", ensemble, method, str(criterion))
+        bad = fresh.errors > criterion.error
         missed = int(np.count_nonzero(bad & (fresh.readings < threshold)))
-        if isinstance(meaning, MissRate):
+        if isinstance(criterion, MissRate):
             rows.append(share_row(*key, "missed of bad", missed, int(bad.sum())))
             continue
-        covered = int(np.count_nonzero(fresh.errors <= meaning.error / threshold * fresh.readings))
+        covered = int(np.count_nonzero(fresh.errors <= criterion.error / threshold * fresh.readings))
         rows.append(share_row(*key, "errors within bound", covered, len(bad)))
         rows.append(share_row(*key, "bad and not flagged", missed, len(bad)))
     return rows
@@ -701,15 +701,15 @@ def _frames(data: Data, method: str, meaning: ErrorBound | MissRate) -> list[Row
 
 def _per_element(data: Data, method: str) -> list[Row]:
     """Misses among bad atoms of each element, by the threshold of all atoms and by one of its own."""
-    meaning = MissRate(TOLERANCES[0], 0.1)
+    criterion = MissRate(TOLERANCES[0], 0.1)
     rows = []
-    together = float(meaning.resolve(data.evidence(CALIBRATION, method)))
+    together = float(criterion.resolve(data.threshold_data(CALIBRATION, method)))
     (relaxed,) = read_frames(embedded.path("malonaldehyde.xyz"))
     for element in sorted(set(relaxed.get_chemical_symbols())):
-        fresh = data.evidence(FRESH, method, element).finite
-        bad = fresh.errors > meaning.error
-        own = float(meaning.resolve(data.evidence(CALIBRATION, method, element)))
-        for rule, threshold in ((str(meaning), together), (f"PerElement({meaning})", own)):
+        fresh = data.threshold_data(FRESH, method, element).finite
+        bad = fresh.errors > criterion.error
+        own = float(criterion.resolve(data.threshold_data(CALIBRATION, method, element)))
+        for rule, threshold in ((str(criterion), together), (f"PerElement({criterion})", own)):
             missed = int(np.count_nonzero(bad & (fresh.readings < threshold)))
             rows.append(share_row("per element", "fresh", method, rule, element, missed, int(bad.sum())))
     return rows
@@ -717,41 +717,41 @@ def _per_element(data: Data, method: str) -> list[Row]:
 
 def _resampled(data: Data, method: str) -> list[Row]:
     """Guarantees over many calibration sets: halves of the units, the other half being the fresh ones."""
-    parts = [data.evidence(names, method).finite for names in (CALIBRATION, FRESH)]
+    parts = [data.threshold_data(names, method).finite for names in (CALIBRATION, FRESH)]
     readings, errors = (np.concatenate([getattr(part, what) for part in parts]) for what in ("readings", "errors"))
     groups = np.concatenate([parts[0].groups, parts[0].groups.max() + 1 + parts[1].groups])
     rows, rng = [], np.random.default_rng(0)
     tolerance = TOLERANCES[0]
-    for meaning in (ErrorBound(tolerance, confidence=0.95), MissRate(tolerance, 0.1), MissRate(tolerance, 0.1, 0.9)):
+    for criterion in (ErrorBound(tolerance, confidence=0.95), MissRate(tolerance, 0.1), MissRate(tolerance, 0.1, 0.9)):
         shares, chances = [], []
         for _ in range(RESAMPLES):
             ids = np.unique(groups)
             chosen = np.isin(groups, rng.permutation(ids)[: len(ids) // 2])
-            threshold = float(meaning.resolve(Evidence(readings[chosen], errors[chosen], groups[chosen])))
+            threshold = float(criterion.resolve(ThresholdData(readings[chosen], errors[chosen], groups[chosen])))
             r, e = readings[~chosen], errors[~chosen]
-            if isinstance(meaning, ErrorBound):
+            if isinstance(criterion, ErrorBound):
                 shares.append(float(np.mean(e <= tolerance / threshold * r)))
             else:
                 n_bad, m_bad = int(np.sum(errors[chosen] > tolerance)), int(np.sum(e > tolerance))
                 shares.append(float(np.mean(r[e > tolerance] < threshold)))
-                chances.append(chance_of_keeping(meaning, n_bad, m_bad))
-        key = ("resampled", "fresh", method, str(meaning))
+                chances.append(chance_of_keeping(criterion, n_bad, m_bad))
+        key = ("resampled", "fresh", method, str(criterion))
         low, high = np.quantile(shares, [0.05, 0.95])
         rows.append(Row(*key, "mean", float(np.mean(shares)), low, high, RESAMPLES))
-        if isinstance(meaning, MissRate):
-            kept = float(np.mean(np.array(shares) <= meaning.at_most))
+        if isinstance(criterion, MissRate):
+            kept = float(np.mean(np.array(shares) <= criterion.at_most))
             note = f"expected={np.mean(chances):.3f}"
             rows.append(Row(*key, "share of calibration sets that keep it", kept, n=RESAMPLES, note=note))
     return rows
 
 
-def chance_of_keeping(meaning: MissRate, n_bad: int, m_bad: int) -> float:
+def chance_of_keeping(criterion: MissRate, n_bad: int, m_bad: int) -> float:
     """That at most the share promised is missed of m fresh bad frames, by exact theory of n independent bad ones."""
-    if meaning.confidence is None:
-        rank = int(meaning.at_most * (n_bad + 1) + 1e-9)
+    if criterion.confidence is None:
+        rank = int(criterion.at_most * (n_bad + 1) + 1e-9)
     else:
-        rank = pac_rank(n_bad, meaning.at_most, 1 - meaning.confidence)
-    return float(betabinom(m_bad, rank, n_bad + 1 - rank).cdf(int(meaning.at_most * m_bad + 1e-9)))
+        rank = pac_rank(n_bad, criterion.at_most, 1 - criterion.confidence)
+    return float(betabinom(m_bad, rank, n_bad + 1 - rank).cdf(int(criterion.at_most * m_bad + 1e-9)))
 
 
 def _resampled_tail(data: Data, method: str) -> list[Row]:
@@ -780,11 +780,11 @@ def _resampled_cusum(data: Data, method: str) -> Row:
     """False alarms of a CUSUM in the runs that it was not made of, over some choices of the others."""
     series = [run for name in ("reference", "test") for run in data.series(name, method)]
     n_runs, rng, shares = len(data.runs["reference"]), np.random.default_rng(0), []
-    meaning = FalseAlarms(PROMISES[0], ps=LENGTH)
+    criterion = FalseAlarms(PROMISES[0], ps=LENGTH)
     for _ in range(RESAMPLES // 5):
         order = rng.permutation(len(series))
         runs = ReferenceRuns(tuple(series[i] for i in order[:n_runs]), data.interval(method))
-        rule = Cusum(meaning).resolved(replace(data.evidence(CALIBRATION, method), runs=runs))
+        rule = Cusum(criterion).resolved(replace(data.threshold_data(CALIBRATION, method), runs=runs))
         assert rule.mean is not None
         assert rule.sd is not None
         assert rule.h is not None
@@ -805,7 +805,10 @@ def markdown(data: Data, rows: Sequence[Row], out: Path) -> str:
     committee = "no committee"
     if data.n_members:
         committee = f"a committee of {data.n_members} (its spread times {data.scale:.2f}, calibrated at {COLD:.0f} K)"
-    heading, n_tests = "# Monitoring: whether thresholds with a meaning hold what they promise", len(data.runs["test"])
+    heading, n_tests = (
+        "# Monitoring: whether thresholds with a criterion hold what they promise",
+        len(data.runs["test"]),
+    )
     lines = [
         heading,
         "",
@@ -857,7 +860,7 @@ def markdown(data: Data, rows: Sequence[Row], out: Path) -> str:
         "",
         "## Guarantees of single frames",
         "",
-        "Calibrated on frames of the reference runs and on `stress_frames`; measured on fresh ones of both kinds, and",
+        "Calibrated on frames of the reference runs and on `perturb_frames`; measured on fresh ones of both kinds, and",
         "where nothing is promised, since they are of another kind: on frames of the heated and the strained runs.",
         "",
         "| guarantee | method | quantity | promised | fresh | heating | strained |",
@@ -1013,7 +1016,7 @@ def draw_example(data: Data) -> plt.Figure:
     events = [(run.event(tolerance), number) for number, run in enumerate(runs)]
     times = sorted((event, number) for event, number in events if event is not None)
     event, number = times[len(times) // 2]
-    run, evidence = runs[number], data.evidence(CALIBRATION, METHODS[0])
+    run, threshold_data = runs[number], data.threshold_data(CALIBRATION, METHODS[0])
     figure, (above, below) = plt.subplots(
         2, 1, figsize=(9, 5.4), sharex=True, height_ratios=(3, 1), layout="constrained"
     )
@@ -1021,8 +1024,8 @@ def draw_example(data: Data) -> plt.Figure:
     above.plot(run.labelled * TIMESTEP, run.errors.max(1), color="#8C8C8C", lw=0.8, label="true error (GFN2-xTB)")
     above.plot(time, run.readings[:, 0], color=COLOURS[0], lw=1.2, label=f"reading ({METHODS[0]})")
     thresholds = {
-        f"FalseAlarms({PROMISES[0]:g}, ps={LENGTH:g})": FalseAlarms(PROMISES[0], ps=LENGTH).resolve(evidence),
-        f"MissRate({tolerance:g}, 0.1)": MissRate(tolerance, 0.1).resolve(evidence),
+        f"FalseAlarms({PROMISES[0]:g}, ps={LENGTH:g})": FalseAlarms(PROMISES[0], ps=LENGTH).resolve(threshold_data),
+        f"MissRate({tolerance:g}, 0.1)": MissRate(tolerance, 0.1).resolve(threshold_data),
     }
     for (label, value), colour in zip(thresholds.items(), COLOURS[1:], strict=False):
         above.axhline(float(value), color=colour, lw=1.2, ls="--", label=label)

@@ -119,7 +119,7 @@ def fitted(plain: Calculator, methods: Sequence[str]) -> UncertaintyModel:
     if model.combination is not None:
         # Everything is to be timed, whatever the made-up labels made of it.
         assert model.combination.ensemble is not None, "the networks were not kept"
-        model.combination.weights = dict.fromkeys((*model.combination.view.others, RESIDUAL), 0.5)
+        model.combination.weights = dict.fromkeys((*model.combination.inputs.others, RESIDUAL), 0.5)
     return model
 
 

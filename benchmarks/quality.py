@@ -32,7 +32,7 @@ from ase_uq.calibration import Calibrator, Residuals, fit_calibrator
 from ase_uq.communicator import Serial
 from ase_uq.diagnostics.evaluate import Assessment, assess, evaluate
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
-from ase_uq.diagnostics.table import Score
+from ase_uq.diagnostics.table import MetricValue
 from ase_uq.errors import InputError
 from ase_uq.io.labels import labels_of
 from ase_uq.stream.labelled import LabelledStream
@@ -246,7 +246,7 @@ def cell(found: Assessment, method: str, quantity: str, metric: str, digits: int
 def write_csv(path: Path, tests: dict[str, tuple[Assessment, float | None]]) -> None:
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["split", *(field.name for field in fields(Score))])
+        writer.writerow(["split", *(field.name for field in fields(MetricValue))])
         for split, (found, _) in tests.items():
             for score in found.scores:
                 if score.element == "all":

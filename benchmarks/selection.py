@@ -44,7 +44,7 @@ from tqdm import tqdm
 
 from ase_uq import Predictor, Quantile, UncertaintyModel, UQWarning, embedded, fit, load_backend, read_frames, select
 from ase_uq.backends.base import Backend, Batch
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.labels import labels_of
 from ase_uq.methods.base import Head
 
@@ -114,7 +114,7 @@ class Remembered(Backend):
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._known: dict[bytes, Evaluation] = {}
+        self._known: dict[bytes, ForwardPass] = {}
         self.name, self.calculator, self.results = backend.name, backend.calculator, backend.results
         self.elements, self.direct = backend.elements, backend.direct
         self.info_keys, self.required_info_keys = backend.info_keys, backend.required_info_keys
@@ -128,18 +128,18 @@ class Remembered(Backend):
     def dtype(self) -> torch.dtype:
         return self._backend.dtype
 
-    def of(self, atoms: Atoms) -> Evaluation:
+    def of(self, atoms: Atoms) -> ForwardPass:
         key = atoms.numbers.tobytes() + atoms.positions.tobytes()
         if key not in self._known:
-            self._known[key] = self._backend.evaluate(self._backend.collate([atoms]))
+            self._known[key] = self._backend.forward(self._backend.collate([atoms]))
         return self._known[key]
 
     def _collate(self, frames: Sequence[Atoms]) -> None:
         return None
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         if len(batch.frames) > 1:  # the few frames that a fit looks at first
-            return self._backend.evaluate(self._backend.collate(batch.frames), forces=forces, gradients=gradients)
+            return self._backend.forward(self._backend.collate(batch.frames), forces=forces, gradients=gradients)
         return self.of(batch.frames[0])
 
     def _settings(self) -> dict[str, Any]:
@@ -260,10 +260,10 @@ class Described:
 def described(backend: Remembered, head: Head, frames: Iterable[Atoms]) -> Described:
     latent, last, energies = [], [], []
     for atoms in frames:
-        evaluation = backend.of(atoms)
-        latent.append(head.features(evaluation).mean(0))
-        last.append(evaluation.energy_layer.features.double().mean(0))
-        energies.append((labels_of(atoms).energy - float(evaluation.energy_layer.base)) / len(atoms))
+        forward_pass = backend.of(atoms)
+        latent.append(head.features(forward_pass).mean(0))
+        last.append(forward_pass.energy_layer.features.double().mean(0))
+        energies.append((labels_of(atoms).energy - float(forward_pass.energy_layer.base)) / len(atoms))
     return Described(torch.stack(latent), torch.stack(last), torch.tensor(energies, dtype=torch.float64))
 
 

@@ -51,7 +51,7 @@ def evaluated(frames):
     """Residuals, leverages before and standard deviations after calibration: of forces, and of energies per atom."""
     columns = []
     for batch in batches_of(frames, 1000):
-        evaluation = backend.evaluate(backend.collate(batch))
+        evaluation = backend.forward(backend.collate(batch))
         raw, after = head(evaluation), fitted.apply(evaluation)
         labels = [labels_of(atoms) for atoms in batch]
         counts = np.array([len(atoms) for atoms in batch])

@@ -24,8 +24,8 @@ from ase_uq import (
 frame = read(embedded.path("malonaldehyde.xyz"))
 calc = UncertainCalculator("embedded:mace", embedded.path("mace.uq.safetensors"))
 missed = MissRate(error=0.3, at_most=0.1)
-for meaning in (missed, FalseAlarms(per_run=0.05, ps=0.25)):
-    print(calc.threshold(meaning).describe())
+for criterion in (missed, FalseAlarms(per_run=0.05, ps=0.25)):
+    print(calc.threshold(criterion).describe())
 
 # %% A start far from what it knows is not relaxed to a structure that nobody could trust
 atoms = Atoms(frame.numbers, frame.positions, calculator=calc)

@@ -32,7 +32,7 @@ def main(names: tuple[str, ...]) -> None:
             spec,
             FOLDER / "train_300K.xyz",
             FOLDER / "calibration_300K.xyz",
-            stressed=FOLDER / "stressed.xyz",
+            perturbed=FOLDER / "perturbed.xyz",
             methods=METHODS,
         )
         (atoms,) = read_frames(FOLDER / "malonaldehyde.xyz")

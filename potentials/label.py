@@ -4,7 +4,7 @@
 
 Every split is drawn from Langevin runs of its own, so that no test or calibration frame is a neighbour in
 time of a training frame. `info["run"]` numbers the runs: they are the exchangeable unit of the set.
-The 900 K file is a test set only; nothing is fitted or calibrated on it. The stressed file holds deliberately bad
+The 900 K file is a test set only; nothing is fitted or calibrated on it. The perturbed file holds deliberately bad
 variants of training frames: nothing is fitted to them either, but thresholds on missed frames need large errors.
 """
 
@@ -22,7 +22,7 @@ from tblite.ase import TBLite
 from tqdm import tqdm
 
 from ase_uq.io.frames import read_frames
-from ase_uq.sampling.stressed import stress_frames
+from ase_uq.sampling.perturbed import perturb_frames
 
 # name: (temperature in K, independent runs, frames a run)
 SPLITS = {
@@ -75,12 +75,12 @@ def sample(name: str, temperature: float, n_runs: int, n_frames: int, seed: int)
     return frames
 
 
-def stressed(parents: list[Atoms]) -> list[Atoms]:
+def perturbed(parents: list[Atoms]) -> list[Atoms]:
     """Labelled bad variants; those whose self-consistency does not converge are left out."""
     reference = TBLite(method="GFN2-xTB", verbosity=0)
     kinds = ("rattled", "strained", "compressed", "hot")
     frames = []
-    for variant in stress_frames(parents, kinds=kinds, per_kind=50, calculator=reference, progress=True):
+    for variant in perturb_frames(parents, kinds=kinds, per_kind=50, calculator=reference, progress=True):
         variant.calc = reference
         try:
             frames.append(labelled_copy(variant, **variant.info))
@@ -94,7 +94,7 @@ def main(folder: Path) -> None:
     write(folder / "malonaldehyde.xyz", labelled_copy(relaxed, config_type="relaxed"))
     for seed, (name, (temperature, n_runs, n_frames)) in enumerate(SPLITS.items()):
         write(folder / f"{name}.xyz", sample(name, temperature, n_runs, n_frames, seed))
-    write(folder / "stressed.xyz", stressed(read_frames(folder / "train_300K.xyz")))
+    write(folder / "perturbed.xyz", perturbed(read_frames(folder / "train_300K.xyz")))
 
 
 if __name__ == "__main__":

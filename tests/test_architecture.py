@@ -59,7 +59,7 @@ PUBLIC_NAMES = {
     "relax",
     "score",
     "select",
-    "stress_frames",
+    "perturb_frames",
     "write_frames",
 }
 

@@ -188,13 +188,13 @@ def test_standard_results_are_those_that_ase_knows():
 def test_extras_of_the_wrapped_calculator_pass_through(predictor: Predictor, frames, monkeypatch: pytest.MonkeyPatch):
     import dataclasses
 
-    evaluate = type(predictor.backend)._evaluate
+    evaluate = type(predictor.backend)._forward
 
     def with_extra(self, batch, forces, gradients):
         evaluation = evaluate(self, batch, forces, gradients)
         return dataclasses.replace(evaluation, extras={"charges": evaluation.positions[:, 0] * 2})
 
-    monkeypatch.setattr(type(predictor.backend), "_evaluate", with_extra)
+    monkeypatch.setattr(type(predictor.backend), "_forward", with_extra)
     for atoms, prediction in zip(frames, predictor.predict(frames), strict=True):
         np.testing.assert_allclose(prediction["charges"], 2 * atoms.positions[:, 0])
 

@@ -13,7 +13,7 @@ from ase import Atoms
 from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, probe_structure, relative_deviation, weights_hash
 from ase_uq.backends.structures import check_structures
 from ase_uq.errors import PotentialMismatch
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Backend(ABC):
         """The structures as the potential's package wants them; `frames` have been checked."""
 
     @abstractmethod
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         """One forward pass, one a member where the wrapped calculator is a committee."""
 
     @abstractmethod
@@ -150,30 +150,30 @@ class Backend(ABC):
         check_structures(frames, self.elements, self.required_info_keys, first=first, name=name)
 
     @final
-    def evaluate(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> Evaluation:
+    def forward(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> ForwardPass:
         """One forward pass over a batch.
 
         Args:
             batch: From `collate` of this backend.
             forces: Whether forces and stress are wanted; without them a conservative potential saves
                 its backward pass.
-            gradients: Whether `Evaluation.gradients` are wanted: the graph of the pass is kept for them.
+            gradients: Whether `ForwardPass.gradients` are wanted: the graph of the pass is kept for them.
 
         Raises:
             InputError: Gradients were asked for, and this potential cannot give them as it was loaded.
         """
         # A conservative potential takes gradients, whatever the caller has switched off.
         with torch.enable_grad():
-            return self._evaluate(batch, forces, gradients)
+            return self._forward(batch, forces, gradients)
 
     @cached_property
     def identity(self) -> Identity:
         """What an uncertainty model is bound to. The first call evaluates the probe structure."""
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
-        evaluation = self.evaluate(batch)
-        columns = [evaluation.features]
+        forward_pass = self.forward(batch)
+        columns = [forward_pass.features]
         # The features do not change with the last layers, the predictions do.
-        for layer in (evaluation.energy_layer, evaluation.force_layer):
+        for layer in (forward_pass.energy_layer, forward_pass.force_layer):
             if layer is not None:
                 columns.append((layer.features @ layer.weights).reshape(len(columns[0]), -1))
         return Identity(self._settings(), weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())

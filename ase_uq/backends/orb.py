@@ -37,8 +37,8 @@ from ase_uq.backends._autograd import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.forward_pass import Confidence, Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
-from ase_uq.io.tensor_file import read_artefact, write_artefact
+from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForceLayer, ForwardPass, Gradients
+from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 
 _KIND, _SCHEMA = "orb potential", 1
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -139,7 +139,7 @@ class OrbBackend(Backend):
             copy.info[key] = value.item()
         return copy
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         graph = batch.data
         frame_of_atom = torch.repeat_interleave(
             torch.arange(len(graph.n_node), device=graph.n_node.device), graph.n_node
@@ -153,7 +153,7 @@ class OrbBackend(Backend):
         out = {name: value.detach() for name, value in out.items()}
         nodes = out["node_features"]
         force_layer = self._force_layer(nodes, graph, out) if not self._conservative else None
-        return Evaluation(
+        return ForwardPass(
             numbers=graph.atomic_numbers,
             positions=graph.positions.detach(),
             frame_of_atom=frame_of_atom,
@@ -175,10 +175,10 @@ class OrbBackend(Backend):
             extras={"confidence": out["confidence"]} if "confidence" in out else {},
         )
 
-    def _confidence(self, out: dict[str, Tensor]) -> Confidence | None:
+    def _confidence(self, out: dict[str, Tensor]) -> ConfidenceBins | None:
         if "confidence" not in out:
             return None
-        return Confidence(out["confidence"], self._model.heads["confidence"].bin_edges.detach().clone())
+        return ConfidenceBins(out["confidence"], self._model.heads["confidence"].bin_edges.detach().clone())
 
     def _gradients(
         self, graph: Any, out: dict[str, Tensor], frame_of_atom: Tensor, parameters: list[torch.nn.Parameter]
@@ -302,30 +302,30 @@ class OrbBackend(Backend):
         """w·ψ + base = energy, P(φB) + base = forces, on a small structure, with the base computed on its own."""
         graph_source = probe_structure(frozenset({1, 6, 7, 8, 14}), self.required_info_keys)
         batch = self.collate([graph_source])
-        evaluation = self.evaluate(batch)
+        forward_pass = self.forward(batch)
         graph, model = batch.data, self._model
         head = model.heads["energy"]
         base = head.reference(graph.atomic_numbers, graph.n_node).double()
         if model.pair_repulsion:
             base = base + model.pair_repulsion_fn(graph)["energy"].detach().double()
         if getattr(model, "coulomb_module", None) is not None:
-            charges = model.heads["latent_charges"](evaluation.features, graph)
+            charges = model.heads["latent_charges"](forward_pass.features, graph)
             base = base + model.coulomb_module(charges, graph)[0].detach().double()
         if self._dispersion is not None:
             base = base + self._dispersion.predict(graph)["energy"].detach().double()
-        layer = evaluation.energy_layer
-        psi = evaluation.sum_over_atoms(layer.features).double()
-        deviation = float((psi @ layer.weights.double() + base.detach() - evaluation.energy.double()).abs().max())
-        force_layer = evaluation.force_layer
+        layer = forward_pass.energy_layer
+        psi = forward_pass.sum_over_atoms(layer.features).double()
+        deviation = float((psi @ layer.weights.double() + base.detach() - forward_pass.energy.double()).abs().max())
+        force_layer = forward_pass.force_layer
         if force_layer is not None:
-            assert evaluation.forces is not None
+            assert forward_pass.forces is not None
             raw = force_layer.features @ force_layer.weights
             projected = maybe_remove_net_force_and_torque(
                 graph, raw, force_layer.force_free, bool(force_layer.torque_free.any())
             )
-            deviation = max(deviation, float((projected + force_layer.base - evaluation.forces).abs().max()))
+            deviation = max(deviation, float((projected + force_layer.base - forward_pass.forces).abs().max()))
         # Random weights and normalisers make energies of any size; the identity holds relative to it.
-        size = max(1.0, float(evaluation.energy.abs().max()), float(psi.abs().max()))
+        size = max(1.0, float(forward_pass.energy.abs().max()), float(psi.abs().max()))
         if not deviation < _IDENTITY_TOLERANCE[self.dtype] * size:
             raise PotentialMismatch(
                 f"the last layers of this orb model are not understood: they differ from its energy or forces by "
@@ -432,12 +432,12 @@ def save_potential(model: torch.nn.Module, path: str | Path, description: dict[s
         description: `architecture` (name of a function of `orb_models.forcefield.pretrained`), its `arguments`,
             and the arguments of the `adapter`.
     """
-    write_artefact(path, _KIND, _SCHEMA, description, model.state_dict())
+    write_tensor_file(path, _KIND, _SCHEMA, description, model.state_dict())
 
 
 def load_potential(path: str | Path, device: str = "cpu", dtype: str = "") -> ORBCalculator:
     """The calculator of a model stored by `save_potential`."""
-    header, tensors = read_artefact(path, _KIND, _SCHEMA)
+    header, tensors = read_tensor_file(path, _KIND, _SCHEMA)
     name = header["architecture"]
     if name not in ("orb_v3_direct_architecture", "orb_v3_conservative_architecture"):
         raise ArtefactError(f"{path} names the architecture {name!r}, which is not one of orb-v3's.")

@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import Identity
 from ase_uq.backends.registry import find_module
-from ase_uq.forward_pass import Confidence, EnergyLayer, Evaluation, ForceLayer, Gradients, Members
+from ase_uq.forward_pass import ConfidenceBins, EnergyLayer, ForceLayer, ForwardPass, Gradients, Members
 from ase_uq.properties import STANDARD
 
 
@@ -100,8 +100,8 @@ class SummedBackend(Backend):
     def _placed(self, data: Any) -> Any:
         return self._inner._placed(data)
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
-        own = self._inner._evaluate(batch, forces, gradients)
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
+        own = self._inner._forward(batch, forces, gradients)
         added = {key: self._added(key, own, batch) for key in self.results if forces or key in ("energy", "energies")}
         weight = self._weight
 
@@ -126,7 +126,7 @@ class SummedBackend(Backend):
             gradients=None if own.gradients is None else _ScaledGradients(own.gradients, weight),
         )
 
-    def _added(self, key: str, own: Evaluation, batch: Batch) -> Tensor:
+    def _added(self, key: str, own: ForwardPass, batch: Batch) -> Tensor:
         """What the corrections add to one result of the batch."""
         rows = []
         for atoms in batch.frames:
@@ -198,6 +198,6 @@ def _members(own: Members | None, weight: float, added: dict[str, Tensor]) -> Me
     return Members(weight * own.energy + added["energy"], each("forces"), each("stress"))
 
 
-def _scaled(own: Confidence | None, weight: float) -> Confidence | None:
+def _scaled(own: ConfidenceBins | None, weight: float) -> ConfidenceBins | None:
     """The corrections are exact: the error of the sum is that of the potential, times its weight."""
-    return None if own is None else Confidence(own.probabilities, abs(weight) * own.edges)
+    return None if own is None else ConfidenceBins(own.probabilities, abs(weight) * own.edges)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
 from ase_uq.backends.base import Backend, Batch
-from ase_uq.forward_pass import Edges, EnergyLayer, Evaluation, ForceLayer, Gradients
+from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass, Gradients
 
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å
@@ -252,14 +252,14 @@ class ToyBackend(Backend):
     def _placed(self, data: Graph) -> Graph:
         return data.to(self.device)
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         graph: Graph = batch.data
         parameters = list(self._potential.parameters()) if gradients else []
         with in_the_graph(parameters):
             out = self._potential(graph, forces=forces, keep_graph=gradients)
             kept = self._gradients(graph, out, parameters) if gradients else None
         out = {name: value.detach() for name, value in out.items()}
-        return Evaluation(
+        return ForwardPass(
             numbers=graph.numbers,
             positions=graph.positions,
             frame_of_atom=graph.frame_of_atom,

@@ -15,15 +15,15 @@ from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
 from ase_uq.cli.verbs.info import info
 from ase_uq.cli.verbs.md import md
+from ase_uq.cli.verbs.perturb_frames import perturb_frames
 from ase_uq.cli.verbs.reference import reference
 from ase_uq.cli.verbs.relax import relax
 from ase_uq.cli.verbs.report import report
 from ase_uq.cli.verbs.score import predict
 from ase_uq.cli.verbs.select import select
-from ase_uq.cli.verbs.stress_frames import stress_frames
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, predict, select, stress_frames, reference, md, relax, report, demo):
+for verb in (fit, info, evaluate, predict, select, perturb_frames, reference, md, relax, report, demo):
     app.command()(verb)
 
 
@@ -58,7 +58,7 @@ def _(
     First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/]
     how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the potential no longer
     knows, [bold]predict[/] scores finished frames and [bold]select[/] picks those worth labelling. For thresholds
-    that mean something, [bold]stress-frames[/] makes bad frames to label, and [bold]reference[/] counts false
+    that mean something, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] counts false
     alarms.
 
     New here? [bold]ase-uq demo[/] shows it all on a small molecule in under a minute.

@@ -8,7 +8,7 @@ import typer
 
 if TYPE_CHECKING:
     from ase_uq.engines.ase.calculator import UncertainCalculator
-    from ase_uq.thresholds.meanings import Meaning, PerElement
+    from ase_uq.thresholds.criteria import Criterion, PerElement
 
 FORMS = (
     "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below); "
@@ -18,7 +18,7 @@ FORMS = (
 )
 
 
-def threshold(text: str) -> "float | Meaning":
+def threshold(text: str) -> "float | Criterion":
     """A threshold from one of `FORMS`: a number in eV/Å, or what it is to mean.
 
     Raises:
@@ -28,15 +28,15 @@ def threshold(text: str) -> "float | Meaning":
         level = _threshold(text)
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is neither a number in eV/Å nor a meaning: {str(error).rstrip('.')}. Give one of {FORMS}."
+            f"{text!r} is neither a number in eV/Å nor a criterion: {str(error).rstrip('.')}. Give one of {FORMS}."
         ) from error
     if isinstance(level, float) and not level > 0:
         raise typer.BadParameter(f"a threshold is a positive number in eV/Å, not {text}.")
     return level
 
 
-def _threshold(text: str) -> "float | Meaning":
-    from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, Quantile
+def _threshold(text: str) -> "float | Criterion":
+    from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, Quantile
 
     match re.split("([=@/])", text):
         case [word] if word.startswith("q"):
@@ -84,8 +84,8 @@ def reduction(text: str) -> str | float:
     return kind
 
 
-def check_levels(flag: "float | Meaning | None", halt: "float | Meaning | None") -> None:
-    """Refuses a flag at or above the halt, where both are numbers; meanings are compared once they are resolved."""
+def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None") -> None:
+    """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
     if isinstance(flag, float) and isinstance(halt, float) and flag >= halt:
         raise typer.BadParameter(
             f"{flag:g} eV/Å is not below --halt, {halt:g} eV/Å: no frame could be flagged before the run is halted.",
@@ -93,20 +93,20 @@ def check_levels(flag: "float | Meaning | None", halt: "float | Meaning | None")
         )
 
 
-def per_element(level: "float | Meaning | None", option: str) -> "PerElement | None":
+def per_element(level: "float | Criterion | None", option: str) -> "PerElement | None":
     """The level with a threshold for each element of its own.
 
     Raises:
-        BadParameter: The level is a number, or a meaning that is no matter of elements.
+        BadParameter: The level is a number, or a criterion that is no matter of elements.
     """
-    from ase_uq.thresholds.meanings import Meaning, PerElement
+    from ase_uq.thresholds.criteria import Criterion, PerElement
 
     if level is None:
         return None
-    if not isinstance(level, Meaning):
+    if not isinstance(level, Criterion):
         raise typer.BadParameter(
-            f"with --per-element it is a meaning, which calibration data turn into a number for each element, such as "
-            f"q0.99; {level:g} eV/Å would be the same for all.",
+            f"with --per-element it is a criterion, which calibration data turn into a number for each element, such "
+            f"as q0.99; {level:g} eV/Å would be the same for all.",
             param_hint=f"'{option}'",
         )
     try:
@@ -120,19 +120,19 @@ def per_element(level: "float | Meaning | None", option: str) -> "PerElement | N
 
 
 def told(
-    levels: "Mapping[str, float | Meaning | PerElement | None]",
+    levels: "Mapping[str, float | Criterion | PerElement | None]",
     calculator: "UncertainCalculator",
     reduce: str | float,
     symbols: "Sequence[str]",
 ) -> "Iterator[str]":
-    """A line for each threshold that was given as a meaning: its number, what it promises and how sure that is.
+    """A line for each threshold that was given as a criterion: its number, what it promises and how sure that is.
 
     Raises:
-        ValueError: The calibration data cannot support a meaning.
+        ValueError: The calibration data cannot support a criterion.
     """
     from ase_uq.dynamics.policy import settled
     from ase_uq.dynamics.rules import Threshold
-    from ase_uq.thresholds.meanings import ResolvedThreshold
+    from ase_uq.thresholds.criteria import ResolvedThreshold
     from ase_uq.thresholds.reduction import Reduction
 
     for name, level in levels.items():

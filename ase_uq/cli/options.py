@@ -1,4 +1,4 @@
-"""Options that verbs share: one name, one meaning, one text."""
+"""Options that verbs share: one name, one criterion, one text."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,7 +48,7 @@ EachElement = Annotated[
     bool,
     typer.Option(
         "--per-element",
-        help="A threshold for each element of its own; --flag and --halt are meanings then, like q0.99.",
+        help="A threshold for each element of its own; --flag and --halt are criteria then, like q0.99.",
     ),
 ]
 Reduce = Annotated[

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
-from ase_uq.diagnostics.table import _TITLES, UNITS, Score, _block
+from ase_uq.diagnostics.table import _TITLES, UNITS, MetricValue, _block
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
@@ -60,7 +60,7 @@ class Assessment:
         tolerance: Force errors above it counted as bad, eV/Å.
     """
 
-    scores: tuple[Score, ...]
+    scores: tuple[MetricValue, ...]
     samples: Mapping[tuple[str, str], Sample]
     n_frames: int
     tolerance: float
@@ -81,7 +81,7 @@ class Assessment:
         quantity: str | None = None,
         element: str | None = None,
         metric: str | None = None,
-    ) -> tuple[Score, ...]:
+    ) -> tuple[MetricValue, ...]:
         """The scores that agree with all that is given."""
         asked = {"method": method, "quantity": quantity, "element": element, "metric": metric}
         wanted = {name: value for name, value in asked.items() if value is not None}
@@ -113,7 +113,7 @@ class Assessment:
         try:
             with open(part, "w", newline="", encoding="utf-8") as file:
                 writer = csv.writer(file)
-                writer.writerow([field.name for field in fields(Score)])
+                writer.writerow([field.name for field in fields(MetricValue)])
                 writer.writerows(astuple(score) for score in self.scores)
             os.replace(part, path)
         except BaseException:
@@ -195,7 +195,7 @@ def assess(
         seed: Likewise.
         progress: Whether to show a progress bar.
     """
-    scores: list[Score] = []
+    scores: list[MetricValue] = []
     samples: dict[tuple[str, str], Sample] = {}
     for (method, quantity), sample in tqdm(observed.items(), desc="score", disable=not progress, leave=False):
         usable = np.isfinite(sample.residuals).all(1) & (np.isfinite(sample.std) & (sample.std > 0)).all(1)
@@ -208,9 +208,11 @@ def assess(
                 found = judge.scores(of_element)
                 ceiling = _ceiling(of_element, samples[method, "forces"] if quantity == "forces_max" else None)
                 found["attainable_spearman"] = (ceiling, np.nan, np.nan)
-                scores += [Score(method, quantity, element, metric, *values, n) for metric, values in found.items()]
+                scores += [
+                    MetricValue(method, quantity, element, metric, *values, n) for metric, values in found.items()
+                ]
             n_all = int(among.sum())
-            scores.append(Score(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))
+            scores.append(MetricValue(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))
     return Assessment(tuple(scores), samples, n_frames, tolerance)
 
 

@@ -31,7 +31,7 @@ def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: in
     """
     rows, done = [], 0
     for batch in batches_of(frames, batch_atoms):
-        evaluation = backend.evaluate(backend.collate(batch, first=done), forces=False)
+        evaluation = backend.forward(backend.collate(batch, first=done), forces=False)
         sums = evaluation.sum_over_atoms(evaluation.features.double())
         rows.append((sums / evaluation.n_atoms_of_frame[:, None]).cpu().numpy())
         done += len(batch)

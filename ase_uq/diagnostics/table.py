@@ -17,7 +17,7 @@ _TITLES = {
 
 
 @dataclass(frozen=True)
-class Score:
+class MetricValue:
     """One number of an assessment.
 
     Args:
@@ -61,9 +61,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
-def _block(title: str, scores: Sequence[Score]) -> str:
+def _block(title: str, scores: Sequence[MetricValue]) -> str:
     """A title and aligned columns, a row a method and element."""
-    rows: dict[tuple[str, str], dict[str, Score]] = {}
+    rows: dict[tuple[str, str], dict[str, MetricValue]] = {}
     for score in scores:
         rows.setdefault((score.method, score.element), {})[score.metric] = score
     shown = [metric for metric in _COLUMNS if any(metric in found for found in rows.values())]
@@ -88,7 +88,7 @@ def _block(title: str, scores: Sequence[Score]) -> str:
     return "\n".join([title, *(f"  {line.rstrip()}" for line in lines), *notes])
 
 
-def _cell(metric: str, found: Mapping[str, Score]) -> str:
+def _cell(metric: str, found: Mapping[str, MetricValue]) -> str:
     score = found.get(metric)
     if score is None or np.isnan(score.value):
         return "-"

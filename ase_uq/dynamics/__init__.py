@@ -5,7 +5,7 @@ from ase_uq.dynamics.checks import Bonds, Check, EnergySpike, Finite, MaxTempera
 from ase_uq.dynamics.cusum import Cusum
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.relaxation import Relaxation, relax
-from ase_uq.dynamics.rules import AllOf, AnyOf, Meaning, Patience, Refractory, Rule, Threshold
+from ase_uq.dynamics.rules import AllOf, AnyOf, Criterion, Patience, Refractory, Rule, Threshold
 from ase_uq.dynamics.watched import WatchedCalculator
 from ase_uq.sampling.reference_runs import reference_runs
 
@@ -16,6 +16,7 @@ __all__ = [
     "Bonds",
     "Call",
     "Check",
+    "Criterion",
     "Cusum",
     "EnergySpike",
     "Event",
@@ -24,7 +25,6 @@ __all__ = [
     "Halt",
     "Log",
     "MaxTemperature",
-    "Meaning",
     "Patience",
     "Refractory",
     "Relaxation",

@@ -9,8 +9,8 @@ import numpy as np
 from scipy.optimize import brentq
 
 from ase_uq.dynamics.rules import Rule
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
-from ase_uq.thresholds.meanings import FalseAlarms, Meaning, PerElement, conformal, extremes
+from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement, conformal, extremes
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 
 # Of a CUSUM: independent readings without which mean and spread are not known (with fewer, simulated runs alarmed more
 # often than promised), series of the bootstrap, readings of all of them together (a second of work), and length of a
@@ -41,7 +41,7 @@ class Cusum(Rule):
     Source: Page, Biometrika 41, 100 (1954); Siegmund, Sequential Analysis, 1985, for the run length.
 
     Args:
-        meaning: The false alarms that are allowed.
+        criterion: The false alarms that are allowed.
         drift: Rise that is let pass, in standard deviations of the reference: half of what should be found.
         mean: Of the logarithms of the reference; this and all below are set by `resolved`.
         sd: Of the logarithms of the reference.
@@ -50,11 +50,11 @@ class Cusum(Rule):
         memory: Time for which one reading stands at most, 2τ·interval, fs.
 
     Raises:
-        TypeError: `meaning` is no `FalseAlarms`.
+        TypeError: `criterion` is no `FalseAlarms`.
         ValueError: `drift` is not positive.
     """
 
-    meaning: FalseAlarms
+    criterion: FalseAlarms
     drift: float = 0.5
     mean: float | None = None
     sd: float | None = None
@@ -63,16 +63,16 @@ class Cusum(Rule):
     memory: float | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.meaning, FalseAlarms):
+        if not isinstance(self.criterion, FalseAlarms):
             raise TypeError(
                 "a Cusum is made from the false alarms that are allowed, such as "
-                f"Cusum(FalseAlarms(per_run=0.05, ps=100)), not from {self.meaning!r}."
+                f"Cusum(FalseAlarms(per_run=0.05, ps=100)), not from {self.criterion!r}."
             )
         if not 0 < self.drift < math.inf:
             raise ValueError(f"the drift of a Cusum is a positive number of standard deviations, not {self.drift!r}.")
 
     def __str__(self) -> str:
-        return f"a CUSUM by {self.meaning}"
+        return f"a CUSUM by {self.criterion}"
 
     @property
     def threshold(self) -> float:
@@ -85,11 +85,11 @@ class Cusum(Rule):
         return math.inf
 
     @property
-    def meanings(self) -> tuple[Meaning | PerElement, ...]:
-        return (self.meaning,)
+    def criteria(self) -> tuple[Criterion | PerElement, ...]:
+        return (self.criterion,)
 
-    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> "Cusum":
-        runs = evidence.require_runs(self.meaning)
+    def resolved(self, threshold_data: ThresholdData, element: ThresholdData | None = None) -> "Cusum":
+        runs = threshold_data.require_runs(self.criterion)
         logs = [np.log(run) for run in runs.readings]
         mean, sd = float(np.concatenate(logs).mean()), float(np.concatenate(logs).std())
         if sd <= 1e-12 * max(1.0, abs(mean)):
@@ -100,19 +100,19 @@ class Cusum(Rule):
         scores = [(log - mean) / sd for log in logs]
         memory = _memory(scores)
         self._require(runs, memory)
-        length = self.meaning.n_readings(runs)
-        between_alarms = -length / math.log1p(-self.meaning.per_run)
+        length = self.criterion.n_readings(runs)
+        between_alarms = -length / math.log1p(-self.criterion.per_run)
         h = max(
             memory * cusum_limit(between_alarms / memory, self.drift),
-            _bootstrapped_limit(scores, memory, self.drift, length, self.meaning.per_run),
-            _seen_limit(logs, self.drift, length, self.meaning.per_run),
+            _bootstrapped_limit(scores, memory, self.drift, length, self.criterion.per_run),
+            _seen_limit(logs, self.drift, length, self.criterion.per_run),
         )
         return replace(self, mean=mean, sd=sd, h=h, interval=runs.interval, memory=memory * runs.interval)
 
     def judge(self, state: Sequence[float] | None, reading: float, time: float | None) -> tuple[list[float], bool]:
         if time is None:
             raise ValueError(
-                f"{self} adds up over simulated time, and an optimiser has none. Use Threshold({self.meaning}) here."
+                f"{self} adds up over simulated time, and an optimiser has none. Use Threshold({self.criterion}) here."
             )
         mean, sd, h, interval, memory = self._numbers()
         total, before = (0.0, time - interval) if state is None else state
@@ -139,7 +139,7 @@ class Cusum(Rule):
         if None in numbers:
             raise ValueError(
                 f"{self} has no numbers yet: they depend on the reference runs. UncertaintyMonitor asks the calculator "
-                "for them; elsewhere use rule.resolved(calc.evidence(Reduction()))."
+                "for them; elsewhere use rule.resolved(calc.threshold_data(Reduction()))."
             )
         return cast(tuple[float, float, float, float, float], numbers)
 

@@ -19,7 +19,7 @@ _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
 
 
 @dataclass(frozen=True, eq=False)
-class Site:
+class Observation:
     """One structure of a step, with what is known of it.
 
     Args:
@@ -95,7 +95,7 @@ class Judge:
         """Turns the rules into numbers by a calculator.
 
         Args:
-            calculator: Must know its calibration data where a rule has a meaning.
+            calculator: Must know its calibration data where a rule has a criterion.
             symbols: Of the atoms that are looked at.
             time: Time of the run now, fs; None where it has none.
 
@@ -110,18 +110,18 @@ class Judge:
             if len(self._rules.get(level, ())) != len(watches):
                 self._rules[level] = [None] * len(watches)
 
-    def __call__(self, sites: Sequence[Site], time: float | None) -> Verdict | None:
+    def __call__(self, observations: Sequence[Observation], time: float | None) -> Verdict | None:
         """The verdict on a step; None where there is nothing to judge: no uncertainty and no checks.
 
         Args:
-            sites: The structures of the step.
+            observations: The structures of the step.
             time: Simulated time, fs; None where there is none.
         """
-        uncertain = [site for site in sites if site.norms is not None]
+        uncertain = [observation for observation in observations if observation.norms is not None]
         by_rules = self._by_rules(uncertain, time) if uncertain and self.watches else None
         if by_rules is None and not self.checks:
             return None
-        return self._by_checks(sites, by_rules or Verdict())
+        return self._by_checks(observations, by_rules or Verdict())
 
     def state(self) -> dict[str, Any]:
         """What the rules and checks remember, and of what uncertainty model; `json.dumps` takes it."""
@@ -159,28 +159,28 @@ class Judge:
         checked = {entry["check"]: entry["states"] for entry in state["checks"]}
         self._checks = [dict(checked.get(str(check), {})) for check in self.checks]
 
-    def _by_rules(self, sites: Sequence[Site], time: float | None) -> Verdict | None:
+    def _by_rules(self, observations: Sequence[Observation], time: float | None) -> Verdict | None:
         found: list[tuple[tuple[int, float], Verdict]] = []
         for name, watches in self.watches.items():
             for number, watch in enumerate(watches):
-                readings = [site.reading(watch.reduction) for site in sites]
+                readings = [observation.reading(watch.reduction) for observation in observations]
                 worst = int(np.argmax(readings))  # the first NaN, where there is one
                 reading, threshold = readings[worst], float(watch.rule.threshold)
                 self._rules[name][number], triggered = watch.rule.judge(self._rules[name][number], reading, time)
                 level: Level = name if triggered else "ok"
-                reason = _reason(name, watch, sites[worst], reading) if triggered else ""
-                verdict = Verdict(level, reading, threshold, reason, sites[worst].image)
+                reason = _reason(name, watch, observations[worst], reading) if triggered else ""
+                verdict = Verdict(level, reading, threshold, reason, observations[worst].image)
                 found.append(((_RANKS[level], _excess(reading, threshold)), verdict))
         return max(found, key=lambda ranked: ranked[0])[1] if found else None
 
-    def _by_checks(self, sites: Sequence[Site], verdict: Verdict) -> Verdict:
+    def _by_checks(self, observations: Sequence[Observation], verdict: Verdict) -> Verdict:
         complaints: list[tuple[str, int | None]] = []
         for check, states in zip(self.checks, self._checks, strict=True):
-            for site in sites:
-                key = str(site.image or 0)
-                states[key], complaint = check.inspect(states.get(key), site.snapshot)
+            for observation in observations:
+                key = str(observation.image or 0)
+                states[key], complaint = check.inspect(states.get(key), observation.snapshot)
                 if complaint:
-                    complaints.append((f"{site}{type(check).__name__}: {complaint}", site.image))
+                    complaints.append((f"{observation}{type(check).__name__}: {complaint}", observation.image))
         if not complaints:
             return verdict
         text = "; ".join(complaint for complaint, _ in complaints)
@@ -252,16 +252,16 @@ def _excess(reading: float, threshold: float) -> float:
     return math.inf if math.isnan(reading) or reading == math.inf else reading / threshold
 
 
-def _reason(level: Level, watch: Watch, site: Site, reading: float) -> str:
+def _reason(level: Level, watch: Watch, observation: Observation, reading: float) -> str:
     # Plain ASCII: it goes into files that other programs read.
-    assert site.norms is not None
-    atoms = site.snapshot.atoms
+    assert observation.norms is not None
+    atoms = observation.snapshot.atoms
     chosen = _looked_at(watch.reduction, atoms)
-    worst = chosen[np.argmax(site.norms[chosen])]
+    worst = chosen[np.argmax(observation.norms[chosen])]
     return (
-        f"{site}force uncertainty ({watch.reduction.kind}) {reading:.4g} eV/A reached {level} at "
+        f"{observation}force uncertainty ({watch.reduction.kind}) {reading:.4g} eV/A reached {level} at "
         f"{watch.rule.threshold:.4g} eV/A by {watch.asked}; "
-        f"worst atom {worst} ({atoms.symbols[worst]}, {site.norms[worst]:.4g} eV/A)"
+        f"worst atom {worst} ({atoms.symbols[worst]}, {observation.norms[worst]:.4g} eV/A)"
     )
 
 

@@ -17,13 +17,13 @@ from ase.optimize.optimize import BaseDynamics
 
 from ase_uq.dynamics.actions import Action, Event, Flag
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.judging import Judge, Site, Verdict, checked, symbols_looked_at
+from ase_uq.dynamics.judging import Judge, Observation, Verdict, checked, symbols_looked_at
 from ase_uq.dynamics.policy import Watch, actions_of_levels, counted_alarms, reduction_of, rules_of_levels
 from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import annotated
-from ase_uq.thresholds.meanings import Meaning, PerElement
+from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class UncertaintyMonitor:
@@ -41,10 +41,10 @@ class UncertaintyMonitor:
     the images of a NEB. A step is judged once, also where `run()` shows it again, and not at all where the calculator
     skipped its uncertainty, but for the checks. Observers attached after the monitor do not see a step at which it
     raises. A resumed run is judged as before, so it halts again at its next step above the threshold unless the cause
-    is gone; a new `atoms.calc` is picked up, with its own meaning of the thresholds.
+    is gone; a new `atoms.calc` is picked up, with its own criterion of the thresholds.
 
     On a path every image between the ends is read. The rules judge the largest reading, so their memory is that of
-    the path, not of an image; checks remember each image. Meanings are asked of the first image's calculator. Images
+    the path, not of an image; checks remember each image. Criteria are asked of the first image's calculator. Images
     may share a calculator, and a dimer one between its ends and its centre, where it remembers several structures, as
     `UncertainCalculator` does: another has lost the results by then, and the monitor says so rather than computing
     them again. `BasinHopping` shows each new lowest minimum. For the steps in between, and for searches that are no
@@ -52,14 +52,14 @@ class UncertaintyMonitor:
 
     Args:
         dynamics: The run to attach it to.
-        halt: Number in eV/Å, a meaning such as `Quantile(0.999)`, or a rule, above which the run is halted.
+        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, above which the run is halted.
         flag: The same for frames to keep; below `halt`.
         reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
         elements: Chemical symbols to look at; None for all.
         indices: Atom indices to look at; None for all.
         patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
             of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
-        at_once: Number or meaning above `halt` at which the run is halted without patience.
+        at_once: Number or criterion above `halt` at which the run is halted without patience.
         refractory: fs after a flag for which no other frame is flagged.
         before: Frames to keep from before an alarm, of the last judged steps: they go to `frames` ahead of the
             flagged or halting one, oldest first, with `flag_level="before"`, and never twice. A restart forgets them.
@@ -86,13 +86,13 @@ class UncertaintyMonitor:
         self,
         dynamics: BaseDynamics,
         *,
-        halt: float | Meaning | PerElement | Rule | None = None,
-        flag: float | Meaning | PerElement | Rule | None = None,
+        halt: float | Criterion | PerElement | Rule | None = None,
+        flag: float | Criterion | PerElement | Rule | None = None,
         reduce: str | float = "max",
         elements: Sequence[str] | None = None,
         indices: Sequence[int] | None = None,
         patience: float | None = None,
-        at_once: float | Meaning | None = None,
+        at_once: float | Criterion | None = None,
         refractory: float | None = None,
         before: int = 0,
         checks: Check | Sequence[Check] = (),
@@ -169,7 +169,9 @@ class UncertaintyMonitor:
             self._prepare()
         results = [results_of(structure) for structure in self._structures]
         time = self._time()
-        verdict = self._judge([self._site(*pair, time) for pair in zip(self._structures, results, strict=True)], time)
+        verdict = self._judge(
+            [self._observation(*pair, time) for pair in zip(self._structures, results, strict=True)], time
+        )
         if not any(self._counts.values()):
             self._check_first(step, results)
             self._check_interval()
@@ -318,11 +320,11 @@ class UncertaintyMonitor:
                 stacklevel=2,
             )
 
-    def _site(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Site:
+    def _observation(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Observation:
         known = results or {}
         snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time)
         norms = norms_of(structure.atoms, known) if self._judge.asked else None
-        return Site(snapshot, norms, structure.image)
+        return Observation(snapshot, norms, structure.image)
 
     def _event(
         self, verdict: Verdict, step: int, time: float | None, results: Sequence[Mapping[str, Any] | None]

@@ -12,8 +12,8 @@ from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.dynamics.actions import Action, Flag, Halt, Log
 from ase_uq.dynamics.rules import AnyOf, Level, Patience, Refractory, Rule, Threshold, _OfValue, _Several
-from ase_uq.thresholds.evidence import Evidence
-from ase_uq.thresholds.meanings import FalseAlarms, Meaning, PerElement
+from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement
+from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 
 
@@ -21,7 +21,7 @@ from ase_uq.thresholds.reduction import Reduction
 class _Calibrated(Protocol):
     """A calculator that knows its calibration data, as `UncertainCalculator` does."""
 
-    def evidence(self, reduction: Reduction) -> Evidence: ...
+    def threshold_data(self, reduction: Reduction) -> ThresholdData: ...
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,34 @@ class Watch:
 def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
     """The false alarms of a rule that are counted a reading, for which it matters how often readings are taken."""
     match rule:
-        case _OfValue(value=FalseAlarms() as meaning):
-            return (meaning,)
+        case _OfValue(value=FalseAlarms() as criterion):
+            return (criterion,)
         case _Several(rules=rules):
-            return tuple(meaning for own in rules for meaning in counted_alarms(own))
+            return tuple(criterion for own in rules for criterion in counted_alarms(own))
         case Refractory(rule=own):
             return counted_alarms(own)
     return ()
 
 
-def as_rule(level: float | Meaning | PerElement | Rule) -> Rule:
-    """A rule as it is; a number in eV/Å or a meaning as a `Threshold`."""
+def as_rule(level: float | Criterion | PerElement | Rule) -> Rule:
+    """A rule as it is; a number in eV/Å or a criterion as a `Threshold`."""
     return level if isinstance(level, Rule) else Threshold(level)
 
 
 def rules_of_levels(
-    halt: float | Meaning | PerElement | Rule | None,
-    flag: float | Meaning | PerElement | Rule | None,
+    halt: float | Criterion | PerElement | Rule | None,
+    flag: float | Criterion | PerElement | Rule | None,
     patience: float | None = None,
-    at_once: float | Meaning | None = None,
+    at_once: float | Criterion | None = None,
     refractory: float | None = None,
 ) -> dict[Level, Rule]:
     """The rules as the user gave them, flag before halt.
 
     Args:
-        halt: Number, meaning or rule of the halt level.
+        halt: Number, criterion or rule of the halt level.
         flag: The same of the flag level.
         patience: fs that readings must stay above a plain `halt`.
-        at_once: Number or meaning above `halt` at which there is no patience.
+        at_once: Number or criterion above `halt` at which there is no patience.
         refractory: fs for which `flag` is silent after it triggered.
 
     Raises:
@@ -107,40 +107,40 @@ def settled(
     symbols: Sequence[str],
     time: float | None,
 ) -> dict[Level, tuple[Watch, ...]]:
-    """The rules with numbers in place of meanings, by the calibration data of a calculator.
+    """The rules with numbers in place of criteria, by the calibration data of a calculator.
 
     A rule with `PerElement` becomes one for each element, on readings of the atoms of that element alone.
 
     Args:
         asked: Rules of the levels.
-        calculator: Asked for `evidence(reduction)` where a rule has a meaning.
+        calculator: Asked for `evidence(reduction)` where a rule has a criterion.
         reduction: How readings are made.
         symbols: Chemical symbols of the atoms that are looked at, in any order and number.
         time: Time of the run now, fs; None if it has none.
 
     Raises:
-        ValueError: The calculator cannot say what a meaning means, the flag is not below the halt, or a rule needs
+        ValueError: The calculator cannot say what a criterion means, the flag is not below the halt, or a rule needs
             a time that the run does not have.
     """
     elements = [s for s in dict.fromkeys(symbols) if reduction.elements is None or s in reduction.elements]
 
     @functools.cache
-    def evidence(reduction: Reduction) -> Evidence:
+    def threshold_data(reduction: Reduction) -> ThresholdData:
         assert isinstance(calculator, _Calibrated)
-        return calculator.evidence(reduction)
+        return calculator.threshold_data(reduction)
 
     def watches(rule: Rule) -> tuple[Watch, ...]:
-        if not rule.meanings:
+        if not rule.criteria:
             return (Watch(rule, rule, reduction),)
         if not isinstance(calculator, _Calibrated):
             raise ValueError(
-                f"{type(calculator).__name__} knows no calibration data to turn {rule.meanings[0]} into a number. "
+                f"{type(calculator).__name__} knows no calibration data to turn {rule.criteria[0]} into a number. "
                 "Use UncertainCalculator, or give the threshold in eV/Å."
             )
-        if not any(isinstance(meaning, PerElement) for meaning in rule.meanings):
-            return (Watch(rule, rule.resolved(evidence(reduction)), reduction),)
+        if not any(isinstance(criterion, PerElement) for criterion in rule.criteria):
+            return (Watch(rule, rule.resolved(threshold_data(reduction)), reduction),)
         own = [replace(reduction, elements=(element,)) for element in elements]
-        return tuple(Watch(rule, rule.resolved(evidence(reduction), evidence(each)), each) for each in own)
+        return tuple(Watch(rule, rule.resolved(threshold_data(reduction), threshold_data(each)), each) for each in own)
 
     found: dict[Level, tuple[Watch, ...]] = {level: watches(rule) for level, rule in asked.items()}
     for flag in found.get("flag", ()):
@@ -161,12 +161,12 @@ def _check_order(flag: Watch, halt: Watch) -> None:
     waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
     halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
     if flag.rule.threshold >= halts:
-        meanings = [m for watch in (flag, halt) for m in watch.asked.meanings]
-        per_element = [m for m in meanings if isinstance(m, PerElement)]
+        criteria = [m for watch in (flag, halt) for m in watch.asked.criteria]
+        per_element = [m for m in criteria if isinstance(m, PerElement)]
         scope = f" for {' '.join(flagged or halted or ())}" if per_element else ""
-        # What a meaning comes to is news to its user, who may not know which of two is the lower.
+        # What a criterion comes to is news to its user, who may not know which of two is the lower.
         asked = (
-            f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if meanings else ""
+            f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else ""
         )
         raise ValueError(
             f"flag is {flag.rule.threshold:.4g} eV/Å and halt is {halts:.4g} eV/Å{scope}, so no frame could "

@@ -29,7 +29,7 @@ from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import LABEL_KEYS
 from ase_uq.io.results import annotated
-from ase_uq.thresholds.meanings import Meaning, PerElement
+from ase_uq.thresholds.criteria import Criterion, PerElement
 from ase_uq.thresholds.reduction import atom_norms
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
@@ -154,8 +154,8 @@ def relax(
     steps: int = 500,
     optimizer: str | type[Optimizer] = "bfgs",
     cell: bool = False,
-    halt: float | Meaning | PerElement | Rule | None = None,
-    flag: float | Meaning | PerElement | Rule | None = None,
+    halt: float | Criterion | PerElement | Rule | None = None,
+    flag: float | Criterion | PerElement | Rule | None = None,
     reduce: str | float = "max",
     elements: Sequence[str] | None = None,
     indices: Sequence[int] | None = None,

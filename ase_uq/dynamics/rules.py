@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self, SupportsFloat
 
-from ase_uq.thresholds.evidence import Evidence
-from ase_uq.thresholds.meanings import Meaning, PerElement
+from ase_uq.thresholds.criteria import Criterion, PerElement
+from ase_uq.thresholds.data import ThresholdData
 
 Level = Literal["ok", "flag", "halt"]
 
@@ -33,20 +33,20 @@ class Rule(ABC):
         return self.threshold
 
     @property
-    def meanings(self) -> tuple[Meaning | PerElement, ...]:
+    def criteria(self) -> tuple[Criterion | PerElement, ...]:
         """What the calibration data must turn into numbers; empty for a rule of numbers."""
         return ()
 
     @abstractmethod
-    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> "Rule":
-        """The same rule with every meaning replaced by its number in eV/Å.
+    def resolved(self, threshold_data: ThresholdData, element: ThresholdData | None = None) -> "Rule":
+        """The same rule with every criterion replaced by its number in eV/Å.
 
         Args:
-            evidence: Of all atoms that are looked at.
-            element: Of those of one element, for `PerElement`; where it is too little, or None, `evidence` counts.
+            threshold_data: Of all atoms that are looked at.
+            element: Of those of one element, for `PerElement`; where it is too little, or None, that of all atoms counts.
 
         Raises:
-            ValueError: The data cannot support a meaning.
+            ValueError: The data cannot support a criterion.
         """
 
     @abstractmethod
@@ -67,35 +67,35 @@ class Rule(ABC):
 class _OfValue(Rule):
     """A rule that compares readings with one value."""
 
-    value: float | Meaning | PerElement
+    value: float | Criterion | PerElement
 
     def __post_init__(self) -> None:
         _check(self.value)
 
     @property
     def threshold(self) -> float:
-        if isinstance(self.value, Meaning | PerElement):
+        if isinstance(self.value, Criterion | PerElement):
             raise ValueError(
                 f"{self} has no number yet: {self.value} depends on the calibration data. UncertaintyMonitor asks the "
-                "calculator for it; elsewhere use rule.resolved(calc.evidence(Reduction()))."
+                "calculator for it; elsewhere use rule.resolved(calc.threshold_data(Reduction()))."
             )
         return float(self.value)
 
     @property
-    def meanings(self) -> tuple[Meaning | PerElement, ...]:
-        return (self.value,) if isinstance(self.value, Meaning | PerElement) else ()
+    def criteria(self) -> tuple[Criterion | PerElement, ...]:
+        return (self.value,) if isinstance(self.value, Criterion | PerElement) else ()
 
-    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> Self:
+    def resolved(self, threshold_data: ThresholdData, element: ThresholdData | None = None) -> Self:
         match self.value:
-            case Meaning():
-                return replace(self, value=self.value.resolve(evidence))
-            case PerElement(meaning):
+            case Criterion():
+                return replace(self, value=self.value.resolve(threshold_data))
+            case PerElement(criterion):
                 if element is not None:
                     try:
-                        return replace(self, value=meaning.resolve(element))
+                        return replace(self, value=criterion.resolve(element))
                     except ValueError:  # too few data of this element
-                        return replace(self, value=meaning.resolve(evidence).shared())
-                return replace(self, value=meaning.resolve(evidence))
+                        return replace(self, value=criterion.resolve(threshold_data).shared())
+                return replace(self, value=criterion.resolve(threshold_data))
         return self
 
 
@@ -104,12 +104,12 @@ class Threshold(_OfValue):
     """Triggers at every step whose reading is at or above a threshold, or NaN.
 
     Args:
-        value: Positive number in eV/Å, or a meaning such as `Quantile(0.99)` or `PerElement(Quantile(0.99))`.
+        value: Positive number in eV/Å, or a criterion such as `Quantile(0.99)` or `PerElement(Quantile(0.99))`.
             Infinity is allowed: it triggers only for NaN and for elements the uncertainty model has never seen.
 
     Raises:
         ValueError: `value` is zero, negative or NaN.
-        TypeError: `value` is neither a number nor a meaning.
+        TypeError: `value` is neither a number nor a criterion.
     """
 
     def judge(self, state: Any, reading: float, time: float | None) -> tuple[None, bool]:
@@ -132,7 +132,7 @@ class Patience(_OfValue):
 
     Raises:
         ValueError: `value` is zero, negative or NaN; `fs` is not positive.
-        TypeError: `value` is neither a number nor a meaning.
+        TypeError: `value` is neither a number nor a criterion.
     """
 
     fs: float
@@ -176,11 +176,11 @@ class _Several(Rule):
         object.__setattr__(self, "rules", rules)
 
     @property
-    def meanings(self) -> tuple[Meaning | PerElement, ...]:
-        return tuple(meaning for rule in self.rules for meaning in rule.meanings)
+    def criteria(self) -> tuple[Criterion | PerElement, ...]:
+        return tuple(criterion for rule in self.rules for criterion in rule.criteria)
 
-    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> Self:
-        return type(self)(*(rule.resolved(evidence, element) for rule in self.rules))
+    def resolved(self, threshold_data: ThresholdData, element: ThresholdData | None = None) -> Self:
+        return type(self)(*(rule.resolved(threshold_data, element) for rule in self.rules))
 
     def _judgements(self, state: list | None, reading: float, time: float | None) -> tuple[list, list[bool]]:
         states = [None] * len(self.rules) if state is None else state
@@ -202,7 +202,7 @@ class AnyOf(_Several):
 
     def __init__(self, *rules: Rule) -> None:
         super().__init__(*rules)
-        values = {kind: [r for r in rules if isinstance(r, kind) and not r.meanings] for kind in (Patience, Threshold)}
+        values = {kind: [r for r in rules if isinstance(r, kind) and not r.criteria] for kind in (Patience, Threshold)}
         if not all(values.values()):
             return
         at_once = min(rule.threshold for rule in values[Threshold])
@@ -294,11 +294,11 @@ class Refractory(Rule):
         return self.rule.at_once
 
     @property
-    def meanings(self) -> tuple[Meaning | PerElement, ...]:
-        return self.rule.meanings
+    def criteria(self) -> tuple[Criterion | PerElement, ...]:
+        return self.rule.criteria
 
-    def resolved(self, evidence: Evidence, element: Evidence | None = None) -> "Refractory":
-        return replace(self, rule=self.rule.resolved(evidence, element))
+    def resolved(self, threshold_data: ThresholdData, element: ThresholdData | None = None) -> "Refractory":
+        return replace(self, rule=self.rule.resolved(threshold_data, element))
 
     def judge(self, state: Sequence | None, reading: float, time: float | None) -> tuple[list, bool]:
         if time is None:
@@ -322,15 +322,15 @@ def _reaches(reading: float, threshold: float) -> bool:
 
 
 def _check(value: Any) -> None:
-    if isinstance(value, Meaning | PerElement):
+    if isinstance(value, Criterion | PerElement):
         return
     if not isinstance(value, SupportsFloat):
         raise TypeError(
-            f"a threshold is a number in eV/Å or a meaning such as Quantile(0.99), not {value!r} "
+            f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99), not {value!r} "
             f"({type(value).__name__})."
         )
     if not float(value) > 0:
         raise ValueError(
             f"a threshold is a positive number in eV/Å, not {value!r}. Take the force uncertainty from which on "
-            "you no longer trust the run, or a meaning such as Quantile(0.99)."
+            "you no longer trust the run, or a criterion such as Quantile(0.99)."
         )

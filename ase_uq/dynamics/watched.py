@@ -11,12 +11,12 @@ from ase.outputs import Properties
 
 from ase_uq.dynamics.actions import Action, Event
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.judging import Judge, Site, checked, symbols_looked_at
+from ase_uq.dynamics.judging import Judge, Observation, checked, symbols_looked_at
 from ase_uq.dynamics.policy import Watch, actions_of_levels, reduction_of, rules_of_levels
 from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
-from ase_uq.thresholds.meanings import Meaning, PerElement
+from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class Record(NamedTuple):
@@ -79,8 +79,8 @@ class WatchedCalculator(Calculator):
         self,
         calculator: BaseCalculator,
         *,
-        halt: float | Meaning | PerElement | Rule | None = None,
-        flag: float | Meaning | PerElement | Rule | None = None,
+        halt: float | Criterion | PerElement | Rule | None = None,
+        flag: float | Criterion | PerElement | Rule | None = None,
         reduce: str | float = "max",
         elements: Sequence[str] | None = None,
         indices: Sequence[int] | None = None,
@@ -149,7 +149,7 @@ class WatchedCalculator(Calculator):
             self._symbols = symbols
         snapshot = Snapshot(atoms, self.results.get("energy"), self.results.get("forces"), None)
         norms = norms_of(atoms, self.results) if self._judge.asked else None
-        verdict = self._judge([Site(snapshot, norms)], None)
+        verdict = self._judge([Observation(snapshot, norms)], None)
         if verdict is None:
             return
         self._is_judged = True

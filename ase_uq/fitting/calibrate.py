@@ -15,26 +15,27 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.checks import FEWEST_FRAMES
 from ase_uq.fitting.provenance import runs_of
-from ase_uq.forward_pass import Evaluation, Targets, residuals_of
+from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
 from ase_uq.stream.labelled import LabelledStream
-from ase_uq.uncertainty_model.model import FittedMethod, UncertaintyModel
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
+from ase_uq.uncertainty_model.model import UncertaintyModel
 from ase_uq.uncertainty_model.record import CalibrationRecord
 
 
-def with_stressed(
+def with_perturbed(
     model: UncertaintyModel, backend: Backend, frames: list[Atoms], progress: bool, options: Mapping[str, Any]
 ) -> UncertaintyModel:
     """The model with what it says of deliberately bad frames, beside their errors."""
-    title = "stressed" if progress else ""
+    title = "perturbed" if progress else ""
     stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
     uncertainty, error, numbers, counts = [], [], [], []
-    for evaluation, targets in stream:
-        assert evaluation.forces is not None
-        uncertainty.append(model.apply(evaluation)["forces_uncertainty"].norm(dim=1))
-        error.append(residuals_of(targets.forces, evaluation.forces).norm(dim=1))
-        numbers.append(evaluation.numbers)
-        counts.append(evaluation.n_atoms_of_frame)
+    for forward_pass, targets in stream:
+        assert forward_pass.forces is not None
+        uncertainty.append(model.apply(forward_pass)["forces_uncertainty"].norm(dim=1))
+        error.append(residuals_of(targets.forces, forward_pass.forces).norm(dim=1))
+        numbers.append(forward_pass.numbers)
+        counts.append(forward_pass.n_atoms_of_frame)
     record = CalibrationRecord(
         uncertainty=_column(uncertainty, np.float32),
         error=_column(error, np.float32),
@@ -42,7 +43,7 @@ def with_stressed(
         n_atoms_of_frame=_column(counts, np.int32),
         run=runs_of(frames),
     )
-    return replace(model, stressed=record)
+    return replace(model, perturbed=record)
 
 
 def _column(parts: Sequence[torch.Tensor], dtype: type) -> np.ndarray:
@@ -100,26 +101,26 @@ class Observed:
 
 def observe(
     heads: dict[str, Head], stream: LabelledStream, *, keep: bool
-) -> tuple[Observed, list[tuple[Evaluation, dict[str, Raw], Targets]]]:
+) -> tuple[Observed, list[tuple[ForwardPass, dict[str, Raw], Targets]]]:
     """Scores and residuals of the calibration frames; and, to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
     forces, energy, stress, numbers, counts = [], [], [], [], []
-    for evaluation, targets in stream:
-        assert evaluation.forces is not None
+    for forward_pass, targets in stream:
+        assert forward_pass.forces is not None
         assert targets.forces is not None
         with torch.no_grad():
-            own = {name: head(evaluation) for name, head in heads.items()}
+            own = {name: head(forward_pass) for name, head in heads.items()}
         for name, raw in own.items():
             raws[name].append(raw)
         if keep:
-            batches.append((replace(evaluation, gradients=None, members=None), own, targets))
-        forces.append(targets.forces - evaluation.forces.double())
-        energy.append(residuals_of(targets.energy, evaluation.energy) / evaluation.n_atoms_of_frame)
-        if evaluation.stress is not None:
-            stress.append(residuals_of(targets.stress, evaluation.stress))
-        numbers.append(evaluation.numbers)
-        counts.append(evaluation.n_atoms_of_frame)
+            batches.append((replace(forward_pass, gradients=None, members=None), own, targets))
+        forces.append(targets.forces - forward_pass.forces.double())
+        energy.append(residuals_of(targets.energy, forward_pass.energy) / forward_pass.n_atoms_of_frame)
+        if forward_pass.stress is not None:
+            stress.append(residuals_of(targets.stress, forward_pass.stress))
+        numbers.append(forward_pass.numbers)
+        counts.append(forward_pass.n_atoms_of_frame)
 
     def joined(parts: list[torch.Tensor]) -> np.ndarray:
         return torch.cat(parts).cpu().numpy()

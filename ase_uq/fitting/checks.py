@@ -64,7 +64,7 @@ def check_first_frames(
     first = calibration[:4]
     if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
         raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
-    evaluation = backend.evaluate(backend.collate(first))
+    evaluation = backend.forward(backend.collate(first))
     targets = targets_of([labels_of(atoms, keys) for atoms in first], evaluation)
     assert evaluation.forces is not None
     assert targets.forces is not None

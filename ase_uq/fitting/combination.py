@@ -12,19 +12,19 @@ from torch import Tensor
 from ase_uq.calibration import Calibrator
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import UQWarning
-from ase_uq.forward_pass import Evaluation, Targets, residuals_of
+from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
-from ase_uq.numerics.networks import Ensemble, Training, cross_fit, folds_of, out_of_fold
+from ase_uq.numerics.networks import MLPEnsemble, Training, cross_fit, folds_of, out_of_fold
 from ase_uq.uncertainty_model.combination import (
     RESIDUAL,
     Combination,
+    CombinationFeatures,
+    CombinationInputs,
     Gate,
-    Scene,
-    View,
     bounded,
     corrections_of_methods,
 )
-from ase_uq.uncertainty_model.model import FittedMethod
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 _MOST_KEPT_ATOMS = 20_000  # of the training frames, for the residual model
 _LARGEST_WEIGHT = 1.0
@@ -46,34 +46,34 @@ class Fitted:
 
 
 def fit_combination(
-    view: View,
-    training: tuple[Scene, Tensor, Tensor] | None,
-    calibration: tuple[Scene, Tensor, Tensor],
+    inputs: CombinationInputs,
+    training: tuple[CombinationFeatures, Tensor, Tensor] | None,
+    calibration: tuple[CombinationFeatures, Tensor, Tensor],
     *,
     title: str = "",
 ) -> Fitted:
     """Tries the anchor alone, with the other methods, with the residual model, and with all; keeps the likeliest.
 
     Args:
-        view: How scenes were made.
-        training: Scene of training atoms, their (n_atoms, n_components) squared residuals in squared eV/Å (the mean
+        inputs: How scenes were made.
+        training: CombinationFeatures of training atoms, their (n_atoms, n_components) squared residuals in squared eV/Å (the mean
             over the components where there is one; NaN without a label), and the (n_atoms,) number of each atom's
             frame; None where no training frame has forces.
         calibration: The same of the calibration atoms.
         title: Of the progress bar; empty for none.
     """
-    scene, squares, frames = calibration
-    corrections = corrections_of_methods(scene, view.others)
+    features, squares, frames = calibration
+    corrections = corrections_of_methods(features, inputs.others)
     ensemble, seen = _residual_model(training, calibration, title)
     corrections[RESIDUAL] = bounded(seen)
-    views = scene.around if training is None else torch.cat([training[0].around, scene.around])
-    gate = Gate.fit(views, scene.around)
-    opened = gate(scene.around)[:, None]
-    table = {name: (opened * value).expand_as(scene.base).cpu().numpy() for name, value in corrections.items()}
-    tried = {"anchor": (), "methods": view.others, RESIDUAL: (RESIDUAL,), "all": (*view.others, RESIDUAL)}
-    candidates = {name: columns for name, columns in tried.items() if view.others or name in ("anchor", RESIDUAL)}
-    base = scene.base + (1 - opened) * scene.careful
-    rows = _Likelihood(base.cpu().numpy(), opened.expand_as(scene.base).cpu().numpy(), squares.cpu().numpy(), table)
+    views = features.around if training is None else torch.cat([training[0].around, features.around])
+    gate = Gate.fit(views, features.around)
+    opened = gate(features.around)[:, None]
+    table = {name: (opened * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
+    tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
+    candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
+    base = features.base + (1 - opened) * features.careful
+    rows = _Likelihood(base.cpu().numpy(), opened.expand_as(features.base).cpu().numpy(), squares.cpu().numpy(), table)
     fold = _contiguous(frames.cpu().numpy())
     likelihoods = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
@@ -81,27 +81,34 @@ def fit_combination(
     # A weight of zero costs an evaluation and says nothing.
     weights = {name: weight for name, weight in zip(candidates[best], found.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(view, gate, kept, constant if weights else 0.0, weights, likelihoods)
+    combination = Combination(inputs, gate, kept, constant if weights else 0.0, weights, likelihoods)
     variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
     return Fitted(combination, variance)
 
 
 def _residual_model(
-    training: tuple[Scene, Tensor, Tensor] | None, calibration: tuple[Scene, Tensor, Tensor], title: str
-) -> tuple[Ensemble, Tensor]:
+    training: tuple[CombinationFeatures, Tensor, Tensor] | None,
+    calibration: tuple[CombinationFeatures, Tensor, Tensor],
+    title: str,
+) -> tuple[MLPEnsemble, Tensor]:
     """The networks, and what each calibration atom reads from the one that has not seen its frame, before bounds."""
-    scene, squares, frames = calibration
-    inputs, ratios = scene.inputs, squares * torch.exp(-scene.base)
+    features, squares, frames = calibration
+    network_inputs, ratios = features.network_inputs, squares * torch.exp(-features.base)
     if training is not None:
         seen, own_squares, own_frames = training
         own = own_squares * torch.exp(-seen.base)
         # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
         # there is none at all, as with its own forces for labels, nothing is.
-        inputs, ratios = torch.cat([seen.inputs, inputs]), torch.cat([own / own.nanmean(), ratios])
+        network_inputs, ratios = (
+            torch.cat([seen.network_inputs, network_inputs]),
+            torch.cat([own / own.nanmean(), ratios]),
+        )
         frames = _interleaved(own_frames, frames)
-    ensemble = cross_fit(inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
-    found = out_of_fold(ensemble, inputs, folds_of(frames, _FOLDS))
-    return ensemble, found[len(inputs) - len(scene.inputs) :]
+    ensemble = cross_fit(
+        network_inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title
+    )
+    found = out_of_fold(ensemble, network_inputs, folds_of(frames, _FOLDS))
+    return ensemble, found[len(network_inputs) - len(features.network_inputs) :]
 
 
 def _interleaved(first: Tensor, second: Tensor) -> Tensor:
@@ -188,13 +195,13 @@ class KeptBatches:
 
     def __init__(self, n_atoms_of_frame: Sequence[int]) -> None:
         self._before = np.cumsum([0, *n_atoms_of_frame]).tolist()
-        self.batches: list[tuple[Evaluation, Targets]] = []
+        self.batches: list[tuple[ForwardPass, Targets]] = []
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         """Keeps the batch where it is one of the chosen and has forces."""
         if targets.forces is None:
             return
-        total, own = self._before[-1], len(evaluation.numbers)
+        total, own = self._before[-1], len(forward_pass.numbers)
         start = self._before[int(targets.frames[0])]
 
         def chosen(n_atoms: int) -> int:
@@ -202,10 +209,12 @@ class KeptBatches:
             return -(-n_atoms * min(_MOST_KEPT_ATOMS, total) // (total * own))
 
         if chosen(start + own) > chosen(start):
-            self.batches.append((replace(evaluation, gradients=None, members=None), targets))
+            self.batches.append((replace(forward_pass, gradients=None, members=None), targets))
 
 
-def view_of(calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements: frozenset[int]) -> View | None:
+def inputs_of(
+    calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements: frozenset[int]
+) -> CombinationInputs | None:
     """How the combination reads a batch; None where no method can be its anchor."""
     fitted = {name: method for name, (method, _) in calibrated.items()}
     growing = [name for name, method in fitted.items() if method.head.grows]
@@ -220,7 +229,7 @@ def view_of(calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements:
     # What costs passes of its own was not kept for the training frames.
     kept = [name for name in growing if not fitted[name].head.gradients]
     anchor = (kept or growing)[0]
-    return View(
+    return CombinationInputs(
         anchor=anchor,
         others=tuple(name for name in fitted if name != anchor),
         distances=tuple(name for name in kept if name != anchor),
@@ -231,61 +240,73 @@ def view_of(calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements:
 
 
 def combine(
-    view: View,
+    inputs: CombinationInputs,
     heads: Mapping[str, Head],
-    training: Sequence[tuple[Evaluation, Targets]],
-    calibration: Sequence[tuple[Evaluation, dict[str, Raw], Targets]],
+    training: Sequence[tuple[ForwardPass, Targets]],
+    calibration: Sequence[tuple[ForwardPass, dict[str, Raw], Targets]],
     communicator: Communicator,
     progress: bool,
 ) -> Fitted:
     """The combination of fitted methods, from kept training batches of all ranks and the calibration batches."""
-    read = {name: heads[name] for name in (view.anchor, *view.distances)}
-    only = replace(view, others=())  # the other methods' own scores of training frames mean nothing
-    if heads[view.anchor].gradients:
+    read = {name: heads[name] for name in (inputs.anchor, *inputs.distances)}
+    only = replace(inputs, others=())  # the other methods' own scores of training frames mean nothing
+    if heads[inputs.anchor].gradients:
         training = ()  # evaluated without them
     with torch.no_grad():
         seen = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
-        held_out = [_rows(view, e, raws, t) for e, raws, t in calibration]
-    scene = _gathered(_joined_rows(seen) if seen else None, held_out[0][0], communicator)
-    return fit_combination(view, scene, _joined_rows(held_out), title="combine" if progress else "")
+        held_out = [_rows(inputs, e, raws, t) for e, raws, t in calibration]
+    features = _gathered(_joined_rows(seen) if seen else None, held_out[0][0], communicator)
+    return fit_combination(inputs, features, _joined_rows(held_out), title="combine" if progress else "")
 
 
-AtomRows = tuple[Scene, torch.Tensor, torch.Tensor]
+AtomRows = tuple[CombinationFeatures, torch.Tensor, torch.Tensor]
 
 
-def _rows(view: View, evaluation: Evaluation, raws: Mapping[str, Raw], targets: Targets) -> AtomRows:
-    """Scene, squared residuals and frames of the atoms of a batch."""
-    assert evaluation.forces is not None
-    squares = (residuals_of(targets.forces, evaluation.forces)) ** 2
-    scene = view.scene(evaluation, raws)
-    if scene.base.shape[1] == 1:
+def _rows(inputs: CombinationInputs, forward_pass: ForwardPass, raws: Mapping[str, Raw], targets: Targets) -> AtomRows:
+    """CombinationFeatures, squared residuals and frames of the atoms of a batch."""
+    assert forward_pass.forces is not None
+    squares = (residuals_of(targets.forces, forward_pass.forces)) ** 2
+    features = inputs.features(forward_pass, raws)
+    if features.base.shape[1] == 1:
         squares = squares.mean(1, keepdim=True)
-    return scene, squares, targets.frames[evaluation.frame_of_atom]
+    return features, squares, targets.frames[forward_pass.frame_of_atom]
 
 
 def _joined_rows(rows: Sequence[AtomRows]) -> AtomRows:
-    scenes, squares, frames = zip(*rows, strict=True)
-    return Scene.joined(scenes), torch.cat(squares), torch.cat(frames)
+    features_of_batches, squares, frames = zip(*rows, strict=True)
+    return CombinationFeatures.joined(features_of_batches), torch.cat(squares), torch.cat(frames)
 
 
-def _gathered(rows: AtomRows | None, like: Scene, communicator: Communicator) -> AtomRows | None:
+def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Communicator) -> AtomRows | None:
     """Training rows of all ranks in the order of their frames; None where there are none."""
     widths = [
         like.base.shape[1],
         like.careful.shape[1],
         like.around.shape[1],
-        like.inputs.shape[1],
+        like.network_inputs.shape[1],
         like.base.shape[1],
         1,
     ]
     flat = None
     if rows is not None:
-        scene, squares, frames = rows
-        flat = torch.cat([scene.base, scene.careful, scene.around, scene.inputs, squares, frames[:, None].double()], 1)
+        features, squares, frames = rows
+        flat = torch.cat(
+            [
+                features.base,
+                features.careful,
+                features.around,
+                features.network_inputs,
+                squares,
+                frames[:, None].double(),
+            ],
+            1,
+        )
     flat = gather(flat, communicator)
     if flat is None:
         return None
     flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
-    base, careful, around, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    base, careful, around, network_inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(
+        widths, 1
+    )
     others = base.new_zeros((*base.shape, 0))
-    return Scene(base, careful, others, around, inputs), squares, frames[:, 0].long()
+    return CombinationFeatures(base, careful, others, around, network_inputs), squares, frames[:, 0].long()

@@ -9,14 +9,14 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import fit_edges
 from ase_uq.communicator import Communicator, Serial
-from ase_uq.fitting.calibrate import calibrated_method, observe, with_stressed
+from ase_uq.fitting.calibrate import calibrated_method, observe, with_perturbed
 from ase_uq.fitting.checks import (
     check_first_frames,
     check_labelled,
     refuse_overlap,
     without_isolated_atoms,
 )
-from ase_uq.fitting.combination import KeptBatches, combine, view_of
+from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.methods import Method, available_methods, make_method
@@ -29,7 +29,7 @@ def fit(
     train: Frames,
     calibration: Frames,
     *,
-    stressed: Frames | None = None,
+    perturbed: Frames | None = None,
     methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
     label_keys: tuple[str, str, str] | None = None,
     batch_atoms: int = 1000,
@@ -45,7 +45,7 @@ def fit(
         calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale. Frames
             of one trajectory follow each other in their order; `info["run"]` names the run of a frame, where there
             are several.
-        stressed: Deliberately bad frames with forces, such as `stress_frames` makes: nothing is fitted to them or
+        perturbed: Deliberately bad frames with forces, such as `perturb_frames` makes: nothing is fitted to them or
             calibrated on them, but thresholds such as `MissRate` need frames with large errors.
         methods: Names or `Method` instances. Several are combined into the primary estimator; of one alone its own
             results are.
@@ -77,15 +77,15 @@ def fit(
     backend = load_backend(calculator)
     train_frames = without_isolated_atoms(read_frames(train, name="training frames"))
     calibration_frames = without_isolated_atoms(read_frames(calibration, name="calibration frames"))
-    stressed_frames = (
-        None if stressed is None else without_isolated_atoms(read_frames(stressed, name="stressed frames"))
+    perturbed_frames = (
+        None if perturbed is None else without_isolated_atoms(read_frames(perturbed, name="perturbed frames"))
     )
     check_labelled("training", train_frames, label_keys, forces=False)
     check_labelled("calibration", calibration_frames, label_keys, forces=True)
     refuse_overlap(train_frames, calibration_frames)
-    if stressed_frames is not None:
-        check_labelled("stressed", stressed_frames, label_keys, forces=True)
-        backend.check(stressed_frames, name="stressed structure")
+    if perturbed_frames is not None:
+        check_labelled("perturbed", perturbed_frames, label_keys, forces=True)
+        backend.check(perturbed_frames, name="perturbed structure")
     check_first_frames(backend, train_frames, calibration_frames, label_keys)
     options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
     stream = LabelledStream(
@@ -123,9 +123,9 @@ def fit(
     elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
     primary = leading = makers[0].name
     variance, combination = observed.variance(leading, fitted[leading]), None
-    if combines and (view := view_of(calibrated, elements)) is not None:
-        primary, leading = "combined", view.anchor
-        found = combine(view, heads, kept.batches, batches, communicator, progress)
+    if combines and (inputs := inputs_of(calibrated, elements)) is not None:
+        primary, leading = "combined", inputs.anchor
+        found = combine(inputs, heads, kept.batches, batches, communicator, progress)
         variance, combination = found.variance, found.combination.to(backend.device)
     model = UncertaintyModel(
         identity=backend.identity,
@@ -136,4 +136,4 @@ def fit(
         provenance=provenance_of(train_frames, calibration_frames),
         combination=combination,
     )
-    return model if stressed_frames is None else with_stressed(model, backend, stressed_frames, progress, options)
+    return model if perturbed_frames is None else with_perturbed(model, backend, perturbed_frames, progress, options)

@@ -22,7 +22,7 @@ from ase_uq.io.files import as_readable_as_a_new_file, refused_write
 _KEY = "ase_uq"
 
 
-def write_artefact(
+def write_tensor_file(
     path: str | os.PathLike[str], kind: str, schema: int, header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
 ) -> None:
     """Writes tensors and a JSON header to one safetensors file; the file appears whole or not at all.
@@ -56,10 +56,10 @@ def write_artefact(
         raise refused_write(path, error) from error
 
 
-def read_artefact(
+def read_tensor_file(
     path: str | os.PathLike[str], kind: str, schema: int
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The header and tensors of a file written by `write_artefact`.
+    """The header and tensors of a file written by `write_tensor_file`.
 
     Raises:
         ArtefactError: There is no such file, or it is not of this kind, newer than this package,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.base import Head, Raw
 from ase_uq.numerics.sites import RADII
@@ -42,11 +42,11 @@ class DistanceHead(Head):
         return self._settings
 
     @abstractmethod
-    def distance(self, evaluation: Evaluation) -> Tensor:
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms,) float64, variance-like, mean 1 over the fitted atoms."""
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        return raw_of_atoms(self.distance(evaluation), evaluation, self._settings["radii"], self._settings["reach"])
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        return raw_of_atoms(self.distance(forward_pass), forward_pass, self._settings["radii"], self._settings["reach"])
 
 
 class MeanOverAtoms:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.sites import around
 
@@ -13,7 +13,7 @@ from ase_uq.numerics.sites import around
 REACH = 0.3
 
 
-def raw_of_atoms(distance: Tensor, evaluation: Evaluation, radii: Sequence[float], reach: float = REACH) -> Raw:
+def raw_of_atoms(distance: Tensor, forward_pass: ForwardPass, radii: Sequence[float], reach: float = REACH) -> Raw:
     """Forces read the distance and its sums over sites, energies per atom and stresses its mean over the structure.
 
     Scores of forces are s_k + reach · n_k · m: s_k the sum within radius k, n_k that of ones, and m the mean over the
@@ -22,13 +22,13 @@ def raw_of_atoms(distance: Tensor, evaluation: Evaluation, radii: Sequence[float
 
     Args:
         distance: (n_atoms,) variance-like, mean 1 over the fitted atoms.
-        evaluation: The batch.
+        forward_pass: The batch.
         radii: Å, of the sums.
         reach: Share of the receptive field.
     """
-    sites = around(distance, evaluation.edges, radii)
-    counts = evaluation.n_atoms_of_frame.double()[:, None]
-    mean = evaluation.sum_over_atoms(distance[:, None]) / counts
+    sites = around(distance, forward_pass.edges, radii)
+    counts = forward_pass.n_atoms_of_frame.double()[:, None]
+    mean = forward_pass.sum_over_atoms(distance[:, None]) / counts
     return Raw(
         forces=(sites.sums + reach * sites.counts * sites.hops[:, -1:])[:, None, :],
         energy=mean,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 
-Batches = Iterable[tuple[Evaluation, Targets]]
+Batches = Iterable[tuple[ForwardPass, Targets]]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Head(torch.nn.Module, ABC):
     """A fitted method. Its tensors are buffers, so that saving, loading and moving need no code of its own.
 
     Attributes:
-        gradients: Whether it asks for `Evaluation.gradients`, which cost passes beyond the potential's own.
+        gradients: Whether it asks for `ForwardPass.gradients`, which cost passes beyond the potential's own.
         grows: Whether its scores grow with the distance from the training frames, however far. What learns the errors
             of frames, or asks a committee, may say anything out there.
         measures: Whether it has `features`.
@@ -55,10 +55,10 @@ class Head(torch.nn.Module, ABC):
         """JSON values that, with the buffers, make the head again."""
 
     @abstractmethod
-    def forward(self, evaluation: Evaluation) -> Raw:
+    def forward(self, forward_pass: ForwardPass) -> Raw:
         """Raw uncertainties of a batch, from what one evaluation of the potential gave."""
 
-    def features(self, evaluation: Evaluation) -> Tensor:
+    def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, width) float64 the space that it measures in, before the training frames made a posterior of it.
 
         A head that has one, in which the distance between two atoms means something, defines this and `measures`.
@@ -76,7 +76,7 @@ class Accumulator(ABC):
     progress: bool = False
 
     @abstractmethod
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         """Takes what it needs of a batch."""
 
     @abstractmethod
@@ -90,7 +90,7 @@ class Method(ABC):
     Attributes:
         name: What users call it, and the suffix of its results keys.
         forces: Whether the fit looks at the potential's forces, which cost a backward pass of conservative ones.
-        gradients: Whether it asks for `Evaluation.gradients`.
+        gradients: Whether it asks for `ForwardPass.gradients`.
     """
 
     name: str
@@ -109,6 +109,6 @@ class Method(ABC):
     def fit(self, batches: Batches, communicator: Communicator) -> Head:
         """Fits on this rank's evaluated batches with their reference values."""
         accumulator = self.start()
-        for evaluation, targets in batches:
-            accumulator.add(evaluation, targets)
+        for forward_pass, targets in batches:
+            accumulator.add(forward_pass, targets)
         return accumulator.finish(communicator)

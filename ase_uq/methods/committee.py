@@ -1,4 +1,4 @@
-"""Spread of a committee: how far potentials trained on the same data from other starts differ.
+"""CommitteeAccumulator of a committee: how far potentials trained on the same data from other starts differ.
 
     σ_i² = Σ_m ‖F_i^(m) - F̄_i‖² / (3 (M - 1))        of a force component
     σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; stresses likewise
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import InputError
-from ase_uq.forward_pass import Evaluation, Members, Targets
+from ase_uq.forward_pass import ForwardPass, Members, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 
@@ -28,8 +28,8 @@ class Committee(Method):
     name = "committee"
     forces = True  # the spread of the forces, averaged over the fitted atoms, is the unit of the distance
 
-    def start(self) -> "Spread":
-        return Spread()
+    def start(self) -> "CommitteeAccumulator":
+        return CommitteeAccumulator()
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "CommitteeHead":
@@ -53,20 +53,20 @@ class CommitteeHead(Head):
     def settings(self) -> dict[str, Any]:
         return {"mean_square": self._mean_square}
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        members = _members_of(evaluation)
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        members = _members_of(forward_pass)
         forces = force_variance(members)
-        energy = (members.energy.double() / evaluation.n_atoms_of_frame).var(0)
+        energy = (members.energy.double() / forward_pass.n_atoms_of_frame).var(0)
         # Without a stress the forces are all there is to tell a strained structure by.
-        counts = evaluation.n_atoms_of_frame
-        stress = evaluation.sum_over_atoms(forces) / counts
+        counts = forward_pass.n_atoms_of_frame
+        stress = forward_pass.sum_over_atoms(forces) / counts
         if members.stress is not None:
             stress = members.stress.double().var(0).mean(1)
         return Raw(
             forces=forces[:, None, None],
             energy=energy[:, None],
             # No member need have energies of its atoms.
-            energies=energy[evaluation.frame_of_atom],
+            energies=energy[forward_pass.frame_of_atom],
             stress=stress[:, None],
             distance=forces / self._mean_square,
         )
@@ -78,14 +78,14 @@ def force_variance(members: Members) -> Tensor:
     return members.forces.double().var(0).mean(1)
 
 
-class Spread(Accumulator):
+class CommitteeAccumulator(Accumulator):
     """The mean variance of the atoms."""
 
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.mean.add(force_variance(_members_of(evaluation)))
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.mean.add(force_variance(_members_of(forward_pass)))
 
     def finish(self, communicator: Communicator) -> CommitteeHead:
         mean = self.mean.finish(communicator)
@@ -94,10 +94,10 @@ class Spread(Accumulator):
         return CommitteeHead(mean)
 
 
-def _members_of(evaluation: Evaluation) -> Members:
-    if evaluation.members is None or len(evaluation.members.energy) < 2:
+def _members_of(forward_pass: ForwardPass) -> Members:
+    if forward_pass.members is None or len(forward_pass.members.energy) < 2:
         raise InputError(
             "the committee method needs a potential with several members, and this one has one. Load several: "
             'MACECalculator(model_paths=["a.model", "b.model", ...]) or the SPEC "mace:committee_*.model".'
         )
-    return evaluation.members
+    return forward_pass.members

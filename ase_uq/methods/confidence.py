@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import InputError
-from ase_uq.forward_pass import Confidence, Evaluation, Targets
+from ase_uq.forward_pass import ConfidenceBins, ForwardPass, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 
@@ -29,20 +29,20 @@ _SMALLEST_TAIL = 1e-3
 
 
 @dataclass(frozen=True)
-class OwnConfidence(Method):
+class Confidence(Method):
     """Reads the potential's own confidence head; there is nothing to choose."""
 
     name = "confidence"
 
-    def start(self) -> "MeanVariance":
-        return MeanVariance()
+    def start(self) -> "ConfidenceAccumulator":
+        return ConfidenceAccumulator()
 
     @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "OwnConfidenceHead":
-        return OwnConfidenceHead(settings["mean_square"])
+    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "ConfidenceHead":
+        return ConfidenceHead(settings["mean_square"])
 
 
-class OwnConfidenceHead(Head):
+class ConfidenceHead(Head):
     """The expected squared error of each atom, with the tail mass beside it.
 
     Args:
@@ -59,12 +59,12 @@ class OwnConfidenceHead(Head):
     def settings(self) -> dict[str, Any]:
         return {"mean_square": self._mean_square}
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        confidence = _confidence_of(evaluation)
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        confidence = _confidence_of(forward_pass)
         variance = expected_variance(confidence)
         tail = confidence.probabilities[:, -1].double() + _SMALLEST_TAIL
         distance = variance / self._mean_square
-        mean = evaluation.sum_over_atoms(distance[:, None]) / evaluation.n_atoms_of_frame[:, None]
+        mean = forward_pass.sum_over_atoms(distance[:, None]) / forward_pass.n_atoms_of_frame[:, None]
         return Raw(
             forces=torch.stack([variance, tail], 1)[:, None, :],
             energy=mean,
@@ -74,30 +74,30 @@ class OwnConfidenceHead(Head):
         )
 
 
-def expected_variance(confidence: Confidence) -> Tensor:
+def expected_variance(confidence: ConfidenceBins) -> Tensor:
     """(n_atoms,) σ² of a force component, (eV/Å)²; float64."""
     edges = confidence.edges.double()
     centres = (edges[1:] + edges[:-1]) / 2
     return math.pi / 2 * (confidence.probabilities.double() @ centres).square()
 
 
-class MeanVariance(Accumulator):
+class ConfidenceAccumulator(Accumulator):
     """The mean variance of the atoms."""
 
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.mean.add(expected_variance(_confidence_of(evaluation)))
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.mean.add(expected_variance(_confidence_of(forward_pass)))
 
-    def finish(self, communicator: Communicator) -> OwnConfidenceHead:
-        return OwnConfidenceHead(self.mean.finish(communicator))
+    def finish(self, communicator: Communicator) -> ConfidenceHead:
+        return ConfidenceHead(self.mean.finish(communicator))
 
 
-def _confidence_of(evaluation: Evaluation) -> Confidence:
-    if evaluation.confidence is None:
+def _confidence_of(forward_pass: ForwardPass) -> ConfidenceBins:
+    if forward_pass.confidence is None:
         raise InputError(
             "the confidence method needs a potential with a confidence head, and this one has none. orb-v3 models "
             "have one; for others take another method, for example bll."
         )
-    return evaluation.confidence
+    return forward_pass.confidence

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
@@ -54,8 +54,8 @@ class GMM(Method):
             if not getattr(self, name) >= 1:
                 raise ValueError(f"{name} is a number from 1, not {getattr(self, name)!r}.")
 
-    def start(self) -> "Sampled":
-        return Sampled(self)
+    def start(self) -> "GMMAccumulator":
+        return GMMAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "GMMHead":
@@ -111,8 +111,8 @@ class GMMHead(DistanceHead):
     means: Tensor
     roots: Tensor
 
-    def distance(self, evaluation: Evaluation) -> Tensor:
-        rows = (evaluation.features.double() - self.centre) @ self.projection
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
+        rows = (forward_pass.features.double() - self.centre) @ self.projection
         mixture = Mixture(self.log_weights, self.means, self.roots)
         return depth(mixture, rows, self._settings["peak"]) / self._settings["scale"]
 
@@ -161,15 +161,15 @@ def fit_mixture_by_bic(rows: Tensor, most: int, seed: int) -> tuple[Mixture, dic
     return mixture, tried
 
 
-class Sampled(Accumulator):
+class GMMAccumulator(Accumulator):
     """A bounded sample of the atoms' features."""
 
     def __init__(self, method: GMM) -> None:
         self.method = method
         self.sample = RowSample(method.rows)
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.sample.add(labels_of_atoms(evaluation, targets), evaluation.features)
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.sample.add(labels_of_atoms(forward_pass, targets), forward_pass.features)
 
     def finish(self, communicator: Communicator) -> GMMHead:
         method = self.method

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 from ase_uq.numerics.linalg import whitener
@@ -42,7 +42,7 @@ class Kernel(Method):
     """Fits the residual variance of a kernel on hidden features in one streaming pass.
 
     Args:
-        layer: Features it looks at: `"latent"`, invariants of all layers and norms of the equivariant channels, or
+        features: Features it looks at: `"latent"`, invariants of all layers and norms of the equivariant channels, or
             `"last_layer"`, the exact features of the energy's last layer.
         kernel: `"linear"`, or `"rbf"`, which sees bends in a cloud of features that a linear one takes for inside.
         normalisation: `"centred"`, about the mean of the training rows and in units of their spread; `"global"`, the
@@ -58,7 +58,7 @@ class Kernel(Method):
     """
 
     name = "kernel"
-    layer: Literal["latent", "last_layer"] = "latent"
+    features: Literal["latent", "last_layer"] = "latent"
     kernel: Literal["linear", "rbf"] = "rbf"
     normalisation: Literal["centred", "global", "cosine"] = "centred"
     pooling: Literal["mean", "sum"] = "mean"
@@ -69,7 +69,7 @@ class Kernel(Method):
 
     def __post_init__(self) -> None:
         for option, value, choices in (
-            ("layer", self.layer, ("latent", "last_layer")),
+            ("features", self.features, ("latent", "last_layer")),
             ("kernel", self.kernel, ("linear", "rbf")),
             ("normalisation", self.normalisation, ("centred", "global", "cosine")),
             ("pooling", self.pooling, ("mean", "sum")),
@@ -85,8 +85,8 @@ class Kernel(Method):
         if not all(radius > 0 for radius in self.radii):
             raise ValueError(f"radii are lengths in Å above 0, not {self.radii!r}.")
 
-    def start(self) -> "KernelSums":
-        return KernelSums(self)
+    def start(self) -> "KernelAccumulator":
+        return KernelAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KernelHead":
@@ -118,20 +118,20 @@ class KernelHead(Head):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        atoms, frames = _rows(evaluation, self._settings)
-        raw = raw_of_atoms(self.atoms(atoms), evaluation, self._settings["radii"])
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        atoms, frames = _rows(forward_pass, self._settings)
+        raw = raw_of_atoms(self.atoms(atoms), forward_pass, self._settings["radii"])
         structure = self.frames(frames)[:, None]
         if self._settings["pooling"] == "sum":
-            structure = structure / evaluation.n_atoms_of_frame.double()[:, None] ** 2
+            structure = structure / forward_pass.n_atoms_of_frame.double()[:, None] ** 2
         return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
 
-    def features(self, evaluation: Evaluation) -> Tensor:
+    def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; of the rbf kernel, what its landmarks represent.
 
         The latter are bounded: atoms far from all landmarks have no features and are alike.
         """
-        return self.atoms.features(_rows(evaluation, self._settings)[0])
+        return self.atoms.features(_rows(forward_pass, self._settings)[0])
 
 
 class LinearVariance(torch.nn.Module):
@@ -194,7 +194,7 @@ class Sums(Protocol):
         ...
 
 
-class KernelSums(Accumulator):
+class KernelAccumulator(Accumulator):
     """What is kept of all atoms and of all structures."""
 
     def __init__(self, method: Kernel) -> None:
@@ -203,9 +203,9 @@ class KernelSums(Accumulator):
         self.atoms: Sums = sums(method)
         self.frames: Sums = sums(method)
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        atoms, frames = _rows(evaluation, self.settings)
-        self.atoms.add(atoms, labels_of_atoms(evaluation, targets))
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        atoms, frames = _rows(forward_pass, self.settings)
+        self.atoms.add(atoms, labels_of_atoms(forward_pass, targets))
         self.frames.add(frames, torch.stack([targets.frames, torch.zeros_like(targets.frames)], 1))
 
     def finish(self, communicator: Communicator) -> KernelHead:
@@ -289,13 +289,13 @@ class LandmarkSums:
         return tensors | {"mean": mean}, record | {"effective": found.effective, "jitter": found.jitter}
 
 
-def _rows(evaluation: Evaluation, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
+def _rows(forward_pass: ForwardPass, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """(n_atoms, d) and (n_frames, d) float64 rows that the kernels of atoms and of structures compare."""
-    latent = settings["layer"] == "latent"
-    atoms = (evaluation.features if latent else evaluation.energy_layer.features).double()
-    frames = evaluation.sum_over_atoms(atoms)
+    latent = settings["features"] == "latent"
+    atoms = (forward_pass.features if latent else forward_pass.energy_layer.features).double()
+    frames = forward_pass.sum_over_atoms(atoms)
     if settings["pooling"] == "mean":
-        frames = frames / evaluation.n_atoms_of_frame.double()[:, None]
+        frames = frames / forward_pass.n_atoms_of_frame.double()[:, None]
     if settings["normalisation"] == "cosine":
         atoms, frames = (torch.nn.functional.normalize(rows, eps=1e-300) for rows in (atoms, frames))
     return atoms, frames

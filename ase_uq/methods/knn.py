@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
@@ -47,8 +47,8 @@ class KNN(Method):
         if not self.rows >= self.neighbours:
             raise ValueError(f"rows is at least the number of neighbours, {self.neighbours}, not {self.rows!r}.")
 
-    def start(self) -> "ElementSamples":
-        return ElementSamples(self)
+    def start(self) -> "KNNAccumulator":
+        return KNNAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KNNHead":
@@ -68,9 +68,9 @@ class KNNHead(DistanceHead):
     units: Tensor
     rows: Tensor
 
-    def distance(self, evaluation: Evaluation) -> Tensor:
-        queries = evaluation.features.double() / self.units
-        places = rows_of(evaluation.numbers, self.elements)
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
+        queries = forward_pass.features.double() / self.units
+        places = rows_of(forward_pass.numbers, self.elements)
         # The last piece is for elements that were not fitted.
         pieces = [*self.rows.split(self._settings["atoms"]), self.rows]
         distance = torch.zeros_like(queries[:, 0])
@@ -91,7 +91,7 @@ def mean_distance(queries: Tensor, rows: Tensor, neighbours: int) -> Tensor:
     return torch.cat(found)
 
 
-class ElementSamples(Accumulator):
+class KNNAccumulator(Accumulator):
     """A bounded sample of the atoms of each element."""
 
     def __init__(self, method: KNN) -> None:
@@ -99,12 +99,12 @@ class ElementSamples(Accumulator):
         self.samples: dict[int, RowSample] = {}
         self.device = torch.device("cpu")
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.device = evaluation.features.device
-        labels = labels_of_atoms(evaluation, targets)
-        for z in evaluation.numbers.unique().tolist():
-            own = evaluation.numbers == z
-            self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[own], evaluation.features[own])
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.device = forward_pass.features.device
+        labels = labels_of_atoms(forward_pass, targets)
+        for z in forward_pass.numbers.unique().tolist():
+            own = forward_pass.numbers == z
+            self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[own], forward_pass.features[own])
 
     def finish(self, communicator: Communicator) -> KNNHead:
         elements = elements_of_all(self.samples, communicator)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener
@@ -44,8 +44,8 @@ class Mahalanobis(Method):
         if not 0 < self.ridge < 1:
             raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
 
-    def start(self) -> "ElementSums":
-        return ElementSums(self)
+    def start(self) -> "MahalanobisAccumulator":
+        return MahalanobisAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "MahalanobisHead":
@@ -65,9 +65,9 @@ class MahalanobisHead(DistanceHead):
     centres: Tensor
     roots: Tensor
 
-    def distance(self, evaluation: Evaluation) -> Tensor:
-        rows = rows_of(evaluation.numbers, self.elements)
-        centred = evaluation.features.double() - self.centres[rows]
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
+        rows = rows_of(forward_pass.numbers, self.elements)
+        centred = forward_pass.features.double() - self.centres[rows]
         distance = torch.zeros_like(centred[:, 0])
         for row in rows.unique().tolist():
             own = rows == row
@@ -75,7 +75,7 @@ class MahalanobisHead(DistanceHead):
         return distance
 
 
-class ElementSums(Accumulator):
+class MahalanobisAccumulator(Accumulator):
     """Moments of the features, one set an element."""
 
     def __init__(self, method: Mahalanobis) -> None:
@@ -83,10 +83,10 @@ class ElementSums(Accumulator):
         self.moments: dict[int, Moments] = {}
         self.device = torch.device("cpu")
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.device = evaluation.features.device
-        for z in evaluation.numbers.unique().tolist():
-            rows = Moments.of(evaluation.features[evaluation.numbers == z])
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.device = forward_pass.features.device
+        for z in forward_pass.numbers.unique().tolist():
+            rows = Moments.of(forward_pass.features[forward_pass.numbers == z])
             self.moments[z] = self.moments[z] + rows if z in self.moments else rows
 
     def finish(self, communicator: Communicator) -> MahalanobisHead:

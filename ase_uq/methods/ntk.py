@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Gradients, Targets
+from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 from ase_uq.numerics.hashing import random_signs, substream
 from ase_uq.numerics.posterior import mean_square, residual
@@ -56,8 +56,8 @@ class NTK(Method):
         if not 0 < self.noise <= 1:
             raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
 
-    def start(self) -> "NTKSums":
-        return NTKSums(self)
+    def start(self) -> "NTKAccumulator":
+        return NTKAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "NTKHead":
@@ -88,13 +88,13 @@ class NTKHead(Head):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        energy = (energy_rows(evaluation, self.sketch) @ self.energy_root).square().sum(1)
-        rows = force_rows(evaluation, self.sketch, self._settings["tangents"], self._settings["seed"])
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        energy = (energy_rows(forward_pass, self.sketch) @ self.energy_root).square().sum(1)
+        rows = force_rows(forward_pass, self.sketch, self._settings["tangents"], self._settings["seed"])
         forces = (rows @ self.force_root).square().sum(2).mean(1)
         # Each says something of the other's errors.
         scores = torch.stack([forces, energy], 1)
-        atoms = scores[evaluation.frame_of_atom]
+        atoms = scores[forward_pass.frame_of_atom]
         return Raw(
             forces=atoms[:, None, :],
             energy=scores.flip(1),
@@ -104,7 +104,7 @@ class NTKHead(Head):
         )
 
 
-class NTKSums(Accumulator):
+class NTKAccumulator(Accumulator):
     """Gram matrices of the sketches of energies and of forces."""
 
     def __init__(self, method: NTK) -> None:
@@ -112,14 +112,14 @@ class NTKSums(Accumulator):
         self.sketch: Sketch | None = None
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         if self.sketch is None:
-            first = next(_gradients(evaluation).of_energies())
+            first = next(_gradients(forward_pass).of_energies())
             self.sketch = Sketch.like(first, self.method.size, self.method.seed)
-        energy = energy_rows(evaluation, self.sketch)
-        forces = force_rows(evaluation, self.sketch, self.method.tangents, self.method.seed)
+        energy = energy_rows(forward_pass, self.sketch)
+        forces = force_rows(forward_pass, self.sketch, self.method.tangents, self.method.seed)
         # The sum over the force components of a frame, not their mean: a larger frame says more.
-        counts = evaluation.n_atoms_of_frame.double()
+        counts = forward_pass.n_atoms_of_frame.double()
         forces = (forces * (counts / self.method.tangents).sqrt()[:, None, None]).flatten(0, 1)
         own = {
             "energy": energy.T @ energy,
@@ -153,35 +153,35 @@ class NTKSums(Accumulator):
         return int(lengths[0])
 
 
-def energy_rows(evaluation: Evaluation, sketch: Sketch) -> Tensor:
+def energy_rows(forward_pass: ForwardPass, sketch: Sketch) -> Tensor:
     """(n_frames, size) sketches of ∂E/∂θ / N."""
-    rows = torch.stack([sketch(gradient) for gradient in _gradients(evaluation).of_energies()])
-    return rows / evaluation.n_atoms_of_frame.double()[:, None]
+    rows = torch.stack([sketch(gradient) for gradient in _gradients(forward_pass).of_energies()])
+    return rows / forward_pass.n_atoms_of_frame.double()[:, None]
 
 
-def force_rows(evaluation: Evaluation, sketch: Sketch, tangents: int, seed: int) -> Tensor:
+def force_rows(forward_pass: ForwardPass, sketch: Sketch, tangents: int, seed: int) -> Tensor:
     """(n_frames, tangents, size) sketches of ∂(Σ_j δ_j·F_j)/∂θ / √(3N)."""
-    gradients = _gradients(evaluation)
+    gradients = _gradients(forward_pass)
     rows = [
-        torch.stack([sketch(gradient) for gradient in gradients.of_forces(directions(evaluation, number, seed))])
+        torch.stack([sketch(gradient) for gradient in gradients.of_forces(directions(forward_pass, number, seed))])
         for number in range(tangents)
     ]
-    return torch.stack(rows, 1) / (3 * evaluation.n_atoms_of_frame.double()).sqrt()[:, None, None]
+    return torch.stack(rows, 1) / (3 * forward_pass.n_atoms_of_frame.double()).sqrt()[:, None, None]
 
 
-def directions(evaluation: Evaluation, number: int, seed: int) -> Tensor:
+def directions(forward_pass: ForwardPass, number: int, seed: int) -> Tensor:
     """(n_atoms, 3) random signs, the number-th tangent δ.
 
     They belong to the place of an atom in its frame: the same in every batch, and steady along a trajectory, as those
     drawn for each frame would not be. Atoms in another order get a somewhat different score.
     """
-    first = evaluation.n_atoms_of_frame.cumsum(0) - evaluation.n_atoms_of_frame
-    place = torch.arange(len(evaluation.numbers), device=first.device) - first[evaluation.frame_of_atom]
+    first = forward_pass.n_atoms_of_frame.cumsum(0) - forward_pass.n_atoms_of_frame
+    place = torch.arange(len(forward_pass.numbers), device=first.device) - first[forward_pass.frame_of_atom]
     axes = torch.arange(3, device=first.device)
     return random_signs(3 * place[:, None] + axes, substream(seed, 2 + number))
 
 
-def _gradients(evaluation: Evaluation) -> Gradients:
-    if evaluation.gradients is None:
+def _gradients(forward_pass: ForwardPass) -> Gradients:
+    if forward_pass.gradients is None:
         raise ValueError("the tangent kernel needs gradients: evaluate with gradients=True.")
-    return evaluation.gradients
+    return forward_pass.gradients

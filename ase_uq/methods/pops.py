@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener
@@ -52,8 +52,8 @@ class POPS(Method):
         if not self.rows >= 1:
             raise ValueError(f"rows is a number of atoms, 1 or more, not {self.rows!r}.")
 
-    def start(self) -> "Residuals":
-        return Residuals(self)
+    def start(self) -> "POPSAccumulator":
+        return POPSAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "POPSHead":
@@ -71,8 +71,8 @@ class POPSHead(DistanceHead):
     centre: Tensor
     root: Tensor
 
-    def distance(self, evaluation: Evaluation) -> Tensor:
-        return (with_constant(evaluation.features.double() - self.centre) @ self.root).square().sum(1)
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
+        return (with_constant(forward_pass.features.double() - self.centre) @ self.root).square().sum(1)
 
 
 def with_constant(rows: Tensor) -> Tensor:
@@ -96,21 +96,21 @@ def pops_root(features: Tensor, squares: Tensor, precision: Tensor) -> tuple[Ten
     return whitening @ (vectors * values.clamp(min=0).sqrt()), jitter
 
 
-class Residuals(Accumulator):
+class POPSAccumulator(Accumulator):
     """A bounded sample of atoms: features and e²."""
 
     def __init__(self, method: POPS) -> None:
         self.method = method
         self.sample = RowSample(method.rows)
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         if targets.forces is None:
             return
-        assert evaluation.forces is not None  # `forces` above asks for them
-        squares = (targets.forces.double() - evaluation.forces.double()).square().mean(1, keepdim=True)
-        rows = torch.cat([squares, evaluation.features.double()], 1)
+        assert forward_pass.forces is not None  # `forces` above asks for them
+        squares = (targets.forces.double() - forward_pass.forces.double()).square().mean(1, keepdim=True)
+        rows = torch.cat([squares, forward_pass.features.double()], 1)
         labelled = squares[:, 0].isfinite()
-        self.sample.add(labels_of_atoms(evaluation, targets)[labelled], rows[labelled])
+        self.sample.add(labels_of_atoms(forward_pass, targets)[labelled], rows[labelled])
 
     def finish(self, communicator: Communicator) -> POPSHead:
         kept = self.sample.finish(communicator)

@@ -69,7 +69,7 @@ class Training:
             raise ValueError(f"widths, batches, epochs and the learning rate of a training are above 0, not {self!r}.")
 
 
-class Ensemble(torch.nn.Module):
+class MLPEnsemble(torch.nn.Module):
     """Multilayer perceptrons with the same inputs; their tensors are buffers.
 
     Args:
@@ -155,7 +155,7 @@ def _dealt(groups: Tensor, n_folds: int) -> Tensor:
     return place * n_blocks // len(unique) % n_folds
 
 
-def out_of_fold(ensemble: Ensemble, inputs: Tensor, fold_of_row: Tensor) -> Tensor:
+def out_of_fold(ensemble: MLPEnsemble, inputs: Tensor, fold_of_row: Tensor) -> Tensor:
     """(n, n_outputs) of the training rows, each from the member that has not seen its fold.
 
     Args:
@@ -165,7 +165,7 @@ def out_of_fold(ensemble: Ensemble, inputs: Tensor, fold_of_row: Tensor) -> Tens
     """
     found = inputs.new_zeros((len(inputs), len(ensemble.shift)), dtype=torch.float64)
     for fold, weights in enumerate(ensemble.weights):
-        member = Ensemble(ensemble.settings, {**dict(ensemble.named_buffers()), "weights": weights[None]})
+        member = MLPEnsemble(ensemble.settings, {**dict(ensemble.named_buffers()), "weights": weights[None]})
         for rows in torch.nonzero(fold_of_row == fold)[:, 0].split(_EVALUATED_TOGETHER):
             found[rows] = member(inputs[rows])
     return found
@@ -183,7 +183,7 @@ def cross_fit(
     n_outputs: int | None = None,
     segments: Tensor | None = None,
     title: str = "",
-) -> Ensemble:
+) -> MLPEnsemble:
     """One network a fold, trained without it.
 
     Of the groups that a member may see, an eighth (consecutive blocks again) is held out to halve its rate and to stop
@@ -230,7 +230,7 @@ def cross_fit(
             if not descent.active:
                 break
     settings |= {"epochs": descent.epochs, "loss": descent.best_loss.tolist()}
-    return Ensemble(settings, {"weights": descent.best, **data.scales})
+    return MLPEnsemble(settings, {"weights": descent.best, **data.scales})
 
 
 @contextmanager

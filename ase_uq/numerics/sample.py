@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.numerics.hashing import random_bits, random_uniform
 
 _LABELS = 2  # columns before the row itself: number of the frame, place in it
 
 
-def labels_of_atoms(evaluation: Evaluation, targets: Targets) -> Tensor:
+def labels_of_atoms(forward_pass: ForwardPass, targets: Targets) -> Tensor:
     """(n_atoms, 2) number of the frame of each atom in the data set, and place of the atom in its frame."""
-    counts = evaluation.n_atoms_of_frame
-    first = (counts.cumsum(0) - counts)[evaluation.frame_of_atom]
-    place = torch.arange(len(evaluation.numbers), device=first.device) - first
-    return torch.stack([targets.frames[evaluation.frame_of_atom], place], 1)
+    counts = forward_pass.n_atoms_of_frame
+    first = (counts.cumsum(0) - counts)[forward_pass.frame_of_atom]
+    place = torch.arange(len(forward_pass.numbers), device=first.device) - first
+    return torch.stack([targets.frames[forward_pass.frame_of_atom], place], 1)
 
 
 class RowSample:

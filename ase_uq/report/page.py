@@ -32,7 +32,7 @@ from ase_uq.report import plots
 from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish
 from ase_uq.report.survey import ScoredFrame, Survey, survey
 from ase_uq.report.viewer import cut_out, drawing, packed, plotly_script
-from ase_uq.thresholds.meanings import Meaning, ResolvedThreshold
+from ase_uq.thresholds.criteria import Criterion, ResolvedThreshold
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -80,8 +80,8 @@ def write_report(
     frames: Frames | Iterable[Atoms],
     uncertainty_model: UncertaintyModel,
     *,
-    flag: float | Meaning | None = None,
-    halt: float | Meaning | None = None,
+    flag: float | Criterion | None = None,
+    halt: float | Criterion | None = None,
     reduction: Reduction | None = None,
     label_keys: tuple[str, str, str] | None = None,
     backend: Backend | None = None,
@@ -98,7 +98,7 @@ def write_report(
         frames: Scored frames, in a file or one by one; read once. Those of a file that cannot be read, and labels and
             notes that cannot be used, are left out with a warning.
         uncertainty_model: What they were scored with.
-        flag: Threshold, eV/Å, or a meaning such as `Quantile(0.99)`.
+        flag: Threshold, eV/Å, or a criterion such as `Quantile(0.99)`.
         halt: Likewise.
         reduction: How a frame becomes a reading; the largest ε_i by default.
         label_keys: Names of energy, forces and stress of the reference; `REF_energy`, `REF_forces`, `REF_stress` by
@@ -117,7 +117,7 @@ def write_report(
         ArtefactError: Something cannot be written; what was there before stands.
         FileExistsError: The folder of the pictures is a file, or holds a file of somebody else's that a picture would
             overwrite.
-        ValueError: Flag is not below halt, calibration data cannot support a meaning, or frames of the latent map
+        ValueError: Flag is not below halt, calibration data cannot support a criterion, or frames of the latent map
             were given without the potential.
     """
     path = Path(path)
@@ -139,7 +139,7 @@ def write_report(
 
 
 def _levels(
-    model: UncertaintyModel, flag: float | Meaning | None, halt: float | Meaning | None, reduction: Reduction
+    model: UncertaintyModel, flag: float | Criterion | None, halt: float | Criterion | None, reduction: Reduction
 ) -> tuple[float | None, float | None]:
     known = [None if level is None else model.threshold(level, reduction) for level in (flag, halt)]
     for name, level in zip(("flag", "halt"), known, strict=True):
@@ -264,7 +264,7 @@ class _Page:
         )
 
     def _bands(self) -> list[tuple[str, str, int]]:
-        """Class, meaning and number of frames of each band between thresholds."""
+        """Class, criterion and number of frames of each band between thresholds."""
         levels = [(css, level) for css, level in (("candidate", self.flag), ("failed", self.halt)) if level is not None]
         if not levels:
             return []

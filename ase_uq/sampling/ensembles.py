@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 THERMOSTAT_TIME, BAROSTAT_TIME, FRICTION = 100.0, 1000.0, 0.01  # fs, fs, 1/fs
 
 
-class Ensemble(StrEnum):
+class MDEnsemble(StrEnum):
     """The ensembles: NVT by Langevin or Bussi, NVE, and NPT at a shape of the cell that stays."""
 
     langevin = "langevin"
@@ -23,16 +23,16 @@ class Ensemble(StrEnum):
 
 
 # Options that only some of them have.
-_BELONG: dict[str, tuple[Ensemble, ...]] = {
-    "--temperature-end": (Ensemble.langevin, Ensemble.bussi),
-    "--friction": (Ensemble.langevin,),
-    "--thermostat-time": (Ensemble.bussi, Ensemble.npt),
-    "--barostat-time": (Ensemble.npt,),
-    "--pressure": (Ensemble.npt,),
+_BELONG: dict[str, tuple[MDEnsemble, ...]] = {
+    "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
+    "--friction": (MDEnsemble.langevin,),
+    "--thermostat-time": (MDEnsemble.bussi, MDEnsemble.npt),
+    "--barostat-time": (MDEnsemble.npt,),
+    "--pressure": (MDEnsemble.npt,),
 }
 
 
-def check_belong(ensemble: Ensemble, given: dict[str, float | None]) -> None:
+def check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
     """Refuses options that an ensemble has no use for.
 
     Args:
@@ -51,7 +51,7 @@ def check_belong(ensemble: Ensemble, given: dict[str, float | None]) -> None:
 
 
 def make_dynamics(
-    ensemble: Ensemble,
+    ensemble: MDEnsemble,
     atoms: "Atoms",
     *,
     timestep: float,
@@ -84,14 +84,14 @@ def make_dynamics(
 
     dt = timestep * units.fs
     match ensemble:
-        case Ensemble.langevin:
+        case MDEnsemble.langevin:
             # With `fixcm` the centre of mass would stand still and small systems be sampled at a wrong temperature.
             return Langevin(atoms, dt, temperature_K=temperature, friction=friction / units.fs, fixcm=False, rng=rng)
-        case Ensemble.nve:
+        case MDEnsemble.nve:
             return VelocityVerlet(atoms, dt)
-        case Ensemble.bussi:
+        case MDEnsemble.bussi:
             return _bussi(atoms, dt, temperature, thermostat_time * units.fs, rng)
-        case Ensemble.npt:
+        case MDEnsemble.npt:
             return _npt(atoms, dt, temperature, thermostat_time, barostat_time, pressure)
 
 

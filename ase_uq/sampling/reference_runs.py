@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from ase_uq.errors import UQWarning
 from ase_uq.sampling.momenta import set_thermal_momenta
-from ase_uq.thresholds.evidence import ReferenceRuns
+from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 _KEY = "forces_uncertainty"

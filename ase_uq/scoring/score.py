@@ -216,7 +216,7 @@ def _score_rest(
 
 def _cutoff(backend: Backend) -> float:
     probe = probe_structure(backend.elements, backend.required_info_keys)
-    return backend.evaluate(backend.collate([probe]), forces=False).edges.cutoff
+    return backend.forward(backend.collate([probe]), forces=False).edges.cutoff
 
 
 def _n_workers(backend: Backend, source: Source) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.errors import InputError, UQWarning
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source, Unreadable, warn_of_left_out
 from ase_uq.methods.base import Head
@@ -71,12 +71,12 @@ class Scan:
                     numbers.append(number)
                     yield item
 
-        def read(evaluation: Evaluation) -> None:
-            norms = self._model.apply(evaluation)["forces_uncertainty"].norm(dim=1).cpu().numpy()
-            kinds, counts = evaluation.numbers.cpu().numpy(), evaluation.n_atoms_of_frame.cpu().numpy()
+        def read(forward_pass: ForwardPass) -> None:
+            norms = self._model.apply(forward_pass)["forces_uncertainty"].norm(dim=1).cpu().numpy()
+            kinds, counts = forward_pass.numbers.cpu().numpy(), forward_pass.n_atoms_of_frame.cpu().numpy()
             readings.append(readings_of(norms, kinds, counts, Reduction()))
             for z in set(np.unique(kinds).tolist()) - self._model.edges.elements:
-                holders = evaluation.frame_of_atom[evaluation.numbers == z]
+                holders = forward_pass.frame_of_atom[forward_pass.numbers == z]
                 unseen[z] = unseen.get(z, 0) + len(holders.unique())
 
         def leave_out(index: int, problem: str) -> None:
@@ -141,27 +141,27 @@ class Scan:
         self,
         batches: Iterable[list[Atoms]],
         refused: Callable[[int, str], None],
-        read: Callable[[Evaluation], None] | None,
+        read: Callable[[ForwardPass], None] | None,
         gradients: bool,
     ) -> Points | None:
         """Points of all frames but those that `refused` is told of, by their index among those that are left."""
         rows, owners, kinds, done = [], [], [], 0
         for batch in batches:
-            evaluation, points = self._evaluated(batch, done, refused, read is not None, gradients)
-            if evaluation is None or points is None:
+            forward_pass, points = self._evaluated(batch, done, refused, read is not None, gradients)
+            if forward_pass is None or points is None:
                 continue
             if read is not None:
-                read(evaluation)
+                read(forward_pass)
             # Held in single precision: rounding is then far below what counts as a duplicate.
             rows.append(points[0].float().cpu())
             owners.append(points[1].cpu() + done)
             kinds.append(points[2].cpu())
-            done += evaluation.n_frames
+            done += forward_pass.n_frames
         return Points(torch.cat(rows), torch.cat(owners), torch.cat(kinds)) if rows else None
 
     def _evaluated(
         self, batch: list[Atoms], done: int, refused: Callable[[int, str], None], forces: bool, gradients: bool
-    ) -> tuple[Evaluation | None, tuple[Tensor, Tensor, Tensor] | None]:
+    ) -> tuple[ForwardPass | None, tuple[Tensor, Tensor, Tensor] | None]:
         """The frames of a batch that can be evaluated: as often as it takes to find out which."""
         while batch:
             try:
@@ -169,12 +169,12 @@ class Scan:
             except InputError:
                 batch = self._without(batch, done, refused, [self._problem(atoms) for atoms in batch])
                 continue
-            evaluation = self._backend.evaluate(collated, forces=forces, gradients=gradients)
+            forward_pass = self._backend.forward(collated, forces=forces, gradients=gradients)
             with torch.no_grad():
-                points = self._of_batch(evaluation)
+                points = self._of_batch(forward_pass)
             bad = set(points[1][~torch.isfinite(points[0]).all(1)].tolist())
             if not bad:
-                return evaluation, points
+                return forward_pass, points
             reason = "its features are not finite: its atoms are probably on one another."
             batch = self._without(batch, done, refused, [reason if i in bad else "" for i in range(len(batch))])
         return None, None
@@ -195,13 +195,13 @@ class Scan:
                 refused(done + index, problems[index])
         return [atoms for atoms, problem in zip(batch, problems, strict=True) if not problem]
 
-    def _of_batch(self, evaluation: Evaluation) -> tuple[Tensor, Tensor, Tensor]:
-        features = self._head.features(evaluation)
+    def _of_batch(self, forward_pass: ForwardPass) -> tuple[Tensor, Tensor, Tensor]:
+        features = self._head.features(forward_pass)
         if self._per == "environment":
-            return features, evaluation.frame_of_atom, evaluation.numbers
-        counts = evaluation.n_atoms_of_frame.to(features)[:, None]
-        numbers = torch.arange(evaluation.n_frames, device=features.device)
-        return evaluation.sum_over_atoms(features) / counts, numbers, torch.zeros_like(numbers)
+            return features, forward_pass.frame_of_atom, forward_pass.numbers
+        counts = forward_pass.n_atoms_of_frame.to(features)[:, None]
+        numbers = torch.arange(forward_pass.n_frames, device=features.device)
+        return forward_pass.sum_over_atoms(features) / counts, numbers, torch.zeros_like(numbers)
 
 
 def _read(source: Source, title: str) -> Iterator[tuple[int, Atoms | Unreadable]]:

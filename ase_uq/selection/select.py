@@ -29,16 +29,16 @@ from ase_uq.selection.strategies import (
     LargestCluster,
     Pick,
     Points,
-    Rule,
     Space,
+    Strategy,
     choose,
     resolution,
     typical_distance,
 )
-from ase_uq.thresholds.meanings import Meaning
+from ase_uq.thresholds.criteria import Criterion
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-Strategy = Literal["lcmd", "maxdet", "maxdist", "top", "bands", "random"]
+StrategyName = Literal["lcmd", "maxdet", "maxdist", "top", "bands", "random"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Selection:
     n_pool: int
     near_duplicates: int
     bands: Bands | None
-    strategy: Strategy
+    strategy: StrategyName
     method: str
     uncertainties: np.ndarray
     left_out: Mapping[int, str]
@@ -154,11 +154,11 @@ def select(
     calculator: BaseCalculator | Predictor | Backend | str,
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
     train: Frames | None = None,
-    strategy: Strategy = "lcmd",
+    strategy: StrategyName = "lcmd",
     method: str | None = None,
     per: Per = "structure",
-    flag: float | Meaning | None = None,
-    halt: float | Meaning | None = None,
+    flag: float | Criterion | None = None,
+    halt: float | Criterion | None = None,
     duplicates: float = 1e-3,
     noise: float = 1e-6,
     batch_atoms: int = 1000,
@@ -190,7 +190,7 @@ def select(
             between `flag` and `halt`, as DP-GEN does; `"random"`.
         method: Fitted method whose features are compared; by default the first that has some, such as `"bll"`.
         per: What is compared: `"structure"` or `"environment"`.
-        flag: Frames with a lower reading are accurate and not chosen, whatever the strategy: eV/Å or a meaning.
+        flag: Frames with a lower reading are accurate and not chosen, whatever the strategy: eV/Å or a criterion.
         halt: Frames with this reading or a higher one have failed and are not chosen.
         duplicates: Share of the typical distance between frames of the pool below which two are the same. A copy that
             was turned is found where the potential's features are invariant, as those of MACE, not those of orb.
@@ -218,7 +218,7 @@ def select(
     bands, allowed = _bands(readings, levels)
     unit = typical_distance(points)
     floor = max(duplicates * unit, resolution(points))
-    rule = _rule(strategy, points, known, readings, noise, seed)
+    rule = _strategy(strategy, points, known, readings, noise, seed)
     space = Space(points, known)
     picks = choose(space, n, rule, allowed=allowed, floor=floor)
     picks = list(tqdm(picks, desc="select", total=n, unit="frame", disable=not progress, leave=False))
@@ -234,11 +234,11 @@ def select(
 
 
 def _check_options(
-    n: int, strategy: str, per: str, flag: float | Meaning | None, halt: float | Meaning | None, duplicates: float
+    n: int, strategy: str, per: str, flag: float | Criterion | None, halt: float | Criterion | None, duplicates: float
 ) -> None:
     if not n >= 1:
         raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
-    for option, value, choices in (("strategy", strategy, get_args(Strategy)), ("per", per, get_args(Per))):
+    for option, value, choices in (("strategy", strategy, get_args(StrategyName)), ("per", per, get_args(Per))):
         if value not in choices:
             raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {value!r}.")
     if strategy == "bands" and (flag is None or halt is None):
@@ -272,7 +272,7 @@ def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
 
 
 def _levels(
-    model: UncertaintyModel, flag: float | Meaning | None, halt: float | Meaning | None
+    model: UncertaintyModel, flag: float | Criterion | None, halt: float | Criterion | None
 ) -> tuple[float, float] | None:
     if flag is None and halt is None:
         return None
@@ -292,9 +292,9 @@ def _bands(readings: np.ndarray, levels: tuple[float, float] | None) -> tuple[Ba
     return bands, torch.from_numpy(candidate)
 
 
-def _rule(
-    strategy: Strategy, points: Points, train: Points | None, readings: np.ndarray, noise: float, seed: int
-) -> Rule:
+def _strategy(
+    strategy: StrategyName, points: Points, train: Points | None, readings: np.ndarray, noise: float, seed: int
+) -> Strategy:
     match strategy:
         case "lcmd":
             return LargestCluster()
@@ -315,7 +315,7 @@ def _chosen(
     readings: np.ndarray,
     numbers: Sequence[int],
     unit: float,
-    strategy: Strategy,
+    strategy: StrategyName,
     per: Per,
 ) -> Chosen:
     uncertainty = float(readings[pick.candidate])

@@ -145,7 +145,7 @@ class Space:
         self.n_centres += len(rows)
 
 
-class Rule(ABC):
+class Strategy(ABC):
     """How the next point is found."""
 
     @abstractmethod
@@ -158,7 +158,7 @@ class Rule(ABC):
         """
 
 
-class LargestCluster(Rule):
+class LargestCluster(Strategy):
     """LCMD: the farthest point of the cluster with the largest sum of squared distances to its centre.
 
     A cluster is what is nearer to one known point than to any other. So a dense region counts for as much as a few
@@ -174,7 +174,7 @@ class LargestCluster(Rule):
         return _argmax(squares, is_open & (space.centre == largest)), float(sums[largest] / sums.sum())
 
 
-class Farthest(Rule):
+class Farthest(Strategy):
     """MaxDist: the point farthest from all known ones; where nothing is known, that of largest norm."""
 
     def best(self, space: Space, is_open: Tensor) -> tuple[int, float] | None:
@@ -184,7 +184,7 @@ class Farthest(Rule):
         return point, float(space.squares[point]) ** 0.5
 
 
-class Highest(Rule):
+class Highest(Strategy):
     """Top k: the candidates of highest score.
 
     Args:
@@ -200,7 +200,7 @@ class Highest(Rule):
         return point, float(scores[point])
 
 
-class Determinant(Rule):
+class Determinant(Strategy):
     """MaxDet: the largest pivot of the posterior covariance K + σ²I, so greedily the largest determinant.
 
     K = Φ S Φᵀ with S = σ² (Φ_TᵀΦ_T + σ²I)⁻¹ given the training points T. To take a point φ is one step of a Cholesky
@@ -266,7 +266,9 @@ class Determinant(Rule):
         return numbers.split(max(1, _CHUNK // self._points.rows.shape[1]))
 
 
-def choose(space: Space, n: int, rule: Rule, *, allowed: Tensor | None = None, floor: float = 0.0) -> Iterator[Pick]:
+def choose(
+    space: Space, n: int, rule: Strategy, *, allowed: Tensor | None = None, floor: float = 0.0
+) -> Iterator[Pick]:
     """Chooses candidates one after the other; fewer than `n` where nothing is left but near-duplicates.
 
     Args:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError, PotentialMismatch
-from ase_uq.forward_pass import Evaluation, ForceLayer
+from ase_uq.forward_pass import ForceLayer, ForwardPass
 
 # Rounding of one forward pass in another order of summation, relative to the largest value.
 ROUNDING = {torch.float32: 2e-4, torch.float64: 1e-9}
@@ -91,23 +91,23 @@ class BackendContract:
         calculator = self.make_calculator(self.dtype)
         assert set(backend.results) <= set(calculator.implemented_properties)
         for atoms in frames:
-            evaluation = _evaluate(backend, [atoms])
+            forward_pass = _forward(backend, [atoms])
             for key in backend.results:
                 own = np.asarray(calculator.get_property(key, atoms.copy()))
-                found = getattr(evaluation, "energy" if key == "free_energy" else key)
+                found = getattr(forward_pass, "energy" if key == "free_energy" else key)
                 found = found.cpu().numpy().reshape(own.shape)
                 np.testing.assert_allclose(found, own, rtol=0, atol=self.mean_tolerance, err_msg=f"{key} of {atoms}")
 
     def test_results_are_those_it_claims(self, backend: Backend, frames: list[Atoms]):
-        evaluation = _evaluate(backend, frames)
+        forward_pass = _forward(backend, frames)
         assert {"energy", "free_energy"} <= set(backend.results)
         for key in ("energies", "forces", "stress"):
-            assert (getattr(evaluation, key) is not None) == (key in backend.results), key
-        assert (evaluation.force_layer is None) == self.conservative
+            assert (getattr(forward_pass, key) is not None) == (key in backend.results), key
+        assert (forward_pass.force_layer is None) == self.conservative
         assert backend.direct == (not self.conservative)
 
     def test_shapes_of_a_mixed_batch(self, backend: Backend, frames: list[Atoms]):
-        e = _evaluate(backend, frames)
+        e = _forward(backend, frames)
         counts = [len(atoms) for atoms in frames]
         assert 1 in counts, "make_frames should give a structure of one atom"
         assert any(atoms.pbc.all() for atoms in frames), "make_frames should give a periodic structure"
@@ -146,11 +146,11 @@ class BackendContract:
             assert len(values) == n_atoms, name
 
     def test_batch_equals_singles_in_any_order(self, backend: Backend, frames: list[Atoms]):
-        batch = _evaluate(backend, frames)
+        batch = _forward(backend, frames)
         order = np.roll(np.arange(len(frames))[::-1], 1)
-        shuffled = _evaluate(backend, [frames[i] for i in order])
+        shuffled = _forward(backend, [frames[i] for i in order])
         for index, atoms in enumerate(frames):
-            single = _evaluate(backend, [atoms])
+            single = _forward(backend, [atoms])
             expected = _frame(single, 0, atoms)
             _assert_same(_frame(batch, index, atoms), expected, backend)
             _assert_same(_frame(shuffled, order.tolist().index(index), atoms), expected, backend)
@@ -161,15 +161,15 @@ class BackendContract:
         for group in (frames, frames[:1]):
             collator, sent = pickle.loads(pickle.dumps((backend.collator, group)))
             data = pickle.loads(pickle.dumps(collator(sent)))
-            found = dict(_meaningful(backend.evaluate(backend.received(group, data)), group))
-            for name, value in _meaningful(_evaluate(backend, group), group):
+            found = dict(_meaningful(backend.forward(backend.received(group, data)), group))
+            for name, value in _meaningful(_forward(backend, group), group):
                 assert torch.equal(value, found[name]), name
         with pytest.raises(InputError, match=r"structure 0 \(empty\) has no atoms"):
             collator([Atoms()])
 
     def test_same_structure_twice_gives_the_same_bits(self, backend: Backend, frames: list[Atoms]):
-        second = dict(_meaningful(_evaluate(backend, frames), frames))
-        for name, value in _meaningful(_evaluate(backend, frames), frames):
+        second = dict(_meaningful(_forward(backend, frames), frames))
+        for name, value in _meaningful(_forward(backend, frames), frames):
             assert torch.equal(value, second[name]), name
 
     def test_one_forward_a_call(self, backend: Backend, frames: list[Atoms]):
@@ -177,20 +177,20 @@ class BackendContract:
         for forces in (True, False):
             batch = backend.collate(frames)
             with count_forwards(modules) as count:
-                e = backend.evaluate(batch, forces=forces)
+                e = backend.forward(batch, forces=forces)
             assert count() == self.n_forwards
             assert e.gradients is None, "their graph costs memory; it is kept where it was asked for"
 
     def test_no_hook_is_left_on_the_model(self, backend: Backend, frames: list[Atoms]):
-        _evaluate(backend, frames)
+        _forward(backend, frames)
         for root in backend._modules():
             for module in root.modules():
                 assert not module._forward_hooks
                 assert not module._forward_pre_hooks
 
     def test_without_forces_the_rest_is_the_same(self, backend: Backend, frames: list[Atoms]):
-        full = _evaluate(backend, frames)
-        short = backend.evaluate(backend.collate(frames), forces=False)
+        full = _forward(backend, frames)
+        short = backend.forward(backend.collate(frames), forces=False)
         assert short.forces is None
         for name in ("energy", "features", "energy_layer.features", "energy_layer.base", "edges.vector"):
             _assert_close(dict(_tensors(short))[name], dict(_tensors(full))[name], backend, name)
@@ -207,8 +207,8 @@ class BackendContract:
                 for sign in (1, -1):
                     moved.append(atoms.copy())
                     moved[-1].positions += sign * step * direction
-            energies = _evaluate(backend, moved).energy.cpu().double().numpy().reshape(3, 2)
-            forces = _array(_evaluate(backend, [atoms]).forces)
+            energies = _forward(backend, moved).energy.cpu().double().numpy().reshape(3, 2)
+            forces = _array(_forward(backend, [atoms]).forces)
             differences = -(energies[:, 0] - energies[:, 1]) / (2 * step)
             expected = (directions * forces).sum((1, 2))
             atol = tolerance * _scale(expected, forces) + _noise(energies, backend) / step
@@ -228,21 +228,21 @@ class BackendContract:
                 moved.append(atoms.copy())
                 moved[-1].set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
                 strains.append(strain)
-        energies = _evaluate(backend, moved).energy.cpu().double().numpy().reshape(6, 2)
+        energies = _forward(backend, moved).energy.cpu().double().numpy().reshape(6, 2)
         # d/dε of ε (e_x e_yᵀ + e_y e_xᵀ) / 2 is the stress component itself.
         differences = (energies[:, 0] - energies[:, 1]) / (2 * step * atoms.get_volume())
-        stress = _array(_evaluate(backend, [atoms]).stress)[0]
+        stress = _array(_forward(backend, [atoms]).stress)[0]
         atol = tolerance * _scale(stress) + _noise(energies, backend) / (step * atoms.get_volume())
         np.testing.assert_allclose(differences, stress, rtol=0, atol=atol)
 
     def test_energy_is_that_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
-        e = _evaluate(backend, frames)
+        e = _forward(backend, frames)
         layer = e.energy_layer
         summed = e.sum_over_atoms(layer.features.double() @ layer.weights.double()) + layer.base
         _assert_close(summed, e.energy, backend, "w·Σφ + base")
 
     def test_forces_are_those_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
-        e = _evaluate(backend, frames)
+        e = _forward(backend, frames)
         if e.force_layer is None:
             return  # conservative; test_forces_are_the_gradient_of_the_energy is its law
         layer = e.force_layer
@@ -257,8 +257,8 @@ class BackendContract:
             for weight in self.last_layer(calculator):
                 noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
                 weight += 0.1 * noise.to(weight) * weight.abs().mean()
-        other = _evaluate(load_backend(calculator), frames)
-        own = _evaluate(backend, frames)
+        other = _forward(load_backend(calculator), frames)
+        own = _forward(backend, frames)
         change = (other.energy_layer.weights - own.energy_layer.weights).double()
         assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
         _assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
@@ -276,14 +276,14 @@ class BackendContract:
         moved = [atoms.copy() for atoms in frames]
         for atoms in moved:
             atoms.positions += (1.3, -0.7, 0.4)
-        before, after = _evaluate(backend, frames), _evaluate(backend, moved)
+        before, after = _forward(backend, frames), _forward(backend, moved)
         for index, atoms in enumerate(frames):
             _assert_same(_frame(after, index, atoms), _frame(before, index, atoms), backend)
 
     def test_order_of_atoms_does_not_matter(self, backend: Backend, frames: list[Atoms]):
         orders = [np.random.default_rng(1).permutation(len(atoms)) for atoms in frames]
-        before = _evaluate(backend, frames)
-        after = _evaluate(backend, [atoms[order] for atoms, order in zip(frames, orders, strict=True)])
+        before = _forward(backend, frames)
+        after = _forward(backend, [atoms[order] for atoms, order in zip(frames, orders, strict=True)])
         for index, order in enumerate(orders):
             expected = _frame(before, index, frames[index])
             for key in PER_ATOM:
@@ -299,7 +299,7 @@ class BackendContract:
         for atoms in turned:
             atoms.set_cell(atoms.cell.array @ rotation.T)
             atoms.positions = atoms.positions @ rotation.T
-        before, after = _evaluate(backend, frames), _evaluate(backend, turned)
+        before, after = _forward(backend, frames), _forward(backend, turned)
         for index, atoms in enumerate(frames):
             expected = _frame(before, index, atoms) | {"stress": None}
             if expected["forces"] is not None:
@@ -310,7 +310,7 @@ class BackendContract:
 
     def test_vectors_are_polar(self, backend: Backend, frames: list[Atoms]):
         """Inversion of a structure turns them about, whatever else the potential does not respect."""
-        vectors = _evaluate(backend, frames).vectors
+        vectors = _forward(backend, frames).vectors
         if vectors is None:
             return
         inverted = [atoms.copy() for atoms in frames]
@@ -318,13 +318,13 @@ class BackendContract:
             atoms.set_cell(-atoms.cell.array)
             atoms.positions = -atoms.positions
         assert float(vectors.abs().max()) > 0
-        found = _evaluate(backend, inverted).vectors
+        found = _forward(backend, inverted).vectors
         assert found is not None
         _assert_close(found, -vectors, backend, "vectors of inverted structures")
 
     def test_members_have_the_prediction_as_their_mean(self, backend: Backend, frames: list[Atoms]):
         for forces in (True, False):
-            e = backend.evaluate(backend.collate(frames), forces=forces)
+            e = backend.forward(backend.collate(frames), forces=forces)
             if e.members is None:
                 return
             with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
@@ -336,7 +336,7 @@ class BackendContract:
                     assert float(members[:, rows].std(0).max()) > 0, f"{name} of all members is the same"
 
     def test_confidence_is_a_probability(self, backend: Backend, frames: list[Atoms]):
-        confidence = _evaluate(backend, frames).confidence
+        confidence = _forward(backend, frames).confidence
         if confidence is None:
             return
         assert bool((confidence.probabilities >= 0).all())
@@ -350,8 +350,8 @@ class BackendContract:
             atoms.info["note"] = "kept"
             atoms.set_array("mark", np.arange(len(atoms)))
         before = [_state(atoms) for atoms in frames]
-        _evaluate(backend, frames)
-        _evaluate(backend, frames[:1])
+        _forward(backend, frames)
+        _forward(backend, frames[:1])
         for atoms, state in zip(frames, before, strict=True):
             now = _state(atoms)
             assert now.keys() == state.keys()
@@ -359,22 +359,22 @@ class BackendContract:
                 np.testing.assert_array_equal(now[key], value, err_msg=key)
 
     def test_outputs_are_detached_finite_and_on_the_device(self, backend: Backend, frames: list[Atoms]):
-        for name, value in _meaningful(_evaluate(backend, frames), frames):
+        for name, value in _meaningful(_forward(backend, frames), frames):
             assert not value.requires_grad, name
             assert value.device.type == backend.device.type, name
             assert bool(torch.isfinite(value).all()), name
 
     def test_outputs_live_on_after_the_next_call(self, backend: Backend, frames: list[Atoms]):
-        first = dict(_meaningful(_evaluate(backend, frames[:1]), frames[:1]))
+        first = dict(_meaningful(_forward(backend, frames[:1]), frames[:1]))
         kept = {name: value.clone() for name, value in first.items()}
         moved = frames[0].copy()
         moved.positions *= 1.05
-        _evaluate(backend, [moved])
+        _forward(backend, [moved])
         for name, value in first.items():
             assert torch.equal(value, kept[name]), name
 
     def test_edges_are_neighbours(self, backend: Backend, frames: list[Atoms]):
-        e = _evaluate(backend, frames)
+        e = _forward(backend, frames)
         source, target, distance = (_array(x) for x in (e.edges.source, e.edges.target, e.edges.distance))
         vector, positions = _array(e.edges.vector), _array(e.positions)
         assert distance.max() < e.edges.cutoff + 1e-3
@@ -404,9 +404,9 @@ class BackendContract:
         random = torch.Generator().manual_seed(0)
         for forces in (True, False):
             batch = backend.collate(frames)
-            plain, before = backend.evaluate(batch, forces=forces), _parameters(backend)
+            plain, before = backend.forward(batch, forces=forces), _parameters(backend)
             with count_forwards(self.forward_modules(backend)) as count:
-                e = backend.evaluate(batch, forces=forces, gradients=True)
+                e = backend.forward(batch, forces=forces, gradients=True)
                 assert e.gradients is not None
                 assert count() == self.n_forwards
                 cotangent = torch.randn(e.features.shape, generator=random).to(e.features)
@@ -428,7 +428,7 @@ class BackendContract:
                 for key, value in then.items():
                     same = torch.equal(now[key], value) if isinstance(value, Tensor) else now[key] == value
                     assert same, f"{key} of the potential is not what it was"
-            after = dict(_meaningful(backend.evaluate(batch, forces=forces), frames))
+            after = dict(_meaningful(backend.forward(batch, forces=forces), frames))
             for name, value in _meaningful(plain, frames):
                 assert torch.equal(after[name], value), f"{name} is another after gradients were taken"
 
@@ -437,7 +437,7 @@ class BackendContract:
         random = np.random.default_rng(3)
         # The norm of a vector that is 0 by symmetry has no derivative.
         frames = _moved(frames, 0.05 * random.normal(size=(sum(map(len, frames)), 3)))
-        e = backend.evaluate(backend.collate(frames), gradients=True)
+        e = backend.forward(backend.collate(frames), gradients=True)
         assert e.gradients is not None
         cotangent = torch.as_tensor(random.normal(size=tuple(e.features.shape))).to(e.features)
         last = e.energy_layer.features
@@ -450,7 +450,7 @@ class BackendContract:
         direction = random.normal(size=gradient.shape)
         values = []
         for sign in (1, -1):
-            moved = _evaluate(backend, _moved(frames, sign * step * direction))
+            moved = _forward(backend, _moved(frames, sign * step * direction))
             terms = [cotangent.double() * moved.features.double(), own.double() * moved.energy_layer.features.double()]
             values.append(_array(moved.sum_over_atoms(torch.cat(terms, 1))).sum(1))
         differences = -(values[0] - values[1]) / (2 * step)
@@ -462,39 +462,39 @@ class BackendContract:
         np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
 
     def test_gradients_of_energies(self, backend: Backend, frames: list[Atoms]):
-        def energies(e: Evaluation) -> np.ndarray:
+        def energies(e: ForwardPass) -> np.ndarray:
             return _array(e.energy if e.members is None else e.members.energy[0])
 
-        e = backend.evaluate(backend.collate(frames), gradients=True)
+        e = backend.forward(backend.collate(frames), gradients=True)
         assert e.gradients is not None
         rows = np.stack([_array(row) for row in e.gradients.of_energies()])
         for index in (0, len(frames) - 1):
-            single = backend.evaluate(backend.collate([frames[index]]), gradients=True)
+            single = backend.forward(backend.collate([frames[index]]), gradients=True)
             assert single.gradients is not None
             (row,) = single.gradients.of_energies()
             _assert_close(torch.as_tensor(rows[index]), row.cpu(), backend, "gradient of one frame of a batch")
         self._check_by_parameters(backend, frames, rows, energies)
 
     def test_gradients_of_forces(self, backend: Backend, frames: list[Atoms]):
-        e = backend.evaluate(backend.collate(frames), gradients=True)
+        e = backend.forward(backend.collate(frames), gradients=True)
         assert e.gradients is not None
         random = np.random.default_rng(4)
         tangents = torch.as_tensor(random.normal(size=tuple(e.positions.shape))).to(e.positions)
 
-        def work(e: Evaluation) -> np.ndarray:
+        def work(e: ForwardPass) -> np.ndarray:
             forces = e.forces if e.members is None or e.members.forces is None else e.members.forces[0]
             assert forces is not None
             return _array(e.sum_over_atoms((tangents * forces).sum(1)))
 
         rows = np.stack([_array(row) for row in e.gradients.of_forces(tangents)])
-        again = backend.evaluate(backend.collate(frames), forces=False, gradients=True)
+        again = backend.forward(backend.collate(frames), forces=False, gradients=True)
         assert again.gradients is not None
         for row, other in zip(rows, again.gradients.of_forces(tangents), strict=True):
             _assert_close(other.cpu(), torch.as_tensor(row), backend, "gradient where forces were not asked for")
         self._check_by_parameters(backend, frames, rows, work)
 
     def _check_by_parameters(
-        self, backend: Backend, frames: list[Atoms], rows: np.ndarray, values: Callable[[Evaluation], np.ndarray]
+        self, backend: Backend, frames: list[Atoms], rows: np.ndarray, values: Callable[[ForwardPass], np.ndarray]
     ) -> None:
         """Compares with differences of the values, one a frame, of potentials whose parameters lie close by."""
         step, tolerance = DIFFERENCES[backend.dtype]
@@ -510,7 +510,7 @@ class BackendContract:
             with torch.no_grad():
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter += steps * direction
-            found.append(values(_evaluate(other, frames)))
+            found.append(values(_forward(other, frames)))
         differences = (found[0] - found[1]) / (2 * step)
         expected = rows @ torch.cat([direction.flatten() for direction in directions]).cpu().numpy()
         atol = tolerance * _scale(expected) + 10 * _noise(found[0], backend) / step
@@ -560,23 +560,23 @@ class BackendContract:
         calculator = self.make_calculator(self.dtype)
         before = process_state()
         backend = load_backend(calculator)
-        _evaluate(backend, frames)
+        _forward(backend, frames)
         assert backend.identity.fingerprint
         assert process_state() == before
 
     def test_torchs_default_dtype_does_not_matter(self, backend: Backend, frames: list[Atoms]):
-        expected = dict(_meaningful(_evaluate(backend, frames), frames))
+        expected = dict(_meaningful(_forward(backend, frames), frames))
         for dtype in (torch.float32, torch.float64):
             with _default_dtype(dtype):
-                found = _evaluate(backend, frames)
+                found = _forward(backend, frames)
             for name, value in _meaningful(found, frames):
                 assert value.dtype == expected[name].dtype, name
                 _assert_close(value, expected[name], backend, name)
 
     def test_callers_switch_for_gradients_does_not_matter(self, backend: Backend, frames: list[Atoms]):
-        expected = dict(_meaningful(_evaluate(backend, frames), frames))
+        expected = dict(_meaningful(_forward(backend, frames), frames))
         with torch.no_grad():
-            for name, value in _meaningful(_evaluate(backend, frames), frames):
+            for name, value in _meaningful(_forward(backend, frames), frames):
                 assert torch.equal(value, expected[name]), name
 
     def _with_other_weights(self) -> BaseCalculator:
@@ -652,8 +652,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _evaluate(backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
-    return backend.evaluate(backend.collate(frames))
+def _forward(backend: Backend, frames: Sequence[Atoms]) -> ForwardPass:
+    return backend.forward(backend.collate(frames))
 
 
 def _moved(frames: Sequence[Atoms], displacements: np.ndarray) -> list[Atoms]:
@@ -706,7 +706,7 @@ def _tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{prefix}{entry.name}.{key}", tensor) for key, tensor in inner.items())
 
 
-def _meaningful(e: Evaluation, frames: Sequence[Atoms]) -> Iterator[tuple[str, Tensor]]:
+def _meaningful(e: ForwardPass, frames: Sequence[Atoms]) -> Iterator[tuple[str, Tensor]]:
     """Every tensor with its name, without the stress of structures that have no volume: packages give anything."""
     with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
     for name, value in _tensors(e):
@@ -714,7 +714,7 @@ def _meaningful(e: Evaluation, frames: Sequence[Atoms]) -> Iterator[tuple[str, T
         yield name, value[..., rows, :] if name in ("stress", "members.stress") else value
 
 
-def _frame(e: Evaluation, index: int, atoms: Atoms) -> dict[str, Any]:
+def _frame(e: ForwardPass, index: int, atoms: Atoms) -> dict[str, Any]:
     """What a batch says about one of its structures, as float64 arrays; None for what it has not."""
     own = (e.frame_of_atom == index).cpu()
     per_atom = {
@@ -762,7 +762,7 @@ def _assert_close(
         assert deviation <= ROUNDING[backend.dtype] * max(1.0, largest), f"{what} is off by {deviation}"
 
 
-def _project(forces: Tensor, layer: ForceLayer, e: Evaluation) -> Tensor:
+def _project(forces: Tensor, layer: ForceLayer, e: ForwardPass) -> Tensor:
     """P by its definition: the least-squares remainder after rigid motions."""
     remainder = forces.clone()
     for index, torque_free in enumerate(layer.torque_free.tolist()):

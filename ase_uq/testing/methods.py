@@ -22,7 +22,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.fitting.fit import fit
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Head, Method, Raw
 from ase_uq.stream.labelled import LabelledStream
@@ -84,16 +84,16 @@ class MethodContract:
 
     @pytest.fixture(scope="class")
     @classmethod
-    def unseen(cls, backend: Backend) -> Evaluation:
+    def unseen(cls, backend: Backend) -> ForwardPass:
         """A batch of structures that were not fitted, from one atom to a periodic box."""
         frames = [*labelled_frames(6, seed=2), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=3, cell=5.0)]
-        return evaluate(backend, frames, gradients=cls().make_method().gradients)
+        return forward(backend, frames, gradients=cls().make_method().gradients)
 
     def test_name_finds_the_method(self):
         method = self.make_method()
         assert method_class(method.name) is type(method)
 
-    def test_raw_uncertainties_have_their_shapes_and_are_not_negative(self, head: Head, unseen: Evaluation):
+    def test_raw_uncertainties_have_their_shapes_and_are_not_negative(self, head: Head, unseen: ForwardPass):
         raw = head(unseen)
         n_atoms, n_frames = len(unseen.numbers), unseen.n_frames
         assert raw.forces.ndim == 3
@@ -109,15 +109,15 @@ class MethodContract:
             assert not values.requires_grad, name
 
     def test_distance_is_one_on_average_over_the_fitted_atoms(self, head: Head, backend: Backend, frames: list[Atoms]):
-        distance = head(self._evaluate(backend, frames)).distance
+        distance = head(self._forward(backend, frames)).distance
         # Rounding of a solve in which features that hardly vary are scaled up.
         assert float(distance.mean()) == pytest.approx(1.0, rel=1e-5)
 
     def test_uncertainty_is_larger_far_from_the_training_frames(
         self, head: Head, backend: Backend, frames: list[Atoms]
     ):
-        near = head(self._evaluate(backend, frames))
-        far = head(self._evaluate(backend, [_torn(atoms) for atoms in frames if len(atoms) > 2]))
+        near = head(self._forward(backend, frames))
+        far = head(self._forward(backend, [_torn(atoms) for atoms in frames if len(atoms) > 2]))
         for name in RAW_FIELDS:
             nearby, away = getattr(near, name), getattr(far, name)
             scores = nearby.shape[-1] if nearby.ndim > 1 else 1
@@ -127,8 +127,8 @@ class MethodContract:
 
     def test_batch_equals_singles(self, head: Head, backend: Backend, frames: list[Atoms]):
         some = frames[:5]
-        together = head(self._evaluate(backend, some))
-        alone = [head(self._evaluate(backend, [atoms])) for atoms in some]
+        together = head(self._forward(backend, some))
+        alone = [head(self._forward(backend, [atoms])) for atoms in some]
         for name in RAW_FIELDS:
             joined = torch.cat([getattr(raw, name) for raw in alone])
             # Other orders of summation in the features and in the matrix products.
@@ -136,14 +136,14 @@ class MethodContract:
 
     @pytest.mark.parametrize("batch_atoms", [1, 17, 10_000])
     def test_batches_of_any_size_and_order_give_the_same_head(
-        self, head: Head, backend: Backend, frames: list[Atoms], unseen: Evaluation, batch_atoms: int
+        self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass, batch_atoms: int
     ):
         shuffled = [frames[i] for i in np.random.default_rng(batch_atoms).permutation(len(frames))]
         other = fit_head(self.make_method(), backend, shuffled, batch_atoms=batch_atoms)
         self._assert_same(head(unseen), other(unseen))
 
     def test_labels_that_some_frames_lack_do_not_depend_on_the_batches(
-        self, backend: Backend, frames: list[Atoms], unseen: Evaluation
+        self, backend: Backend, frames: list[Atoms], unseen: ForwardPass
     ):
         partly = [atoms.copy() for atoms in frames]
         for atoms in partly[::3]:
@@ -153,7 +153,7 @@ class MethodContract:
 
     @pytest.mark.parametrize("size", [2, 7])
     def test_ranks_give_the_head_of_one_process(
-        self, head: Head, backend: Backend, frames: list[Atoms], unseen: Evaluation, size: int
+        self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass, size: int
     ):
         heads = on_ranks(
             size, lambda ranks: fit_head(self.make_method(), backend, frames, batch_atoms=50, communicator=ranks)
@@ -162,12 +162,12 @@ class MethodContract:
             self._assert_same(head(unseen), other(unseen))
             assert other.settings.keys() == head.settings.keys()
 
-    def test_ranks_without_frames_take_part(self, backend: Backend, frames: list[Atoms], unseen: Evaluation):
+    def test_ranks_without_frames_take_part(self, backend: Backend, frames: list[Atoms], unseen: ForwardPass):
         serial = fit_head(self.make_method(), backend, frames)
         for other in on_ranks(3, lambda ranks: fit_head(self.make_method(), backend, frames, communicator=ranks)):
             self._assert_same(serial(unseen), other(unseen))
 
-    def test_settings_and_buffers_are_all_of_a_head(self, head: Head, unseen: Evaluation):
+    def test_settings_and_buffers_are_all_of_a_head(self, head: Head, unseen: ForwardPass):
         assert not list(head.parameters())
         settings = json.loads(json.dumps(head.settings))
         again = type(self.make_method()).load(settings, dict(head.state_dict()))
@@ -181,7 +181,7 @@ class MethodContract:
                 assert not isinstance(value, Tensor), f"{name} is a tensor but not a buffer: .to leaves it behind"
             assert all(buffer.is_meta for buffer in module.buffers())
 
-    def test_the_evaluation_is_not_changed(self, head: Head, unseen: Evaluation):
+    def test_the_evaluation_is_not_changed(self, head: Head, unseen: ForwardPass):
         before = {name: value.clone() for name, value in _tensors(unseen)}
         head(unseen)
         after = dict(_tensors(unseen))
@@ -189,13 +189,13 @@ class MethodContract:
         for name, value in before.items():
             assert torch.equal(after[name], value), name
 
-    def test_the_same_batch_gives_the_same_bits(self, head: Head, unseen: Evaluation):
+    def test_the_same_batch_gives_the_same_bits(self, head: Head, unseen: ForwardPass):
         first, second = head(unseen), head(unseen)
         for name in RAW_FIELDS:
             assert torch.equal(getattr(first, name), getattr(second, name)), name
 
     @pytest.mark.filterwarnings("ignore:.*tells nothing about:ase_uq.errors.UQWarning")  # so few frames may not
-    def test_a_saved_model_gives_the_same_bits(self, frames: list[Atoms], unseen: Evaluation, tmp_path: Path):
+    def test_a_saved_model_gives_the_same_bits(self, frames: list[Atoms], unseen: ForwardPass, tmp_path: Path):
         calibration = labelled_frames(20, seed=4)
         model = fit(self.make_calculator(), frames, calibration, methods=[self.make_method()], progress=False)
         model.save(tmp_path / "a.uq.safetensors")
@@ -205,8 +205,8 @@ class MethodContract:
         for key, value in expected.items():
             assert torch.equal(found[key], value), key
 
-    def _evaluate(self, backend: Backend, frames: Sequence[Atoms]) -> Evaluation:
-        return evaluate(backend, frames, gradients=self.make_method().gradients)
+    def _forward(self, backend: Backend, frames: Sequence[Atoms]) -> ForwardPass:
+        return forward(backend, frames, gradients=self.make_method().gradients)
 
     def _assert_same(self, found: Raw, expected: Raw) -> None:
         for name in RAW_FIELDS:
@@ -254,12 +254,12 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
         seed: Of the noise.
     """
     random = np.random.default_rng(seed)
-    evaluation = evaluate(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
-    assert evaluation.forces is not None
-    assert evaluation.stress is not None
-    energies, forces, stresses = (x.numpy() for x in (evaluation.energy, evaluation.forces, evaluation.stress))
+    forward_pass = forward(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
+    assert forward_pass.forces is not None
+    assert forward_pass.stress is not None
+    energies, forces, stresses = (x.numpy() for x in (forward_pass.energy, forward_pass.forces, forward_pass.stress))
     for index, (atoms, scale) in enumerate(zip(frames, np.broadcast_to(noise, len(frames)), strict=True)):
-        own = forces[evaluation.frame_of_atom == index]
+        own = forces[forward_pass.frame_of_atom == index]
         atoms.info["REF_energy"] = float(energies[index] + random.normal(scale=0.1 * scale * len(atoms)))
         atoms.set_array("REF_forces", own + random.normal(scale=scale, size=own.shape))
         if atoms.cell.rank == 3:
@@ -267,9 +267,9 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
     return list(frames)
 
 
-def evaluate(backend: Backend, frames: Sequence[Atoms], *, gradients: bool = False) -> Evaluation:
+def forward(backend: Backend, frames: Sequence[Atoms], *, gradients: bool = False) -> ForwardPass:
     """One forward pass over structures, with forces."""
-    return backend.evaluate(backend.collate(frames), gradients=gradients)
+    return backend.forward(backend.collate(frames), gradients=gradients)
 
 
 def fit_head(

@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator, load_calibrator
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
-from ase_uq.numerics.networks import Ensemble
+from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.sites import RADII, around, mean_around
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
@@ -49,7 +49,7 @@ RESIDUAL = "residual"  # how the correction by networks is called
 
 
 @dataclass(frozen=True)
-class Scene:
+class CombinationFeatures:
     """What the combination reads of a batch.
 
     Args:
@@ -64,16 +64,21 @@ class Scene:
     careful: Tensor
     others: Tensor
     around: Tensor
-    inputs: Tensor
+    network_inputs: Tensor
 
     @classmethod
-    def joined(cls, scenes: Sequence["Scene"]) -> "Scene":
+    def joined(cls, features_of_batches: Sequence["CombinationFeatures"]) -> "CombinationFeatures":
         """The atoms of all batches, one after the other."""
-        return cls(*(torch.cat([getattr(scene, name) for scene in scenes]) for name in cls.__dataclass_fields__))
+        return cls(
+            *(
+                torch.cat([getattr(features, name) for features in features_of_batches])
+                for name in cls.__dataclass_fields__
+            )
+        )
 
 
 @dataclass(frozen=True)
-class View:
+class CombinationInputs:
     """How a scene is made of a batch: which methods are read.
 
     Args:
@@ -92,33 +97,33 @@ class View:
     calibrators: Mapping[str, Calibrator]
     alternative: Calibrator
 
-    def scene(self, evaluation: Evaluation, raws: Mapping[str, Raw]) -> Scene:
+    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> CombinationFeatures:
         """What the combination reads of a batch that has forces."""
-        assert evaluation.forces is not None
-        sites = around(raws[self.anchor].distance, evaluation.edges, RADII)
+        assert forward_pass.forces is not None
+        sites = around(raws[self.anchor].distance, forward_pass.edges, RADII)
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).clamp(min=_SMALLEST).log()
         base = _log_variance(self.calibrators[self.anchor], raws[self.anchor])
         careful = _log_variance(self.alternative, raws[self.anchor]) - base
         others = [
             _log_variance(self.calibrators[name], raws[name], base.shape[1]).expand_as(base) for name in self.others
         ]
-        features = evaluation.features.double()
-        kinds = torch.tensor(self.elements, device=evaluation.numbers.device)
+        features = forward_pass.features.double()
+        kinds = torch.tensor(self.elements, device=forward_pass.numbers.device)
         columns = [
             features,
             # Its neighbours pull at the atom, so their errors are in its force.
-            mean_around(features, evaluation.edges, _NEIGHBOURHOOD),
+            mean_around(features, forward_pass.edges, _NEIGHBOURHOOD),
             views,
-            (evaluation.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
-            (evaluation.numbers[:, None] == kinds).double(),
+            (forward_pass.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
+            (forward_pass.numbers[:, None] == kinds).double(),
             *(raws[name].distance.clamp(min=_SMALLEST).log()[:, None] for name in self.distances),
         ]
-        return Scene(
+        return CombinationFeatures(
             base=base,
             careful=bounded(careful.clamp(min=0)),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             around=views,
-            inputs=torch.cat(columns, 1),
+            network_inputs=torch.cat(columns, 1),
         )
 
 
@@ -170,7 +175,7 @@ class Combination(torch.nn.Module):
     """The fitted estimator of forces.
 
     Args:
-        view: How it reads a batch.
+        inputs: How it reads a batch.
         gate: Where corrections count.
         ensemble: Networks of the residual model, or None where it was not kept.
         constant: c.
@@ -180,15 +185,15 @@ class Combination(torch.nn.Module):
 
     def __init__(
         self,
-        view: View,
+        inputs: CombinationInputs,
         gate: Gate,
-        ensemble: Ensemble | None,
+        ensemble: MLPEnsemble | None,
         constant: float,
         weights: dict[str, float],
         likelihoods: dict[str, float],
     ) -> None:
         super().__init__()
-        self.view = view
+        self.inputs = inputs
         self.gate = gate
         self.ensemble = ensemble
         self.constant = constant
@@ -199,11 +204,11 @@ class Combination(torch.nn.Module):
     def settings(self) -> dict[str, Any]:
         """JSON values that, with the buffers and the calibrators of the methods, make it again."""
         return {
-            "anchor": self.view.anchor,
-            "others": list(self.view.others),
-            "distances": list(self.view.distances),
-            "elements": list(self.view.elements),
-            "alternative": self.view.alternative.settings,
+            "anchor": self.inputs.anchor,
+            "others": list(self.inputs.others),
+            "distances": list(self.inputs.distances),
+            "elements": list(self.inputs.elements),
+            "alternative": self.inputs.alternative.settings,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -219,7 +224,7 @@ class Combination(torch.nn.Module):
         for name, tensor in tensors.items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        view = View(
+        inputs = CombinationInputs(
             anchor=settings["anchor"],
             others=tuple(settings["others"]),
             distances=tuple(settings["distances"]),
@@ -227,9 +232,9 @@ class Combination(torch.nn.Module):
             calibrators=calibrators,
             alternative=load_calibrator(settings["alternative"]),
         )
-        ensemble = None if settings["ensemble"] is None else Ensemble(settings["ensemble"], parts["ensemble"])
+        ensemble = None if settings["ensemble"] is None else MLPEnsemble(settings["ensemble"], parts["ensemble"])
         return cls(
-            view,
+            inputs,
             Gate(parts["gate"]),
             ensemble,
             settings["constant"],
@@ -237,23 +242,23 @@ class Combination(torch.nn.Module):
             settings["likelihoods"],
         )
 
-    def forward(self, evaluation: Evaluation, raws: Mapping[str, Raw]) -> Tensor:
+    def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> Tensor:
         """(n_atoms, n_components) variances of force components, squared eV/Å."""
-        scene = self.view.scene(evaluation, raws)
-        corrections = corrections_of_methods(scene, self.view.others)
+        features = self.inputs.features(forward_pass, raws)
+        corrections = corrections_of_methods(features, self.inputs.others)
         if self.ensemble is not None:
-            corrections[RESIDUAL] = bounded(self.ensemble(scene.inputs))
+            corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
-        gate = self.gate(scene.around)[:, None]
-        return (scene.base + gate * total + (1 - gate) * scene.careful).exp()
+        gate = self.gate(features.around)[:, None]
+        return (features.base + gate * total + (1 - gate) * features.careful).exp()
 
     def describe(self) -> list[str]:
         """What was kept and what each correction weighs, for people; a few lines."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        inside = f"{self.view.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.view.anchor
+        inside = f"{self.inputs.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
         return [
-            f"log σ² = {inside}; far from the data at least that of {self.view.alternative.describe()}",
+            f"log σ² = {inside}; far from the data at least that of {self.inputs.alternative.describe()}",
             f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}",
         ]
 
@@ -265,9 +270,9 @@ def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Te
     return variance.clamp(min=1e-300).log()
 
 
-def corrections_of_methods(scene: Scene, names: Sequence[str]) -> dict[str, Tensor]:
+def corrections_of_methods(features: CombinationFeatures, names: Sequence[str]) -> dict[str, Tensor]:
     """(n_atoms, n_components) corrections towards each of the other methods, bounded."""
-    return {name: bounded(scene.others[:, :, k] - scene.base) for k, name in enumerate(names)}
+    return {name: bounded(features.others[:, :, k] - features.base) for k, name in enumerate(names)}
 
 
 def bounded(values: Tensor) -> Tensor:

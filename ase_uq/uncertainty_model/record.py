@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ase_uq.thresholds.evidence import Evidence, exchangeable_groups
+from ase_uq.thresholds.data import ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction, readings_of
 
 
@@ -36,7 +36,7 @@ class CalibrationRecord:
         """(n_frames,) largest ‖F_ref - F‖ among the atoms that a reduction looks at, eV/Å."""
         return readings_of(self.error, self.numbers, self.n_atoms_of_frame, replace(reduction, kind="max"))
 
-    def evidence(self, reduction: Reduction) -> Evidence:
+    def threshold_data(self, reduction: Reduction) -> ThresholdData:
         """Its frames as thresholds are made of them.
 
         Raises:
@@ -44,10 +44,10 @@ class CalibrationRecord:
         """
         if reduction.indices is not None and not self.is_one_system:
             raise ValueError(
-                "a meaning for chosen indices needs calibration frames of one system, in which an index is always the "
+                "a criterion for chosen indices needs calibration frames of one system, in which an index is always the "
                 "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
             )
-        return Evidence(self.readings(reduction), self.errors(reduction), self.groups, reduction)
+        return ThresholdData(self.readings(reduction), self.errors(reduction), self.groups, reduction)
 
     @property
     def _frames_numbers(self) -> list[np.ndarray]:

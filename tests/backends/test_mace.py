@@ -17,8 +17,8 @@ from ase_uq.backends.mace.backend import MACECalculator
 from ase_uq.backends.mace.loading import load_potential, save_potential
 from ase_uq.backends.specs import calculator_from_spec
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.forward_pass import Evaluation
-from ase_uq.io.tensor_file import read_artefact, write_artefact
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
 from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, water
@@ -119,8 +119,8 @@ class TestCommittee(MACEContract):
     test_identity_depends_on_the_last_layer = None
 
 
-def evaluate(backend: Backend, *frames: Atoms) -> Evaluation:
-    return backend.evaluate(backend.collate(frames))
+def evaluate(backend: Backend, *frames: Atoms) -> ForwardPass:
+    return backend.forward(backend.collate(frames))
 
 
 class TestTrained:
@@ -242,7 +242,7 @@ def test_padding_of_the_user_is_cut_off():
     for name in ("energy", "forces", "stress", "energies", "features", "numbers", "positions", "frame_of_atom"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), atol=1e-12, err_msg=name)
     np.testing.assert_allclose(found.edges.distance, expected.edges.distance, atol=1e-12)
-    pair = [b.evaluate(b.collate([water()]), gradients=True).gradients for b in (backend, plain)]
+    pair = [b.forward(b.collate([water()]), gradients=True).gradients for b in (backend, plain)]
     rows = [[*g.of_energies(), *g.of_forces(found.positions), g.of_features(found.features)] for g in pair if g]
     assert len(rows[0]) == 3
     for own, other in zip(*rows, strict=True):
@@ -290,7 +290,7 @@ def test_gradients_are_in_other_units_too():
     calculator.energy_units_to_eV, calculator.length_units_to_A = 0.0434, 0.529
     backend = load_backend(calculator)
     atoms = standard_frames()[1]
-    found, expected = (b.evaluate(b.collate([atoms]), gradients=True) for b in (backend, plain))
+    found, expected = (b.forward(b.collate([atoms]), gradients=True) for b in (backend, plain))
     assert found.gradients is not None
     assert expected.gradients is not None
     ones = torch.ones_like(found.features)
@@ -321,7 +321,7 @@ def test_gradients_of_a_trained_scripted_model(trained_models: Path, shared_data
     backend = load_backend(f"mace:{trained_models / 'mace_acac.model'}", device="cpu")
     atoms = read(shared_data / "acac" / "test_id_300K.xyz")
     assert isinstance(atoms, Atoms)
-    e = backend.evaluate(backend.collate([atoms]), gradients=True)
+    e = backend.forward(backend.collate([atoms]), gradients=True)
     assert e.gradients is not None
     tangents = torch.as_tensor(np.random.default_rng(0).normal(size=(len(atoms), 3)))
     (found,) = e.gradients.of_forces(tangents)
@@ -330,7 +330,7 @@ def test_gradients_of_a_trained_scripted_model(trained_models: Path, shared_data
     for step in (1e-4, -1e-4):
         moved = atoms.copy()
         moved.positions += step * tangents.numpy()
-        gradients = backend.evaluate(backend.collate([moved]), gradients=True).gradients
+        gradients = backend.forward(backend.collate([moved]), gradients=True).gradients
         assert gradients is not None
         rows += list(gradients.of_energies())
     expected = -(rows[0] - rows[1]) / 2e-4
@@ -370,9 +370,9 @@ def test_stored_potential_round_trip(tmp_path: Path):
 def test_stored_potential_of_another_architecture(tmp_path: Path):
     path = tmp_path / "potential.safetensors"
     save_potential(make_mace(), path)
-    header, tensors = read_artefact(path, "MACE potential", 1)
+    header, tensors = read_tensor_file(path, "MACE potential", 1)
     tensors.pop(next(iter(tensors)))
-    write_artefact(path, "MACE potential", 1, header, tensors)
+    write_tensor_file(path, "MACE potential", 1, header, tensors)
     with pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its header"):
         load_potential(path)
     shutil.copy(path, tmp_path / "other.safetensors")
@@ -438,9 +438,9 @@ class TestCompiled:
     def test_gradients_are_refused(self, calculator: MACECalculator, graphs: list[int]):
         backend = load_backend(calculator)
         with pytest.raises(InputError, match=r"this MACE model is compiled, .* without compile_mode"):
-            backend.evaluate(backend.collate([water()]), gradients=True)
+            backend.forward(backend.collate([water()]), gradients=True)
         assert graphs == []
-        assert backend.evaluate(backend.collate([water()])).gradients is None
+        assert backend.forward(backend.collate([water()])).gradients is None
 
     def test_batches(self, calculator: MACECalculator):
         backend, eager = load_backend(calculator), load_backend(calculator_of())

@@ -29,8 +29,8 @@ def test_features_and_last_layer_are_those_of_the_plain_model(accelerated):
     atoms = molecule("CH3CH2OH")
     plain = load_backend("embedded:mace", dtype="float64")
     fast = load_backend(accelerated)
-    expected = plain.evaluate(plain.collate([atoms]))
-    found = fast.evaluate(fast.collate([atoms]))
+    expected = plain.forward(plain.collate([atoms]))
+    found = fast.forward(fast.collate([atoms]))
     # Rounding of float64 kernels on float32 weights; a wrong order of the channels is off by tenths.
     for name in ("features", "forces", "energy", "vectors"):
         np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-6, atol=1e-6)

@@ -21,7 +21,7 @@ from ase_uq.backends.orb import (
     save_potential,
 )
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
 from .builders import ORB_SIZES, charged_frames, default_dtype, make_orb, water
@@ -35,8 +35,8 @@ def calculator_of(
     return ORBCalculator(make_orb(kind, dtype, **arguments), adapter, device="cpu", **(settings or {}))
 
 
-def evaluate(backend: Backend, *frames: Atoms) -> Evaluation:
-    return backend.evaluate(backend.collate(frames))
+def evaluate(backend: Backend, *frames: Atoms) -> ForwardPass:
+    return backend.forward(backend.collate(frames))
 
 
 class OrbContract(BackendContract):
@@ -108,7 +108,7 @@ class TestElectrostatics(WithChargeAndSpin, TestConservative):
 
     def test_gradients_of_forces(self, backend, frames):
         super().test_gradients_of_forces(backend, [atoms for atoms in frames if not atoms.pbc.any()])
-        e = backend.evaluate(backend.collate(frames), gradients=True)
+        e = backend.forward(backend.collate(frames), gradients=True)
         with pytest.raises(InputError, match=r"electrostatics of periodic structures .* Use the energies, or"):
             e.gradients.of_forces(e.forces)
 
@@ -255,7 +255,7 @@ def test_a_compiled_backbone_stays_compiled(kind: str):
         assert len(graphs) == wrapped, "a structure already compiled for was compiled again"
         assert wrapped - bare <= 1, "only the number of atoms and edges is new in the probe structure"
         with pytest.raises(InputError, match=r"this orb model is compiled, .* Load it with compile=False"):
-            backend.evaluate(backend.collate([atoms]), gradients=True)
+            backend.forward(backend.collate([atoms]), gradients=True)
         assert not any(weight.requires_grad for weight in calculator.model.parameters())
     finally:
         torch._dynamo.reset()

@@ -160,7 +160,7 @@ def test_embedded_potentials(name: str):
     backend = load_backend(f"embedded:{name}", device="cpu")
     atoms = read(embedded.path("malonaldehyde.xyz"))
     assert isinstance(atoms, Atoms)
-    forces = backend.evaluate(backend.collate([atoms])).forces
+    forces = backend.forward(backend.collate([atoms])).forces
     assert forces is not None
     assert 0 < float(forces.abs().max()) < 10
 

@@ -109,8 +109,8 @@ def test_orb_and_dispersion():
     total = SumCalculator([Dispersion(), orb])
     backend = load_backend(total)
     batch = backend.collate([water()])
-    np.testing.assert_allclose(backend.evaluate(batch).forces, total.get_property("forces", water()), atol=1e-6)
-    assert "confidence" in backend.evaluate(batch).extras
+    np.testing.assert_allclose(backend.forward(batch).forces, total.get_property("forces", water()), atol=1e-6)
+    assert "confidence" in backend.forward(batch).extras
 
 
 def test_confidence_is_of_the_potential_and_its_weight():
@@ -120,7 +120,7 @@ def test_confidence_is_of_the_potential_and_its_weight():
     found = []
     for calculator in (orb, LinearCombinationCalculator([orb, Dispersion()], [0.5, 1.0])):
         backend = load_backend(calculator)
-        found.append(backend.evaluate(backend.collate([water()])).confidence)
+        found.append(backend.forward(backend.collate([water()])).confidence)
     own, halved = found
     assert own is not None
     assert halved is not None
@@ -141,7 +141,7 @@ def test_energies_of_atoms_are_added_up():
     silicon = bulk("Si").repeat(2)
     silicon.rattle(0.05, seed=0)
     backend = load_backend(total)
-    e = backend.evaluate(backend.collate([silicon]))
+    e = backend.forward(backend.collate([silicon]))
     assert e.energies is not None
     np.testing.assert_allclose(e.energies, total.get_property("energies", silicon), atol=1e-12)
     np.testing.assert_allclose(e.stress[0], total.get_property("stress", silicon), atol=1e-12)
@@ -154,7 +154,7 @@ def test_corrections_need_not_know_the_elements_of_the_potential():
     backend, copper = load_backend(total), bulk("Cu").repeat(2)
     copper.rattle(0.05, seed=0)
     assert backend.identity.fingerprint != load_backend(ToyCalculator(elements=elements)).identity.fingerprint
-    found = backend.evaluate(backend.collate([copper]))
+    found = backend.forward(backend.collate([copper]))
     np.testing.assert_allclose(found.forces, total.get_property("forces", copper), atol=1e-12)
 
 
@@ -196,14 +196,14 @@ def test_no_forces_are_asked_of_corrections_where_none_are_wanted():
             return super().get_property(name, atoms, allow_calculation)
 
     backend = load_backend(SumCalculator([ToyCalculator(), EnergyOnly()]))
-    assert backend.evaluate(backend.collate(standard_frames()), forces=False).forces is None
+    assert backend.forward(backend.collate(standard_frames()), forces=False).forces is None
 
 
 def test_sums_in_sums():
     inner: Any = SumCalculator([ToyCalculator(), Dispersion(1.0)])
     total = SumCalculator([Dispersion(0.5), inner])
     backend = load_backend(total)
-    e = backend.evaluate(backend.collate([water()]))
+    e = backend.forward(backend.collate([water()]))
     np.testing.assert_allclose(e.forces, total.get_property("forces", water()), atol=1e-12)
 
 
@@ -229,5 +229,5 @@ def test_calculators_of_the_user_keep_their_structures():
     atoms = molecule("CO2")
     atoms.calc = dispersion
     before = atoms.get_potential_energy()
-    backend.evaluate(backend.collate([water()]))
+    backend.forward(backend.collate([water()]))
     assert atoms.get_potential_energy() == before

@@ -107,13 +107,13 @@ def test_bad_specs_are_one_line(run, files, tmp_path):
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_stressed_frames_are_kept_for_thresholds(run, files, tmp_path):
+def test_perturbed_frames_are_kept_for_thresholds(run, files, tmp_path):
     words = ["fit", "--model", "toy:", "--train", files.train, "--calibration", files.calibration, "--methods", "bll"]
-    result = run(*words, "--stressed", files.test, "--out", "a.st")
+    result = run(*words, "--perturbed", files.test, "--out", "a.st")
     assert result.exit_code == 0
-    found = UncertaintyModel.load(tmp_path / "a.st").stressed
+    found = UncertaintyModel.load(tmp_path / "a.st").perturbed
     assert found is not None
     assert len(found.run) == len(read(files.test, ":"))
-    assert f"stressed       {len(found.run)} frames" in result.stdout
-    missing = run(*words, "--stressed", "no.xyz", "--out", "b.st")
-    assert (missing.exit_code, missing.stderr) == (1, "error: stressed frames: there is no file no.xyz.\n")
+    assert f"perturbed       {len(found.run)} frames" in result.stdout
+    missing = run(*words, "--perturbed", "no.xyz", "--out", "b.st")
+    assert (missing.exit_code, missing.stderr) == (1, "error: perturbed frames: there is no file no.xyz.\n")

@@ -6,7 +6,7 @@ import pytest
 import typer
 
 from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
 
 
 class Calibrated:
@@ -15,7 +15,7 @@ class Calibrated:
     def __init__(self):
         self.asked = []
 
-    def evidence(self, reduction):
+    def threshold_data(self, reduction):
         self.asked.append(reduction)
         return reduction
 
@@ -23,8 +23,8 @@ class Calibrated:
 class Named(Quantile):
     """A quantile whose number is how often it was asked for, so that no calibration data are needed."""
 
-    def resolve(self, evidence):
-        return ResolvedThreshold(0.25, meaning=self, promise=f"read as {evidence.kind}", n_units=7, needed=3)
+    def resolve(self, threshold_data):
+        return ResolvedThreshold(0.25, criterion=self, promise=f"read as {threshold_data.kind}", n_units=7, needed=3)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_word_is_a_number_or_a_meaning(text, level):
 def test_another_word_is_refused_with_what_is_wrong_and_all_forms(text, what):
     with pytest.raises(typer.BadParameter) as caught:
         threshold(text)
-    assert str(caught.value) == f"{text!r} is neither a number in eV/Å nor a meaning: {what}. Give one of {FORMS}."
+    assert str(caught.value) == f"{text!r} is neither a number in eV/Å nor a criterion: {what}. Give one of {FORMS}."
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "-inf"])
@@ -122,7 +122,7 @@ def test_meanings_are_had_for_each_element():
 
 def test_a_number_is_the_same_for_all_elements():
     with pytest.raises(
-        typer.BadParameter, match=r"with --per-element it is a meaning.*0.5 eV/Å would be the same"
+        typer.BadParameter, match=r"with --per-element it is a criterion.*0.5 eV/Å would be the same"
     ) as caught:
         per_element(0.5, "--halt")
     assert caught.value.param_hint == "'--halt'"

@@ -14,9 +14,9 @@ from ase.io import read, write
 
 from ase_uq import Quantile, UncertaintyModel, read_frames
 from ase_uq.cli import _stopwatch
-from ase_uq.sampling.ensembles import Ensemble, make_dynamics, set_temperature
+from ase_uq.sampling.ensembles import MDEnsemble, make_dynamics, set_temperature
 from ase_uq.sampling.momenta import set_thermal_momenta
-from ase_uq.thresholds.meanings import ErrorBound
+from ase_uq.thresholds.criteria import ErrorBound
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def test_bussi_heats_what_moves_to_the_temperature():
     atoms.calc = LennardJones(epsilon=0.0)
     set_thermal_momenta(atoms, 100, rng)
     options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
-    dynamics = make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=100, rng=rng, **options)
+    dynamics = make_dynamics(MDEnsemble.bussi, atoms, timestep=1.0, temperature=100, rng=rng, **options)
     energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(4000)]
     assert np.mean(energies[100:]) == pytest.approx(0.5 * 24 * units.kB * 100, rel=0.03)
     set_temperature(dynamics, 300)
@@ -241,7 +241,7 @@ def test_degrees_of_freedom_that_a_scaling_thermostat_heats(symbols, pbc, drift,
     atoms.set_momenta(atoms.get_momenta() + drift)
     options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
     rng = np.random.default_rng(0)
-    assert make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == n_heated
+    assert make_dynamics(MDEnsemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == n_heated
 
 
 def test_of_two_atoms_only_their_distance_is_heated():
@@ -250,7 +250,7 @@ def test_of_two_atoms_only_their_distance_is_heated():
     atoms.set_momenta([(0, 0, 1), (0, 0, -1)])
     options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
     rng = np.random.default_rng(0)
-    assert make_dynamics(Ensemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == 3 * 2 - 5
+    assert make_dynamics(MDEnsemble.bussi, atoms, timestep=1.0, temperature=300, rng=rng, **options).ndof == 3 * 2 - 5
 
 
 def test_bussi_follows_the_ramp(md):
@@ -430,7 +430,7 @@ def test_patience_and_reduction_reach_the_monitor(md):
         (["--halt", 1, "--ensemble", "bussi", "--barostat-time", 9], "it belongs to --ensemble npt, not to bussi"),
         (["--halt", 1, "--ensemble", "nve", "--friction", 1], "it belongs to --ensemble langevin, not to nve"),
         (["--halt", 1, "--ensemble", "nve", "--temperature-end", 9], "it belongs to --ensemble langevin and bussi"),
-        (["--halt", 1, "--per-element"], "with --per-element it is a meaning"),
+        (["--halt", 1, "--per-element"], "with --per-element it is a criterion"),
         (["--halt", 1, "--before", 2], "the frames before a flagged one go to --frames: give it too"),
         (["--halt", 1, "--trajectory", "run.traj"], "give a name that ends in .xyz or .extxyz"),
         (["--halt", 1, "--frames", "flagged"], "give a name that ends in .xyz or .extxyz"),
@@ -492,7 +492,7 @@ def test_npt_needs_a_stress():
     atoms = Atoms("H", cell=[5, 5, 5], pbc=True, calculator=SimpleNamespace(implemented_properties=["energy"]))
     options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0, "rng": None}
     with pytest.raises(ValueError, match="npt needs the stress, which this potential does not give"):
-        make_dynamics(Ensemble.npt, atoms, timestep=1.0, temperature=300, **options)
+        make_dynamics(MDEnsemble.npt, atoms, timestep=1.0, temperature=300, **options)
 
 
 def test_a_start_that_is_not_there(md):

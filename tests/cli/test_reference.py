@@ -5,7 +5,7 @@ from ase_uq import UncertaintyModel
 from ase_uq.backends import load_backend
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.sampling.reference_runs import reference_runs
-from ase_uq.thresholds.meanings import FalseAlarms
+from ase_uq.thresholds.criteria import FalseAlarms
 
 SHORT = ["--temperature", 300, "--runs", 10, "--ps", 0.01, "--timestep", 1, "--equilibration", 0.005]
 

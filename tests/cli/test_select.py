@@ -152,7 +152,7 @@ def test_an_element_that_was_not_fitted_is_one_warning(select, files):
         (["--strategy", "bands", "--flag", 0.1], {}, 1, "error: the strategy 'bands' chooses between two thresholds"),
         (["--per", "atom"], {}, 1, "error: per is one of 'structure', 'environment', not 'atom'."),
         (["--method", "pdrum"], {}, 1, "error: the uncertainty model has no method 'pdrum'. It has bll."),
-        (["--flag", "tall"], {}, 2, "'tall' is neither a number in eV/Å nor a meaning"),
+        (["--flag", "tall"], {}, 2, "'tall' is neither a number in eV/Å nor a criterion"),
     ],
 )
 def test_bad_input(select, tmp_path, words, options, code, part):

@@ -9,7 +9,7 @@ from ase_uq.diagnostics.latent import evenly, frame_features, principal_plane
 def test_features_of_a_frame_are_the_mean_over_its_atoms_whatever_the_batch():
     backend = load_backend("toy:")
     frames = [molecule(name) for name in ("H2O", "CH3CH2OH", "CH4")]
-    expected = [backend.evaluate(backend.collate([atoms])).features.mean(0).numpy() for atoms in frames]
+    expected = [backend.forward(backend.collate([atoms])).features.mean(0).numpy() for atoms in frames]
     for batch_atoms in (1, 12, 1000):
         np.testing.assert_allclose(frame_features(backend, frames, batch_atoms=batch_atoms), expected)
 

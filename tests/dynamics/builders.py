@@ -6,7 +6,7 @@ from ase.calculators.calculator import compare_atoms
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 
-from ase_uq.thresholds.evidence import Evidence
+from ase_uq.thresholds.data import ThresholdData
 
 EXTRA = ["energy_uncertainty", "forces_uncertainty", "gamma"]
 
@@ -45,12 +45,12 @@ class Uncertain(EMT):
             self.results |= {"energy_uncertainty": 0.1, "forces_uncertainty": sigma, "gamma": self.gamma}
         self.n_calls += 1
 
-    def evidence(self, reduction):
+    def threshold_data(self, reduction):
         self.asked.append(reduction)
         # Errors as large as the readings, and the lighter the element the larger both.
         scale = {("Al",): 0.5, ("Cu",): 1.0}.get(reduction.elements, 1.0)
         readings = scale * self.readings
-        return Evidence(readings, readings, np.arange(len(readings)), reduction, self.runs)
+        return ThresholdData(readings, readings, np.arange(len(readings)), reduction, self.runs)
 
 
 class Remembering(Uncertain):

@@ -39,8 +39,8 @@ from ase_uq.dynamics import (
 )
 from ase_uq.errors import UncertaintyHalt, UQWarning
 from ase_uq.io.frames import read_frames
-from ase_uq.thresholds.evidence import ReferenceRuns
-from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile
+from ase_uq.thresholds.criteria import FalseAlarms, PerElement, Quantile
+from ase_uq.thresholds.data import ReferenceRuns
 from tests.dynamics.builders import EXTRA, Uncertain, crystal
 
 
@@ -680,7 +680,7 @@ def test_an_optimiser_restores_without_time():
         ({"halt": 0}, ValueError, r"positive number in eV/Å, not 0"),
         ({"halt": 0.5, "flag": -1}, ValueError, r"positive number in eV/Å, not -1"),
         ({"halt": math.nan}, ValueError, r"positive number in eV/Å, not nan"),
-        ({"halt": "0.5"}, TypeError, r"a number in eV/Å or a meaning"),
+        ({"halt": "0.5"}, TypeError, r"a number in eV/Å or a criterion"),
         ({"halt": 0.5, "flag": 0.5}, ValueError, r"flag is 0.5 eV/Å and halt is 0.5 eV/Å.*Give a flag below"),
         ({"halt": Quantile(0.2), "flag": 0.5}, ValueError, r"flag is 0.5 eV/Å and halt is 0.2 eV/Å"),
         ({"halt": 0.5, "patience": 0}, ValueError, r"patience is a positive time in fs, not 0"),

@@ -14,8 +14,8 @@ from ase_uq.dynamics import cusum
 from ase_uq.dynamics.cusum import Cusum, cusum_limit
 from ase_uq.dynamics.policy import Watch, as_rule, rules_of_levels, settled
 from ase_uq.dynamics.rules import AllOf, AnyOf, Patience, Refractory, Rule, Threshold
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
-from ase_uq.thresholds.meanings import FalseAlarms, PerElement, Quantile
+from ase_uq.thresholds.criteria import FalseAlarms, PerElement, Quantile
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 
 READINGS = st.lists(st.floats(0, 2) | st.just(math.nan) | st.just(math.inf), max_size=40)
@@ -56,11 +56,11 @@ def steps_of(triggered: list[bool]) -> list[int]:
     return [step for step, now in enumerate(triggered) if now]
 
 
-def evidence_of(readings=(), *, runs=None, interval: float = 1.0) -> Evidence:
+def evidence_of(readings=(), *, runs=None, interval: float = 1.0) -> ThresholdData:
     """Calibration frames with these readings, and reference runs."""
     readings = np.asarray(readings, float)
     reference = None if runs is None else ReferenceRuns(tuple(runs), interval)
-    return Evidence(readings, readings, np.arange(len(readings)), runs=reference)
+    return ThresholdData(readings, readings, np.arange(len(readings)), runs=reference)
 
 
 def walk(rng: np.random.Generator, shape, rho: float) -> np.ndarray:
@@ -327,11 +327,11 @@ def test_fresh_runs_of_the_resolved_rule_keep_the_promise_of_false_alarms(rho):
     rng = np.random.default_rng(2)
     memory = (1 + rho) / (1 - rho)
     length, per_run = round(100 * memory), 0.1
-    meaning = FalseAlarms(per_run, steps=length)
+    criterion = FalseAlarms(per_run, steps=length)
     kept, naive, found = [], [], []
     for _ in range(12):
         reference = -2 + 0.3 * walk(rng, round(400 * memory), rho)
-        rule = Cusum(meaning).resolved(evidence_of(runs=[np.exp(reference)]))
+        rule = Cusum(criterion).resolved(evidence_of(runs=[np.exp(reference)]))
         fresh = -2 + 0.3 * walk(rng, (100, length), rho)
         kept.append(share_with_an_alarm(rule, fresh))
         uncorrected = replace(rule, h=cusum_limit(-length / math.log1p(-per_run), rule.drift))
@@ -369,14 +369,14 @@ def test_a_resolved_cusum_knows_its_reference():
 
 def test_the_bootstrap_raises_the_limit_where_readings_have_a_tail_that_theory_does_not_know():
     rng = np.random.default_rng(4)
-    meaning = FalseAlarms(0.05, steps=500)
+    criterion = FalseAlarms(0.05, steps=500)
 
     def corrected(rule: Cusum) -> float:
         assert rule.memory is not None
         return rule.memory * cusum_limit(-500 / math.log(0.95) / rule.memory, rule.drift)
 
-    normal = Cusum(meaning).resolved(evidence_of(runs=[np.exp(rng.normal(size=5000))]))
-    skewed = Cusum(meaning).resolved(evidence_of(runs=[np.exp(rng.exponential(size=5000))]))
+    normal = Cusum(criterion).resolved(evidence_of(runs=[np.exp(rng.normal(size=5000))]))
+    skewed = Cusum(criterion).resolved(evidence_of(runs=[np.exp(rng.exponential(size=5000))]))
     assert normal.h == pytest.approx(corrected(normal), rel=0.1)
     assert skewed.h > 1.2 * corrected(skewed)
 
@@ -386,9 +386,9 @@ def test_runs_that_differ_for_all_their_lives_are_not_taken_for_independent_read
     offsets = rng.normal(size=30)
     alike = [np.exp(rng.normal(size=1000)) for _ in offsets]
     differing = [np.exp(0.2 * offset + rng.normal(size=1000)) for offset in offsets]
-    meaning = FalseAlarms(0.1, steps=1000)
-    rule = Cusum(meaning).resolved(evidence_of(runs=differing))
-    assert rule.h > 5 * Cusum(meaning).resolved(evidence_of(runs=alike)).h
+    criterion = FalseAlarms(0.1, steps=1000)
+    rule = Cusum(criterion).resolved(evidence_of(runs=differing))
+    assert rule.h > 5 * Cusum(criterion).resolved(evidence_of(runs=alike)).h
     fresh = 0.2 * rng.normal(size=(500, 1)) + rng.normal(size=(500, 1000))
     assert share_with_an_alarm(rule, fresh) < 0.1 + 0.04
 
@@ -396,12 +396,12 @@ def test_runs_that_differ_for_all_their_lives_are_not_taken_for_independent_read
 def test_enough_runs_of_the_length_keep_the_promise_also_where_theory_and_bootstrap_do_not(monkeypatch):
     """Log readings with a heavy tail; references of 19 runs, each with runs of its own to alarm in."""
     rng = np.random.default_rng(7)
-    meaning = FalseAlarms(0.05, steps=300)
+    criterion = FalseAlarms(0.05, steps=300)
     monkeypatch.setattr(cusum, "_SERIES", 50)
     shares = []
     for _ in range(40):
         runs = rng.gamma(0.5, size=(19, 300))
-        rule = Cusum(meaning).resolved(evidence_of(runs=list(np.exp(runs))))
+        rule = Cusum(criterion).resolved(evidence_of(runs=list(np.exp(runs))))
         shares.append(share_with_an_alarm(rule, rng.gamma(0.5, size=(100, 300))))
     assert np.mean(shares) <= 0.05 + 3 * np.std(shares) / math.sqrt(len(shares))
     assert np.mean(shares) > 0.005
@@ -427,10 +427,10 @@ def test_the_limit_of_seen_runs_is_the_conformal_quantile_of_sums_against_all_ot
 def test_runs_longer_than_the_bootstrap_are_judged_by_the_chances_of_shorter_ones(monkeypatch):
     # Without the limit of theory, which would hide it.
     monkeypatch.setattr(cusum, "cusum_limit", lambda run_length, drift: 0.0)
-    evidence = evidence_of(runs=[np.exp(np.random.default_rng(6).normal(size=20_000))])
-    whole = Cusum(FalseAlarms(0.2, steps=2000)).resolved(evidence)
+    threshold_data = evidence_of(runs=[np.exp(np.random.default_rng(6).normal(size=20_000))])
+    whole = Cusum(FalseAlarms(0.2, steps=2000)).resolved(threshold_data)
     monkeypatch.setattr(cusum, "_MOST_READINGS", cusum._SERIES * 200)
-    pieces = Cusum(FalseAlarms(0.2, steps=2000)).resolved(evidence)
+    pieces = Cusum(FalseAlarms(0.2, steps=2000)).resolved(threshold_data)
     assert pieces.h != whole.h
     assert pieces.h == pytest.approx(whole.h, rel=0.2)
 
@@ -455,10 +455,10 @@ def test_a_cusum_without_or_with_too_short_references_is_refused_with_the_number
         rule.judge(None, 1.0, 0.0)
 
 
-@pytest.mark.parametrize("meaning", [0.5, Quantile(0.9), None])
-def test_a_cusum_of_anything_but_false_alarms_is_refused(meaning):
+@pytest.mark.parametrize("criterion", [0.5, Quantile(0.9), None])
+def test_a_cusum_of_anything_but_false_alarms_is_refused(criterion):
     with pytest.raises(TypeError, match=r"made from the false alarms that are allowed.*not from"):
-        Cusum(meaning)
+        Cusum(criterion)
 
 
 @pytest.mark.parametrize("drift", [0, -1, math.nan, math.inf])
@@ -467,18 +467,18 @@ def test_a_drift_that_is_not_positive_is_refused(drift):
         Cusum(FalseAlarms(0.05, steps=100), drift=drift)
 
 
-# --- Meanings and levels ---------------------------------------------------------------------------------------------
+# --- Criteria and levels ---------------------------------------------------------------------------------------------
 
 
 def test_a_meaning_becomes_a_number_and_a_number_stays():
-    evidence = evidence_of(np.arange(1, 101))
-    number = Quantile(0.9).resolve(evidence)
+    threshold_data = evidence_of(np.arange(1, 101))
+    number = Quantile(0.9).resolve(threshold_data)
     rule = Patience(Quantile(0.9), fs=5)
-    assert rule.resolved(evidence) == Patience(number, fs=5)
-    assert Threshold(0.5).resolved(evidence) == Threshold(0.5)
-    assert AnyOf(rule, Threshold(200)).resolved(evidence) == AnyOf(Patience(number, fs=5), Threshold(200))
-    assert AllOf(rule, Threshold(200)).resolved(evidence) == AllOf(Patience(number, fs=5), Threshold(200))
-    assert Refractory(rule, 9).resolved(evidence) == Refractory(Patience(number, fs=5), 9)
+    assert rule.resolved(threshold_data) == Patience(number, fs=5)
+    assert Threshold(0.5).resolved(threshold_data) == Threshold(0.5)
+    assert AnyOf(rule, Threshold(200)).resolved(threshold_data) == AnyOf(Patience(number, fs=5), Threshold(200))
+    assert AllOf(rule, Threshold(200)).resolved(threshold_data) == AllOf(Patience(number, fs=5), Threshold(200))
+    assert Refractory(rule, 9).resolved(threshold_data) == Refractory(Patience(number, fs=5), 9)
     with pytest.raises(ValueError, match=r"Quantile\(0.9\) for 5 fs has no number yet.*calibration data"):
         rule.judge(None, 1.0, 0.0)
 
@@ -489,7 +489,7 @@ def test_a_number_for_each_element_is_that_of_its_own_data_or_of_all():
     assert rule.resolved(everything, enough) == Threshold(Quantile(0.9).resolve(enough))
     assert rule.resolved(everything, few) == Threshold(Quantile(0.9).resolve(everything))
     assert rule.resolved(everything) == Threshold(Quantile(0.9).resolve(everything))
-    # A plain meaning in the same rule is one of all atoms.
+    # A plain criterion in the same rule is one of all atoms.
     both = AnyOf(Patience(PerElement(Quantile(0.9)), 5), Threshold(Quantile(0.95)))
     found = both.resolved(everything, enough)
     assert [r.threshold for r in found.rules] == [Quantile(0.9).resolve(enough), Quantile(0.95).resolve(everything)]
@@ -537,7 +537,7 @@ def test_a_threshold_that_is_not_positive_is_refused(make, value):
 
 @pytest.mark.parametrize("value", ["0.5", None, [0.5]])
 def test_a_threshold_that_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match=r"a number in eV/Å or a meaning.*not .* \((str|NoneType|list)\)"):
+    with pytest.raises(TypeError, match=r"a number in eV/Å or a criterion.*not .* \((str|NoneType|list)\)"):
         Threshold(value)
 
 
@@ -592,7 +592,7 @@ class Calibrated:
     runs: ReferenceRuns | None = None
     asked: int = 0
 
-    def evidence(self, reduction: Reduction) -> Evidence:
+    def threshold_data(self, reduction: Reduction) -> ThresholdData:
         self.asked += 1
         carbon = np.linspace(0.1, 0.3, 200)
         readings = {"C": carbon, "H": 2 * carbon, "O": np.array([1.0])}
@@ -601,7 +601,7 @@ class Calibrated:
         else:
             (element,) = reduction.elements
             found = readings.get(element, np.empty(0))
-        return Evidence(found, found, np.arange(len(found)), reduction, self.runs)
+        return ThresholdData(found, found, np.arange(len(found)), reduction, self.runs)
 
 
 class Bare:

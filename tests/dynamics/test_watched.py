@@ -21,7 +21,7 @@ from ase.vibrations import Vibrations
 from ase_uq.dynamics import Bonds, Finite, Halt, Patience, WatchedCalculator
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import read_frames
-from ase_uq.thresholds.meanings import PerElement, Quantile
+from ase_uq.thresholds.criteria import PerElement, Quantile
 from tests.dynamics.builders import EXTRA, Remembering, Uncertain, crystal
 
 

@@ -320,7 +320,7 @@ def test_it_says_when_it_is_made_that_it_is_not_physical(toy):
 def test_thresholds_are_those_of_the_calculator(toy):
     bias = biased(toy)
     assert bias.threshold(Quantile(0.9)) == toy.threshold(Quantile(0.9)) > 0
-    np.testing.assert_array_equal(bias.evidence().readings, toy.evidence().readings)
+    np.testing.assert_array_equal(bias.threshold_data().readings, toy.threshold_data().readings)
     assert bias.uncertainty_model is toy.uncertainty_model
 
 

@@ -66,13 +66,13 @@ def calculator(model: UncertaintyModel) -> UncertainCalculator:
 def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Structures of every forward pass so far."""
     seen: list[int] = []
-    original = ToyBackend._evaluate
+    original = ToyBackend._forward
 
     def counted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         seen.append(len(batch.frames))
         return original(self, batch, forces, gradients)
 
-    monkeypatch.setattr(ToyBackend, "_evaluate", counted)
+    monkeypatch.setattr(ToyBackend, "_forward", counted)
     return seen
 
 
@@ -80,13 +80,13 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def structures(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """Positions of every structure that the potential was called for so far."""
     seen: list[bytes] = []
-    original = ToyBackend._evaluate
+    original = ToyBackend._forward
 
     def noted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         seen.extend(atoms.positions.tobytes() for atoms in batch.frames)
         return original(self, batch, forces, gradients)
 
-    monkeypatch.setattr(ToyBackend, "_evaluate", noted)
+    monkeypatch.setattr(ToyBackend, "_forward", noted)
     return seen
 
 
@@ -198,11 +198,11 @@ class TestResults:
 
     def test_so_is_the_evidence_for_them(self, calculator: UncertainCalculator, model: UncertaintyModel):
         reduction = Reduction("mean", elements=("O",))
-        ours, theirs = calculator.evidence(reduction), model.evidence(reduction)
+        ours, theirs = calculator.threshold_data(reduction), model.threshold_data(reduction)
         assert ours.reduction == theirs.reduction == reduction
         np.testing.assert_array_equal(ours.readings, theirs.readings)
         np.testing.assert_array_equal(ours.errors, theirs.errors)
-        assert calculator.evidence().reduction == Reduction()
+        assert calculator.threshold_data().reduction == Reduction()
 
 
 class TestConstruction:
@@ -1060,13 +1060,13 @@ def test_what_is_too_dear_for_dynamics_says_so(monkeypatch: pytest.MonkeyPatch):
     # At some steps only it is the user's choice, and costs nothing at the others.
     calculator, bare = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2), ToyCalculator(ELEMENTS)
     graphs = []
-    original = ToyBackend._evaluate
+    original = ToyBackend._forward
 
     def noted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         graphs.append(gradients)
         return original(self, batch, forces, gradients)
 
-    monkeypatch.setattr(ToyBackend, "_evaluate", noted)
+    monkeypatch.setattr(ToyBackend, "_forward", noted)
     for seed in range(4):
         atoms = box(seed=seed)
         np.testing.assert_array_equal(calculator.get_property("forces", atoms), bare.get_property("forces", atoms))

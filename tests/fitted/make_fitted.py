@@ -5,7 +5,7 @@
 `v3.uq.safetensors` is the model, `v3_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
 it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
 share of the receptive field in its site sums; format 2 has several and their combination; format 3 the runs of its
-calibration frames, stressed frames and reference runs.
+calibration frames, perturbed frames and reference runs.
 """
 
 import sys
@@ -22,7 +22,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.methods import make_method
 from ase_uq.numerics.networks import Training
-from ase_uq.thresholds.evidence import ReferenceRuns
+from ase_uq.thresholds.data import ReferenceRuns
 
 FOLDER = Path(__file__).parent
 
@@ -52,12 +52,12 @@ def main(version: str) -> None:
         make_method("kernel", landmarks=16),
     ]
     model = fit(
-        calculator, frames(0, 80), frames(1, 80), stressed=frames(4, 20), methods=methods, progress=False
+        calculator, frames(0, 80), frames(1, 80), perturbed=frames(4, 20), methods=methods, progress=False
     ).with_reference(ReferenceRuns((np.linspace(1, 2, 20),) * 9, interval=0.5))
     print(model.summary())
     model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)
-    evaluation = backend.evaluate(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
+    evaluation = backend.forward(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
     layer = evaluation.force_layer
     assert layer is not None
     inputs = {

@@ -57,13 +57,13 @@ def held_out() -> list[Atoms]:
 def evaluations(train: list[Atoms], held_out: list[Atoms], monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Frames of every forward pass of the toy potential since the labels were made."""
     seen: list[int] = []
-    original = ToyBackend._evaluate
+    original = ToyBackend._forward
 
     def counted(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         seen.append(len(batch.frames))
         return original(self, batch, forces, gradients)
 
-    monkeypatch.setattr(ToyBackend, "_evaluate", counted)
+    monkeypatch.setattr(ToyBackend, "_forward", counted)
     return seen
 
 
@@ -264,9 +264,9 @@ class TestSeveralMethods:
         model = quick(calculator, train, held_out, methods=PAIR)
         assert model.primary == "combined"
         assert model.combination is not None
-        assert model.combination.view.anchor == "bll"
-        assert model.combination.view.others == model.combination.view.distances == ("mahalanobis",)
-        assert model.combination.view.elements == (1, 6, 8)
+        assert model.combination.inputs.anchor == "bll"
+        assert model.combination.inputs.others == model.combination.inputs.distances == ("mahalanobis",)
+        assert model.combination.inputs.elements == (1, 6, 8)
         assert list(model.combination.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
         batch = evaluate(load_backend(calculator), labelled_frames(4, seed=3))
         found = model.apply(batch)
@@ -302,7 +302,7 @@ class TestSeveralMethods:
     def test_the_anchor_is_the_first_that_grows(self, calculator, train, held_out):
         model = quick(calculator, train, held_out, methods=[Shy(), Mahalanobis(), BLL()])
         assert model.combination is not None
-        view = model.combination.view
+        view = model.combination.inputs
         assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("shy", "bll"), ("bll",))
         found = model.apply(evaluate(load_backend(calculator), labelled_frames(4, seed=3)))
         np.testing.assert_array_equal(found["energy_uncertainty"], found["energy_uncertainty_mahalanobis"])
@@ -325,13 +325,13 @@ class TestSeveralMethods:
         """Evaluations of training frames are kept without the graph, which the scores of such a method need."""
         model = quick(calculator, train, held_out, methods=[Costly(), Mahalanobis()])
         assert model.combination is not None
-        view = model.combination.view
+        view = model.combination.inputs
         assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("costly",), ())
 
     def test_an_anchor_with_passes_of_its_own_is_enough(self, calculator, train, held_out):
         model = quick(calculator, train, held_out, methods=[Costly(), Shy()])
         assert model.combination is not None
-        assert model.combination.view.anchor == "costly"
+        assert model.combination.inputs.anchor == "costly"
 
     def test_the_record_is_that_of_the_combination(self, calculator, train, held_out):
         model = quick(calculator, train, held_out, methods=PAIR)
@@ -730,14 +730,14 @@ def test_an_error_halfway_leaves_nothing_behind(
     calculator, train, held_out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.chdir(tmp_path)
-    original, count = ToyBackend._evaluate, iter(range(100))
+    original, count = ToyBackend._forward, iter(range(100))
 
     def failing(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
         if next(count) == 3:
             raise RuntimeError("out of memory")
         return original(self, batch, forces, gradients)
 
-    monkeypatch.setattr(ToyBackend, "_evaluate", failing)
+    monkeypatch.setattr(ToyBackend, "_forward", failing)
     with pytest.raises(RuntimeError, match="out of memory"):
         quick(calculator, train, held_out, batch_atoms=20)
     assert os.listdir(tmp_path) == []

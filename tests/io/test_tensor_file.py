@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from ase_uq.errors import ArtefactError
 from ase_uq.io import tensor_file as artefact
 from ase_uq.io.files import check_writable
-from ase_uq.io.tensor_file import read_artefact, write_artefact
+from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 
 KIND = "test file"
 HEADER = {"name": "σ", "counts": {"6": 3}, "list": [1, 2.5, None, True]}
@@ -34,12 +34,12 @@ TENSORS = {
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     written = tmp_path / "a.safetensors"
-    write_artefact(written, KIND, 3, HEADER, TENSORS)
+    write_tensor_file(written, KIND, 3, HEADER, TENSORS)
     return written
 
 
 def test_header_and_tensors_come_back_bit_for_bit(path: Path):
-    header, tensors = read_artefact(path, KIND, 3)
+    header, tensors = read_tensor_file(path, KIND, 3)
     assert header == HEADER
     assert list(header) == list(HEADER)
     assert tensors.keys() == TENSORS.keys()
@@ -50,13 +50,13 @@ def test_header_and_tensors_come_back_bit_for_bit(path: Path):
 
 def test_bits_that_are_no_numbers_come_back(tmp_path: Path):
     special = torch.tensor([float("nan"), float("inf"), -0.0, 5e-324], dtype=torch.float64)
-    write_artefact(tmp_path / "b", KIND, 1, {}, {"x": special})
-    _, tensors = read_artefact(tmp_path / "b", KIND, 1)
+    write_tensor_file(tmp_path / "b", KIND, 1, {}, {"x": special})
+    _, tensors = read_tensor_file(tmp_path / "b", KIND, 1)
     assert tensors["x"].numpy().tobytes() == special.numpy().tobytes()
 
 
 def test_the_same_content_gives_the_same_file(path: Path, tmp_path: Path):
-    write_artefact(tmp_path / "b", KIND, 3, HEADER, dict(reversed(TENSORS.items())))
+    write_tensor_file(tmp_path / "b", KIND, 3, HEADER, dict(reversed(TENSORS.items())))
     assert (tmp_path / "b").read_bytes() == path.read_bytes()
 
 
@@ -65,19 +65,19 @@ def test_nothing_but_the_file_is_left(path: Path):
 
 
 def test_an_existing_file_is_replaced(path: Path):
-    write_artefact(path, KIND, 3, {"new": 1}, {})
-    assert read_artefact(path, KIND, 3) == ({"new": 1}, {})
+    write_tensor_file(path, KIND, 3, {"new": 1}, {})
+    assert read_tensor_file(path, KIND, 3) == ({"new": 1}, {})
     assert os.listdir(path.parent) == [path.name]
 
 
 def test_an_older_layout_is_read(path: Path):
-    assert read_artefact(path, KIND, 4)[0] == HEADER
+    assert read_tensor_file(path, KIND, 4)[0] == HEADER
 
 
 def test_the_file_obeys_the_umask(tmp_path: Path):
     before = os.umask(0o027)
     try:
-        write_artefact(tmp_path / "b", KIND, 1, {}, {})
+        write_tensor_file(tmp_path / "b", KIND, 1, {}, {})
     finally:
         os.umask(before)
     assert (tmp_path / "b").stat().st_mode & 0o777 == 0o640
@@ -97,37 +97,37 @@ class TestNoCode:
 
         for owner, name in ((pickle, "Unpickler"), (pickle, "load"), (pickle, "loads"), (torch, "load")):
             monkeypatch.setattr(owner, name, forbidden)
-        read_artefact(path, KIND, 3)
+        read_tensor_file(path, KIND, 3)
 
 
 class TestRefusals:
     def test_a_missing_file(self, tmp_path: Path):
         with pytest.raises(ArtefactError, match=r"missing\.safetensors is no file that exists"):
-            read_artefact(tmp_path / "missing.safetensors", KIND, 1)
+            read_tensor_file(tmp_path / "missing.safetensors", KIND, 1)
 
     def test_a_folder(self, tmp_path: Path):
         with pytest.raises(ArtefactError, match="is no file that exists"):
-            read_artefact(tmp_path, KIND, 1)
+            read_tensor_file(tmp_path, KIND, 1)
 
     def test_another_kind(self, path: Path):
         with pytest.raises(ArtefactError, match=r"is an ase_uq test file; an ase_uq potential was expected"):
-            read_artefact(path, "potential", 3)
+            read_tensor_file(path, "potential", 3)
 
     def test_a_newer_layout(self, path: Path):
         with pytest.raises(ArtefactError, match=r"newer ase_uq: its test file layout is version 3, .* up to 2\."):
-            read_artefact(path, KIND, 2)
+            read_tensor_file(path, KIND, 2)
 
     @pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9, 0.999])
     def test_a_truncated_file(self, path: Path, share: float):
         data = path.read_bytes()
         path.write_bytes(data[: int(share * len(data))])
         with pytest.raises(ArtefactError, match=r"cannot be read as safetensors .* truncated, damaged"):
-            read_artefact(path, KIND, 3)
+            read_tensor_file(path, KIND, 3)
 
     def test_a_file_with_a_tail(self, path: Path):
         path.write_bytes(path.read_bytes() + b"\0")
         with pytest.raises(ArtefactError, match="cannot be read as safetensors"):
-            read_artefact(path, KIND, 3)
+            read_tensor_file(path, KIND, 3)
 
     def test_any_flipped_bit(self, path: Path):
         data = path.read_bytes()
@@ -137,14 +137,14 @@ class TestRefusals:
             flipped[offset] ^= 1 << int(random.integers(8))
             path.write_bytes(flipped)
             with pytest.raises(ArtefactError):  # which of the messages depends on the bit
-                read_artefact(path, KIND, 3)
+                read_tensor_file(path, KIND, 3)
 
     def test_altered_numbers(self, path: Path):
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
         with pytest.raises(ArtefactError, match=r"was altered after it was written: .* digest in its header"):
-            read_artefact(path, KIND, 3)
+            read_tensor_file(path, KIND, 3)
 
     @pytest.mark.parametrize(
         ("content", "match"),
@@ -158,7 +158,7 @@ class TestRefusals:
     def test_another_format(self, tmp_path: Path, content: bytes, match: str):
         (tmp_path / "b").write_bytes(content)
         with pytest.raises(ArtefactError, match=f"{match}.*An ase_uq test file was expected"):
-            read_artefact(tmp_path / "b", KIND, 1)
+            read_tensor_file(tmp_path / "b", KIND, 1)
 
     @pytest.mark.parametrize(
         "metadata",
@@ -174,13 +174,13 @@ class TestRefusals:
     def test_somebody_elses_safetensors(self, tmp_path: Path, metadata: dict[str, str] | None):
         save_file({"x": torch.ones(2)}, tmp_path / "b", metadata=metadata)
         with pytest.raises(ArtefactError, match=r"an ase_uq test file was expected"):
-            read_artefact(tmp_path / "b", KIND, 1)
+            read_tensor_file(tmp_path / "b", KIND, 1)
 
     def test_a_schema_that_is_no_number(self, tmp_path: Path):
         envelope = {"kind": KIND, "schema": "new", "digest": "", "header": "{}"}
         save_file({"x": torch.ones(2)}, tmp_path / "b", metadata={"ase_uq": json.dumps(envelope)})
         with pytest.raises(ArtefactError, match=r"an ase_uq test file was expected"):
-            read_artefact(tmp_path / "b", KIND, 1)
+            read_tensor_file(tmp_path / "b", KIND, 1)
 
 
 def _full_disk(*_: Any, **__: Any):
@@ -188,19 +188,19 @@ def _full_disk(*_: Any, **__: Any):
 
 
 class TestWriting:
-    @pytest.mark.parametrize("write", [lambda path: write_artefact(path, KIND, 1, {}, {}), check_writable])
+    @pytest.mark.parametrize("write", [lambda path: write_tensor_file(path, KIND, 1, {}, {}), check_writable])
     def test_a_missing_folder_is_refused(self, tmp_path: Path, write: Callable[[Path], None]):
         with pytest.raises(ArtefactError, match=r"a\.safetensors: No such file or directory\. Choose a folder that ex"):
             write(tmp_path / "missing" / "a.safetensors")
         assert os.listdir(tmp_path) == []
 
-    @pytest.mark.parametrize("write", [lambda path: write_artefact(path, KIND, 1, {}, {}), check_writable])
+    @pytest.mark.parametrize("write", [lambda path: write_tensor_file(path, KIND, 1, {}, {}), check_writable])
     def test_a_file_for_a_folder_is_refused(self, tmp_path: Path, write: Callable[[Path], None]):
         (tmp_path / "file").write_text("")
         with pytest.raises(ArtefactError, match="cannot write"):
             write(tmp_path / "file" / "a.safetensors")
 
-    @pytest.mark.parametrize("write", [lambda path: write_artefact(path, KIND, 1, {}, {}), check_writable])
+    @pytest.mark.parametrize("write", [lambda path: write_tensor_file(path, KIND, 1, {}, {}), check_writable])
     def test_a_folder_without_permission_is_refused(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Path], None]
     ):
@@ -219,7 +219,7 @@ class TestWriting:
         before = path.read_bytes()
         monkeypatch.setattr(f"ase_uq.io.tensor_file.{step}", _full_disk)
         with pytest.raises(ArtefactError, match="No space left on device"):
-            write_artefact(path, KIND, 3, {"new": 1}, TENSORS)
+            write_tensor_file(path, KIND, 3, {"new": 1}, TENSORS)
         assert os.listdir(path.parent) == [path.name]
         assert path.read_bytes() == before
 
@@ -229,12 +229,12 @@ class TestWriting:
 
         monkeypatch.setattr("ase_uq.io.tensor_file.save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            write_artefact(tmp_path / "a", KIND, 1, {}, {})
+            write_tensor_file(tmp_path / "a", KIND, 1, {}, {})
         assert os.listdir(tmp_path) == []
 
     def test_a_folder_of_that_name_is_refused(self, tmp_path: Path):
         (tmp_path / "a").mkdir()
-        for write in (lambda path: write_artefact(path, KIND, 1, {}, {}), check_writable):
+        for write in (lambda path: write_tensor_file(path, KIND, 1, {}, {}), check_writable):
             with pytest.raises(ArtefactError, match=r"cannot write .*/a: it is a folder\. Give the name of a file\.$"):
                 write(tmp_path / "a")
         assert os.listdir(tmp_path) == ["a"]

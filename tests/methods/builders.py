@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ase_uq.backends.base import Batch
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
-from ase_uq.forward_pass import Confidence, Edges, EnergyLayer, Evaluation, Members, Targets
+from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForwardPass, Members, Targets
 from ase_uq.numerics.linalg import whitener
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 
@@ -28,11 +28,11 @@ class ToyCommittee(ToyBackend):
             calculator.potential.weights += 1e-3 * root @ draw
             self._members.append(ToyBackend(calculator))
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
-        found = [member._evaluate(batch, forces, gradients) for member in self._members]
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
+        found = [member._forward(batch, forces, gradients) for member in self._members]
 
         def stacked(name: str):
-            values = [getattr(evaluation, name) for evaluation in found]
+            values = [getattr(forward_pass, name) for forward_pass in found]
             return None if values[0] is None else torch.stack(values)
 
         stacks = {name: stacked(name) for name in ("energy", "forces", "stress")}
@@ -49,19 +49,19 @@ class ToyWithConfidence(ToyBackend):
         super().__init__(ToyCalculator(ELEMENTS))
         self._root = _unknown_directions()
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
-        evaluation = super()._evaluate(batch, forces, gradients)
-        error = 0.02 * (evaluation.energy_layer.features @ self._root).norm(dim=1, keepdim=True)
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
+        forward_pass = super()._forward(batch, forces, gradients)
+        error = 0.02 * (forward_pass.energy_layer.features @ self._root).norm(dim=1, keepdim=True)
         centres = (self.edges[1:] + self.edges[:-1]) / 2
         probabilities = torch.softmax(-(((centres - error) / 0.03) ** 2) / 2, 1)
-        return replace(evaluation, confidence=Confidence(probabilities, self.edges))
+        return replace(forward_pass, confidence=ConfidenceBins(probabilities, self.edges))
 
 
-def evaluation_of(features: Tensor, numbers: Tensor | None = None) -> Evaluation:
+def evaluation_of(features: Tensor, numbers: Tensor | None = None) -> ForwardPass:
     """One frame of atoms with these (n_atoms, d) features, far from one another and without forces."""
     count = len(features)
     none = torch.zeros(0, dtype=torch.long)
-    return Evaluation(
+    return ForwardPass(
         numbers=torch.ones(count, dtype=torch.long) if numbers is None else numbers,
         positions=torch.zeros(count, 3, dtype=torch.float64),
         frame_of_atom=torch.zeros(count, dtype=torch.long),
@@ -76,12 +76,12 @@ def evaluation_of(features: Tensor, numbers: Tensor | None = None) -> Evaluation
 
 def batches_of(
     features: Tensor, numbers: Tensor | None = None, forces: Tensor | None = None, size: int = 100
-) -> list[tuple[Evaluation, Targets]]:
+) -> list[tuple[ForwardPass, Targets]]:
     """The atoms as labelled frames of a size."""
     found = []
     for number, own in enumerate(torch.arange(len(features)).split(size)):
-        evaluation = evaluation_of(features[own], None if numbers is None else numbers[own])
-        found.append((evaluation, Targets(torch.tensor([number]), forces=None if forces is None else forces[own])))
+        forward_pass = evaluation_of(features[own], None if numbers is None else numbers[own])
+        found.append((forward_pass, Targets(torch.tensor([number]), forces=None if forces is None else forces[own])))
     return found
 
 

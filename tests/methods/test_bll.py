@@ -14,7 +14,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, ForceLayer
+from ase_uq.forward_pass import ForceLayer, ForwardPass
 from ase_uq.methods import available_methods, make_method, method_class
 from ase_uq.methods.bll.head import BLLHead
 from ase_uq.methods.bll.method import BLL
@@ -56,14 +56,14 @@ class TestDistance:
         head = fit_head(BLL(features=features, ridge=RIDGE), conservative, frames, batch_atoms=20)
         train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
 
-        def columns(evaluation: Evaluation) -> np.ndarray:
+        def columns(forward_pass: ForwardPass) -> np.ndarray:
             latent = features == "latent"
-            return (evaluation.features if latent else evaluation.energy_layer.features).numpy()
+            return (forward_pass.features if latent else forward_pass.energy_layer.features).numpy()
 
-        for evaluation in (train, new):
-            expected = numpy_leverage(columns(train), columns(evaluation), RIDGE)
+        for forward_pass in (train, new):
+            expected = numpy_leverage(columns(train), columns(forward_pass), RIDGE)
             # Condition number 1e5 of the solve.
-            np.testing.assert_allclose(head(evaluation).distance, expected, rtol=1e-9)
+            np.testing.assert_allclose(head(forward_pass).distance, expected, rtol=1e-9)
 
     def test_sums_to_the_number_of_training_rows(self, conservative: Backend, frames: list[Atoms]):
         distance = fit_head(BLL(ridge=RIDGE), conservative, frames)(evaluate(conservative, frames)).distance
@@ -122,9 +122,9 @@ class TestEnergy:
         head = fit_head(BLL(ridge=ridge), conservative, frames)
         train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
 
-        def means(evaluation: Evaluation) -> np.ndarray:
-            phi = evaluation.energy_layer.features.numpy()
-            return np.stack([phi[evaluation.frame_of_atom == k].mean(0) for k in range(evaluation.n_frames)])
+        def means(forward_pass: ForwardPass) -> np.ndarray:
+            phi = forward_pass.energy_layer.features.numpy()
+            return np.stack([phi[forward_pass.frame_of_atom == k].mean(0) for k in range(forward_pass.n_frames)])
 
         psi = means(train)
         centre, scale = psi.mean(0), psi.std(0)

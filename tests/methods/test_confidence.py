@@ -11,8 +11,8 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import InputError, LabelError
-from ase_uq.forward_pass import Confidence
-from ase_uq.methods.confidence import OwnConfidence, OwnConfidenceHead, expected_variance
+from ase_uq.forward_pass import ConfidenceBins
+from ase_uq.methods.confidence import Confidence, ConfidenceHead, expected_variance
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
 
 from .builders import ToyWithConfidence
@@ -28,17 +28,17 @@ def frames() -> list[Atoms]:
     return labelled_frames(12, seed=11)
 
 
-def certain(bins: list[int]) -> Confidence:
+def certain(bins: list[int]) -> ConfidenceBins:
     """Atoms whose head is sure of a bin."""
     edges = torch.tensor([0.0, 0.1, 0.3, 0.4])
-    return Confidence(torch.eye(3)[bins], edges)
+    return ConfidenceBins(torch.eye(3)[bins], edges)
 
 
 def test_by_hand():
     """1.2533 times the centre of the bin, squared; and of the mean of two centres between two bins."""
     variance = expected_variance(certain([0, 1, 2]))
     np.testing.assert_allclose(variance.sqrt(), 1.25331414 * np.array([0.05, 0.2, 0.35]), rtol=1e-7)
-    between = Confidence(torch.tensor([[0.5, 0.0, 0.5]]), certain([0]).edges)
+    between = ConfidenceBins(torch.tensor([[0.5, 0.0, 0.5]]), certain([0]).edges)
     assert float(expected_variance(between).sqrt()) == pytest.approx(1.25331414 * 0.2, rel=1e-6)
 
 
@@ -49,17 +49,19 @@ def test_normal_errors_get_their_standard_deviation_back():
     observed = np.abs(random.normal(scale=sigma, size=(200_000, 3))).mean(1)
     edges = np.linspace(0, 0.4, 51)
     shares = np.histogram(observed, edges)[0] / len(observed)
-    found = expected_variance(Confidence(torch.from_numpy(shares)[None], torch.from_numpy(edges)))
+    found = expected_variance(ConfidenceBins(torch.from_numpy(shares)[None], torch.from_numpy(edges)))
     assert float(found.sqrt()) == pytest.approx(sigma, rel=3e-3)
 
 
 def test_it_saturates_and_the_tail_goes_on(confident: Backend, frames: list[Atoms]):
-    head = fit_head(OwnConfidence(), confident, frames)
+    head = fit_head(Confidence(), confident, frames)
     evaluation = evaluate(confident, frames[:1])
     n_atoms = len(evaluation.numbers)
 
     def at(probabilities: Tensor) -> tuple[float, float]:
-        object.__setattr__(evaluation, "confidence", Confidence(probabilities.expand(n_atoms, 3), certain([0]).edges))
+        object.__setattr__(
+            evaluation, "confidence", ConfidenceBins(probabilities.expand(n_atoms, 3), certain([0]).edges)
+        )
         return tuple(head(evaluation).forces[0, 0].tolist())
 
     sure, worst = at(torch.tensor([1.0, 0.0, 0.0])), at(torch.tensor([0.0, 0.0, 1.0]))
@@ -69,7 +71,7 @@ def test_it_saturates_and_the_tail_goes_on(confident: Backend, frames: list[Atom
 
 
 def test_energy_and_stress_are_the_mean_over_the_structure(confident: Backend, frames: list[Atoms]):
-    head = fit_head(OwnConfidence(), confident, frames, batch_atoms=20)
+    head = fit_head(Confidence(), confident, frames, batch_atoms=20)
     evaluation = evaluate(confident, frames)
     raw = head(evaluation)
     assert head.settings["mean_square"] == pytest.approx(float(raw.forces[:, 0, 0].mean()), rel=1e-12)
@@ -84,11 +86,11 @@ def test_a_potential_without_one_is_told_who_has_one(frames: list[Atoms]):
     without = load_backend(ToyCalculator(ELEMENTS))
     wanted = "needs a potential with a confidence head, and this one has none. orb-v3 models have one"
     with pytest.raises(InputError, match=wanted):
-        fit_head(OwnConfidence(), without, frames)
+        fit_head(Confidence(), without, frames)
     with pytest.raises(InputError, match=wanted):
-        OwnConfidenceHead(1.0)(evaluate(without, frames))
+        ConfidenceHead(1.0)(evaluate(without, frames))
 
 
 def test_no_frames_are_refused():
     with pytest.raises(LabelError, match="no training frames"):
-        OwnConfidence().fit([], Serial())
+        Confidence().fit([], Serial())

@@ -6,7 +6,7 @@ import torch
 from ase_uq.communicator import Communicator
 from ase_uq.methods.bll import BLL
 from ase_uq.methods.committee import Committee
-from ase_uq.methods.confidence import OwnConfidence
+from ase_uq.methods.confidence import Confidence
 from ase_uq.methods.gmm import GMM
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.knn import KNN
@@ -98,7 +98,7 @@ class TestConfidence(MethodContract):
         return ToyWithConfidence()
 
     def make_method(self):
-        return OwnConfidence()
+        return Confidence()
 
 
 class TestPOPS(MethodContract):

@@ -15,7 +15,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.kernel import Kernel
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, on_ranks, with_labels
@@ -34,23 +34,23 @@ def frames() -> list[Atoms]:
 
 
 @pytest.fixture(scope="module")
-def train(backend: Backend, frames: list[Atoms]) -> Evaluation:
+def train(backend: Backend, frames: list[Atoms]) -> ForwardPass:
     return evaluate(backend, frames)
 
 
 @pytest.fixture(scope="module")
-def new(backend: Backend) -> Evaluation:
+def new(backend: Backend) -> ForwardPass:
     return evaluate(backend, labelled_frames(6, seed=12))
 
 
-def atoms_of(evaluation: Evaluation, layer: str = "latent") -> np.ndarray:
-    return (evaluation.features if layer == "latent" else evaluation.energy_layer.features).numpy()
+def atoms_of(forward_pass: ForwardPass, features: str = "latent") -> np.ndarray:
+    return (forward_pass.features if features == "latent" else forward_pass.energy_layer.features).numpy()
 
 
-def pooled(evaluation: Evaluation, pooling: str, layer: str = "latent") -> np.ndarray:
-    rows = atoms_of(evaluation, layer)
+def pooled(forward_pass: ForwardPass, pooling: str, features: str = "latent") -> np.ndarray:
+    rows = atoms_of(forward_pass, features)
     pool = np.mean if pooling == "mean" else np.sum
-    return np.stack([pool(rows[evaluation.frame_of_atom == k], axis=0) for k in range(evaluation.n_frames)])
+    return np.stack([pool(rows[forward_pass.frame_of_atom == k], axis=0) for k in range(forward_pass.n_frames)])
 
 
 def normalised(train: np.ndarray, at: np.ndarray, normalisation: str) -> tuple[np.ndarray, np.ndarray]:
@@ -75,16 +75,22 @@ class TestLinear:
     @pytest.mark.parametrize("layer", ["latent", "last_layer"])
     @pytest.mark.parametrize("normalisation", ["centred", "global", "cosine"])
     def test_distance_is_the_posterior_variance_of_a_gaussian_process(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation, layer: str, normalisation: str
+        self,
+        backend: Backend,
+        frames: list[Atoms],
+        train: ForwardPass,
+        new: ForwardPass,
+        features: str,
+        normalisation: str,
     ):
         """K1."""
         head = fit_head(
-            Kernel(kernel="linear", layer=layer, normalisation=normalisation, noise=NOISE),
+            Kernel(kernel="linear", features=features, normalisation=normalisation, noise=NOISE),
             backend,
             frames,
             batch_atoms=20,
         )
-        rows, at = normalised(atoms_of(train, layer), atoms_of(new, layer), normalisation)
+        rows, at = normalised(atoms_of(train, features), atoms_of(new, layer), normalisation)
         fitted, expected = (posterior_variance(linear(), rows, x, NOISE) for x in (rows, at))
         # Variances of 1e-4 are differences of numbers near 1 in the kernel form.
         np.testing.assert_allclose(head(new).distance, expected / fitted.mean(), rtol=1e-5, atol=1e-5)
@@ -94,7 +100,7 @@ class TestLinear:
 
     @pytest.mark.parametrize("pooling", ["mean", "sum"])
     def test_structures_have_a_kernel_of_their_own(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation, pooling: str
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass, new: ForwardPass, pooling: str
     ):
         head = fit_head(Kernel(kernel="linear", pooling=pooling, noise=NOISE), backend, frames)
         rows, at = normalised(pooled(train, pooling), pooled(new, pooling), "centred")
@@ -105,14 +111,14 @@ class TestLinear:
         np.testing.assert_allclose(raw.energy[:, 1], expected / fitted.mean(), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(raw.stress, raw.energy)
 
-    def test_first_scores_are_those_of_the_atoms(self, backend: Backend, frames: list[Atoms], new: Evaluation):
+    def test_first_scores_are_those_of_the_atoms(self, backend: Backend, frames: list[Atoms], new: ForwardPass):
         raw = fit_head(Kernel(kernel="linear", radii=(2.0, 3.0)), backend, frames)(new)
         expected = [float(raw.distance[new.frame_of_atom == k].mean()) for k in range(new.n_frames)]
         np.testing.assert_allclose(raw.energy[:, 0], expected, rtol=1e-12)
         assert torch.equal(raw.energies, raw.distance)
         assert torch.equal(raw.forces, raw_of_atoms(raw.distance, new, (2.0, 3.0)).forces)
 
-    def test_data_lower_it_before_scaling(self, backend: Backend, frames: list[Atoms], new: Evaluation):
+    def test_data_lower_it_before_scaling(self, backend: Backend, frames: list[Atoms], new: ForwardPass):
         """K2; the settings hold what the variance was divided by."""
         found = []
         for count in (10, 30):
@@ -121,7 +127,7 @@ class TestLinear:
             found.append(head(new).distance * atoms["effective"] * NOISE / atoms["rows"])
         assert bool((found[1] <= found[0] * (1 + 1e-9)).all())
 
-    def test_fitted_atoms_have_less_than_the_noise(self, backend: Backend, frames: list[Atoms], train: Evaluation):
+    def test_fitted_atoms_have_less_than_the_noise(self, backend: Backend, frames: list[Atoms], train: ForwardPass):
         """K2."""
         head = fit_head(Kernel(kernel="linear", noise=NOISE), backend, frames)
         atoms = head.settings["atoms"]
@@ -129,7 +135,7 @@ class TestLinear:
         assert float(variance.max()) < NOISE
 
     def test_copies_of_the_training_set_change_only_what_the_noise_is_to_it(
-        self, backend: Backend, frames: list[Atoms], new: Evaluation
+        self, backend: Backend, frames: list[Atoms], new: ForwardPass
     ):
         once = fit_head(Kernel(kernel="linear", noise=NOISE), backend, frames)
         thrice = fit_head(Kernel(kernel="linear", noise=3 * NOISE), backend, frames * 3)
@@ -150,7 +156,7 @@ class TestLinear:
 class TestRBF:
     @pytest.mark.parametrize("normalisation", ["centred", "cosine"])
     def test_with_every_row_a_landmark_it_is_a_gaussian_process(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation, normalisation: str
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass, new: ForwardPass, normalisation: str
     ):
         """K1 of the non-linear kernel."""
         method = Kernel(kernel="rbf", normalisation=normalisation, noise=1e-3, length=1.0)
@@ -164,7 +170,7 @@ class TestRBF:
         kernel = RBF(found["length"], "fixed")
         fitted, expected = (posterior_variance(kernel, rows, x, 1e-3) for x in (rows, at))
         np.testing.assert_allclose(head(new).distance, expected / fitted.mean(), rtol=1e-4, atol=1e-5)
-        rows, at = (pooled(evaluation, "mean") for evaluation in (train, new))
+        rows, at = (pooled(forward_pass, "mean") for forward_pass in (train, new))
         if normalisation == "cosine":
             rows, at = normalised(rows, at, "cosine")
         kernel = RBF(head.settings["frames"]["length"], "fixed")
@@ -178,7 +184,7 @@ class TestRBF:
         assert float(far * head.atoms.mean) == pytest.approx(1.0)
 
     def test_more_landmarks_never_raise_what_they_cannot_represent(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass
     ):
         """Noise far below it shows the first two terms alone."""
         found = []
@@ -189,7 +195,7 @@ class TestRBF:
         assert float((found[1] - found[0]).max()) < 1e-9
 
     def test_a_sample_is_as_large_as_it_may_be_and_stands_for_all(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass
     ):
         head = fit_head(Kernel(kernel="rbf", landmarks=8), backend, frames)
         found = head.settings["atoms"]
@@ -197,7 +203,7 @@ class TestRBF:
         assert len(head.atoms.landmarks) == 8
         assert float(head(train).distance.mean()) == pytest.approx(1.0, rel=0.3)
 
-    def test_landmarks_are_training_rows(self, backend: Backend, frames: list[Atoms], train: Evaluation):
+    def test_landmarks_are_training_rows(self, backend: Backend, frames: list[Atoms], train: ForwardPass):
         head = fit_head(Kernel(kernel="rbf", landmarks=8), backend, frames)
         landmarks = head.atoms.landmarks * head.atoms.length
         assert float(torch.cdist(landmarks, train.features).amin(1).max()) < 1e-7
@@ -210,7 +216,7 @@ class TestRBF:
 
 class TestFeatures:
     def test_inner_products_of_linear_ones_are_the_kernel(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass, new: ForwardPass
     ):
         head = fit_head(Kernel(kernel="linear"), backend, frames)
         centre = atoms_of(train).mean(0)
@@ -218,7 +224,7 @@ class TestFeatures:
         assert head.measures
 
     def test_inner_products_with_landmarks_are_the_rbf_kernel(
-        self, backend: Backend, frames: list[Atoms], train: Evaluation, new: Evaluation
+        self, backend: Backend, frames: list[Atoms], train: ForwardPass, new: ForwardPass
     ):
         """Landmarks are represented exactly: with every row one of them, so is any kernel with a training row."""
         head = fit_head(Kernel(kernel="rbf", length=1.0), backend, frames)

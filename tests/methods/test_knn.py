@@ -12,7 +12,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import knn
 from ase_uq.methods.knn import KNN, mean_distance
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
@@ -30,7 +30,7 @@ def frames() -> list[Atoms]:
     return labelled_frames(30, seed=11)
 
 
-def sklearn_score(train: Evaluation, new: Evaluation, neighbours: int) -> np.ndarray:
+def sklearn_score(train: ForwardPass, new: ForwardPass, neighbours: int) -> np.ndarray:
     """(n_atoms,) squared mean distance, before the mean over the training atoms is divided out."""
     x, z = train.features.numpy(), train.numbers.numpy()
     within = np.concatenate([x[z == e] - x[z == e].mean(0) for e in np.unique(z)])

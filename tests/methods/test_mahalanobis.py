@@ -12,7 +12,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.mahalanobis import Mahalanobis
 from ase_uq.numerics.sites import RADII
@@ -33,7 +33,7 @@ def frames() -> list[Atoms]:
     return labelled_frames(30, seed=11)
 
 
-def numpy_distance(train: Evaluation, new: Evaluation, ridge: float) -> np.ndarray:
+def numpy_distance(train: ForwardPass, new: ForwardPass, ridge: float) -> np.ndarray:
     """Written out, with the rule of shrinking; before the mean over the training atoms is divided out."""
     x, z = train.features.numpy(), train.numbers.numpy()
     elements = np.unique(z)
@@ -62,9 +62,9 @@ class TestDistance:
         assert head.settings["mean_square"] == pytest.approx(scale, rel=1e-9)
         # Ammonia: an element that was not fitted, beside one that was.
         new = evaluate(backend, [*labelled_frames(5, seed=12), molecule("NH3")])
-        for evaluation in (train, new):
-            expected = numpy_distance(train, evaluation, RIDGE) / scale
-            np.testing.assert_allclose(head(evaluation).distance, expected, rtol=1e-8)
+        for forward_pass in (train, new):
+            expected = numpy_distance(train, forward_pass, RIDGE) / scale
+            np.testing.assert_allclose(head(forward_pass).distance, expected, rtol=1e-8)
 
     def test_is_that_of_scikit_learn_per_element(self):
         """With many atoms there is next to nothing to shrink."""
@@ -113,10 +113,10 @@ def test_features_that_never_vary_do_not_break_it(backend: Backend):
 
 def test_forces_read_the_sums_over_sites(backend: Backend, frames: list[Atoms]):
     head = fit_head(Mahalanobis(), backend, frames)
-    evaluation = evaluate(backend, frames[:3])
+    forward_pass = evaluate(backend, frames[:3])
     assert (head.settings["radii"], head.settings["reach"]) == (list(RADII), REACH)
-    expected = raw_of_atoms(head.distance(evaluation), evaluation, RADII, REACH)
-    assert torch.equal(head(evaluation).forces, expected.forces)
+    expected = raw_of_atoms(head.distance(forward_pass), forward_pass, RADII, REACH)
+    assert torch.equal(head(forward_pass).forces, expected.forces)
 
 
 @pytest.mark.parametrize("ridge", [0.0, -1e-9, 1.0, float("nan")])

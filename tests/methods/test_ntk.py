@@ -14,7 +14,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Gradients, Targets
+from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.ntk import NTK, directions
 from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
@@ -44,9 +44,9 @@ def new() -> list[Atoms]:
     return labelled_frames(5, seed=12)
 
 
-def gradients_of(evaluation: Evaluation) -> Gradients:
-    assert evaluation.gradients is not None
-    return evaluation.gradients
+def gradients_of(forward_pass: ForwardPass) -> Gradients:
+    assert forward_pass.gradients is not None
+    return forward_pass.gradients
 
 
 def force_jacobians(backend: Backend, frames: list[Atoms]) -> list[np.ndarray]:
@@ -136,9 +136,9 @@ class TestScores:
 class OnlyLastLayer(Gradients):
     """The derivatives to the weights of the last layer, the first of the toy's parameters."""
 
-    def __init__(self, evaluation: Evaluation) -> None:
-        self._inner = gradients_of(evaluation)
-        self._count = len(evaluation.energy_layer.weights)
+    def __init__(self, forward_pass: ForwardPass) -> None:
+        self._inner = gradients_of(forward_pass)
+        self._count = len(forward_pass.energy_layer.weights)
 
     def of_features(self, cotangent: Tensor) -> Tensor:
         return self._inner.of_features(cotangent)
@@ -153,9 +153,9 @@ class OnlyLastLayer(Gradients):
 def test_of_the_last_layer_it_is_the_activation_kernel(conservative: Backend, frames: list[Atoms], new: list[Atoms]):
     """K8."""
 
-    def batch(structures: list[Atoms]) -> Evaluation:
-        evaluation = evaluate(conservative, structures, gradients=True)
-        return dataclasses.replace(evaluation, gradients=OnlyLastLayer(evaluation))
+    def batch(structures: list[Atoms]) -> ForwardPass:
+        forward_pass = evaluate(conservative, structures, gradients=True)
+        return dataclasses.replace(forward_pass, gradients=OnlyLastLayer(forward_pass))
 
     train = [(batch(frames), Targets(torch.arange(len(frames))))]
     tangent = NTK(noise=NOISE).fit(train, Serial())

@@ -15,7 +15,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import make_method
 from ase_uq.methods.base import Head
 from ase_uq.methods.pdrum.conservative import force_features, forces_of, functions_of
@@ -52,13 +52,13 @@ def noisy(backend: Backend) -> list[Atoms]:
         atoms = molecule(str(random.choice(["H2O", "CH3OH", "CO2", "C2H4"])))
         atoms.positions += random.normal(scale=0.05, size=atoms.positions.shape)
         frames.append(atoms)
-    evaluation = evaluate(backend, frames)
-    assert evaluation.forces is not None
+    forward_pass = evaluate(backend, frames)
+    assert forward_pass.forces is not None
     for index, atoms in enumerate(frames):
-        own = evaluation.forces[evaluation.frame_of_atom == index].numpy()
+        own = forward_pass.forces[forward_pass.frame_of_atom == index].numpy()
         deviation = np.array([DEVIATIONS[z] for z in atoms.numbers])[:, None]
         atoms.set_array("REF_forces", own + deviation * random.normal(size=own.shape))
-        atoms.info["REF_energy"] = float(evaluation.energy[index]) + 0.05 * len(atoms) * random.normal()
+        atoms.info["REF_energy"] = float(forward_pass.energy[index]) + 0.05 * len(atoms) * random.normal()
     return frames
 
 
@@ -70,9 +70,9 @@ def turned(frames: list[Atoms], rotation: np.ndarray) -> list[Atoms]:
     return out
 
 
-def expected(head: Head, evaluation: Evaluation) -> Tensor:
+def expected(head: Head, forward_pass: ForwardPass) -> Tensor:
     assert isinstance(head, PDRUMHead)
-    return head.expected_forces(evaluation)
+    return head.expected_forces(forward_pass)
 
 
 class TestSymmetries:
@@ -96,9 +96,9 @@ class TestSymmetries:
     @pytest.mark.parametrize("built", [False, True])
     @pytest.mark.parametrize("variant", ["diff", "diff_conservative"])
     def test_expected_forces_turn(self, backend: Backend, frames: list[Atoms], variant: str, built: bool):
-        def prepared(frames: list[Atoms]) -> Evaluation:
-            evaluation = evaluate(backend, frames, gradients=True)
-            return replace(evaluation, vectors=None) if built else evaluation
+        def prepared(frames: list[Atoms]) -> ForwardPass:
+            forward_pass = evaluate(backend, frames, gradients=True)
+            return replace(forward_pass, vectors=None) if built else forward_pass
 
         stream = LabelledStream(backend, frames, Serial(), batch_atoms=100, forces=True, gradients=True)
         batches = [(replace(e, vectors=None) if built else e, targets) for e, targets in stream]
@@ -142,24 +142,24 @@ class TestPaperMode:
         frames = [molecule("HCOOH") for _ in range(200)]
         for seed, atoms in enumerate(frames):
             atoms.rattle(0.03, seed=seed)
-        evaluation = evaluate(backend, frames)
-        assert evaluation.forces is not None
-        assert evaluation.vectors is not None
-        share = torch.randn(evaluation.vectors.shape[2], generator=torch.Generator().manual_seed(8)).double()
-        errors = 0.1 * evaluation.vectors @ share
+        forward_pass = evaluate(backend, frames)
+        assert forward_pass.forces is not None
+        assert forward_pass.vectors is not None
+        share = torch.randn(forward_pass.vectors.shape[2], generator=torch.Generator().manual_seed(8)).double()
+        errors = 0.1 * forward_pass.vectors @ share
         for index, atoms in enumerate(frames):
-            own = evaluation.frame_of_atom == index
-            atoms.set_array("REF_forces", (evaluation.forces + errors)[own].numpy())
+            own = forward_pass.frame_of_atom == index
+            atoms.set_array("REF_forces", (forward_pass.forces + errors)[own].numpy())
         return frames
 
     @staticmethod
     def share_explained(backend: Backend, variant: str, frames: list[Atoms], new: list[Atoms]) -> tuple[float, float]:
         """Explained share of the square of the residuals, and that of the predictions over it."""
         head = fit_head(PDRUM(variant, training=FULL), backend, frames)
-        evaluation = evaluate(backend, new)
-        assert evaluation.forces is not None
-        residuals = torch.from_numpy(np.concatenate([a.arrays["REF_forces"] for a in new])) - evaluation.forces
-        found = expected(head, evaluation)
+        forward_pass = evaluate(backend, new)
+        assert forward_pass.forces is not None
+        residuals = torch.from_numpy(np.concatenate([a.arrays["REF_forces"] for a in new])) - forward_pass.forces
+        found = expected(head, forward_pass)
         total = float(residuals.square().sum())
         return 1 - float((residuals - found).square().sum()) / total, float(found.square().sum()) / total
 
@@ -188,10 +188,10 @@ class TestScales:
         self, backend: Backend, noisy: list[Atoms], target: str, quantile: float
     ):
         head = fit_head(PDRUM(target=target, quantile=quantile, training=FULL), backend, noisy)
-        evaluation = evaluate(backend, noisy)
-        raw = head(evaluation)
+        forward_pass = evaluate(backend, noisy)
+        raw = head(forward_pass)
         for z, deviation in DEVIATIONS.items():
-            found = float(raw.forces[evaluation.numbers == z].mean().sqrt())
+            found = float(raw.forces[forward_pass.numbers == z].mean().sqrt())
             assert found == pytest.approx(deviation, rel=0.08), z
         # 500 structures, and the potential's own energies are exact.
         assert float(raw.energy.mean().sqrt()) == pytest.approx(0.05, rel=0.15)
@@ -211,9 +211,9 @@ class TestScales:
 
     def test_the_score_of_a_diff_is_the_mean_square_of_what_it_expects(self, backend: Backend, frames: list[Atoms]):
         head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
-        evaluation = evaluate(backend, frames)
-        mean_square = expected(head, evaluation).square().mean(1)
-        torch.testing.assert_close(head(evaluation).forces[:, 0, 0], mean_square)
+        forward_pass = evaluate(backend, frames)
+        mean_square = expected(head, forward_pass).square().mean(1)
+        torch.testing.assert_close(head(forward_pass).forces[:, 0, 0], mean_square)
 
     def test_energy_is_a_sum_over_atoms(self, backend: Backend, frames: list[Atoms]):
         """Twice the structure, twice the predicted error, the same per atom."""
@@ -228,15 +228,15 @@ class TestScales:
 class TestConservative:
     def test_finds_an_energy_that_is_missing(self, backend: Backend):
         frames = labelled_frames(60, seed=21)
-        evaluation = evaluate(backend, frames, gradients=True)
-        functions = functions_of(evaluation.features.shape[1], 0)
+        forward_pass = evaluate(backend, frames, gradients=True)
+        functions = functions_of(forward_pass.features.shape[1], 0)
         weights = torch.randn(functions.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-        missing = forces_of(evaluation, functions, weights)
-        torch.testing.assert_close(force_features(evaluation, functions) @ weights, missing)
-        assert evaluation.forces is not None
+        missing = forces_of(forward_pass, functions, weights)
+        torch.testing.assert_close(force_features(forward_pass, functions) @ weights, missing)
+        assert forward_pass.forces is not None
         for index, atoms in enumerate(frames):
-            own = evaluation.frame_of_atom == index
-            atoms.arrays["REF_forces"] = (evaluation.forces + missing)[own].numpy()
+            own = forward_pass.frame_of_atom == index
+            atoms.arrays["REF_forces"] = (forward_pass.forces + missing)[own].numpy()
         head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames[:40])
         new = evaluate(backend, frames[40:], gradients=True)
         truth = forces_of(new, functions, weights)
@@ -263,23 +263,23 @@ class TestDirections:
         assert not torch.equal(mixing, mixing_of(100, seed=1))
 
     def test_own_channels_are_taken_as_they_are(self, backend: Backend, frames: list[Atoms]):
-        evaluation = evaluate(backend, frames[:3])
-        assert evaluation.vectors is not None
-        own = evaluation.vectors[:, :, :5]
-        torch.testing.assert_close(directions(replace(evaluation, vectors=own), mixing_of(5, seed=0)), own)
+        forward_pass = evaluate(backend, frames[:3])
+        assert forward_pass.vectors is not None
+        own = forward_pass.vectors[:, :, :5]
+        torch.testing.assert_close(directions(replace(forward_pass, vectors=own), mixing_of(5, seed=0)), own)
 
     def test_built_ones_vanish_at_a_centre_of_symmetry(self, backend: Backend):
-        evaluation = replace(evaluate(backend, [molecule("CO2")]), vectors=None)
-        found = directions(evaluation, mixing_of(0, seed=0))
+        forward_pass = replace(evaluate(backend, [molecule("CO2")]), vectors=None)
+        found = directions(forward_pass, mixing_of(0, seed=0))
         assert found.shape == (3, 3, WIDTH)
-        carbon = evaluation.numbers == 6
+        carbon = forward_pass.numbers == 6
         assert float(found[carbon].abs().max()) < 1e-12
         assert float(found[~carbon].norm(dim=(1, 2)).min()) > 1e-4
 
     def test_built_ones_fade_where_the_neighbour_list_ends(self, backend: Backend):
         def at(distance: float) -> Tensor:
-            evaluation = evaluate(backend, [Atoms("CO", [(0, 0, 0), (0, 0, distance)])])
-            return directions(replace(evaluation, vectors=None), mixing_of(0, seed=0))
+            forward_pass = evaluate(backend, [Atoms("CO", [(0, 0, 0), (0, 0, distance)])])
+            return directions(replace(forward_pass, vectors=None), mixing_of(0, seed=0))
 
         cutoff = evaluate(backend, [molecule("H2O")]).edges.cutoff
         assert float(at(cutoff - 1e-3).norm()) < 1e-5
@@ -288,14 +288,14 @@ class TestDirections:
 
 class TestFit:
     def test_the_same_seed_gives_the_same_bits_and_leaves_torchs_state(self, backend: Backend, frames: list[Atoms]):
-        evaluation = evaluate(backend, frames)
+        forward_pass = evaluate(backend, frames)
         torch.manual_seed(1)
         state = torch.get_rng_state()
         first, second = (fit_head(PDRUM("diff", training=SHORT), backend, frames) for _ in range(2))
         assert torch.equal(torch.get_rng_state(), state)
-        assert torch.equal(first(evaluation).forces, second(evaluation).forces)
+        assert torch.equal(first(forward_pass).forces, second(forward_pass).forces)
         other = fit_head(PDRUM("diff", training=replace(SHORT, seed=1)), backend, frames)
-        assert not torch.equal(first(evaluation).forces, other(evaluation).forces)
+        assert not torch.equal(first(forward_pass).forces, other(forward_pass).forces)
 
     @pytest.mark.parametrize("variant", ["norm", "diff_conservative"])
     def test_does_not_judge_itself_on_frames_it_learned_from(self, backend: Backend, variant: str):

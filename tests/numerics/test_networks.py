@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ase_uq.errors import LabelError
 from ase_uq.numerics.networks import (
-    Ensemble,
+    MLPEnsemble,
     Training,
     _Descent,
     cross_fit,
@@ -57,7 +57,7 @@ class TestEnsemble:
         inputs = torch.randn(40, 3, generator=generator)
         ensemble = cross_fit(inputs, smooth(inputs), torch.arange(40), training=SHORT, folds=2)
         assert not list(ensemble.parameters())
-        again = Ensemble(json.loads(json.dumps(ensemble.settings)), dict(ensemble.state_dict()))
+        again = MLPEnsemble(json.loads(json.dumps(ensemble.settings)), dict(ensemble.state_dict()))
         assert torch.equal(again(inputs), ensemble(inputs))
 
     def test_a_row_does_not_depend_on_the_others(self, generator: torch.Generator):

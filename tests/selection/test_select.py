@@ -20,7 +20,7 @@ from ase_uq.selection.select import Selection
 from ase_uq.selection.select import select as choose_frames
 from ase_uq.selection.strategies import LargestCluster, Points, Space, choose
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
-from ase_uq.thresholds.meanings import Quantile
+from ase_uq.thresholds.criteria import Quantile
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tells nothing about:ase_uq.errors.UQWarning")  # invented labels

@@ -17,8 +17,8 @@ from ase_uq.selection.strategies import (
     LargestCluster,
     Pick,
     Points,
-    Rule,
     Space,
+    Strategy,
     choose,
     nearest_of,
     typical_distance,
@@ -30,7 +30,7 @@ def random_rows(n: int, width: int = 5, seed: int = 0) -> Tensor:
     return rows * torch.logspace(0, -1, width, dtype=torch.float64)
 
 
-def picks_of(rows: Tensor, n: int, rule: Rule, train: Tensor | None = None, **options) -> list[Pick]:
+def picks_of(rows: Tensor, n: int, rule: Strategy, train: Tensor | None = None, **options) -> list[Pick]:
     space = Space(Points.single(rows), None if train is None else Points.single(train))
     return list(choose(space, n, rule, **options))
 
@@ -253,7 +253,7 @@ class TestEveryRule:
             assert [number for number in found if number % 2 == k] == expected
 
 
-def _noise_of_all(rule, alone: Points, points: Points) -> Rule:
+def _noise_of_all(rule, alone: Points, points: Points) -> Strategy:
     made = rule(alone, None)
     if isinstance(made, Determinant):
         made.noise = 1e-6 * float(points.rows.square().sum(1).mean())

@@ -20,18 +20,25 @@ from ase_uq.numerics.networks import Training, folds_of
 from ase_uq.numerics.sites import RADII, around, sum_over_sites
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 from ase_uq.uncertainty_model import combination as combined
-from ase_uq.uncertainty_model.combination import LARGEST_CORRECTION, RESIDUAL, Combination, Gate, Scene, View
+from ase_uq.uncertainty_model.combination import (
+    LARGEST_CORRECTION,
+    RESIDUAL,
+    Combination,
+    CombinationFeatures,
+    CombinationInputs,
+    Gate,
+)
 
 N_VIEWS = 6
-Rows = tuple[Scene, Tensor, Tensor]
+Rows = tuple[CombinationFeatures, Tensor, Tensor]
 FLAT = AffineCalibrator(1.0, 0.0)
 QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patience=5)
 
 
-class Given(View):
+class Given(CombinationInputs):
     """A view of batches that are scenes already."""
 
-    def scene(self, evaluation: Any, raws: Any) -> Scene:
+    def features(self, evaluation: Any, raws: Any) -> CombinationFeatures:
         return evaluation
 
 
@@ -50,31 +57,31 @@ class World:
     others: tuple[tuple[str, float, float], ...] = ()
 
     @property
-    def view(self) -> View:
+    def inputs(self) -> CombinationInputs:
         return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {}, FLAT)
 
     def rows(self, seed: int, n_frames: int = 80, n_atoms: int = 10, scale: float = 1.0) -> Rows:
-        """Scene, squared residuals and frames."""
+        """CombinationFeatures, squared residuals and frames."""
         random = np.random.default_rng(seed)
         n, shape = n_frames * n_atoms, (n_frames * n_atoms, self.n_components)
         level = random.normal(size=(n, 1))
-        inputs = random.normal(size=(n, 3))
-        hidden = self.strength * np.tanh(2 * inputs[:, :1])
+        network_inputs = random.normal(size=(n, 3))
+        hidden = self.strength * np.tanh(2 * network_inputs[:, :1])
         base = np.broadcast_to(level - 4, shape)
         others = [base + share * hidden + random.normal(scale=noise, size=shape) for _, share, noise in self.others]
         residuals = random.normal(size=(n, 3)) * scale * np.exp((level - 4 + hidden) / 2)
         squares = residuals**2 if self.n_components == 3 else (residuals**2).mean(1, keepdims=True)
-        scene = Scene(
+        features = CombinationFeatures(
             base=torch.tensor(base),
             careful=torch.zeros(shape, dtype=torch.float64),
             others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
             around=torch.tensor(level + 0.2 * random.normal(size=(n, N_VIEWS))),
-            inputs=torch.tensor(inputs),
+            network_inputs=torch.tensor(network_inputs),
         )
-        return scene, torch.tensor(squares), torch.arange(n_frames).repeat_interleave(n_atoms)
+        return features, torch.tensor(squares), torch.arange(n_frames).repeat_interleave(n_atoms)
 
     def fit(self, *, training: Rows | None = None, seed: int = 0) -> Fitted:
-        return fit_combination(self.view, training, self.rows(seed))
+        return fit_combination(self.inputs, training, self.rows(seed))
 
 
 def nll(variance: Tensor | np.ndarray, squares: Tensor) -> float:
@@ -132,7 +139,7 @@ class TestWeights:
     def test_of_a_method_that_knows_more_and_of_one_that_knows_nothing(self, n_components: int):
         world = World(1.5, n_components, others=(("knows", 1.0, 0.3), ("noise", 0.0, 2.0)))
         rows = world.rows(0)
-        fitted = fit_combination(world.view, None, rows)
+        fitted = fit_combination(world.inputs, None, rows)
         weights = fitted.combination.weights
         assert weights["knows"] > 0.5
         assert weights.get("noise", 0.0) < 0.1
@@ -145,7 +152,7 @@ class TestWeights:
     def test_without_anything_that_helps_the_anchor_stands_alone(self, n_components: int):
         world = World(0.0, n_components, others=(("noise", 0.0, 2.0),))
         rows = world.rows(0)
-        fitted = fit_combination(world.view, None, rows)
+        fitted = fit_combination(world.inputs, None, rows)
         fresh = world.rows(1)[0]
         assert fitted.combination.weights == {}
         assert fitted.combination.constant == 0.0
@@ -171,7 +178,7 @@ class TestResidual:
         world = World(1.5)
         # Errors on training frames are a hundredth, and say where they are large all the same.
         training = world.rows(5, n_frames=200, scale=0.01) if from_training else None
-        fitted = fit_combination(world.view, training, world.rows(0, n_frames=120))
+        fitted = fit_combination(world.inputs, training, world.rows(0, n_frames=120))
         likelihoods = fitted.combination.likelihoods
         assert likelihoods[RESIDUAL] < likelihoods["anchor"] - 0.1
         assert fitted.combination.weights[RESIDUAL] > 0.5
@@ -182,9 +189,9 @@ class TestResidual:
     def test_training_frames_count_where_calibration_frames_are_few(self):
         world = World(1.5)
         calibration = world.rows(0, n_frames=20, n_atoms=5)
-        with_training = fit_combination(world.view, world.rows(5, n_frames=200, scale=0.01), calibration)
+        with_training = fit_combination(world.inputs, world.rows(5, n_frames=200, scale=0.01), calibration)
         assert with_training.combination.weights[RESIDUAL] > 0.5
-        alone = fit_combination(world.view, None, calibration)
+        alone = fit_combination(world.inputs, None, calibration)
         fresh = world.rows(1, n_frames=200)
         found, expected = (nll(fitted.combination(fresh[0], {}), fresh[1]) for fitted in (with_training, alone))
         assert found < expected
@@ -200,9 +207,9 @@ class TestResidual:
     def test_training_frames_without_labels_take_no_part(self):
         world = World(1.5)
         training = world.rows(5)
-        scene, squares, frames = training
+        features, squares, frames = training
         blind = torch.arange(len(squares)) % 20 < 10  # every second frame
-        hidden = (scene, squares.masked_fill(blind[:, None], torch.nan), frames)
+        hidden = (features, squares.masked_fill(blind[:, None], torch.nan), frames)
         fitted = world.fit(training=hidden).combination
         assert fitted.likelihoods != world.fit(training=training).combination.likelihoods
         assert np.isfinite(list(fitted.likelihoods.values())).all()
@@ -211,19 +218,19 @@ class TestResidual:
     @pytest.mark.parametrize("labelled", [0, 10])
     def test_training_frames_nearly_all_of_which_have_no_labels(self, labelled: int):
         world = World(1.5)
-        scene, squares, frames = world.rows(5, n_frames=400)
+        features, squares, frames = world.rows(5, n_frames=400)
         squares[labelled:] = torch.nan
         few = world.rows(0, n_frames=10)
-        fitted = fit_combination(world.view, (scene, squares, frames), few)
+        fitted = fit_combination(world.inputs, (features, squares, frames), few)
         assert np.isfinite(fitted.variance).all()
 
     @pytest.mark.usefixtures("quick")
     def test_training_frames_without_errors_teach_nothing(self):
         """Such as frames labelled with the potential itself."""
         world = World(1.5)
-        scene, squares, frames = world.rows(5)
-        found = world.fit(training=(scene, 0 * squares, frames)).combination
-        unlabelled = world.fit(training=(scene, squares * torch.nan, frames)).combination
+        features, squares, frames = world.rows(5)
+        found = world.fit(training=(features, 0 * squares, frames)).combination
+        unlabelled = world.fit(training=(features, squares * torch.nan, frames)).combination
         assert found.likelihoods == unlabelled.likelihoods
         assert np.isfinite(list(found.likelihoods.values())).all()
 
@@ -252,11 +259,11 @@ class TestOutOfFold:
     def test_its_own_errors_change_nothing_of_it(self, with_training: bool, frame: int):
         world = World(1.5)
         training = world.rows(5, n_frames=100) if with_training else None
-        scene, squares, frames = world.rows(0)
+        features, squares, frames = world.rows(0)
         own = frames == frame
         changed = torch.where(own[:, None], 1e4 * squares, squares)
         (_, before), (_, after) = (
-            combined._residual_model(training, (scene, errors, frames), "") for errors in (squares, changed)
+            combined._residual_model(training, (features, errors, frames), "") for errors in (squares, changed)
         )
         torch.testing.assert_close(after[own], before[own], rtol=1e-6, atol=1e-9)
         assert float((after - before).abs().max()) > 0.1
@@ -264,7 +271,7 @@ class TestOutOfFold:
     def test_variances_of_calibration_atoms_are_those_out_of_fold(self):
         world = World(1.5)
         rows = world.rows(0)
-        fitted = fit_combination(world.view, None, rows)
+        fitted = fit_combination(world.inputs, None, rows)
         combination = fitted.combination
         assert RESIDUAL in combination.weights
         _, seen = combined._residual_model(None, rows, "")
@@ -334,7 +341,7 @@ class TestGate:
         assert float(gate(views).min()) > 0.1
 
     def test_an_atom_does_not_depend_on_its_batch(self, gate: Gate, views: Tensor):
-        alone = torch.cat([gate(view[None]) for view in views[:20]])
+        alone = torch.cat([gate(inputs[None]) for inputs in views[:20]])
         torch.testing.assert_close(gate(views)[:20], alone, rtol=1e-12, atol=0)
 
 
@@ -344,42 +351,42 @@ class TestFarAway:
         """With networks that say the wildest things."""
         others = (("knows", 1.0, 0.3),)
         combination = World(1.5, others=others).fit().combination
-        wild = fit_combination(World().view, None, World(1.5).rows(0)).combination
+        wild = fit_combination(World().inputs, None, World(1.5).rows(0)).combination
         ensemble = wild.ensemble or combined._residual_model(None, World(1.5).rows(0), "")[0]
         ensemble.weights *= 100
         weights = {"knows": 0.9, RESIDUAL: 1.4}
-        return Combination(combination.view, combination.gate, ensemble, 0.3, weights, {})
+        return Combination(combination.inputs, combination.gate, ensemble, 0.3, weights, {})
 
     def test_the_anchor_is_all_there_is(self, combination: Combination):
-        scene = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
-        by_level = replace(scene, around=scene.around + 50)
-        by_pattern = replace(scene, around=scene.around + torch.linspace(-500, 500, N_VIEWS, dtype=torch.float64))
-        careful = torch.linspace(0, 2, len(scene.base), dtype=torch.float64)[:, None]
+        features = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
+        by_level = replace(features, around=features.around + 50)
+        by_pattern = replace(features, around=features.around + torch.linspace(-500, 500, N_VIEWS, dtype=torch.float64))
+        careful = torch.linspace(0, 2, len(features.base), dtype=torch.float64)[:, None]
         for far in (by_level, by_pattern):
             torch.testing.assert_close(combination(far, {}), far.base.exp(), rtol=1e-6, atol=0)
             # Its other form, where that is larger.
             both = combination(replace(far, careful=careful), {})
             torch.testing.assert_close(both, (far.base + careful).exp(), rtol=1e-6, atol=0)
-        assert not torch.allclose(combination(scene, {}), scene.base.exp())
+        assert not torch.allclose(combination(features, {}), features.base.exp())
 
     def test_deep_inside_the_other_form_of_the_anchor_does_not_count(self, combination: Combination):
-        scene = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
-        deep = replace(scene, around=combination.gate.centre.mean() + torch.full_like(scene.around, -20.0))
+        features = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
+        deep = replace(features, around=combination.gate.centre.mean() + torch.full_like(features.around, -20.0))
         deep.around[:, 1:] += combination.gate.centre
-        both = combination(replace(deep, careful=torch.full_like(scene.base, 2.0)), {})
+        both = combination(replace(deep, careful=torch.full_like(features.base, 2.0)), {})
         torch.testing.assert_close(both, combination(deep, {}), rtol=1e-3, atol=0)
 
     def test_corrections_are_bounded_everywhere(self, combination: Combination):
-        scene = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
-        correction = combination(scene, {}).log() - scene.base
+        features = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
+        correction = combination(features, {}).log() - features.base
         limit = 0.3 + LARGEST_CORRECTION * (0.9 + 1.4)
         assert float(correction.abs().max()) <= limit
         assert float(correction.abs().max()) > 0.5 * limit
 
     def test_a_potential_that_has_broken_is_not_hidden(self, combination: Combination):
-        scene = World(1.5, others=(("knows", 1.0, 1.0),)).rows(3)[0]
-        scene.base[4] = torch.nan
-        found = combination(scene, {})
+        features = World(1.5, others=(("knows", 1.0, 1.0),)).rows(3)[0]
+        features.base[4] = torch.nan
+        found = combination(features, {})
         assert bool(found[4].isnan().all())
         assert int(found.isnan().sum()) == 1
 
@@ -394,16 +401,16 @@ class TestSameBits:
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _state(combination)}
         calibrators = {"near": AffineCalibrator(1.0, 1.0)}
         again = Combination.load(settings, tensors, calibrators)
-        assert again.view == View("near", ("knows", "more"), (), (1,), calibrators, FLAT)
+        assert again.inputs == CombinationInputs("near", ("knows", "more"), (), (1,), calibrators, FLAT)
         assert again.settings == combination.settings
         assert again.describe() == combination.describe()
-        again.view = combination.view
-        scene = self.world.rows(1)[0]
-        assert torch.equal(again(scene, {}), combination(scene, {}))
+        again.inputs = combination.inputs
+        features = self.world.rows(1)[0]
+        assert torch.equal(again(features, {}), combination(features, {}))
 
     def test_without_networks_too(self):
         found = self.world.fit().combination
-        combination = Combination(found.view, found.gate, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
+        combination = Combination(found.inputs, found.gate, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
         again = Combination.load(json.loads(json.dumps(combination.settings)), dict(_state(combination)), {})
         assert again.ensemble is None
         assert again.weights == {"knows": 0.5}
@@ -430,9 +437,9 @@ class TestSameBits:
 
     def test_what_is_given_is_not_changed(self):
         training, calibration = self.world.rows(5), self.world.rows(0)
-        fit_combination(self.world.view, training, calibration)
+        fit_combination(self.world.inputs, training, calibration)
         for rows, expected in ((training, self.world.rows(5)), (calibration, self.world.rows(0))):
-            for name in Scene.__dataclass_fields__:
+            for name in CombinationFeatures.__dataclass_fields__:
                 assert torch.equal(getattr(rows[0], name), getattr(expected[0], name))
             assert torch.equal(rows[1], expected[1])
             assert torch.equal(rows[2], expected[2])
@@ -441,7 +448,7 @@ class TestSameBits:
         """Everything kept, however little it helps."""
         ensemble = combined._residual_model(None, self.world.rows(0), "")[0]
         weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
-        return Combination(combination.view, combination.gate, ensemble, 0.1, weights, combination.likelihoods)
+        return Combination(combination.inputs, combination.gate, ensemble, 0.1, weights, combination.likelihoods)
 
 
 class TestView:
@@ -457,38 +464,38 @@ class TestView:
 
         return {name: raw(components) for name, components in n_components.items()}
 
-    def view(self, **options: Any) -> View:
+    def inputs(self, **options: Any) -> CombinationInputs:
         calibrators = {
             "near": PowerCalibrator(-2.0, (0.4, 0.3), (1e-3, 1e-3)),
             "other": PowerCalibrator(-1.0, (0.2, 0.1), (1e-3, 1e-3)),
         }
         settings = {"distances": (), "elements": (1, 6), "alternative": AffineCalibrator(0.08, 0.05), **options}
-        return View("near", ("other",), calibrators=calibrators, **settings)
+        return CombinationInputs("near", ("other",), calibrators=calibrators, **settings)
 
     @pytest.mark.parametrize(("own", "other"), [(1, 1), (1, 3), (3, 1), (3, 3)])
     def test_components_are_those_of_the_anchor(self, own: int, other: int):
         batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": own, "other": other}, len(batch.numbers))
-        view = self.view()
-        scene = view.scene(batch, raws)
-        base, others = (view.calibrators[name].variance(raws[name].forces).numpy() for name in ("near", "other"))
-        np.testing.assert_allclose(scene.base, np.log(base), rtol=1e-12)
+        inputs = self.inputs()
+        features = inputs.features(batch, raws)
+        base, others = (inputs.calibrators[name].variance(raws[name].forces).numpy() for name in ("near", "other"))
+        np.testing.assert_allclose(features.base, np.log(base), rtol=1e-12)
         if own == 1:
             others = others.mean(1, keepdims=True)
-        careful = np.log(view.alternative.variance(raws["near"].forces).numpy() / base)
+        careful = np.log(inputs.alternative.variance(raws["near"].forces).numpy() / base)
         assert 0.1 < np.mean(careful > 0) < 0.9
-        np.testing.assert_allclose(scene.careful, 2 * np.tanh(np.maximum(careful, 0) / 2), rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(features.careful, 2 * np.tanh(np.maximum(careful, 0) / 2), rtol=1e-9, atol=1e-12)
         expected = np.broadcast_to(np.log(others), base.shape)
-        assert scene.others.shape == (len(batch.numbers), own, 1)
-        np.testing.assert_allclose(scene.others[:, :, 0], expected, rtol=1e-12)
+        assert features.others.shape == (len(batch.numbers), own, 1)
+        np.testing.assert_allclose(features.others[:, :, 0], expected, rtol=1e-12)
 
     def test_inputs_are_all_that_errors_may_depend_on(self):
         batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": 1, "other": 1}, len(batch.numbers))
-        scene = self.view(distances=("other",)).scene(batch, raws)
+        features = self.inputs(distances=("other",)).features(batch, raws)
         sites = around(raws["near"].distance, batch.edges, RADII)
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).log()
-        torch.testing.assert_close(scene.around, views)
+        torch.testing.assert_close(features.around, views)
         assert batch.forces is not None
         ones = torch.ones(len(batch.numbers), 1, dtype=torch.float64)
         near, weights = (sum_over_sites(x, batch.edges, [3.5])[:, :, 0] for x in (batch.features, ones))
@@ -500,30 +507,30 @@ class TestView:
             torch.stack([batch.numbers == 1, batch.numbers == 6], 1).double(),
             raws["other"].distance.log()[:, None],
         ]
-        torch.testing.assert_close(scene.inputs, torch.cat(expected, 1))
+        torch.testing.assert_close(features.network_inputs, torch.cat(expected, 1))
 
     def test_batch_equals_singles(self):
         frames = [*labelled_frames(3, seed=1), Atoms("O"), *labelled_frames(1, seed=2, cell=4.2)]
         backend = load_backend(ToyCalculator(ELEMENTS))
         batch = evaluate(backend, frames)
         raws = self.raws({"near": 3, "other": 1}, len(batch.numbers))
-        together = self.view().scene(batch, raws)
+        together = self.inputs().features(batch, raws)
         alone = []
         for k, atoms in enumerate(frames):
             own = batch.frame_of_atom == k
             parts = {n: Raw(r.forces[own], r.energy, r.energies, r.stress, r.distance[own]) for n, r in raws.items()}
-            alone.append(self.view().scene(evaluate(backend, [atoms]), parts))
-        joined = Scene.joined(alone)
-        for name in Scene.__dataclass_fields__:
+            alone.append(self.inputs().features(evaluate(backend, [atoms]), parts))
+        joined = CombinationFeatures.joined(alone)
+        for name in CombinationFeatures.__dataclass_fields__:
             torch.testing.assert_close(getattr(joined, name), getattr(together, name), rtol=1e-9, atol=1e-12)
 
     def test_a_distance_of_zero_is_no_infinity(self):
         batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), [Atoms("O")])
         raws = self.raws({"near": 1, "other": 1}, 1)
         zero = {name: replace(raw, forces=0 * raw.forces, distance=0 * raw.distance) for name, raw in raws.items()}
-        scene = self.view(distances=("other",)).scene(batch, zero)
-        for name in Scene.__dataclass_fields__:
-            assert bool(torch.isfinite(getattr(scene, name)).all()), name
+        features = self.inputs(distances=("other",)).features(batch, zero)
+        for name in CombinationFeatures.__dataclass_fields__:
+            assert bool(torch.isfinite(getattr(features, name)).all()), name
 
 
 def _state(combination: Combination) -> list[tuple[str, Tensor]]:

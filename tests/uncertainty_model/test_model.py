@@ -18,14 +18,14 @@ from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, LabelError, PotentialMismatch, UQWarning
-from ase_uq.forward_pass import Edges, EnergyLayer, Evaluation, ForceLayer
-from ase_uq.io.tensor_file import write_artefact
+from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass
+from ase_uq.io.tensor_file import write_tensor_file
 from ase_uq.methods.bll import BLL
-from ase_uq.numerics.networks import Ensemble, Training
+from ase_uq.numerics.networks import MLPEnsemble, Training
 from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
 from ase_uq.uncertainty_model.record import CalibrationRecord
@@ -47,13 +47,13 @@ def model(calculator: ToyCalculator) -> UncertaintyModel:
 
 
 @pytest.fixture(scope="module")
-def stressed(calculator: ToyCalculator) -> UncertaintyModel:
+def perturbed(calculator: ToyCalculator) -> UncertaintyModel:
     bad = labelled_frames(30, seed=5, spread=(0.3, 0.5))
     return fit(
         calculator,
         labelled_frames(60, seed=1),
         labelled_frames(60, seed=2),
-        stressed=bad,
+        perturbed=bad,
         methods=["bll"],
         progress=False,
     )
@@ -92,7 +92,7 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
     return dataclasses.replace(model, combination=kept)
 
 
-def _networks(n_inputs: int) -> Ensemble:
+def _networks(n_inputs: int) -> MLPEnsemble:
     """Untrained: what they say is beside the point, but it depends on all inputs."""
     random = torch.Generator().manual_seed(0)
     sizes = [n_inputs, 4, 1]
@@ -103,7 +103,7 @@ def _networks(n_inputs: int) -> Ensemble:
         "shift": torch.zeros(1, dtype=torch.float64),
         "unit": torch.ones(1, dtype=torch.float64),
     }
-    return Ensemble({"sizes": sizes, "output": "linear"}, {"weights": weights, **scales})
+    return MLPEnsemble({"sizes": sizes, "output": "linear"}, {"weights": weights, **scales})
 
 
 class TestCombination:
@@ -129,7 +129,7 @@ class TestCombination:
         assert again.combination is not None
         assert several.combination is not None
         assert again.combination.settings == several.combination.settings
-        assert again.combination.view == several.combination.view
+        assert again.combination.inputs == several.combination.inputs
 
     def test_without_networks_too(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
         found = several.combination
@@ -308,12 +308,12 @@ class TestDamage:
             UncertaintyModel.load(path)
 
     def test_a_newer_file_is_refused(self, tmp_path: Path):
-        write_artefact(tmp_path / "b", "uncertainty model", 99, {}, {})
+        write_tensor_file(tmp_path / "b", "uncertainty model", 99, {}, {})
         with pytest.raises(ArtefactError, match="newer ase_uq: its uncertainty model layout is version 99"):
             UncertaintyModel.load(tmp_path / "b")
 
     def test_a_file_of_another_kind_is_refused(self, tmp_path: Path):
-        write_artefact(tmp_path / "b", "potential", 1, {}, {})
+        write_tensor_file(tmp_path / "b", "potential", 1, {}, {})
         with pytest.raises(ArtefactError, match="is an ase_uq potential; an ase_uq uncertainty model was expected"):
             UncertaintyModel.load(tmp_path / "b")
 
@@ -397,7 +397,7 @@ class TestThreshold:
             model.threshold(Quantile(0.99))
 
     def test_a_meaning_that_is_none_is_refused(self, model: UncertaintyModel):
-        with pytest.raises(TypeError, match=r"a threshold is a number in eV/Å or a meaning .* not '0\.3'"):
+        with pytest.raises(TypeError, match=r"a threshold is a number in eV/Å or a criterion .* not '0\.3'"):
             model.threshold("0.3")  # pyright: ignore
 
 
@@ -502,38 +502,40 @@ class TestReference:
         assert "reference      25 runs, 1000 readings every 0.5 fs, 300 K" in model.with_reference(self.RUNS).summary()
 
     def test_false_alarms_are_counted_on_it(self, model: UncertaintyModel):
-        meaning = FalseAlarms(per_run=0.1, steps=40)
+        criterion = FalseAlarms(per_run=0.1, steps=40)
         with pytest.raises(ValueError, match=r"the uncertainty model has none"):
-            model.threshold(meaning)
-        found = model.with_reference(self.RUNS).threshold(meaning, self.RUNS.reduction)
-        assert found == meaning.resolve(Evidence(np.ones(1), np.ones(1), np.ones(1), self.RUNS.reduction, self.RUNS))
+            model.threshold(criterion)
+        found = model.with_reference(self.RUNS).threshold(criterion, self.RUNS.reduction)
+        assert found == criterion.resolve(
+            ThresholdData(np.ones(1), np.ones(1), np.ones(1), self.RUNS.reduction, self.RUNS)
+        )
         with pytest.raises(ValueError, match=r"the reference runs were read with"):
-            model.with_reference(self.RUNS).threshold(meaning)
+            model.with_reference(self.RUNS).threshold(criterion)
 
     def test_the_model_it_was_added_to_stays_as_it_was(self, model: UncertaintyModel):
         assert model.with_reference(self.RUNS) is not model
         assert model.reference is None
 
 
-class TestStressed:
+class TestPerturbed:
     def test_nothing_but_thresholds_of_missed_frames_depends_on_them(
-        self, model: UncertaintyModel, stressed: UncertaintyModel
+        self, model: UncertaintyModel, perturbed: UncertaintyModel
     ):
-        assert dataclasses.replace(stressed, stressed=None).summary() == model.summary()
-        np.testing.assert_array_equal(stressed.record.uncertainty, model.record.uncertainty)
-        assert stressed.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
+        assert dataclasses.replace(perturbed, perturbed=None).summary() == model.summary()
+        np.testing.assert_array_equal(perturbed.record.uncertainty, model.record.uncertainty)
+        assert perturbed.threshold(Quantile(0.9)) == model.threshold(Quantile(0.9))
         tolerance = float(np.sort(model.record.errors(Reduction()))[-5])
         with pytest.raises(ValueError, match=r"needs at least 9 .* has 4 "):
             model.threshold(MissRate(tolerance, 0.1))
-        found = stressed.threshold(MissRate(tolerance, 0.1))
+        found = perturbed.threshold(MissRate(tolerance, 0.1))
         assert found.n_units > 9  # pyright: ignore
 
     def test_their_readings_and_errors_are_those_of_predictions(
-        self, stressed: UncertaintyModel, calculator: ToyCalculator
+        self, perturbed: UncertaintyModel, calculator: ToyCalculator
     ):
         frames = labelled_frames(30, seed=5, spread=(0.3, 0.5))
-        predictions = Predictor(load_backend(calculator), stressed).predict(frames)
-        record = stressed.stressed
+        predictions = Predictor(load_backend(calculator), perturbed).predict(frames)
+        record = perturbed.perturbed
         assert record is not None
         expected = np.concatenate([p.atom_uncertainty for p in predictions])
         np.testing.assert_allclose(record.uncertainty, expected, rtol=1e-6)
@@ -543,19 +545,21 @@ class TestStressed:
         ]
         np.testing.assert_allclose(record.error, np.concatenate(errors), rtol=1e-5)
 
-    def test_they_come_back_from_the_file(self, stressed: UncertaintyModel, tmp_path: Path):
-        stressed.save(tmp_path / "a")
+    def test_they_come_back_from_the_file(self, perturbed: UncertaintyModel, tmp_path: Path):
+        perturbed.save(tmp_path / "a")
         again = UncertaintyModel.load(tmp_path / "a")
-        assert again.stressed is not None
-        for field in dataclasses.fields(again.stressed):
-            np.testing.assert_array_equal(getattr(again.stressed, field.name), getattr(stressed.stressed, field.name))
-        assert "stressed       30 frames" in again.summary()
+        assert again.perturbed is not None
+        for field in dataclasses.fields(again.perturbed):
+            np.testing.assert_array_equal(
+                getattr(again.perturbed, field.name), getattr(perturbed.perturbed, field.name)
+            )
+        assert "perturbed       30 frames" in again.summary()
 
     def test_they_need_forces(self, calculator: ToyCalculator):
         bad = labelled_frames(12, seed=5)
         del bad[3].arrays["REF_forces"]
-        with pytest.raises(LabelError, match=r"stressed frame 3 has no reference forces"):
-            fit(calculator, labelled_frames(20, seed=1), labelled_frames(20, seed=2), stressed=bad, progress=False)
+        with pytest.raises(LabelError, match=r"perturbed frame 3 has no reference forces"):
+            fit(calculator, labelled_frames(20, seed=1), labelled_frames(20, seed=2), perturbed=bad, progress=False)
 
 
 class TestIntervals:
@@ -674,18 +678,18 @@ class TestOldFiles:
     def test_what_came_later_is_not_in_it(self):
         for version in ("v1", "v2"):
             model = UncertaintyModel.load(FITTED / f"{version}.uq.safetensors")
-            assert (model.stressed, model.reference) == (None, None)
+            assert (model.perturbed, model.reference) == (None, None)
             assert set(model.record.run) == {0}
 
-    def test_stressed_frames_and_reference_runs_of_version_3_are_read(self):
+    def test_perturbed_frames_and_reference_runs_of_version_3_are_read(self):
         model = UncertaintyModel.load(FITTED / "v3.uq.safetensors")
-        assert model.stressed is not None
+        assert model.perturbed is not None
         assert model.reference is not None
-        assert len(model.stressed.run) == 20
+        assert len(model.perturbed.run) == 20
         assert model.threshold(FalseAlarms(per_run=0.2, steps=20)) == pytest.approx(2, rel=1e-6)
 
 
-def _evaluation(stored: dict[str, torch.Tensor]) -> Evaluation:
+def _evaluation(stored: dict[str, torch.Tensor]) -> ForwardPass:
     given = {name.removeprefix("in/"): value for name, value in stored.items() if name.startswith("in/")}
 
     def parts(prefix: str) -> dict[str, torch.Tensor]:
@@ -696,7 +700,7 @@ def _evaluation(stored: dict[str, torch.Tensor]) -> Evaluation:
         distance = edges.pop("distance")
         edges["vector"] = distance[:, None] * torch.tensor([1, 0, 0], dtype=distance.dtype)
     edges["cutoff"] = float(edges.get("cutoff", torch.inf))
-    return Evaluation(
+    return ForwardPass(
         **{name: value for name, value in given.items() if "." not in name},
         edges=Edges(**edges),
         energy_layer=EnergyLayer(**parts("energy_layer.")),

@@ -30,7 +30,7 @@ from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
 from ase_uq.backends.mace.readout import hidden_activations, plain_module, resolve_readout, rounded
 from ase_uq.errors import InputError, PotentialMismatch
-from ase_uq.forward_pass import Edges, EnergyLayer, Evaluation, Gradients, Members
+from ase_uq.forward_pass import Edges, EnergyLayer, ForwardPass, Gradients, Members
 
 # Σ of float32 node energies of a probe of a few atoms; a wrong readout is off by tenths of an eV.
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -130,7 +130,7 @@ class MACEBackend(Backend):
             dtype=calculator.default_dtype,
         )
 
-    def _evaluate(self, batch: Batch, forces: bool, gradients: bool) -> Evaluation:
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         n_frames = len(batch.frames)
         n_atoms = sum(len(atoms) for atoms in batch.frames)
         first = self.calculator.models[0]
@@ -145,7 +145,7 @@ class MACEBackend(Backend):
             for model in self.calculator.models:
                 data = self._inputs(batch.data, model)
                 leaves.append(data["positions"])  # in whose place the model puts deformed ones
-                outputs.append(self._forward(model, data, forces, keep_graph=gradients and not outputs))
+                outputs.append(self._model_outputs(model, data, forces, keep_graph=gradients and not outputs))
             kept = self._gradients(batch, outputs[0], leaves[0], data["batch"], parameters) if gradients else None
         energy_unit = self.calculator.energy_units_to_eV
         length_unit = self.calculator.length_units_to_A
@@ -172,7 +172,7 @@ class MACEBackend(Backend):
         energy = mean("energy", n_frames, energy_unit)
         summed = torch.zeros(n_frames, dtype=torch.float64, device=phi.device)
         summed.index_add_(0, frame_of_atom, (phi @ weights).double())
-        return Evaluation(
+        return ForwardPass(
             numbers=torch.as_tensor(np.concatenate([a.numbers for a in batch.frames]), device=phi.device),
             positions=data["positions"].detach()[:n_atoms] * length_unit,
             frame_of_atom=frame_of_atom,
@@ -233,7 +233,7 @@ class MACEBackend(Backend):
                 batch[key] = batch[key].to(dtype=dtype)
         return batch.to_dict()
 
-    def _forward(
+    def _model_outputs(
         self, model: torch.nn.Module, data: dict[str, Tensor], forces: bool, keep_graph: bool = False
     ) -> dict[str, Tensor]:
         calculator = self.calculator
@@ -286,7 +286,7 @@ class MACEBackend(Backend):
     def _check_last_layer(self) -> None:
         """w·φ_i + base_i = e_i on a structure with every element, with the base computed on its own."""
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
-        evaluation = self.evaluate(batch, forces=False)
+        forward_pass = self.forward(batch, forces=False)
         model = plain_module(self.calculator.models[0])
         unit = self.calculator.energy_units_to_eV
         inputs = self._inputs(batch.data, model)
@@ -301,8 +301,8 @@ class MACEBackend(Backend):
                 )
                 scaled = self._readout.scale if hasattr(model, "scale_shift") else 1.0
                 base = base + scaled * repulsion[: len(base)].double()
-            own = self._forward(self.calculator.models[0], self._inputs(batch.data, model), False)["node_energy"]
-        layer = evaluation.energy_layer
+            own = self._model_outputs(self.calculator.models[0], self._inputs(batch.data, model), False)["node_energy"]
+        layer = forward_pass.energy_layer
         predicted = (layer.features @ layer.weights).double() + base * unit
         deviation = float((predicted - own.detach()[: len(base)].double() * unit).abs().max())
         if not deviation < _IDENTITY_TOLERANCE[self.dtype] * max(1.0, abs(unit)):

@@ -18,7 +18,7 @@ from mace.tools.scripts_utils import extract_config_mace_model
 
 from ase_uq.backends._process import preserved_process
 from ase_uq.errors import ArtefactError
-from ase_uq.io.tensor_file import read_artefact, write_artefact
+from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 
 _KIND, _SCHEMA = "MACE potential", 1
 
@@ -84,14 +84,14 @@ def save_potential(model: torch.nn.Module, path: str | Path) -> None:
     header = {key: _to_json(value) for key, value in config.items() if key != "cueq_config"}
     # Buffers (coupling coefficients, constants) follow from the architecture and would treble the file.
     tensors = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
-    write_artefact(path, _KIND, _SCHEMA, header, tensors)
+    write_tensor_file(path, _KIND, _SCHEMA, header, tensors)
 
 
 def load_potential(path: str | Path) -> torch.nn.Module:
     """The model stored by `save_potential`, in float32."""
     from e3nn import o3
 
-    header, tensors = read_artefact(path, _KIND, _SCHEMA)
+    header, tensors = read_tensor_file(path, _KIND, _SCHEMA)
     arguments = dict(header)
     for key in ("hidden_irreps", "MLP_irreps", "edge_irreps"):
         arguments[key] = None if arguments[key] is None else o3.Irreps(arguments[key])

@@ -35,12 +35,12 @@ def fit(
             "--out", metavar="FILE", help="Where to write, for example my.uq.safetensors; replaced if it exists."
         ),
     ],
-    stressed: Annotated[
+    perturbed: Annotated[
         Path | None,
         typer.Option(
-            "--stressed",
+            "--perturbed",
             metavar="FILE",
-            help="Labelled bad frames, as `ase-uq stress-frames` makes them, for thresholds such as miss=0.1@0.3.",
+            help="Labelled bad frames, as `ase-uq perturb-frames` makes them, for thresholds such as miss=0.1@0.3.",
         ),
     ] = None,
     methods: Annotated[
@@ -82,13 +82,13 @@ def fit(
     makers = [make_method(name, **({"features": features.value} if name == "bll" else {})) for name in names]
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")
-    stressed_frames = None if stressed is None else read_frames(stressed, name="stressed frames")
+    perturbed_frames = None if perturbed is None else read_frames(perturbed, name="perturbed frames")
     seed_all(seed)
     fitted = fit_model(
         load_potential(model, device, dtype),
         train_frames,
         calibration_frames,
-        stressed=stressed_frames,
+        perturbed=perturbed_frames,
         methods=makers,
         label_keys=label_keys(energy_key, forces_key, stress_key),
         batch_atoms=batch_atoms,

@@ -28,7 +28,7 @@ from ase_uq.cli.options import (
     check_before,
     check_xyz_name,
 )
-from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, Ensemble, check_belong
+from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble, check_belong
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -70,9 +70,9 @@ def md(
     steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to run.")],
     uq: UQ = None,
     ensemble: Annotated[
-        Ensemble,
+        MDEnsemble,
         typer.Option("--ensemble", help="NVT by langevin or bussi, nve, or npt (isotropic MTK, no constraints)."),
-    ] = Ensemble.langevin,
+    ] = MDEnsemble.langevin,
     temperature_end: Annotated[
         float | None,
         typer.Option(
@@ -133,7 +133,7 @@ def md(
     """Run dynamics that flag and halt themselves by the uncertainty of the forces.
 
     At each step the largest force uncertainty of an atom is compared with --flag and --halt. LEVEL is a number in eV/Å
-    or a meaning that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
+    or a criterion that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
     miss=0.1@0.3, which misses at most 0.1 of the frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence
     0.9); bound=0.95@0.3, below which errors stay within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or
     alarms=0.05@20000, which disturbs at most 0.05 of good runs of 100 ps or of 20000 readings

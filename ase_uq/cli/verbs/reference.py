@@ -43,7 +43,7 @@ def reference(
     from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
     from ase_uq.sampling.reference_runs import reference_runs
-    from ase_uq.thresholds.meanings import FalseAlarms
+    from ase_uq.thresholds.criteria import FalseAlarms
     from ase_uq.thresholds.reduction import Reduction
 
     check_writable(out)
@@ -67,8 +67,8 @@ def reference(
     fitted.save(out)
     typer.echo(f"{len(found.readings)} runs of {len(found.readings[0])} readings, {found.conditions}; written to {out}")
     for share in (0.05, 0.1):
-        meaning = FalseAlarms(per_run=share, ps=ps)
+        criterion = FalseAlarms(per_run=share, ps=ps)
         try:
-            typer.echo(meaning.resolve(fitted.evidence(found.reduction)).describe())
+            typer.echo(criterion.resolve(fitted.threshold_data(found.reduction)).describe())
         except ValueError as error:
             typer.echo(str(error))

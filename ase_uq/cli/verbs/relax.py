@@ -70,7 +70,7 @@ def relax(
     three OUT has the last structure, from which to go on, and what is printed says how far to trust it: a minimum is
     located only as well as its forces are known.
 
-    LEVEL of --flag and --halt is a number in eV/Å or a meaning, as for [bold]ase-uq md[/]; neither is needed.
+    LEVEL of --flag and --halt is a number in eV/Å or a criterion, as for [bold]ase-uq md[/]; neither is needed.
 
     [dim]ase-uq relax start.xyz --model mace:my.model --uq my.uq.safetensors --out relaxed.xyz --fmax 0.02 --halt 0.5[/]
     """

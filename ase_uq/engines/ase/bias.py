@@ -26,12 +26,13 @@ from torch import Tensor
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.properties import STANDARD, known_to_ase
-from ase_uq.thresholds.evidence import Evidence
-from ase_uq.thresholds.meanings import Meaning
+from ase_uq.thresholds.criteria import Criterion
+from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.reduction import Reduction
-from ase_uq.uncertainty_model.model import FittedMethod, UncertaintyModel
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
+from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 class UncertaintyBias(Calculator):
@@ -79,7 +80,7 @@ class UncertaintyBias(Calculator):
         if not 0 < width < np.inf:
             raise ValueError(f"width is a positive number in eV a root of the number of atoms, not {width!r}.")
         model = calculator.uncertainty_model
-        self._name = model.primary if model.combination is None else model.combination.view.anchor
+        self._name = model.primary if model.combination is None else model.combination.inputs.anchor
         self._fitted = model.methods[self._name]
         if "energy" not in self._fitted.calibrators:
             raise ValueError(
@@ -138,9 +139,9 @@ class UncertaintyBias(Calculator):
             "bias_forces": bias_forces,
         }
 
-    def _bias(self, evaluation: Evaluation) -> tuple[float, np.ndarray]:
+    def _bias(self, forward_pass: ForwardPass) -> tuple[float, np.ndarray]:
         """Energy, eV, and (n_atoms, 3) forces, eV/Å."""
-        variance, pull = _variance_and_pull(evaluation, self._fitted, self._name)
+        variance, pull = _variance_and_pull(forward_pass, self._fitted, self._name)
         scale = len(pull) * self.width**2
         # ∂E_bias/∂σ² · (-∂σ²/∂R)
         forces = -self.height / scale * float(np.exp(-variance / scale)) * pull
@@ -159,13 +160,13 @@ class UncertaintyBias(Calculator):
                 changes.append("info")
         return changes
 
-    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
-        return self.calculator.threshold(meaning, reduction)
+    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
+        return self.calculator.threshold(criterion, reduction)
 
-    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
         """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.calculator.evidence(reduction)
+        return self.calculator.threshold_data(reduction)
 
 
 def _differ(a: Any, b: Any) -> bool:
@@ -177,18 +178,18 @@ class _Keeping:
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._kept: Evaluation | None = None
+        self._kept: ForwardPass | None = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # of a copy that is just being made
             raise AttributeError(name)
         return getattr(self._backend, name)
 
-    def evaluate(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> Evaluation:
-        self._kept = self._backend.evaluate(batch, forces=forces, gradients=True)
+    def forward(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> ForwardPass:
+        self._kept = self._backend.forward(batch, forces=forces, gradients=True)
         return self._kept
 
-    def taken(self) -> Evaluation:
+    def taken(self) -> ForwardPass:
         """The last evaluation; its graph goes with it."""
         assert self._kept is not None
         kept, self._kept = self._kept, None
@@ -200,17 +201,17 @@ class _Leaves:
     """Where the derivative of an uncertainty stops and the potential begins.
 
     Args:
-        evaluation: An evaluation made of the leaves.
+        forward_pass: An evaluation made of the leaves.
         routed: Leaves whose derivatives by the positions are known, by name.
         others: Those whose derivatives are not, by what a message calls them.
     """
 
-    evaluation: Evaluation
+    forward_pass: ForwardPass
     routed: dict[str, Tensor]
     others: dict[str, Tensor]
 
     @classmethod
-    def of(cls, e: Evaluation) -> "_Leaves":
+    def of(cls, e: ForwardPass) -> "_Leaves":
         routed = {
             "features": _leaf(e.features),
             "energy_features": _leaf(e.energy_layer.features),
@@ -230,7 +231,7 @@ class _Leaves:
         if e.confidence is not None:
             others["its confidence head"] = leaf = _leaf(e.confidence.probabilities)
             changes["confidence"] = replace(e.confidence, probabilities=leaf)
-        evaluation = replace(
+        forward_pass = replace(
             e,
             features=routed["features"],
             energy_layer=replace(e.energy_layer, features=routed["energy_features"]),
@@ -239,14 +240,14 @@ class _Leaves:
             energy=others["its energy"],
             **changes,
         )
-        return cls(evaluation, routed, others)
+        return cls(forward_pass, routed, others)
 
 
 def _leaf(values: Tensor) -> Tensor:
     return values.detach().clone().requires_grad_(True)
 
 
-def _variance_and_pull(e: Evaluation, fitted: FittedMethod, name: str) -> tuple[float, np.ndarray]:
+def _variance_and_pull(e: ForwardPass, fitted: FittedMethod, name: str) -> tuple[float, np.ndarray]:
     """σ_E² in eV² of the one frame of an evaluation, and (n_atoms, 3) -∂σ_E²/∂R in eV²/Å.
 
     Raises:
@@ -254,7 +255,7 @@ def _variance_and_pull(e: Evaluation, fitted: FittedMethod, name: str) -> tuple[
     """
     leaves = _Leaves.of(e)
     with torch.enable_grad():
-        raw = fitted.head(leaves.evaluation)
+        raw = fitted.head(leaves.forward_pass)
         # Calibrated per atom of a structure.
         variance = (e.n_atoms_of_frame.double() ** 2 * fitted.calibrators["energy"].variance(raw.energy)).sum()
     everything = {**leaves.routed, **leaves.others}

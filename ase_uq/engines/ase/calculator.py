@@ -18,8 +18,8 @@ from ase_uq.engines.ase.memory import Memory, inputs_of
 from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
 from ase_uq.properties import known_to_ase
-from ase_uq.thresholds.evidence import Evidence
-from ase_uq.thresholds.meanings import Meaning
+from ase_uq.thresholds.criteria import Criterion
+from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -162,13 +162,13 @@ class UncertainCalculator(Calculator):
         """What `atoms.get_properties` gives: the results that ASE has a name for."""
         return known_to_ase(self.results)
 
-    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
-        return self.uncertainty_model.threshold(meaning, reduction)
+    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
+        return self.uncertainty_model.threshold(criterion, reduction)
 
-    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
         """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.uncertainty_model.evidence(reduction)
+        return self.uncertainty_model.threshold_data(reduction)
 
     def __getstate__(self) -> dict[str, Any]:
         # Copies, in this process or another, start without the remembered results: they may be many.

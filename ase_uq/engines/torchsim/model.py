@@ -15,12 +15,12 @@ from torch_sim.models.interface import ModelInterface
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.dynamics.rules import Meaning
+from ase_uq.dynamics.rules import Criterion
 from ase_uq.errors import InputError
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
 from ase_uq.properties import find_property
-from ase_uq.thresholds.evidence import Evidence
+from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -70,13 +70,13 @@ class UncertainModel(ModelInterface):
     def uncertainty_model(self) -> UncertaintyModel:
         return self.predictor.uncertainty_model
 
-    def threshold(self, meaning: float | Meaning, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its meaning; see `UncertaintyModel.threshold`."""
-        return self.uncertainty_model.threshold(meaning, reduction)
+    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
+        return self.uncertainty_model.threshold(criterion, reduction)
 
-    def evidence(self, reduction: Reduction | None = None) -> Evidence:
+    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
         """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.uncertainty_model.evidence(reduction)
+        return self.uncertainty_model.threshold_data(reduction)
 
     def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
         """One forward pass over all systems of a state, which is not changed.

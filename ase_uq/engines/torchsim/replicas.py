@@ -18,14 +18,14 @@ from torch_sim.state import get_attrs_for_scope
 
 from ase_uq.dynamics.actions import Event, Flag
 from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.judging import Judge, Site, Verdict, symbols_looked_at
+from ase_uq.dynamics.judging import Judge, Observation, Verdict, symbols_looked_at
 from ase_uq.dynamics.policy import reduction_of, rules_of_levels
-from ase_uq.dynamics.rules import Meaning, Rule
+from ase_uq.dynamics.rules import Criterion, Rule
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.engines.torchsim.model import UncertainModel
 from ase_uq.io.results import annotated
 from ase_uq.prediction import Prediction
-from ase_uq.thresholds.meanings import PerElement
+from ase_uq.thresholds.criteria import PerElement
 
 # Carried by the systems of a run: which replica each one is, wherever an autobatcher puts it.
 _REPLICA = "replica"
@@ -71,8 +71,8 @@ class ReplicaMonitor:
     0 unless the levels were raised; `state[[r.number for r in monitor.replicas if not r.halted]]` are the others.
 
     Args:
-        model: The model to run, which turns meanings into numbers.
-        halt: Number in eV/Å, a meaning such as `Quantile(0.999)`, or a rule, at which a replica is halted.
+        model: The model to run, which turns criteria into numbers.
+        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, at which a replica is halted.
         flag: The same for frames to keep; below `halt`.
         reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
         elements: Chemical symbols to look at; None for all.
@@ -95,8 +95,8 @@ class ReplicaMonitor:
         self,
         model: UncertainModel,
         *,
-        halt: float | Meaning | PerElement | Rule | None = None,
-        flag: float | Meaning | PerElement | Rule | None = None,
+        halt: float | Criterion | PerElement | Rule | None = None,
+        flag: float | Criterion | PerElement | Rule | None = None,
         reduce: str | float = "max",
         elements: Sequence[str] | None = None,
         indices: Sequence[int] | None = None,
@@ -134,7 +134,7 @@ class ReplicaMonitor:
             The final state, with all systems in the order they were given.
 
         Raises:
-            ValueError: Levels in the wrong order, or a meaning that the calibration data cannot support.
+            ValueError: Levels in the wrong order, or a criterion that the calibration data cannot support.
             InputError: A system that the potential cannot take.
             TypeError: The reporter is a dictionary, or the integrator is none.
         """
@@ -168,7 +168,7 @@ class ReplicaMonitor:
             The final state, with all systems in the order they were given.
 
         Raises:
-            ValueError: Levels in the wrong order, a meaning that the calibration data cannot support, or a rule that
+            ValueError: Levels in the wrong order, a criterion that the calibration data cannot support, or a rule that
                 waits for a time, which a relaxation does not have.
             InputError: A system that the potential cannot take.
             TypeError: The reporter is a dictionary, or the optimizer is none.
@@ -259,7 +259,7 @@ class ReplicaMonitor:
         ):
             replica, results = self._next(numbers[system], dt), prediction.results
             snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
-            verdict = self._judges[replica.number]([Site(snapshot, norms_of(atoms, results))], replica.time_fs)
+            verdict = self._judges[replica.number]([Observation(snapshot, norms_of(atoms, results))], replica.time_fs)
             assert verdict is not None  # every forward pass has uncertainties
             self._note(replica, verdict)
             if verdict.level != "ok" and self._keep is not None:

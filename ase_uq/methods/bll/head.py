@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.base import Head, Raw
 from ase_uq.methods.bll.projection import projected_leverage
@@ -40,28 +40,28 @@ class BLLHead(Head):
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def forward(self, evaluation: Evaluation) -> Raw:
-        features = atom_features(evaluation, self._settings["features"])
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        features = atom_features(forward_pass, self._settings["features"])
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
         # Heads fitted before 0.2 had no reach.
-        raw = raw_of_atoms(distance, evaluation, self._settings["radii"], self._settings.get("reach", 0.0))
-        if evaluation.force_layer is not None:
-            exact = projected_leverage(evaluation.force_layer, self.force_root, evaluation)
+        raw = raw_of_atoms(distance, forward_pass, self._settings["radii"], self._settings.get("reach", 0.0))
+        if forward_pass.force_layer is not None:
+            exact = projected_leverage(forward_pass.force_layer, self.force_root, forward_pass)
             raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         if "energy" in self._settings:
-            phi = evaluation.energy_layer.features.double()
-            counts = evaluation.n_atoms_of_frame.double()[:, None]
-            structure = self._energy_leverage(evaluation.sum_over_atoms(phi) / counts)
+            phi = forward_pass.energy_layer.features.double()
+            counts = forward_pass.n_atoms_of_frame.double()[:, None]
+            structure = self._energy_leverage(forward_pass.sum_over_atoms(phi) / counts)
             energy = torch.cat([structure[:, None], raw.energy], 1)
             raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
         return raw
 
-    def features(self, evaluation: Evaluation) -> Tensor:
+    def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, d) standardised: about the training mean, in units of each one's spread there.
 
         The unit is not below a hundredth of the largest: what hardly varied in training would be all that counts.
         """
-        rows = atom_features(evaluation, self._settings["features"]).double() - self.centre
+        rows = atom_features(forward_pass, self._settings["features"]).double() - self.centre
         # The root R is triangular and holds the units s: (RRᵀ)⁻¹ = effective · s(C + ridge)s, where C has ones on its
         # diagonal.
         eye = torch.eye(len(self.atom_root), dtype=rows.dtype, device=rows.device)
@@ -76,6 +76,6 @@ class BLLHead(Head):
         return squares + 1 / self._settings["energy"]["effective"]
 
 
-def atom_features(evaluation: Evaluation, features: str) -> Tensor:
+def atom_features(forward_pass: ForwardPass, features: str) -> Tensor:
     """(n_atoms, n_features) that leverages are taken in."""
-    return evaluation.features if features == "latent" else evaluation.energy_layer.features
+    return forward_pass.features if features == "latent" else forward_pass.energy_layer.features

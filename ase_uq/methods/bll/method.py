@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import units_of
 from ase_uq.methods._sites import REACH
 from ase_uq.methods.base import Accumulator, Method
@@ -66,15 +66,15 @@ class BLL(Method):
         if not self.reach >= 0:
             raise ValueError(f"the reach is 0 or above, not {self.reach!r}.")
 
-    def start(self) -> "BLLSums":
-        return BLLSums(self)
+    def start(self) -> "BLLAccumulator":
+        return BLLAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "BLLHead":
         return BLLHead(settings, tensors)
 
 
-class BLLSums(Accumulator):
+class BLLAccumulator(Accumulator):
     """Moments of features and targets, all that the posteriors need; None where there was nothing to add."""
 
     def __init__(self, method: BLL) -> None:
@@ -83,17 +83,17 @@ class BLLSums(Accumulator):
         self.energy: Moments | None = None
         self.force: Moments | None = None
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        self.atoms = _added(self.atoms, atom_features(evaluation, self.method.features))
-        counts = evaluation.n_atoms_of_frame.double()[:, None]
-        psi = evaluation.sum_over_atoms(evaluation.energy_layer.features.double()) / counts
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        self.atoms = _added(self.atoms, atom_features(forward_pass, self.method.features))
+        counts = forward_pass.n_atoms_of_frame.double()[:, None]
+        psi = forward_pass.sum_over_atoms(forward_pass.energy_layer.features.double()) / counts
         if targets.energy is not None:
-            target = (targets.energy.double() - evaluation.energy_layer.base.double())[:, None] / counts
+            target = (targets.energy.double() - forward_pass.energy_layer.base.double())[:, None] / counts
             self.energy = _added(self.energy, _labelled(psi, target))
-        if evaluation.force_layer is not None and targets.forces is not None:
-            layer = evaluation.force_layer
+        if forward_pass.force_layer is not None and targets.forces is not None:
+            layer = forward_pass.force_layer
             target = targets.forces.double() - layer.base.double()
-            self.force = _added(self.force, _labelled(removed_mean(layer, evaluation), target))
+            self.force = _added(self.force, _labelled(removed_mean(layer, forward_pass), target))
 
     def finish(self, communicator: Communicator) -> BLLHead:
         method = self.method

@@ -10,7 +10,7 @@ the length of D is taken out because its scale is then not known.
 import torch
 from torch import Tensor
 
-from ase_uq.forward_pass import Evaluation, Gradients
+from ase_uq.forward_pass import ForwardPass, Gradients
 
 WIDTH = 64
 RIDGES = tuple(10.0**power for power in range(-10, 1))  # relative to the mean square of a force feature
@@ -23,17 +23,17 @@ def functions_of(n_features: int, seed: int) -> Tensor:
     return drawn / drawn.norm(dim=0)
 
 
-def force_features(evaluation: Evaluation, functions: Tensor) -> Tensor:
+def force_features(forward_pass: ForwardPass, functions: Tensor) -> Tensor:
     """(n_atoms, 3, WIDTH) G; one backward pass each."""
-    gradients = _gradients(evaluation)
+    gradients = _gradients(forward_pass)
     eye = torch.eye(functions.shape[1], dtype=functions.dtype, device=functions.device)
-    parts = [gradients.of_features(_cotangent(evaluation.features, functions, own)) for own in eye]
+    parts = [gradients.of_features(_cotangent(forward_pass.features, functions, own)) for own in eye]
     return torch.stack(parts, 2).double()
 
 
-def forces_of(evaluation: Evaluation, functions: Tensor, weights: Tensor) -> Tensor:
+def forces_of(forward_pass: ForwardPass, functions: Tensor, weights: Tensor) -> Tensor:
     """(n_atoms, 3) ΔF for these (WIDTH,) weights, float64; one backward pass."""
-    return _gradients(evaluation).of_features(_cotangent(evaluation.features, functions, weights)).double()
+    return _gradients(forward_pass).of_features(_cotangent(forward_pass.features, functions, weights)).double()
 
 
 def ridge_regression(force_features: Tensor, forces: Tensor, fold: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _cotangent(features: Tensor, functions: Tensor, weights: Tensor) -> Tensor:
     return root / length * (slope - (slope * unit).sum(1, keepdim=True) * unit)
 
 
-def _gradients(evaluation: Evaluation) -> Gradients:
-    if evaluation.gradients is None:
+def _gradients(forward_pass: ForwardPass) -> Gradients:
+    if forward_pass.gradients is None:
         raise ValueError("the conservative P-DRUM takes derivatives of the features: evaluate with gradients=True.")
-    return evaluation.gradients
+    return forward_pass.gradients

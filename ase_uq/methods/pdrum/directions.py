@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ase_uq.forward_pass import Edges, Evaluation
+from ase_uq.forward_pass import Edges, ForwardPass
 
 WIDTH = 32  # vectors an atom; a potential with more has them mixed
 _RADIAL = 8
@@ -29,19 +29,19 @@ def mixing_of(n_vectors: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
 
 
-def directions(evaluation: Evaluation, mixing: Tensor) -> Tensor:
+def directions(forward_pass: ForwardPass, mixing: Tensor) -> Tensor:
     """(n_atoms, 3, width) float64: the potential's own l = 1 channels, or v_ic = Σ_j f_c(r_ij) a_c(z_j) r̂_ij.
 
     f are Gaussians under an envelope that falls smoothly to zero, a random weights of the elements. All vanish at a
     centre of symmetry, as the force does.
     """
-    if evaluation.vectors is not None:
-        return evaluation.vectors.double() @ mixing
-    edges = evaluation.edges
+    if forward_pass.vectors is not None:
+        return forward_pass.vectors.double() @ mixing
+    edges = forward_pass.edges
     distance = edges.distance.double()[:, None]
-    weights = (_radial(edges)[:, :, None] * mixing[evaluation.numbers[edges.source]][:, None, :]).flatten(1)
+    weights = (_radial(edges)[:, :, None] * mixing[forward_pass.numbers[edges.source]][:, None, :]).flatten(1)
     arrows = (edges.vector.double() / distance)[:, :, None] * weights[:, None, :]
-    return arrows.new_zeros((len(evaluation.numbers), *arrows.shape[1:])).index_add_(0, edges.target, arrows)
+    return arrows.new_zeros((len(forward_pass.numbers), *arrows.shape[1:])).index_add_(0, edges.target, arrows)
 
 
 def _radial(edges: Edges) -> Tensor:

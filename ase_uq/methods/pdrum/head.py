@@ -7,11 +7,11 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from ase_uq.forward_pass import Evaluation
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
 from ase_uq.methods.pdrum.conservative import forces_of
 from ase_uq.methods.pdrum.directions import directions
-from ase_uq.numerics.networks import Ensemble
+from ase_uq.numerics.networks import MLPEnsemble
 
 Variant = Literal["norm", "diff", "diff_invariant", "diff_conservative"]
 
@@ -61,24 +61,24 @@ class PDRUMHead(Head):
         for part in ("forces", "energy"):
             own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
             if own:
-                self.add_module(part, Ensemble(settings[part], own))
+                self.add_module(part, MLPEnsemble(settings[part], own))
         self.gradients = settings["variant"] == "diff_conservative"
 
     @property
     def settings(self) -> dict[str, Any]:
         return self._settings
 
-    def forward(self, evaluation: Evaluation) -> Raw:
+    def forward(self, forward_pass: ForwardPass) -> Raw:
         if self._settings["variant"] == "norm":
-            atoms = self.force_score(self.get_submodule("forces")(evaluation.features), None)
+            atoms = self.force_score(self.get_submodule("forces")(forward_pass.features), None)
         else:
-            atoms = self.expected_forces(evaluation).square().mean(1)
-        counts = evaluation.n_atoms_of_frame.double()
-        mean = evaluation.sum_over_atoms(atoms) / counts
+            atoms = self.expected_forces(forward_pass).square().mean(1)
+        counts = forward_pass.n_atoms_of_frame.double()
+        mean = forward_pass.sum_over_atoms(atoms) / counts
         energy, energies = mean, atoms
         if "energy" in self._settings:
-            each = self.get_submodule("energy")(evaluation.features)[:, 0]
-            energy = self.energy_score(evaluation.sum_over_atoms(each) / counts)
+            each = self.get_submodule("energy")(forward_pass.features)[:, 0]
+            energy = self.energy_score(forward_pass.sum_over_atoms(each) / counts)
             energies = self.energy_score(each)
         return Raw(
             forces=atoms[:, None, None],
@@ -88,13 +88,13 @@ class PDRUMHead(Head):
             distance=atoms / self._settings["mean_score"],
         )
 
-    def expected_forces(self, evaluation: Evaluation) -> Tensor:
+    def expected_forces(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, 3) eV/Å: the residuals that a `diff` expects. Adding them to the forces is not its purpose."""
         if self.gradients:
             weights = self.force_unit * self.weights / self.vector_units
-            return forces_of(evaluation, self.mixing, weights)
-        vectors = directions(evaluation, self.mixing) if self._settings["variant"] == "diff" else None
-        return self.combined(self.get_submodule("forces")(evaluation.features), vectors)
+            return forces_of(forward_pass, self.mixing, weights)
+        vectors = directions(forward_pass, self.mixing) if self._settings["variant"] == "diff" else None
+        return self.combined(self.get_submodule("forces")(forward_pass.features), vectors)
 
     def combined(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
         """(n_atoms, 3) eV/Å: outputs that are forces, or the sum of (n_atoms, 3, width) vectors that they weigh."""

@@ -29,15 +29,15 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.forward_pass import Evaluation, Targets
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.methods.pdrum.conservative import force_features, functions_of, ridge_regression
 from ase_uq.methods.pdrum.directions import directions, mixing_of
 from ase_uq.methods.pdrum.head import PDRUMHead, Target, Variant
 from ase_uq.methods.pdrum.rows import Rows, RowStore
 from ase_uq.numerics.networks import (
-    Ensemble,
     Loss,
+    MLPEnsemble,
     Training,
     cross_fit,
     folds_of,
@@ -90,15 +90,15 @@ class PDRUM(Method):
         # The potential keeps the graph of its forward pass for this variant only.
         object.__setattr__(self, "gradients", self.variant == "diff_conservative")
 
-    def start(self) -> "ResidualAccumulator":
-        return ResidualAccumulator(self)
+    def start(self) -> "PDRUMAccumulator":
+        return PDRUMAccumulator(self)
 
     @classmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "PDRUMHead":
         return PDRUMHead(settings, tensors)
 
 
-class ResidualAccumulator(Accumulator):
+class PDRUMAccumulator(Accumulator):
     """Rows of all training atoms."""
 
     def __init__(self, method: PDRUM) -> None:
@@ -106,16 +106,16 @@ class ResidualAccumulator(Accumulator):
         self.rows = RowStore()
         self.mixing: Tensor | None = None
 
-    def add(self, evaluation: Evaluation, targets: Targets) -> None:
-        vectors, seed, device = None, self.method.training.seed, evaluation.features.device
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        vectors, seed, device = None, self.method.training.seed, forward_pass.features.device
         if self.method.variant == "diff":
-            n_vectors = 0 if evaluation.vectors is None else evaluation.vectors.shape[2]
+            n_vectors = 0 if forward_pass.vectors is None else forward_pass.vectors.shape[2]
             self.mixing = mixing_of(n_vectors, seed).to(device)
-            vectors = directions(evaluation, self.mixing)
+            vectors = directions(forward_pass, self.mixing)
         elif self.method.variant == "diff_conservative":
-            self.mixing = functions_of(evaluation.features.shape[1], seed).to(device)
-            vectors = force_features(evaluation, self.mixing)
-        self.rows.add(evaluation, targets, vectors)
+            self.mixing = functions_of(forward_pass.features.shape[1], seed).to(device)
+            vectors = force_features(forward_pass, self.mixing)
+        self.rows.add(forward_pass, targets, vectors)
 
     def finish(self, communicator: Communicator) -> PDRUMHead:
         method = self.method
@@ -196,7 +196,7 @@ def _fit_forces(
     return head
 
 
-def _force_ensemble(method: PDRUM, rows: Rows, tensors: dict[str, Tensor], title: str) -> Ensemble:
+def _force_ensemble(method: PDRUM, rows: Rows, tensors: dict[str, Tensor], title: str) -> MLPEnsemble:
     """Networks for magnitudes, for forces, or for the weights of vectors."""
     targets, loss, width = rows.residuals, _loss(method), None
     if method.variant == "norm":

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError
-from ase_uq.forward_pass import Evaluation, Targets, residuals_of
+from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ class RowStore:
         self._frames: list[Tensor] = []
         self._n_features = 0
 
-    def add(self, evaluation: Evaluation, targets: Targets, vectors: Tensor | None = None) -> None:
+    def add(self, forward_pass: ForwardPass, targets: Targets, vectors: Tensor | None = None) -> None:
         """Takes a batch with its forces, and (n_atoms, 3, width) vectors of the method's own."""
-        if evaluation.forces is None:
+        if forward_pass.forces is None:
             raise ValueError("residuals of forces need the potential's forces: evaluate the training frames with them.")
-        columns = [residuals_of(targets.forces, evaluation.forces), evaluation.features]
+        columns = [residuals_of(targets.forces, forward_pass.forces), forward_pass.features]
         if vectors is not None:
             columns.append(vectors.flatten(1))
         self._atoms.append(torch.cat([column.float() for column in columns], 1))
-        energy = residuals_of(targets.energy, evaluation.energy)
-        counts = evaluation.n_atoms_of_frame.double()
+        energy = residuals_of(targets.energy, forward_pass.energy)
+        counts = forward_pass.n_atoms_of_frame.double()
         self._frames.append(torch.stack([targets.frames.double(), counts, energy], 1))
-        self._n_features = evaluation.features.shape[1]
+        self._n_features = forward_pass.features.shape[1]
 
     def finish(self, communicator: Communicator) -> Rows:
         """The rows of all ranks.

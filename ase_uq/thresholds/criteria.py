@@ -1,6 +1,6 @@
-"""Meanings of a threshold, which calibration data and reference runs turn into a number in eV/Å.
+"""Criteria of a threshold, which calibration data and reference runs turn into a number in eV/Å.
 
-A meaning says what the threshold buys: a share of the frames (`Quantile`), at most so many dangerous frames missed
+A criterion says what the threshold buys: a share of the frames (`Quantile`), at most so many dangerous frames missed
 (`MissRate`, `ErrorBound`), at most so many runs disturbed for nothing (`FalseAlarms`). Each says what data it needs and
 refuses, with the number required, where there are too few.
 """
@@ -13,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from ase_uq.thresholds import conformal, extremes
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 
 # Of a threshold beyond what was seen: runs this many times as long as the reference are a guess.
 _FARTHEST = 100.0
@@ -25,14 +25,14 @@ class ResolvedThreshold(float):
     """A threshold in eV/Å that remembers what it means; a float everywhere else.
 
     Attributes:
-        meaning: What it was made from.
+        criterion: What it was made from.
         promise: What it buys, for people.
         n_units: Independent units that it was made of.
-        needed: Fewest units that this meaning asks for.
+        needed: Fewest units that this criterion asks for.
         band: Where it could lie, eV/Å, as far as the data tell: a 90 % interval; None where that is not known.
     """
 
-    meaning: object
+    criterion: object
     promise: str
     n_units: int
     needed: int
@@ -42,14 +42,20 @@ class ResolvedThreshold(float):
         cls,
         value: float,
         *,
-        meaning: object,
+        criterion: object,
         promise: str,
         n_units: int,
         needed: int,
         band: tuple[float, float] | None = None,
     ) -> Self:
         found = super().__new__(cls, value)
-        found.meaning, found.promise, found.n_units, found.needed, found.band = meaning, promise, n_units, needed, band
+        found.criterion, found.promise, found.n_units, found.needed, found.band = (
+            criterion,
+            promise,
+            n_units,
+            needed,
+            band,
+        )
         return found
 
     def __getnewargs_ex__(self) -> tuple[tuple[float], dict]:
@@ -60,7 +66,7 @@ class ResolvedThreshold(float):
         """The same, saying that it was made of all atoms since one element had too few data."""
         return ResolvedThreshold(
             self,
-            meaning=self.meaning,
+            criterion=self.criterion,
             promise=f"{self.promise}, of all atoms together: there are too few data of this element alone",
             n_units=self.n_units,
             needed=self.needed,
@@ -71,23 +77,23 @@ class ResolvedThreshold(float):
         """Value, promise and how sure it is, in one line."""
         band = "" if self.band is None else f"; 90 % band {self.band[0]:.3g} to {self.band[1]:.3g}"
         units = f"{self.n_units} units, {self.needed} needed"
-        return f"{float(self):.4g} eV/Å by {self.meaning}: {self.promise} ({units}{band})"
+        return f"{float(self):.4g} eV/Å by {self.criterion}: {self.promise} ({units}{band})"
 
 
-class Meaning(ABC):
-    """Base of the meanings; subclasses are frozen dataclasses with a `__str__` for people."""
+class Criterion(ABC):
+    """Base of the criteria; subclasses are frozen dataclasses with a `__str__` for people."""
 
     @abstractmethod
-    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+    def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold.
 
         Raises:
-            ValueError: The data cannot support the meaning.
+            ValueError: The data cannot support the criterion.
         """
 
 
 @dataclass(frozen=True)
-class Quantile(Meaning):
+class Quantile(Criterion):
     """The reading that a fraction `q` of the calibration frames stay below.
 
     Args:
@@ -111,23 +117,23 @@ class Quantile(Meaning):
         """Fewest calibration frames that know this quantile: one of them lies above it."""
         return int(np.ceil(1 / (1 - self.q) - 1e-9))
 
-    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+    def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold in eV/Å.
 
         Raises:
             ValueError: There are too few frames to know this quantile: fewer than 1/(1 - q).
         """
-        readings = evidence.finite.readings
+        readings = threshold_data.finite.readings
         if len(readings) < self.needed:
             raise ValueError(
                 f"Quantile({self.q}) needs at least {self.needed} calibration frames, the uncertainty model has "
                 f"{len(readings)}. Calibrate on more frames or ask for a lower quantile."
             )
         # Ranks of a binomial around q: where the quantile of the population lies, if frames were independent.
-        low, high = np.quantile(readings, np.clip(_binomial_spread(self.q, evidence.finite.n_units), 0, 1))
+        low, high = np.quantile(readings, np.clip(_binomial_spread(self.q, threshold_data.finite.n_units), 0, 1))
         return ResolvedThreshold(
             float(np.quantile(readings, self.q)),
-            meaning=self,
+            criterion=self,
             promise=f"{self.q:.4g} of frames like those of the calibration stay below",
             n_units=len(readings),
             needed=self.needed,
@@ -136,7 +142,7 @@ class Quantile(Meaning):
 
 
 @dataclass(frozen=True)
-class ErrorBound(Meaning):
+class ErrorBound(Criterion):
     """Flags every frame whose error bound reaches a tolerance: split conformal.
 
     With scores error/reading of the calibration units and their conformal quantile q̂, the largest force error of a
@@ -163,13 +169,13 @@ class ErrorBound(Meaning):
     def __str__(self) -> str:
         return f"ErrorBound({self.error:g}, confidence={self.confidence:g})"
 
-    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+    def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold in eV/Å.
 
         Raises:
             ValueError: Fewer than 1/(1 - confidence) - 1 independent units.
         """
-        found = evidence.finite
+        found = threshold_data.finite
         alpha = 1 - self.confidence
         needed = conformal.fewest_units(alpha)
         if found.n_units < needed:
@@ -183,7 +189,7 @@ class ErrorBound(Meaning):
         bound = conformal.conformal_quantile(scores, alpha, found.groups)
         return ResolvedThreshold(
             self.error / bound if bound > 0 else np.inf,
-            meaning=self,
+            criterion=self,
             promise=f"at most {alpha:.4g} of frames are worse than {self.error:g} eV/Å and below it (errors stay "
             f"below {bound:.3g} times the reading)",
             n_units=found.n_units,
@@ -192,11 +198,11 @@ class ErrorBound(Meaning):
 
 
 @dataclass(frozen=True)
-class MissRate(Meaning):
+class MissRate(Criterion):
     """Of the frames with an error above a tolerance, at most a given share is missed: recall-controlled.
 
     The threshold lies below all but a few of the readings of the frames that are that bad, so there must be bad ones:
-    make some with `ase-uq stress-frames`, label them with your reference and give them to `fit` as `stressed`. The
+    make some with `ase-uq perturb-frames`, label them with your reference and give them to `fit` as `perturbed`. The
     promise is for bad frames like those.
 
     Without `confidence` the share is that expected over calibration sets, k/(n_bad + 1) ≤ `at_most`; with it, it
@@ -232,19 +238,19 @@ class MissRate(Meaning):
             return conformal.fewest_units(self.at_most)
         return conformal.fewest_units_pac(self.at_most, 1 - self.confidence)
 
-    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+    def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold in eV/Å.
 
         Raises:
             ValueError: Too few calibration frames are that bad.
         """
-        bad = evidence.worse_than(self.error)
+        bad = threshold_data.worse_than(self.error)
         if bad.n_units < self.needed:
             raise ValueError(
                 f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, the "
-                f"uncertainty model has {bad.n_units} (among {_units(evidence.finite)}{_and_stressed(evidence)}). Make "
-                "bad frames with `ase-uq stress-frames`, label them with the reference and give them to fit as "
-                "stressed; or ask for a smaller error or a larger share."
+                f"uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}{_and_perturbed(threshold_data)}). Make "
+                "bad frames with `ase-uq perturb-frames`, label them with the reference and give them to fit as "
+                "perturbed; or ask for a smaller error or a larger share."
             )
         if self.confidence is None:
             value = conformal.recall_threshold(bad.readings, self.at_most, bad.groups)
@@ -254,7 +260,7 @@ class MissRate(Meaning):
             how = f"with confidence {self.confidence:g}"
         return ResolvedThreshold(
             value,
-            meaning=self,
+            criterion=self,
             promise=f"at most {self.at_most:.4g} of frames worse than {self.error:g} eV/Å are missed, {how}",
             n_units=bad.n_units,
             needed=self.needed,
@@ -262,7 +268,7 @@ class MissRate(Meaning):
 
 
 @dataclass(frozen=True)
-class FalseAlarms(Meaning):
+class FalseAlarms(Criterion):
     """At most a given share of runs is disturbed although nothing is wrong.
 
     Counted on reference runs, in which the potential is trusted. Where these are long and many enough, the threshold
@@ -313,13 +319,13 @@ class FalseAlarms(Meaning):
             )
         return round(1000 * self.ps / runs.interval)
 
-    def resolve(self, evidence: Evidence) -> ResolvedThreshold:
+    def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold in eV/Å.
 
         Raises:
             ValueError: There are no reference runs, or they are too few and too short.
         """
-        runs = evidence.require_runs(self)
+        runs = threshold_data.require_runs(self)
         length = self.n_readings(runs)
         promise = f"at most {self.per_run:.4g} of runs of {length} readings like the reference have an alarm"
         needed = conformal.fewest_units(self.per_run)
@@ -328,7 +334,7 @@ class FalseAlarms(Meaning):
             return ResolvedThreshold(
                 # An alarm is a reading at or above the threshold: that of the quantile itself is none.
                 np.nextafter(conformal.conformal_quantile(maxima, self.per_run, groups), np.inf),
-                meaning=self,
+                criterion=self,
                 promise=promise,
                 n_units=len(np.unique(groups)),
                 needed=needed,
@@ -353,7 +359,7 @@ class FalseAlarms(Meaning):
             )
         return ResolvedThreshold(
             tail.return_level(self.per_run, length),
-            meaning=self,
+            criterion=self,
             promise=f"{promise} (extrapolated from the tail)",
             n_units=tail.n_peaks,
             needed=_FEWEST_PEAKS,
@@ -363,29 +369,29 @@ class FalseAlarms(Meaning):
 
 @dataclass(frozen=True)
 class PerElement:
-    """A threshold for each element of its own (Mondrian): what the meaning promises then holds for every element.
+    """A threshold for each element of its own (Mondrian): what the criterion promises then holds for every element.
 
     Atoms of an element are compared with the threshold of that element, made from the readings and errors of such
     atoms alone. An element with too few data gets the threshold of all atoms together.
 
     Args:
-        meaning: What the threshold of each element means.
+        criterion: What the threshold of each element means.
 
     Raises:
-        TypeError: `meaning` is none, or needs reference runs, which are read over all atoms.
+        TypeError: `criterion` is none, or needs reference runs, which are read over all atoms.
     """
 
-    meaning: Meaning
+    criterion: Criterion
 
     def __post_init__(self) -> None:
-        if not isinstance(self.meaning, Meaning) or isinstance(self.meaning, FalseAlarms):
+        if not isinstance(self.criterion, Criterion) or isinstance(self.criterion, FalseAlarms):
             raise TypeError(
                 f"PerElement takes Quantile, ErrorBound or MissRate, which calibration frames resolve, not "
-                f"{self.meaning!r}."
+                f"{self.criterion!r}."
             )
 
     def __str__(self) -> str:
-        return f"PerElement({self.meaning})"
+        return f"PerElement({self.criterion})"
 
 
 def _binomial_spread(q: float, n: int) -> tuple[float, float]:
@@ -393,15 +399,19 @@ def _binomial_spread(q: float, n: int) -> tuple[float, float]:
     return q - spread, q + spread
 
 
-def _units(evidence: Evidence) -> str:
-    n_frames = len(evidence.readings)
-    if evidence.n_units == n_frames:
+def _units(threshold_data: ThresholdData) -> str:
+    n_frames = len(threshold_data.readings)
+    if threshold_data.n_units == n_frames:
         return f"{n_frames} frames"
-    return f"{n_frames} frames in {evidence.n_units} blocks, since neighbouring frames are alike"
+    return f"{n_frames} frames in {threshold_data.n_units} blocks, since neighbouring frames are alike"
 
 
-def _and_stressed(evidence: Evidence) -> str:
-    return "" if evidence.stressed is None else f" and {_units(evidence.stressed.finite)} that were stressed"
+def _and_perturbed(threshold_data: ThresholdData) -> str:
+    return (
+        ""
+        if threshold_data.perturbed is None
+        else f" and {_units(threshold_data.perturbed.finite)} that were perturbed"
+    )
 
 
 def _check_error(error: float) -> None:

@@ -9,21 +9,21 @@ from ase.io import read, write
 from typer.testing import CliRunner, Result
 
 from ase_uq.cli.console import ErrorsAsLines
-from ase_uq.cli.verbs.stress_frames import stress_frames
+from ase_uq.cli.verbs.perturb_frames import perturb_frames
 
 COLD = "rattled,strained,compressed,swapped"
 
 
 @pytest.fixture
 def stress(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    """Runs `ase-uq stress-frames` in an empty folder."""
+    """Runs `ase-uq perturb-frames` in an empty folder."""
     monkeypatch.chdir(tmp_path)
     app = typer.Typer(cls=ErrorsAsLines)
-    app.command()(stress_frames)
+    app.command()(perturb_frames)
     app.callback()(lambda: None)
 
-    def stress(*words, frames=files.train, out="stressed.xyz") -> Result:
-        arguments = [str(word) for word in ("stress-frames", frames, "--out", out, *words)]
+    def stress(*words, frames=files.train, out="perturbed.xyz") -> Result:
+        arguments = [str(word) for word in ("perturb-frames", frames, "--out", out, *words)]
         result = CliRunner().invoke(app, arguments, catch_exceptions=False)
         assert "Traceback" not in result.stderr
         return result
@@ -34,12 +34,12 @@ def stress(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
 def test_all_kinds_with_a_potential(stress, files):
     result = stress("--model", "toy:", "--per-kind", 2, "--temperature-max", 800)
     assert result.exit_code == 0
-    made = read("stressed.xyz", ":")
-    kinds = [atoms.info["stressed"] for atoms in made]
+    made = read("perturbed.xyz", ":")
+    kinds = [atoms.info["perturbed"] for atoms in made]
     assert {kind: kinds.count(kind) for kind in set(kinds)} == dict.fromkeys(
         ("rattled", "strained", "compressed", "hot", "swapped"), 2
     )
-    assert all(200 <= atoms.info["temperature_K"] <= 800 for atoms in made if atoms.info["stressed"] == "hot")
+    assert all(200 <= atoms.info["temperature_K"] <= 800 for atoms in made if atoms.info["perturbed"] == "hot")
     assert "REF_forces" in read(files.train).arrays
     for atoms in made:
         assert atoms.calc is None
@@ -52,15 +52,15 @@ def test_the_table_says_what_was_made_and_what_is_next(stress):
     header, *rows, last = result.stdout.splitlines()
     assert header.split() == ["kind", "frames", "of", "parents", "shortest", "distance", "(Å)"]
     assert {row.split()[0] for row in rows} == set(COLD.split(","))
-    made = read("stressed.xyz", ":")
+    made = read("perturbed.xyz", ":")
     for row in rows:
         kind, count, parents, shortest = row.split()
-        distances = [a.get_all_distances() + 9 * np.eye(len(a)) for a in made if a.info["stressed"] == kind]
+        distances = [a.get_all_distances() + 9 * np.eye(len(a)) for a in made if a.info["perturbed"] == kind]
         assert (count, parents) == ("3", "3")
         assert float(shortest) == pytest.approx(np.min(distances), abs=0.0051)
     assert last == (
-        "12 frames written to stressed.xyz; next: label them with your reference (REF_energy, REF_forces), then "
-        "ase-uq fit ... --calibration held_out.xyz --stressed stressed_labelled.xyz"
+        "12 frames written to perturbed.xyz; next: label them with your reference (REF_energy, REF_forces), then "
+        "ase-uq fit ... --calibration held_out.xyz --perturbed perturbed_labelled.xyz"
     )
 
 
@@ -74,15 +74,15 @@ def test_the_seed_makes_the_file(stress, tmp_path):
 
 
 def test_an_existing_file_is_kept_unless_told(stress, tmp_path):
-    (tmp_path / "stressed.xyz").write_text("precious")
+    (tmp_path / "perturbed.xyz").write_text("precious")
     refused = stress("--kinds", COLD)
     assert (refused.exit_code, refused.stderr) == (
         1,
-        "error: stressed.xyz exists. Give another name, or --overwrite to replace it.\n",
+        "error: perturbed.xyz exists. Give another name, or --overwrite to replace it.\n",
     )
-    assert (tmp_path / "stressed.xyz").read_text() == "precious"
+    assert (tmp_path / "perturbed.xyz").read_text() == "precious"
     assert stress("--kinds", COLD, "--per-kind", 1, "--overwrite").exit_code == 0
-    assert len(read("stressed.xyz", ":")) == 4
+    assert len(read("perturbed.xyz", ":")) == 4
 
 
 def test_a_kind_that_no_frame_allows_is_a_line(stress):
@@ -90,7 +90,7 @@ def test_a_kind_that_no_frame_allows_is_a_line(stress):
     result = stress("--kinds", COLD, "--per-kind", 2, frames="si.xyz")
     assert result.exit_code == 0
     assert "warning: left out, since no frame allows it: swapped ones want two elements" in result.stderr
-    assert len(read("stressed.xyz", ":")) == 6
+    assert len(read("perturbed.xyz", ":")) == 6
 
 
 @pytest.mark.parametrize(

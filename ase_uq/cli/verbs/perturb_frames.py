@@ -1,4 +1,4 @@
-"""`ase-uq stress-frames`: deliberately bad variants of frames, for the reference to label."""
+"""`ase-uq perturb-frames`: deliberately bad variants of frames, for the reference to label."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ase import Atoms
 
 
-def stress_frames(
+def perturb_frames(
     frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="Frames in any format that ASE reads.")],
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
     kinds: Annotated[
@@ -40,16 +40,16 @@ def stress_frames(
     """Make deliberately bad frames from yours, so that missed errors can be counted.
 
     Frames like the training frames have hardly any large errors, and a threshold such as miss=0.1@0.3 needs some.
-    Label OUT with your reference method, then hand it to fit as --stressed; OUT carries no labels of FRAMES. Variants
+    Label OUT with your reference method, then hand it to fit as --perturbed; OUT carries no labels of FRAMES. Variants
     of one frame have one name in info: they do not count as independent where they behave alike.
 
-    [dim]ase-uq stress-frames train.xyz --model mace:my.model --out stressed.xyz[/]
+    [dim]ase-uq perturb-frames train.xyz --model mace:my.model --out perturbed.xyz[/]
     """
     names = [name.strip() for name in kinds.split(",") if name.strip()]
     _check_arguments(frames, out, overwrite, names, model)
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.io.frames import read_frames, write_frames
-    from ase_uq.sampling.stressed import stress_frames as make
+    from ase_uq.sampling.perturbed import perturb_frames as make
 
     seed_all(seed)
     parents = read_frames(frames, name="FRAMES")
@@ -68,7 +68,7 @@ def stress_frames(
     typer.echo(_table(made))
     typer.echo(
         f"{len(made)} frames written to {out}; next: label them with your reference (REF_energy, REF_forces), then "
-        f"ase-uq fit ... --calibration held_out.xyz --stressed {out.with_name(out.stem + '_labelled' + out.suffix)}"
+        f"ase-uq fit ... --calibration held_out.xyz --perturbed {out.with_name(out.stem + '_labelled' + out.suffix)}"
     )
 
 
@@ -89,11 +89,11 @@ def _check_arguments(frames: Path, out: Path, overwrite: bool, names: list[str],
 
 
 def _table(made: "list[Atoms]") -> str:
-    from ase_uq.sampling.stressed import shortest_distance
+    from ase_uq.sampling.perturbed import shortest_distance
 
     lines = [f"{'kind':<12}{'frames':>8}{'of parents':>12}{'shortest distance (Å)':>24}"]
-    for kind in dict.fromkeys(atoms.info["stressed"] for atoms in made):
-        own = [atoms for atoms in made if atoms.info["stressed"] == kind]
+    for kind in dict.fromkeys(atoms.info["perturbed"] for atoms in made):
+        own = [atoms for atoms in made if atoms.info["perturbed"] == kind]
         parents = len({atoms.info["run"] for atoms in own})
         lines.append(f"{kind:<12}{len(own):>8}{parents:>12}{min(map(shortest_distance, own)):>24.2f}")
     return "\n".join(lines)

@@ -51,7 +51,7 @@ class ReferenceRuns:
 
 
 @dataclass(frozen=True, eq=False)
-class Evidence:
+class ThresholdData:
     """What a threshold is made of.
 
     Args:
@@ -60,7 +60,7 @@ class Evidence:
         groups: (n_frames,) exchangeable unit of each frame: frames of one block of a trajectory have the same number.
         reduction: How atoms became readings.
         runs: Reference runs, where there are any.
-        stressed: The same of deliberately bad frames, where there are any.
+        perturbed: The same of deliberately bad frames, where there are any.
     """
 
     readings: np.ndarray
@@ -68,26 +68,26 @@ class Evidence:
     groups: np.ndarray
     reduction: Reduction = field(default_factory=Reduction)
     runs: ReferenceRuns | None = None
-    stressed: "Evidence | None" = None
+    perturbed: "ThresholdData | None" = None
 
     @cached_property
-    def finite(self) -> "Evidence":
+    def finite(self) -> "ThresholdData":
         """Only the frames with a finite reading, of at least one atom that is looked at."""
         kept = np.isfinite(self.readings) & np.isfinite(self.errors)
         return replace(self, readings=self.readings[kept], errors=self.errors[kept], groups=self.groups[kept])
 
-    def worse_than(self, error: float) -> "Evidence":
-        """The frames with a larger error, stressed ones too."""
+    def worse_than(self, error: float) -> "ThresholdData":
+        """The frames with a larger error, perturbed ones too."""
         found = self.finite
-        if found.stressed is not None:
-            other = found.stressed.finite
+        if found.perturbed is not None:
+            other = found.perturbed.finite
             groups = other.groups + (found.groups.max() + 1 if len(found.groups) else 0)
             found = replace(
                 found,
                 readings=np.concatenate([found.readings, other.readings]),
                 errors=np.concatenate([found.errors, other.errors]),
                 groups=np.concatenate([found.groups, groups]),
-                stressed=None,
+                perturbed=None,
             )
         bad = found.errors > error
         return replace(found, readings=found.readings[bad], errors=found.errors[bad], groups=found.groups[bad])
@@ -97,7 +97,7 @@ class Evidence:
         """Independent units among the frames."""
         return len(np.unique(self.groups))
 
-    def require_runs(self, meaning: object) -> ReferenceRuns:
+    def require_runs(self, criterion: object) -> ReferenceRuns:
         """The reference runs.
 
         Raises:
@@ -105,12 +105,12 @@ class Evidence:
         """
         if self.runs is None:
             raise ValueError(
-                f"{meaning} counts alarms in reference runs, and the uncertainty model has none. Make them with "
+                f"{criterion} counts alarms in reference runs, and the uncertainty model has none. Make them with "
                 "`ase-uq reference`, or with reference_runs(...) and UncertaintyModel.with_reference(...)."
             )
         if self.runs.reduction != self.reduction:
             raise ValueError(
-                f"the reference runs were read with {self.runs.reduction}, and {meaning} is asked for with "
+                f"the reference runs were read with {self.runs.reduction}, and {criterion} is asked for with "
                 f"{self.reduction}. Make reference runs with the same reduction."
             )
         return self.runs

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from scipy.signal import lfilter
 
 from ase_uq.thresholds.conformal import binomial_band
-from ase_uq.thresholds.evidence import Evidence, ReferenceRuns, exchangeable_groups
-from ase_uq.thresholds.meanings import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+from ase_uq.thresholds.data import ReferenceRuns, ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction
 
 
-def evidence(readings, errors=None, groups=None, **more):
+def threshold_data(readings, errors=None, groups=None, **more):
     readings = np.asarray(readings, float)
     errors = np.ones(len(readings)) if errors is None else np.asarray(errors, float)
     groups = np.arange(len(readings)) if groups is None else np.asarray(groups)
-    return Evidence(readings, errors, groups, **more)
+    return ThresholdData(readings, errors, groups, **more)
 
 
 def frames(rng, n):
@@ -45,7 +45,7 @@ def reference(runs, interval=0.5, **more):
 def test_a_quantile_is_where_that_fraction_of_the_frames_lies_below():
     readings = np.random.default_rng(0).permutation(1000) / 1000
     for q in (0.1, 0.5, 0.9, 0.99, 0.999):
-        found = Quantile(q).resolve(evidence(readings))
+        found = Quantile(q).resolve(threshold_data(readings))
         assert np.mean(readings < found) == pytest.approx(q, abs=1e-3)
         assert found.band is not None
         assert found.band[0] <= found <= found.band[1]
@@ -54,23 +54,23 @@ def test_a_quantile_is_where_that_fraction_of_the_frames_lies_below():
 @given(st.floats(0.01, 0.9), st.floats(0.01, 0.9))
 def test_a_higher_quantile_is_a_higher_threshold(low, high):
     low, high = sorted((low, high))
-    found = evidence(np.random.default_rng(1).gamma(2, size=50))
+    found = threshold_data(np.random.default_rng(1).gamma(2, size=50))
     assert Quantile(low).resolve(found) <= Quantile(high).resolve(found)
 
 
 def test_frames_without_a_reading_are_left_out():
     readings = np.arange(10.0)
     with_gaps = np.concatenate([readings, [math.inf, -math.inf, math.nan]])
-    assert Quantile(0.5).resolve(evidence(with_gaps)) == Quantile(0.5).resolve(evidence(readings)) == 4.5
+    assert Quantile(0.5).resolve(threshold_data(with_gaps)) == Quantile(0.5).resolve(threshold_data(readings)) == 4.5
 
 
 @pytest.mark.parametrize(("q", "needed"), [(0.5, 2), (0.9, 10), (0.99, 100), (0.999, 1000)])
 def test_too_few_frames_to_know_the_quantile_are_refused(q, needed):
-    assert Quantile(q).resolve(evidence(np.arange(float(needed)))).needed == needed
+    assert Quantile(q).resolve(threshold_data(np.arange(float(needed)))).needed == needed
     with pytest.raises(
         ValueError, match=rf"Quantile\({q}\) needs at least {needed} calibration frames.*has {needed - 1}"
     ):
-        Quantile(q).resolve(evidence(np.arange(needed - 1.0)))
+        Quantile(q).resolve(threshold_data(np.arange(needed - 1.0)))
 
 
 @pytest.mark.parametrize("q", [0, 1, -0.1, 1.5, 99, math.nan])
@@ -86,7 +86,7 @@ def test_few_frames_are_worse_than_the_tolerance_and_below_the_bound():
     rng = np.random.default_rng(2)
     slipped = []
     for _ in range(400):
-        threshold = ErrorBound(0.15, confidence=0.9).resolve(evidence(*frames(rng, 60)))
+        threshold = ErrorBound(0.15, confidence=0.9).resolve(threshold_data(*frames(rng, 60)))
         readings, errors = frames(rng, 200)
         slipped.append(np.mean((errors > 0.15) & (readings < threshold)))
     assert 0 < np.mean(slipped) <= 0.1
@@ -96,14 +96,14 @@ def test_the_bound_is_the_conformal_factor():
     readings = np.full(19, 2.0)
     errors = np.arange(1.0, 20)
     # 95 % of 20 units is the largest of 19: errors stay below 9.5 times the reading.
-    found = ErrorBound(3.8, confidence=0.95).resolve(evidence(readings, errors))
+    found = ErrorBound(3.8, confidence=0.95).resolve(threshold_data(readings, errors))
     assert found == pytest.approx(3.8 / 9.5)
     assert "9.5 times the reading" in found.promise
 
 
 def test_readings_near_zero_do_not_blow_the_bound_up():
     readings = np.concatenate([[1e-30], np.ones(200)])
-    assert ErrorBound(1.0, confidence=0.9).resolve(evidence(readings, np.ones(201))) == pytest.approx(1.0)
+    assert ErrorBound(1.0, confidence=0.9).resolve(threshold_data(readings, np.ones(201))) == pytest.approx(1.0)
 
 
 def test_low_readings_with_large_errors_are_not_forgiven():
@@ -116,18 +116,18 @@ def test_low_readings_with_large_errors_are_not_forgiven():
 
     slipped = []
     for _ in range(20):
-        threshold = ErrorBound(0.3, confidence=0.998).resolve(evidence(*frames_with_low_ones(2000)))
+        threshold = ErrorBound(0.3, confidence=0.998).resolve(threshold_data(*frames_with_low_ones(2000)))
         readings, errors = frames_with_low_ones(20_000)
         slipped.append(np.mean((errors > 0.3) & (readings < threshold)))
     assert np.mean(slipped) <= 0.002
 
 
 def test_too_few_units_for_a_bound_are_refused():
-    ErrorBound(0.3, confidence=0.95).resolve(evidence(np.ones(19)))
+    ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(19)))
     with pytest.raises(ValueError, match=r"ErrorBound\(0\.3, confidence=0\.95\) needs at least 19 .* has 18 frames\."):
-        ErrorBound(0.3, confidence=0.95).resolve(evidence(np.ones(18)))
+        ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(18)))
     with pytest.raises(ValueError, match=r"has 100 frames in 10 blocks, since neighbouring frames are alike"):
-        ErrorBound(0.3, confidence=0.95).resolve(evidence(np.ones(100), groups=np.repeat(np.arange(10), 10)))
+        ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(100), groups=np.repeat(np.arange(10), 10)))
 
 
 # --- MissRate ---------------------------------------------------------------------------------------
@@ -138,7 +138,7 @@ def test_of_the_bad_frames_few_are_missed(confidence, at_most):
     rng = np.random.default_rng(3)
     missed = []
     for _ in range(300):
-        threshold = MissRate(0.15, at_most, confidence).resolve(evidence(*frames(rng, 300)))
+        threshold = MissRate(0.15, at_most, confidence).resolve(threshold_data(*frames(rng, 300)))
         readings, errors = frames(rng, 4000)
         missed.append(np.mean(readings[errors > 0.15] < threshold))
     missed = np.array(missed)
@@ -152,31 +152,33 @@ def test_of_the_bad_frames_few_are_missed(confidence, at_most):
 def test_the_threshold_is_the_kth_smallest_of_the_bad_readings():
     readings = np.arange(1.0, 41)
     errors = np.where(readings > 20, 1.0, 0.0)  # 20 bad frames, k = ⌊0.1·21⌋ = 2
-    found = MissRate(0.5, at_most=0.1).resolve(evidence(readings, errors))
+    found = MissRate(0.5, at_most=0.1).resolve(threshold_data(readings, errors))
     assert (float(found), found.n_units, found.needed) == (22.0, 20, 9)
 
 
-def test_stressed_frames_count_too():
-    good = evidence(np.ones(50), np.zeros(50))
-    stressed = evidence(np.arange(1.0, 10), np.ones(9))
+def test_perturbed_frames_count_too():
+    good = threshold_data(np.ones(50), np.zeros(50))
+    perturbed = threshold_data(np.arange(1.0, 10), np.ones(9))
     with pytest.raises(
         ValueError, match=r"at least 9 independent frames .* above 0\.3 eV/Å, .* has 0 \(among 50 frames"
     ):
         MissRate(0.3, 0.1).resolve(good)
-    found = MissRate(0.3, 0.1).resolve(evidence(np.ones(50), np.zeros(50), stressed=stressed))
+    found = MissRate(0.3, 0.1).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
     assert (found, found.n_units) == (1.0, 9)
-    with pytest.raises(ValueError, match=r"has 9 \(among 50 frames and 9 frames that were stressed\)"):
-        MissRate(0.3, 0.05).resolve(evidence(np.ones(50), np.zeros(50), stressed=stressed))
+    with pytest.raises(ValueError, match=r"has 9 \(among 50 frames and 9 frames that were perturbed\)"):
+        MissRate(0.3, 0.05).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
 
 
 def test_their_units_are_not_mixed_up_with_those_of_the_calibration():
-    both = evidence(np.ones(5), np.ones(5), np.arange(5), stressed=evidence(np.ones(5), np.ones(5), np.arange(5)))
+    both = threshold_data(
+        np.ones(5), np.ones(5), np.arange(5), perturbed=threshold_data(np.ones(5), np.ones(5), np.arange(5))
+    )
     assert both.worse_than(0.5).n_units == 10
 
 
 def test_the_refusal_says_what_to_do_in_pac_form_too():
-    bad = evidence(np.ones(21), np.ones(21))
-    with pytest.raises(ValueError, match=r"confidence=0\.9\) needs at least 22 .*stress-frames"):
+    bad = threshold_data(np.ones(21), np.ones(21))
+    with pytest.raises(ValueError, match=r"confidence=0\.9\) needs at least 22 .*perturb-frames"):
         MissRate(0.3, 0.1, confidence=0.9).resolve(bad)
 
 
@@ -186,7 +188,7 @@ def test_the_refusal_says_what_to_do_in_pac_form_too():
 def test_long_and_many_runs_give_the_quantile_of_their_maxima():
     runs = np.ones((19, 100))
     runs[:, 50] = np.arange(2.0, 21)
-    found = FalseAlarms(per_run=0.05, steps=100).resolve(evidence([1.0], runs=reference(runs)))
+    found = FalseAlarms(per_run=0.05, steps=100).resolve(threshold_data([1.0], runs=reference(runs)))
     # The largest of 19 maxima; that run itself has no alarm, which is a reading at or above.
     assert 20 < found < 20 + 1e-9
     assert (found.n_units, found.needed, found.band) == (19, 19, None)
@@ -196,8 +198,8 @@ def test_alarms_of_fresh_runs_are_those_promised():
     rng = np.random.default_rng(4)
     alarms = []
     for _ in range(300):
-        meaning = FalseAlarms(per_run=0.1, steps=500)
-        threshold = meaning.resolve(evidence([1.0], runs=reference(correlated(rng, 19, 500))))
+        criterion = FalseAlarms(per_run=0.1, steps=500)
+        threshold = criterion.resolve(threshold_data([1.0], runs=reference(correlated(rng, 19, 500))))
         alarms.append(np.mean(correlated(rng, 20, 500).max(1) >= threshold))
     k, n = round(20 * np.sum(alarms)), 20 * len(alarms)
     low, high = binomial_band(k, n, 0.99)
@@ -209,15 +211,15 @@ def test_alarms_of_fresh_runs_are_those_promised():
 def test_short_runs_are_extrapolated_by_their_tail_and_say_so():
     rng = np.random.default_rng(5)
     runs = reference(correlated(rng, 20, 2000))
-    found = FalseAlarms(per_run=0.1, steps=20_000).resolve(evidence([1.0], runs=runs))
+    found = FalseAlarms(per_run=0.1, steps=20_000).resolve(threshold_data([1.0], runs=runs))
     assert "extrapolated" in found.promise
     assert found.band is not None
     assert found.band[0] <= found <= found.band[1]
     alarms = np.mean(correlated(rng, 400, 20_000).max(1) >= found)
     assert alarms <= 0.1 + 3 * np.sqrt(0.1 * 0.9 / 400)
     # Longer runs, or fewer alarms, want a higher threshold.
-    assert FalseAlarms(per_run=0.1, steps=40_000).resolve(evidence([1.0], runs=runs)) > found
-    assert FalseAlarms(per_run=0.05, steps=20_000).resolve(evidence([1.0], runs=runs)) > found
+    assert FalseAlarms(per_run=0.1, steps=40_000).resolve(threshold_data([1.0], runs=runs)) > found
+    assert FalseAlarms(per_run=0.05, steps=20_000).resolve(threshold_data([1.0], runs=runs)) > found
 
 
 @pytest.mark.parametrize("steps", [0.5, 10.7])
@@ -235,13 +237,13 @@ def test_what_is_no_number_is_refused_in_words(make):
 def test_picoseconds_are_readings_at_the_interval_of_the_reference():
     rng = np.random.default_rng(6)
     for interval, steps in ((0.5, 200), (2.0, 50)):
-        data = evidence([1.0], runs=reference(correlated(rng, 20, 200), interval))
+        data = threshold_data([1.0], runs=reference(correlated(rng, 20, 200), interval))
         by_time, by_steps = (FalseAlarms(0.1, **length).resolve(data) for length in ({"ps": 0.1}, {"steps": steps}))
         assert float(by_time) == float(by_steps)
 
 
 def test_a_run_shorter_than_a_reading_is_refused():
-    data = evidence([1.0], runs=reference(np.ones((20, 10)), interval=2.0))
+    data = threshold_data([1.0], runs=reference(np.ones((20, 10)), interval=2.0))
     with pytest.raises(ValueError, match=r"ps=0\.001\) is shorter than the 2 fs between two readings"):
         FalseAlarms(0.1, ps=0.001).resolve(data)
 
@@ -249,18 +251,18 @@ def test_a_run_shorter_than_a_reading_is_refused():
 def test_runs_too_short_to_extrapolate_from_are_refused():
     runs = reference(correlated(np.random.default_rng(7), 5, 400))
     with pytest.raises(ValueError, match=r"one alarm in 3\.9e\+06 readings, the reference runs have 2000: too few"):
-        FalseAlarms(per_run=0.05, steps=200_000).resolve(evidence([1.0], runs=runs))
+        FalseAlarms(per_run=0.05, steps=200_000).resolve(threshold_data([1.0], runs=runs))
     with pytest.raises(ValueError, match=r"at least 30 independent excursions .* Make more .* 19 of 1000 readings"):
-        FalseAlarms(per_run=0.05, steps=1000).resolve(evidence([1.0], runs=runs))
+        FalseAlarms(per_run=0.05, steps=1000).resolve(threshold_data([1.0], runs=runs))
 
 
 def test_without_reference_runs_it_says_how_to_make_them():
     with pytest.raises(ValueError, match=r"counts alarms in reference runs.*`ase-uq reference`"):
-        FalseAlarms(per_run=0.05, steps=1000).resolve(evidence(np.ones(1000)))
+        FalseAlarms(per_run=0.05, steps=1000).resolve(threshold_data(np.ones(1000)))
 
 
 def test_reference_runs_read_otherwise_are_refused():
-    data = evidence([1.0], reduction=Reduction("mean"), runs=reference(np.ones((20, 10))))
+    data = threshold_data([1.0], reduction=Reduction("mean"), runs=reference(np.ones((20, 10))))
     with pytest.raises(ValueError, match=r"the reference runs were read with .*'max'.*'mean'"):
         FalseAlarms(per_run=0.1, steps=10).resolve(data)
 
@@ -293,14 +295,14 @@ def test_arguments_that_mean_nothing_are_refused(make, message):
         make()
 
 
-@pytest.mark.parametrize("meaning", [0.3, FalseAlarms(per_run=0.1, steps=10), None])
-def test_per_element_takes_what_calibration_frames_resolve(meaning):
+@pytest.mark.parametrize("criterion", [0.3, FalseAlarms(per_run=0.1, steps=10), None])
+def test_per_element_takes_what_calibration_frames_resolve(criterion):
     with pytest.raises(TypeError, match=r"PerElement takes Quantile, ErrorBound or MissRate"):
-        PerElement(meaning)
+        PerElement(criterion)
 
 
 @pytest.mark.parametrize(
-    ("meaning", "text"),
+    ("criterion", "text"),
     [
         (Quantile(0.99), "Quantile(0.99)"),
         (MissRate(0.3, 0.1, 0.9), "MissRate(error=0.3, at_most=0.1, confidence=0.9)"),
@@ -308,15 +310,15 @@ def test_per_element_takes_what_calibration_frames_resolve(meaning):
         (PerElement(MissRate(0.3)), "PerElement(MissRate(error=0.3, at_most=0.1))"),
     ],
 )
-def test_meanings_print_as_they_are_written(meaning, text):
-    assert str(meaning) == text
+def test_meanings_print_as_they_are_written(criterion, text):
+    assert str(criterion) == text
 
 
 # --- the number -------------------------------------------------------------------------------------
 
 
 def test_a_threshold_is_a_float_that_remembers():
-    found = Quantile(0.9).resolve(evidence(np.arange(100.0)))
+    found = Quantile(0.9).resolve(threshold_data(np.arange(100.0)))
     assert isinstance(found, float)
     assert found * 2 == float(found) * 2
     text = found.describe()

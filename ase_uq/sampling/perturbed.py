@@ -66,7 +66,7 @@ class _Kind:
     amplitudes: tuple[float, float]
 
 
-def stress_frames(
+def perturb_frames(
     frames: Frames,
     *,
     kinds: Sequence[str] = KINDS,
@@ -102,7 +102,7 @@ def stress_frames(
         progress: Whether to show a bar.
 
     Returns:
-        Frames without labels, results, momenta and constraints. `info` has `stressed` (the kind), `parent` (index
+        Frames without labels, results, momenta and constraints. `info` has `perturbed` (the kind), `parent` (index
         among `frames`), `run` (name of the exchangeable unit, made from the parent's structure), and the amplitude:
         `displacement` (Å), `strain` (largest principal value), `scale` (of lengths), `temperature_K` and
         `md_steps`, or `n_exchanged` (atoms).
@@ -130,7 +130,7 @@ def stress_frames(
         if variant is None:
             failed[name] += 1
             continue
-        variant.info |= {"stressed": name, "parent": parent, "run": _unit(parents[parent])}
+        variant.info |= {"perturbed": name, "parent": parent, "run": _unit(parents[parent])}
         made.append((parent, variant))
     _report(failed, per_kind, shortest, bool(made))
     return [variant for _, variant in sorted(made, key=lambda pair: pair[0])]
@@ -219,7 +219,7 @@ def _eligible(parents: Sequence[Atoms], kinds: dict[str, _Kind], settings: _Sett
     without = {name: kinds[name].wanted for name, numbers in found.items() if not numbers}
     reasons = "; ".join(f"{name} ones want {wanted} in a frame" for name, wanted in without.items())
     if len(without) == len(found):
-        raise InputError(f"none of the {len(parents)} frames can be stressed: {reasons}.")
+        raise InputError(f"none of the {len(parents)} frames can be perturbed: {reasons}.")
     if without:
         warnings.warn(f"left out, since no frame allows it: {reasons}.", UQWarning, stacklevel=3)
     return {name: numbers for name, numbers in found.items() if numbers}
@@ -249,7 +249,7 @@ def _report(failed: dict[str, int], per_kind: int, shortest: float, some: bool) 
         return
     why = f"atoms stayed closer than {shortest:g} of their bond, or runs exploded at once, also with less of it"
     if not some:
-        raise InputError(f"none of the stressed frames came out whole: {why}. Look at the frames themselves.")
+        raise InputError(f"none of the perturbed frames came out whole: {why}. Look at the frames themselves.")
     warnings.warn(f"{', '.join(short)} frames were left out: {why}.", UQWarning, stacklevel=3)
 
 
@@ -268,7 +268,7 @@ def _unit(parent: Atoms) -> str:
     digest = hashlib.sha256(parent.numbers.astype(np.int64).tobytes())
     for values in (parent.positions, parent.cell.array):
         digest.update((np.round(values, 4) + 0.0).tobytes())  # -0.0 is 0.0
-    return f"stressed-{digest.hexdigest()[:12]}"
+    return f"perturbed-{digest.hexdigest()[:12]}"
 
 
 def _too_close(atoms: Atoms, shortest: float) -> bool:

@@ -1,0 +1,145 @@
+"""Uncertainty models in files: one safetensors file each, with a JSON header.
+
+Schema 2 added the combination of several methods; 3 the runs of the calibration frames and reference runs; 4 has the
+names `perturbed` (before `stressed`) and `features` (of the kernel, before `layer`). Older files are read as before.
+"""
+
+import os
+import re
+from dataclasses import asdict, fields
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ase_uq.backends.identity import Identity
+from ase_uq.calibration import EdgeTable, load_calibrator
+from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
+from ase_uq.methods import method_class
+from ase_uq.thresholds.data import ReferenceRuns
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.combination import Combination
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
+from ase_uq.uncertainty_model.record import CalibrationRecord
+
+_KIND = "uncertainty model"
+_SCHEMA = 4
+
+
+def write_model(path: str | os.PathLike[str], model: Any) -> None:
+    """Writes an `UncertaintyModel`, whole or not at all.
+
+    Raises:
+        ArtefactError: The file cannot be written.
+    """
+    tensors = {
+        "identity/probe": model.identity.probe,
+        "edges": model.edges.edges,
+        **_record_tensors("record", model.record),
+    }
+    methods = {}
+    for name, fitted in model.methods.items():
+        tensors |= {f"head/{name}/{key}": value for key, value in fitted.head.state_dict().items()}
+        methods[name] = {
+            "settings": fitted.head.settings,
+            "calibrators": {quantity: c.settings for quantity, c in fitted.calibrators.items()},
+            "likelihoods": fitted.likelihoods,
+        }
+    if model.combination is not None:
+        tensors |= {f"combination/{key}": value for key, value in model.combination.state_dict().items()}
+    if model.perturbed is not None:
+        tensors |= _record_tensors("perturbed", model.perturbed)
+    if model.reference is not None:
+        runs = model.reference.readings
+        tensors["reference/readings"] = torch.from_numpy(np.concatenate(runs).astype(np.float32))
+        tensors["reference/lengths"] = torch.tensor([len(run) for run in runs])
+    header = {
+        "identity": {"settings": model.identity.settings, "weights": model.identity.weights},
+        "methods": methods,
+        "primary": model.primary,
+        "combination": None if model.combination is None else model.combination.settings,
+        "edges": {"counts": model.edges.counts, "inherited": list(model.edges.inherited)},
+        "provenance": model.provenance,
+        "reference": None if model.reference is None else _settings_of(model.reference),
+    }
+    write_tensor_file(path, _KIND, _SCHEMA, header, tensors)
+
+
+def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The fields of the `UncertaintyModel` in a file; nothing in it is executed.
+
+    Raises:
+        ArtefactError: There is no such file, or it is not an uncertainty model, newer than this package,
+            truncated or altered.
+    """
+    header, tensors = _upgraded(*read_tensor_file(path, _KIND, _SCHEMA))
+    methods = {}
+    for name, stored in header["methods"].items():
+        prefix = f"head/{name}/"
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        methods[name] = FittedMethod(
+            head=method_class(name).load(stored["settings"], own),
+            calibrators={quantity: load_calibrator(c) for quantity, c in stored["calibrators"].items()},
+            likelihoods=stored["likelihoods"],
+        )
+    combination = None
+    if header.get("combination"):
+        prefix = "combination/"
+        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
+        combination = Combination.load(header["combination"], own, calibrators)
+    identity = header["identity"]
+    reference = header.get("reference") and _reference(header["reference"], tensors)
+    return dict(
+        identity=Identity(identity["settings"], identity["weights"], tensors["identity/probe"]),
+        methods=methods,
+        primary=header["primary"],
+        edges=EdgeTable(
+            tensors["edges"],
+            {int(z): count for z, count in header["edges"]["counts"].items()},
+            tuple(header["edges"]["inherited"]),
+        ),
+        record=_record("record", tensors),
+        provenance=header["provenance"],
+        combination=combination,
+        perturbed=_record("perturbed", tensors) if "perturbed/run" in tensors else None,
+        reference=reference or None,
+    )
+
+
+def _record_tensors(name: str, record: CalibrationRecord) -> dict[str, Tensor]:
+    return {f"{name}/{field.name}": torch.from_numpy(getattr(record, field.name)) for field in fields(record)}
+
+
+def _record(name: str, tensors: dict[str, Tensor]) -> CalibrationRecord:
+    stored = {key.removeprefix(f"{name}/"): v.numpy() for key, v in tensors.items() if key.startswith(f"{name}/")}
+    # Before version 3 nobody asked which run a frame came from.
+    stored.setdefault("run", np.zeros(len(stored["n_atoms_of_frame"]), np.int32))
+    return CalibrationRecord(**stored)
+
+
+def _settings_of(runs: ReferenceRuns) -> dict[str, Any]:
+    return {"interval": runs.interval, "reduction": asdict(runs.reduction), "conditions": runs.conditions}
+
+
+def _reference(settings: dict[str, Any], tensors: dict[str, Tensor]) -> ReferenceRuns:
+    readings = tensors["reference/readings"].numpy()
+    lengths = tensors["reference/lengths"].numpy()
+    stored = settings["reduction"]
+    scope = (None if stored[key] is None else tuple(stored[key]) for key in ("elements", "indices"))
+    return ReferenceRuns(
+        tuple(np.split(readings, np.cumsum(lengths)[:-1])),
+        settings["interval"],
+        Reduction(stored["kind"], *scope),
+        settings["conditions"],
+    )
+
+
+def _upgraded(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a file of an older schema holds, under the names of today."""
+    tensors = {re.sub("^stressed/", "perturbed/", name): tensor for name, tensor in tensors.items()}
+    kernel = header["methods"].get("kernel", {}).get("settings", {})
+    if "layer" in kernel:
+        kernel["features"] = kernel.pop("layer")
+    return header, tensors

@@ -1,0 +1,70 @@
+"""An uncertainty model in words."""
+
+from typing import Any
+
+import numpy as np
+from ase.data import chemical_symbols
+
+from ase_uq.calibration import AffineCalibrator
+from ase_uq.thresholds.criteria import Quantile
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
+
+
+def summary_of(model: Any) -> str:
+    """What an `UncertaintyModel` was fitted on, what was found and how far it reaches, for people."""
+    provenance = model.provenance
+    lines = [
+        f"uncertainty model for a {model.identity.settings['package']} potential "
+        f"(fingerprint {model.identity.fingerprint[:12]})",
+        f"  fitted on      {provenance['train']['frames']} frames, {provenance['train']['atoms']} atoms",
+        f"  calibrated on  {provenance['calibration']['frames']} frames, {provenance['calibration']['atoms']} atoms",
+        f"  versions       {', '.join(f'{k} {v}' for k, v in provenance['versions'].items())}",
+    ]
+    for name, fitted in model.methods.items():
+        lines.append(f"  method {name}{' (primary)' if name == model.primary else ''}")
+        lines += [_describe(quantity, fitted) for quantity in fitted.calibrators]
+    if model.combination is not None:
+        first, *rest = model.combination.describe()
+        lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
+    norms, errors = model.record.uncertainty, model.record.error
+    lines.append(
+        f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å a component, "
+        f"mean z² {np.mean(errors**2 / norms**2):.2f} (target 1)"
+    )
+    readings = model.record.readings(Reduction())
+    # Only those that `threshold` would give: a few frames know no high quantile.
+    known = [q for q in (0.5, 0.9, 0.99) if Quantile(q).needed <= np.isfinite(readings).sum()]
+    quantiles = ", ".join(f"{q:.0%} {np.quantile(readings, q):.3f}" for q in known)
+    lines.append(f"  largest ε of a calibration frame, eV/Å: {quantiles}")
+    n_units = len(np.unique(model.record.groups))
+    if n_units < len(readings):
+        lines.append(f"  thresholds count {n_units} blocks, not {len(readings)} frames: neighbouring frames are alike")
+    if model.perturbed is not None:
+        lines.append(
+            f"  perturbed       {len(model.perturbed.run)} frames, largest force error of a frame: median "
+            f"{np.median(model.perturbed.errors(Reduction())):.3f} eV/Å"
+        )
+    if model.reference is not None:
+        runs = model.reference
+        lines.append(
+            f"  reference      {len(runs.readings)} runs, {runs.n_steps} readings every {runs.interval:g} fs"
+            + (f", {runs.conditions}" if runs.conditions else "")
+        )
+    counted = ", ".join(
+        f"{chemical_symbols[z]} {count}{' (edge inherited)' if z in model.edges.inherited else ''}"
+        for z, count in model.edges.counts.items()
+    )
+    lines.append(f"  gamma edges from calibration atoms: {counted}")
+    return "\n".join(lines)
+
+
+def _describe(quantity: str, fitted: FittedMethod) -> str:
+    calibrator = fitted.calibrators[quantity]
+    text = f"    {quantity:8s} {calibrator.describe()}"
+    tried = fitted.likelihoods.get(quantity)
+    if tried:
+        chosen = "affine" if isinstance(calibrator, AffineCalibrator) else "power"
+        best = min(value for key, value in tried.items() if key.startswith(chosen))
+        text += f"   cross-validated NLL {best:.3f} (a constant: {tried['constant']:.3f})"
+    return text
