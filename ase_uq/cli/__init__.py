@@ -19,11 +19,11 @@ from ase_uq.cli.verbs.perturb_frames import perturb_frames
 from ase_uq.cli.verbs.reference import reference
 from ase_uq.cli.verbs.relax import relax
 from ase_uq.cli.verbs.report import report
-from ase_uq.cli.verbs.score import predict
+from ase_uq.cli.verbs.score import score
 from ase_uq.cli.verbs.select import select
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, predict, select, perturb_frames, reference, md, relax, report, demo):
+for verb in (fit, info, evaluate, score, select, perturb_frames, reference, md, relax, report, demo):
     app.command()(verb)
 
 
@@ -57,7 +57,7 @@ def _(
 
     First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/]
     how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the potential no longer
-    knows, [bold]predict[/] scores finished frames and [bold]select[/] picks those worth labelling. For thresholds
+    knows, [bold]score[/] scores finished frames and [bold]select[/] picks those worth labelling. For thresholds
     that mean something, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] counts false
     alarms.
 

@@ -308,7 +308,7 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
 
 
 def _refuse_own_labels(predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels]) -> None:
-    """Finds frames that were scored, not labelled: files of `ase-uq predict` hold forces as well."""
+    """Finds frames that were scored, not labelled: files of `ase-uq score` hold forces as well."""
     with_forces = [
         (atoms, label.forces) for atoms, label in zip(frames, labels, strict=True) if label.forces is not None
     ]

@@ -7,7 +7,6 @@ from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.relaxation import Relaxation, relax
 from ase_uq.dynamics.rules import AllOf, AnyOf, Criterion, Patience, Refractory, Rule, Threshold
 from ase_uq.dynamics.watched import WatchedCalculator
-from ase_uq.sampling.reference_runs import reference_runs
 
 __all__ = [
     "Action",
@@ -33,6 +32,5 @@ __all__ = [
     "Threshold",
     "UncertaintyMonitor",
     "WatchedCalculator",
-    "reference_runs",
     "relax",
 ]

@@ -43,7 +43,7 @@ class Rule(ABC):
 
         Args:
             threshold_data: Of all atoms that are looked at.
-            element: Of those of one element, for `PerElement`; where it is too little, or None, that of all atoms counts.
+            element: Of those of one element, for `PerElement`; where it is too little, or None, all atoms count.
 
         Raises:
             ValueError: The data cannot support a criterion.

@@ -55,10 +55,10 @@ def fit_combination(
     """Tries the anchor alone, with the other methods, with the residual model, and with all; keeps the likeliest.
 
     Args:
-        inputs: How scenes were made.
-        training: CombinationFeatures of training atoms, their (n_atoms, n_components) squared residuals in squared eV/Å (the mean
-            over the components where there is one; NaN without a label), and the (n_atoms,) number of each atom's
-            frame; None where no training frame has forces.
+        inputs: How features are made of a batch.
+        training: What the combination reads of the training atoms, their (n_atoms, n_components) squared residuals in
+            squared eV/Å (the mean over the components where there is one; NaN without a label), and the (n_atoms,)
+            number of each atom's frame; None where no training frame has forces.
         calibration: The same of the calibration atoms.
         title: Of the progress bar; empty for none.
     """
@@ -93,22 +93,20 @@ def _residual_model(
 ) -> tuple[MLPEnsemble, Tensor]:
     """The networks, and what each calibration atom reads from the one that has not seen its frame, before bounds."""
     features, squares, frames = calibration
-    network_inputs, ratios = features.network_inputs, squares * torch.exp(-features.base)
+    rows, ratios = features.network_inputs, squares * torch.exp(-features.base)
     if training is not None:
         seen, own_squares, own_frames = training
         own = own_squares * torch.exp(-seen.base)
         # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
         # there is none at all, as with its own forces for labels, nothing is.
-        network_inputs, ratios = (
-            torch.cat([seen.network_inputs, network_inputs]),
+        rows, ratios = (
+            torch.cat([seen.network_inputs, rows]),
             torch.cat([own / own.nanmean(), ratios]),
         )
         frames = _interleaved(own_frames, frames)
-    ensemble = cross_fit(
-        network_inputs, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title
-    )
-    found = out_of_fold(ensemble, network_inputs, folds_of(frames, _FOLDS))
-    return ensemble, found[len(network_inputs) - len(features.network_inputs) :]
+    ensemble = cross_fit(rows, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
+    found = out_of_fold(ensemble, rows, folds_of(frames, _FOLDS))
+    return ensemble, found[len(rows) - len(features.network_inputs) :]
 
 
 def _interleaved(first: Tensor, second: Tensor) -> Tensor:
@@ -273,8 +271,8 @@ def _rows(inputs: CombinationInputs, forward_pass: ForwardPass, raws: Mapping[st
 
 
 def _joined_rows(rows: Sequence[AtomRows]) -> AtomRows:
-    features_of_batches, squares, frames = zip(*rows, strict=True)
-    return CombinationFeatures.joined(features_of_batches), torch.cat(squares), torch.cat(frames)
+    batches, squares, frames = zip(*rows, strict=True)
+    return CombinationFeatures.joined(batches), torch.cat(squares), torch.cat(frames)
 
 
 def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Communicator) -> AtomRows | None:

@@ -142,7 +142,7 @@ def survey(
     """Reads scored frames once, one by one; what it holds on to are numbers and at most 2 · `keep` structures.
 
     Args:
-        frames: As `ase-uq predict` and the monitors write them, in a file or one by one. Those without uncertainties
+        frames: As `ase-uq score` and the monitors write them, in a file or one by one. Those without uncertainties
             are counted and left out; those of a file that cannot be read, and labels and notes of another shape or that
             are not finite, are left out with a warning.
         reduction: How a frame becomes a reading; the largest ε_i by default.
@@ -162,7 +162,7 @@ def survey(
     if not gathered.place:
         raise InputError(
             f"none of the {gathered.n_read} frames carries forces_uncertainty, so there is nothing to report. Score "
-            "them first: ase-uq predict FRAMES --model SPEC --uq FILE --out SCORED.xyz, and give SCORED.xyz here."
+            "them first: ase-uq score FRAMES --model SPEC --uq FILE --out SCORED.xyz, and give SCORED.xyz here."
         )
     return gathered.survey()
 
@@ -248,7 +248,7 @@ class _Gathered:
         if np.shape(std) != (len(atoms), 3):
             raise InputError(
                 f"forces_uncertainty of {which} has shape {np.shape(std)}; its {len(atoms)} atoms want "
-                f"({len(atoms)}, 3). Score the frame again with `ase-uq predict`."
+                f"({len(atoms)}, 3). Score the frame again with `ase-uq score`."
             )
         if not len(atoms):
             raise InputError(f"{which} has no atoms.")

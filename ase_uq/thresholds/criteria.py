@@ -248,7 +248,8 @@ class MissRate(Criterion):
         if bad.n_units < self.needed:
             raise ValueError(
                 f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, the "
-                f"uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}{_and_perturbed(threshold_data)}). Make "
+                f"uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}"
+                f"{_and_perturbed(threshold_data)}). Make "
                 "bad frames with `ase-uq perturb-frames`, label them with the reference and give them to fit as "
                 "perturbed; or ask for a smaller error or a larger share."
             )

@@ -67,19 +67,14 @@ class CombinationFeatures:
     network_inputs: Tensor
 
     @classmethod
-    def joined(cls, features_of_batches: Sequence["CombinationFeatures"]) -> "CombinationFeatures":
+    def joined(cls, batches: Sequence["CombinationFeatures"]) -> "CombinationFeatures":
         """The atoms of all batches, one after the other."""
-        return cls(
-            *(
-                torch.cat([getattr(features, name) for features in features_of_batches])
-                for name in cls.__dataclass_fields__
-            )
-        )
+        return cls(*(torch.cat([getattr(batch, name) for batch in batches]) for name in cls.__dataclass_fields__))
 
 
 @dataclass(frozen=True)
 class CombinationInputs:
-    """How a scene is made of a batch: which methods are read.
+    """How features are made of a batch: which methods are read.
 
     Args:
         anchor: Name of the anchor.

@@ -7,7 +7,7 @@ names `perturbed` (before `stressed`) and `features` (of the kernel, before `lay
 import os
 import re
 from dataclasses import asdict, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,11 +23,15 @@ from ase_uq.uncertainty_model.combination import Combination
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.record import CalibrationRecord
 
+if TYPE_CHECKING:
+    from ase_uq.uncertainty_model.model import UncertaintyModel
+
+
 _KIND = "uncertainty model"
 _SCHEMA = 4
 
 
-def write_model(path: str | os.PathLike[str], model: Any) -> None:
+def write_model(path: str | os.PathLike[str], model: "UncertaintyModel") -> None:
     """Writes an `UncertaintyModel`, whole or not at all.
 
     Raises:

@@ -44,8 +44,8 @@ class CalibrationRecord:
         """
         if reduction.indices is not None and not self.is_one_system:
             raise ValueError(
-                "a criterion for chosen indices needs calibration frames of one system, in which an index is always the "
-                "same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
+                "a criterion for chosen indices needs calibration frames of one system, in which an index is always "
+                "the same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
             )
         return ThresholdData(self.readings(reduction), self.errors(reduction), self.groups, reduction)
 

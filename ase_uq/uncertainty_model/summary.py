@@ -1,6 +1,6 @@
 """An uncertainty model in words."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from ase.data import chemical_symbols
@@ -10,8 +10,11 @@ from ase_uq.thresholds.criteria import Quantile
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
+if TYPE_CHECKING:
+    from ase_uq.uncertainty_model.model import UncertaintyModel
 
-def summary_of(model: Any) -> str:
+
+def summary_of(model: "UncertaintyModel") -> str:
     """What an `UncertaintyModel` was fitted on, what was found and how far it reaches, for people."""
     provenance = model.provenance
     lines = [

@@ -21,7 +21,7 @@ def test_fit_writes_what_the_library_fits(run, files, tmp_path):
     fitted, expected = UncertaintyModel.load(tmp_path / "a.uq.safetensors"), UncertaintyModel.load(files.uq)
     assert fitted.summary() == expected.summary()
     assert result.stdout.startswith("uncertainty model for a toy potential")
-    assert result.stdout.endswith("ase-uq predict or ase-uq md with --model toy: --uq a.uq.safetensors\n")
+    assert result.stdout.endswith("ase-uq score or ase-uq md with --model toy: --uq a.uq.safetensors\n")
     assert "fit: " in result.stderr
     assert "calibrate: " in result.stderr
 

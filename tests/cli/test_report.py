@@ -32,7 +32,7 @@ def _() -> None: ...
 
 @pytest.fixture(scope="module")
 def scored(files, tmp_path_factory):
-    """Labelled frames with the uncertainties of the fitted model, as `ase-uq predict` writes them."""
+    """Labelled frames with the uncertainties of the fitted model, as `ase-uq score` writes them."""
     from ase_uq.io.results import annotated
 
     frames = read(files.test, ":")
@@ -139,7 +139,7 @@ def test_frames_without_uncertainties(tell, files, tmp_path):
     result = tell(frames=files.test)
     assert result.exit_code == 1
     assert "error: none of the 25 frames carries forces_uncertainty" in result.stderr
-    assert "ase-uq predict" in result.stderr
+    assert "ase-uq score" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

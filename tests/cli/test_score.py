@@ -6,15 +6,15 @@ from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, read_frames
 
 
 @pytest.fixture
-def predict(run, files):
-    def predict(*words, frames=files.test, out="out.xyz"):
-        return run("predict", frames, "--model", "toy:", "--uq", files.uq, "--out", out, *words)
+def score(run, files):
+    def score(*words, frames=files.test, out="out.xyz"):
+        return run("score", frames, "--model", "toy:", "--uq", files.uq, "--out", out, *words)
 
-    return predict
+    return score
 
 
-def test_frames_come_back_with_the_calculators_results(predict, files, tmp_path):
-    result = predict("--batch-atoms", 20)
+def test_frames_come_back_with_the_calculators_results(score, files, tmp_path):
+    result = score("--batch-atoms", 20)
     assert result.exit_code == 0
     scored, frames = read_frames("out.xyz"), read(files.test, ":")
     assert len(scored) == len(frames)
@@ -27,8 +27,8 @@ def test_frames_come_back_with_the_calculators_results(predict, files, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]
 
 
-def test_the_summary_names_the_worst_atom(predict):
-    result = predict()
+def test_the_summary_names_the_worst_atom(score):
+    result = score()
     norms = [np.linalg.norm(atoms.arrays["forces_uncertainty"], axis=1) for atoms in read("out.xyz", ":")]
     worst = int(np.argmax([values.max() for values in norms]))
     assert result.stdout.startswith("25 frames, 225 atoms in ")
@@ -36,28 +36,28 @@ def test_the_summary_names_the_worst_atom(predict):
     assert len(result.stdout.splitlines()) == 1
 
 
-def test_any_format_of_ase_is_read(predict, files):
+def test_any_format_of_ase_is_read(score, files):
     write("in.traj", read(files.test, ":3"))
-    assert predict(frames="in.traj").exit_code == 0
+    assert score(frames="in.traj").exit_code == 0
     assert len(read("out.xyz", ":")) == 3
 
 
-def test_an_existing_file_is_kept_unless_told(predict, tmp_path):
+def test_an_existing_file_is_kept_unless_told(score, tmp_path):
     (tmp_path / "out.xyz").write_text("precious")
-    refused = predict()
+    refused = score()
     assert (refused.exit_code, refused.stderr) == (
         1,
         "error: out.xyz exists. Give another name, or --overwrite to replace it.\n",
     )
     assert (tmp_path / "out.xyz").read_text() == "precious"
-    assert predict("--overwrite").exit_code == 0
+    assert score("--overwrite").exit_code == 0
     assert len(read("out.xyz", ":")) == 25
 
 
-def test_a_damaged_frame_is_named_and_the_rest_is_kept(predict, files, tmp_path):
+def test_a_damaged_frame_is_named_and_the_rest_is_kept(score, files, tmp_path):
     text = files.test.read_text()
     (tmp_path / "in.xyz").write_text(text[: len(text) // 2])
-    result = predict("--batch-atoms", 9, "--csv", "numbers.csv", frames="in.xyz")
+    result = score("--batch-atoms", 9, "--csv", "numbers.csv", frames="in.xyz")
     assert result.exit_code == 0
     assert "warning: frame 12 was left out: it is truncated: " in result.stderr
     assert "; 1 frame was left out" in result.stdout
@@ -66,7 +66,7 @@ def test_a_damaged_frame_is_named_and_the_rest_is_kept(predict, files, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"in.xyz", "out.xyz", "numbers.csv"}
 
 
-def test_what_was_interrupted_goes_on_with_the_same_command(predict, tmp_path, monkeypatch):
+def test_what_was_interrupted_goes_on_with_the_same_command(score, tmp_path, monkeypatch):
     real, calls = Predictor.predict, []
 
     def interrupted(self, frames, **options):
@@ -76,7 +76,7 @@ def test_what_was_interrupted_goes_on_with_the_same_command(predict, tmp_path, m
         return real(self, frames, **options)
 
     monkeypatch.setattr(Predictor, "predict", interrupted)
-    result = predict("--batch-atoms", 27)
+    result = score("--batch-atoms", 27)
     assert result.exit_code != 0
     assert (
         "stopped early: what was scored is in out.xyz.part, and the same command goes on from there." in result.stderr
@@ -84,48 +84,48 @@ def test_what_was_interrupted_goes_on_with_the_same_command(predict, tmp_path, m
     assert not (tmp_path / "out.xyz").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
-    result = predict("--batch-atoms", 27)
+    result = score("--batch-atoms", 27)
     assert result.exit_code == 0
     assert "of them were there from an interrupted run" in result.stdout
     assert [atoms.info["source_frame"] for atoms in read("out.xyz", ":")] == list(range(25))
     assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]
 
 
-def test_the_csv_file_is_kept_unless_told(predict, tmp_path):
+def test_the_csv_file_is_kept_unless_told(score, tmp_path):
     (tmp_path / "numbers.csv").write_text("precious")
-    refused = predict("--csv", "numbers.csv")
+    refused = score("--csv", "numbers.csv")
     assert (refused.exit_code, refused.stderr) == (
         1,
         "error: numbers.csv exists. Give another name, or --overwrite to replace it.\n",
     )
-    assert predict("--csv", "numbers.csv", "--overwrite").exit_code == 0
+    assert score("--csv", "numbers.csv", "--overwrite").exit_code == 0
     assert len((tmp_path / "numbers.csv").read_text().splitlines()) == 26
 
 
-def test_frames_that_cannot_be_evaluated(predict, files, tmp_path):
+def test_frames_that_cannot_be_evaluated(score, files, tmp_path):
     frames = read(files.test, ":2")
     frames[0].numbers[0] = frames[1].numbers[0] = 79
     write("in.xyz", frames)
-    result = predict(frames="in.xyz")
+    result = score(frames="in.xyz")
     assert result.exit_code == 1
     assert "error: none of the 2 frames of in.xyz could be scored. Frame 0: structure 0 (" in result.stderr
     assert "which the potential does not know" in result.stderr
     assert {path.name for path in tmp_path.iterdir()} == {"in.xyz"}
 
 
-def test_a_structure_is_named_by_its_number_in_the_file(predict, files):
+def test_a_structure_is_named_by_its_number_in_the_file(score, files):
     frames = read(files.test, ":7")
     frames[5].numbers[0] = 79
     write("in.xyz", frames)
-    assert "structure 5 (" in predict("--batch-atoms", 18, frames="in.xyz").stderr
+    assert "structure 5 (" in score("--batch-atoms", 18, frames="in.xyz").stderr
 
 
-def test_an_element_that_was_not_fitted_is_one_warning(predict, files):
+def test_an_element_that_was_not_fitted_is_one_warning(score, files):
     frames = read(files.test, ":3")
     for atoms in frames:
         atoms.symbols[0] = "Si"
     write("in.xyz", frames)
-    result = predict("--batch-atoms", 9, frames="in.xyz")
+    result = score("--batch-atoms", 9, frames="in.xyz")
     assert result.exit_code == 0
     assert result.stderr.count("warning: the uncertainty model was fitted without Si") == 1
     assert np.isinf(read("out.xyz", "0").arrays["gamma"][0])
@@ -140,22 +140,22 @@ def test_an_element_that_was_not_fitted_is_one_warning(predict, files):
         ({"out": "out.traj"}, 2, "ends in .xyz"),
     ],
 )
-def test_bad_files(predict, tmp_path, words, code, part):
+def test_bad_files(score, tmp_path, words, code, part):
     (tmp_path / "empty.xyz").touch()
-    result = predict(**words)
+    result = score(**words)
     assert result.exit_code == code
     assert part in " ".join(result.stderr.split())
     assert {path.name for path in tmp_path.iterdir()} == {"empty.xyz"}
 
 
 def test_uq_is_needed_unless_embedded(run, files):
-    result = run("predict", files.test, "--model", "toy:", "--out", "out.xyz")
+    result = run("score", files.test, "--model", "toy:", "--out", "out.xyz")
     assert result.exit_code == 2
     assert "--uq" in result.stderr
 
 
 def test_another_potential_is_refused(run, files):
-    result = run("predict", files.test, "--model", "toy:direct", "--uq", files.uq, "--out", "out.xyz")
+    result = run("score", files.test, "--model", "toy:direct", "--uq", files.uq, "--out", "out.xyz")
     assert result.exit_code == 1
     assert "the uncertainty model was fitted on another potential: direct was False, here it is True" in result.stderr
 
@@ -165,15 +165,15 @@ def test_a_function_that_returns_a_calculator(run, files, tmp_path):
         "from ase_uq.backends.toy import ToyCalculator\n\ndef toy(device, dtype='float64'):\n"
         "    return ToyCalculator(device=device, dtype=dtype)\n"
     )
-    words = ["predict", files.test, "--model", "mine.py:toy", "--uq", files.uq, "--device", "cpu"]
+    words = ["score", files.test, "--model", "mine.py:toy", "--uq", files.uq, "--device", "cpu"]
     assert run(*words, "--out", "out.xyz").exit_code == 0
     assert run(*words, "--dtype", "float32", "--out", "single.xyz").exit_code == 0
     double, single = (read(name, "0").arrays["forces_uncertainty"] for name in ("out.xyz", "single.xyz"))
     np.testing.assert_allclose(single, double, rtol=1e-3)
 
 
-def test_the_model_of_the_file_is_used(predict, files):
-    assert predict().exit_code == 0
+def test_the_model_of_the_file_is_used(score, files):
+    assert score().exit_code == 0
     std = read("out.xyz", "0").info["energy_uncertainty"]
     assert std > 0
     assert "energy" in UncertaintyModel.load(files.uq).methods["bll"].calibrators

@@ -133,7 +133,7 @@ class TestKernelLinear(MethodContract):
 
 class TestKernelOfSums(TestKernelLinear):
     def make_method(self):
-        return Kernel(kernel="linear", layer="last_layer", normalisation="global", pooling="sum")
+        return Kernel(kernel="linear", features="last_layer", normalisation="global", pooling="sum")
 
 
 class TestKernelCosine(TestKernelLinear):

@@ -72,7 +72,7 @@ def linear() -> SklearnKernel:
 
 
 class TestLinear:
-    @pytest.mark.parametrize("layer", ["latent", "last_layer"])
+    @pytest.mark.parametrize("features", ["latent", "last_layer"])
     @pytest.mark.parametrize("normalisation", ["centred", "global", "cosine"])
     def test_distance_is_the_posterior_variance_of_a_gaussian_process(
         self,
@@ -90,7 +90,7 @@ class TestLinear:
             frames,
             batch_atoms=20,
         )
-        rows, at = normalised(atoms_of(train, features), atoms_of(new, layer), normalisation)
+        rows, at = normalised(atoms_of(train, features), atoms_of(new, features), normalisation)
         fitted, expected = (posterior_variance(linear(), rows, x, NOISE) for x in (rows, at))
         # Variances of 1e-4 are differences of numbers near 1 in the kernel form.
         np.testing.assert_allclose(head(new).distance, expected / fitted.mean(), rtol=1e-5, atol=1e-5)
@@ -256,7 +256,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"layer": "first"}, "layer is one of 'latent', 'last_layer', not 'first'"),
+            ({"features": "first"}, "features is one of 'latent', 'last_layer', not 'first'"),
             ({"kernel": "matern"}, "kernel is one of 'linear', 'rbf', not 'matern'"),
             ({"normalisation": "none"}, "normalisation is one of 'centred', 'global', 'cosine', not 'none'"),
             ({"pooling": "max"}, "pooling is one of 'mean', 'sum', not 'max'"),

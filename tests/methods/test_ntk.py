@@ -159,7 +159,9 @@ def test_of_the_last_layer_it_is_the_activation_kernel(conservative: Backend, fr
 
     train = [(batch(frames), Targets(torch.arange(len(frames))))]
     tangent = NTK(noise=NOISE).fit(train, Serial())
-    activation = Kernel(kernel="linear", layer="last_layer", normalisation="global", noise=NOISE).fit(train, Serial())
+    activation = Kernel(kernel="linear", features="last_layer", normalisation="global", noise=NOISE).fit(
+        train, Serial()
+    )
     found, expected = tangent(batch(new)).energy[:, 0], activation(batch(new)).energy[:, 1]
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
     assert tangent.settings["energy"]["effective"] == pytest.approx(activation.settings["frames"]["effective"])

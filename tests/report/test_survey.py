@@ -197,7 +197,7 @@ def test_messages_say_both_numbers_where_they_differ():
 def test_nothing_to_report_on():
     with pytest.raises(InputError, match="there are no frames to report on"):
         survey([])
-    with pytest.raises(InputError, match=r"none of the 2 frames carries forces_uncertainty.*ase-uq predict"):
+    with pytest.raises(InputError, match=r"none of the 2 frames carries forces_uncertainty.*ase-uq score"):
         survey([molecule("H2O")] * 2)
 
 

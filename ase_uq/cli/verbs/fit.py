@@ -95,4 +95,4 @@ def fit(
     )
     fitted.save(out)
     typer.echo(fitted.summary())
-    typer.echo(f"written to {out}; next: ase-uq predict or ase-uq md with --model {model} --uq {out}")
+    typer.echo(f"written to {out}; next: ase-uq score or ase-uq md with --model {model} --uq {out}")

@@ -11,9 +11,7 @@ from ase_uq.cli.options import label_keys as names_of_labels
 
 
 def report(
-    frames: Annotated[
-        Path, typer.Argument(metavar="FRAMES", help="Frames that `ase-uq predict` or `ase-uq md` wrote.")
-    ],
+    frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="Frames that `ase-uq score` or `ase-uq md` wrote.")],
     uq: UQ = None,
     out: Annotated[
         Path, typer.Option("--out", metavar="FILE", help="HTML page to write; replaced if it exists.")
@@ -23,7 +21,7 @@ def report(
     reduce: Reduce = "max",
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="SPEC", help="The potential, for the latent map; as in `ase-uq predict`."),
+        typer.Option("--model", metavar="SPEC", help="The potential, for the latent map; as in `ase-uq score`."),
     ] = None,
     train: Annotated[
         Path | None, typer.Option("--train", metavar="FILE", help="Training frames, for the latent map.")

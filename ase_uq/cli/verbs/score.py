@@ -1,4 +1,4 @@
-"""`ase-uq predict`: finished frames in, the same frames with results and uncertainties out."""
+"""`ase-uq score`: finished frames in, the same frames with results and uncertainties out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,7 +8,7 @@ import typer
 from ase_uq.cli.options import UQ, Device, DType, Model, Seed, check_xyz_name
 
 
-def predict(
+def score(
     frames: Annotated[Path, typer.Argument(metavar="IN", help="Frames in any format that ASE reads.")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
@@ -46,17 +46,17 @@ def predict(
     OUT appears when all of it is there; what was interrupted goes on where it was with the same command. Frames that
     cannot be read or evaluated are named and left out.
 
-    [dim]ase-uq predict --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
+    [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
     part = out.with_name(out.name + ".part")
     _check_arguments(frames, out, csv, part, overwrite)
     from ase_uq.cli.potential import load_calculator, seed_all
-    from ase_uq.scoring.score import score
+    from ase_uq.scoring.score import score as score_frames
 
     seed_all(seed)
     calculator = load_calculator(model, uq, device, dtype)
     try:
-        scored = score(
+        scored = score_frames(
             frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite
         )
     except KeyboardInterrupt:
