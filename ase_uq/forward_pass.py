@@ -100,7 +100,7 @@ class ConfidenceBins:
 
 
 class Gradients(ABC):
-    """Derivatives of one evaluation that cost further passes through the potential, taken when they are asked for.
+    """Derivatives of one forward pass that cost further passes through the potential, taken when they are asked for.
 
     θ are all the parameters of the potential in the order of `named_parameters`, frozen ones too; of a committee,
     those of its first member, whose derivatives these are. What does not depend on a parameter has 0 in its place.

@@ -12,7 +12,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Distributed, Serial, gather, shard
 from ase_uq.methods.bll import BLL
-from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, evaluate, fit_head, labelled_frames, on_ranks
+from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, fit_head, forward_pass_of, labelled_frames, on_ranks
 
 WORKER = """
 import sys
@@ -88,7 +88,7 @@ def test_two_processes_fit_the_head_of_one(tmp_path: Path, batch_atoms: int):
         assert worker.returncode == 0, errors
     backend = load_backend(ToyCalculator(ELEMENTS, direct=True))
     serial = fit_head(BLL(ridge=1e-4), backend, labelled_frames(30, seed=1))
-    batch = evaluate(backend, labelled_frames(5, seed=2))
+    batch = forward_pass_of(backend, labelled_frames(5, seed=2))
     expected = serial(batch)
     for rank in range(2):
         settings, buffers = torch.load(tmp_path / f"head_{rank}.pt", weights_only=True)

@@ -104,7 +104,7 @@ def test_without_uncertainties_there_is_the_potential_alone_bit_for_bit(
 ):
     whole = [predictor.predict([atoms])[0] for atoms in frames]
 
-    def refused(self, evaluation):
+    def refused(self, forward_pass):
         raise AssertionError("a method was applied")
 
     monkeypatch.setattr(UncertaintyModel, "apply", refused)
@@ -191,8 +191,8 @@ def test_extras_of_the_wrapped_calculator_pass_through(predictor: Predictor, fra
     evaluate = type(predictor.backend)._forward
 
     def with_extra(self, batch, forces, gradients):
-        evaluation = evaluate(self, batch, forces, gradients)
-        return dataclasses.replace(evaluation, extras={"charges": evaluation.positions[:, 0] * 2})
+        forward_pass = evaluate(self, batch, forces, gradients)
+        return dataclasses.replace(forward_pass, extras={"charges": forward_pass.positions[:, 0] * 2})
 
     monkeypatch.setattr(type(predictor.backend), "_forward", with_extra)
     for atoms, prediction in zip(frames, predictor.predict(frames), strict=True):

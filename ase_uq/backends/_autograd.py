@@ -1,4 +1,4 @@
-"""Derivatives of an evaluation whose graph is kept: the same for every potential that torch differentiates."""
+"""Derivatives of a forward pass whose graph is kept: the same for every potential that torch differentiates."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -30,7 +30,7 @@ def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 class GraphGradients(Gradients):
-    """Derivatives taken from the graph of the forward pass that gave the evaluation; no further forward.
+    """Derivatives taken from the graph of the forward pass that gave the values; no further forward.
 
     The graph, and its memory, live as long as this object. To be made inside `in_the_graph`.
 

@@ -31,9 +31,9 @@ def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: in
     """
     rows, done = [], 0
     for batch in batches_of(frames, batch_atoms):
-        evaluation = backend.forward(backend.collate(batch, first=done), forces=False)
-        sums = evaluation.sum_over_atoms(evaluation.features.double())
-        rows.append((sums / evaluation.n_atoms_of_frame[:, None]).cpu().numpy())
+        forward_pass = backend.forward(backend.collate(batch, first=done), forces=False)
+        sums = forward_pass.sum_over_atoms(forward_pass.features.double())
+        rows.append((sums / forward_pass.n_atoms_of_frame[:, None]).cpu().numpy())
         done += len(batch)
     return np.concatenate(rows)
 

@@ -64,11 +64,11 @@ def check_first_frames(
     first = calibration[:4]
     if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
         raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
-    evaluation = backend.forward(backend.collate(first))
-    targets = targets_of([labels_of(atoms, keys) for atoms in first], evaluation)
-    assert evaluation.forces is not None
+    forward_pass = backend.forward(backend.collate(first))
+    targets = targets_of([labels_of(atoms, keys) for atoms in first], forward_pass)
+    assert forward_pass.forces is not None
     assert targets.forces is not None
-    forces = evaluation.forces.double()
+    forces = forward_pass.forces.double()
     residual = float((targets.forces - forces).square().mean().sqrt())
     smaller = min(float(targets.forces.square().mean().sqrt()), float(forces.square().mean().sqrt()))
     if residual < _OWN_RATIO * smaller:

@@ -102,11 +102,11 @@ def fit(
     for accumulator in accumulators.values():
         accumulator.progress = progress
     kept = KeptBatches(list(map(len, train_frames)))
-    for evaluation, targets in stream:
+    for forward_pass, targets in stream:
         for accumulator in accumulators.values():
-            accumulator.add(evaluation, targets)
+            accumulator.add(forward_pass, targets)
         if combines:
-            kept.add(evaluation, targets)
+            kept.add(forward_pass, targets)
     heads = {name: a.finish(communicator).to(backend.device) for name, a in accumulators.items()}
     held_out = LabelledStream(
         backend,

@@ -56,7 +56,7 @@ class Head(torch.nn.Module, ABC):
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
-        """Raw uncertainties of a batch, from what one evaluation of the potential gave."""
+        """Raw uncertainties of a batch, from what one forward pass of the potential gave."""
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, width) float64 the space that it measures in, before the training frames made a posterior of it.

@@ -62,7 +62,7 @@ class LabelledStream:
 
 
 def targets_of(labels: Sequence[Labels], forward_pass: ForwardPass, first: int = 0) -> Targets:
-    """Reference values of a batch whose first frame is number `first`, as float64 tensors beside its evaluation."""
+    """Reference values of a batch whose first frame is number `first`, as float64 tensors beside its forward pass."""
     counts = forward_pass.n_atoms_of_frame.tolist()
     return Targets(
         frames=torch.arange(first, first + len(counts), device=forward_pass.energy.device),

@@ -695,7 +695,7 @@ def _noise(energies: np.ndarray, backend: Backend) -> float:
 
 
 def _tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of an evaluation with its dotted name."""
+    """Every tensor of a forward pass with its dotted name."""
     for entry in fields(value):
         inner = getattr(value, entry.name)
         if isinstance(inner, Tensor):

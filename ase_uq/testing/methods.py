@@ -87,7 +87,7 @@ class MethodContract:
     def unseen(cls, backend: Backend) -> ForwardPass:
         """A batch of structures that were not fitted, from one atom to a periodic box."""
         frames = [*labelled_frames(6, seed=2), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=3, cell=5.0)]
-        return forward(backend, frames, gradients=cls().make_method().gradients)
+        return forward_pass_of(backend, frames, gradients=cls().make_method().gradients)
 
     def test_name_finds_the_method(self):
         method = self.make_method()
@@ -206,7 +206,7 @@ class MethodContract:
             assert torch.equal(found[key], value), key
 
     def _forward(self, backend: Backend, frames: Sequence[Atoms]) -> ForwardPass:
-        return forward(backend, frames, gradients=self.make_method().gradients)
+        return forward_pass_of(backend, frames, gradients=self.make_method().gradients)
 
     def _assert_same(self, found: Raw, expected: Raw) -> None:
         for name in RAW_FIELDS:
@@ -254,7 +254,7 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
         seed: Of the noise.
     """
     random = np.random.default_rng(seed)
-    forward_pass = forward(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
+    forward_pass = forward_pass_of(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
     assert forward_pass.forces is not None
     assert forward_pass.stress is not None
     energies, forces, stresses = (x.numpy() for x in (forward_pass.energy, forward_pass.forces, forward_pass.stress))
@@ -267,7 +267,7 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
     return list(frames)
 
 
-def forward(backend: Backend, frames: Sequence[Atoms], *, gradients: bool = False) -> ForwardPass:
+def forward_pass_of(backend: Backend, frames: Sequence[Atoms], *, gradients: bool = False) -> ForwardPass:
     """One forward pass over structures, with forces."""
     return backend.forward(backend.collate(frames), gradients=gradients)
 
@@ -349,7 +349,7 @@ def _assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) 
 
 
 def _tensors(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
-    """Every tensor of an evaluation with its dotted name."""
+    """Every tensor of a forward pass with its dotted name."""
     found = []
     for entry in fields(value):
         inner = getattr(value, entry.name)

@@ -12,7 +12,7 @@ from ase_uq.cli import app, main
 from ase_uq.cli.console import ErrorsAsLines, only_our_messages, silence
 from ase_uq.errors import UQWarning
 
-VERBS = ("fit", "info", "predict", "md", "demo")
+VERBS = ("fit", "info", "score", "md", "demo")
 
 
 def test_module_runs_as_a_program():

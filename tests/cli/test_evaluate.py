@@ -98,13 +98,13 @@ def test_other_names_of_labels(judge, files):
     np.testing.assert_allclose(*values, rtol=1e-5)
 
 
-def test_what_predict_wrote_is_not_labelled(judge, run, files):
+def test_what_score_wrote_is_not_labelled(judge, run, files):
     frames = read(files.test, ":5")
     for atoms in frames:
         atoms.info.clear()
         del atoms.arrays["REF_forces"]
     write("in.xyz", frames)
-    assert run("predict", "in.xyz", "--model", "toy:", "--uq", files.uq, "--out", "out.xyz").exit_code == 0
+    assert run("score", "in.xyz", "--model", "toy:", "--uq", files.uq, "--out", "out.xyz").exit_code == 0
     result = judge(frames="out.xyz")
     assert result.exit_code == 1
     assert "error: the labels are the potential's own forces" in result.stderr

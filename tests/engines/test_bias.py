@@ -389,9 +389,9 @@ class Masked(torch.nn.Module):
         super().__init__()
         self.head = head
 
-    def forward(self, evaluation):
-        raw = self.head(evaluation)
-        return replace(raw, energy=raw.energy + evaluation.vectors.double().square().sum())
+    def forward(self, forward_pass):
+        raw = self.head(forward_pass)
+        return replace(raw, energy=raw.energy + forward_pass.vectors.double().square().sum())
 
 
 def test_a_method_that_reads_what_cannot_be_differentiated_is_refused(toy):

@@ -96,9 +96,9 @@ def applications(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = UncertaintyModel.apply
 
-    def counted(self: UncertaintyModel, evaluation: Any):
-        seen.append(len(evaluation.numbers))
-        return original(self, evaluation)
+    def counted(self: UncertaintyModel, forward_pass: Any):
+        seen.append(len(forward_pass.numbers))
+        return original(self, forward_pass)
 
     monkeypatch.setattr(UncertaintyModel, "apply", counted)
     return seen

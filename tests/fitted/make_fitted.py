@@ -57,25 +57,25 @@ def main(version: str) -> None:
     print(model.summary())
     model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)
-    evaluation = backend.forward(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
-    layer = evaluation.force_layer
+    forward_pass = backend.forward(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
+    layer = forward_pass.force_layer
     assert layer is not None
     inputs = {
-        "numbers": evaluation.numbers,
-        "positions": evaluation.positions,
-        "frame_of_atom": evaluation.frame_of_atom,
-        "n_atoms_of_frame": evaluation.n_atoms_of_frame,
-        "energy": evaluation.energy,
-        "features": evaluation.features,
-        "forces": evaluation.forces,
-        "edges.source": evaluation.edges.source,
-        "edges.target": evaluation.edges.target,
-        "edges.vector": evaluation.edges.vector,
-        "edges.cutoff": torch.tensor(evaluation.edges.cutoff),
-        **{f"energy_layer.{name}": value for name, value in vars(evaluation.energy_layer).items()},
+        "numbers": forward_pass.numbers,
+        "positions": forward_pass.positions,
+        "frame_of_atom": forward_pass.frame_of_atom,
+        "n_atoms_of_frame": forward_pass.n_atoms_of_frame,
+        "energy": forward_pass.energy,
+        "features": forward_pass.features,
+        "forces": forward_pass.forces,
+        "edges.source": forward_pass.edges.source,
+        "edges.target": forward_pass.edges.target,
+        "edges.vector": forward_pass.edges.vector,
+        "edges.cutoff": torch.tensor(forward_pass.edges.cutoff),
+        **{f"energy_layer.{name}": value for name, value in vars(forward_pass.energy_layer).items()},
         **{f"force_layer.{name}": value for name, value in vars(layer).items() if torch.is_tensor(value)},
     }
-    outputs = model.apply(evaluation)
+    outputs = model.apply(forward_pass)
     tensors = {f"in/{name}": value.clone() for name, value in inputs.items()}
     tensors |= {f"out/{name}": value.clone() for name, value in outputs.items()}
     save_file(tensors, FOLDER / f"{version}_expected.safetensors", metadata={"fingerprint": model.identity.fingerprint})

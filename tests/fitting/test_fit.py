@@ -19,14 +19,13 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import InputError, LabelError, UQWarning
-from ase_uq.fitting import fit as fitting
+from ase_uq.fitting import combination
 from ase_uq.methods.base import Head
 from ase_uq.methods.bll import BLL
-from ase_uq.methods.mahalanobis import ElementSums, Mahalanobis
+from ase_uq.methods.mahalanobis import Mahalanobis, MahalanobisAccumulator
 from ase_uq.numerics.networks import Training
 from ase_uq.stream.labelled import LabelledStream
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames, on_ranks, with_labels
-from ase_uq.uncertainty_model import combination as combined
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames, on_ranks, with_labels
 from ase_uq.uncertainty_model.combination import RESIDUAL
 
 # So few toy frames: errors of energies and of stresses that the distance does not order.
@@ -111,14 +110,14 @@ class TestCalibration:
         record = quick(calculator, train, held_out).record
         assert record.n_atoms_of_frame.tolist() == [len(atoms) for atoms in held_out]
         assert record.numbers.tolist() == np.concatenate([atoms.numbers for atoms in held_out]).tolist()
-        forces = evaluate(load_backend(calculator), held_out).forces
+        forces = forward_pass_of(load_backend(calculator), held_out).forces
         assert forces is not None
         labels = np.concatenate([atoms.arrays["REF_forces"] for atoms in held_out])
         np.testing.assert_allclose(record.error, np.linalg.norm(labels - forces.numpy(), axis=1), rtol=1e-5)
 
     def test_several_ranks_give_the_model_of_one(self, calculator, train, held_out):
         serial = quick(calculator, train, held_out, batch_atoms=20)
-        batch = evaluate(load_backend(calculator), labelled_frames(3, seed=5))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(3, seed=5))
         expected = serial.apply(batch)
         models = on_ranks(2, lambda ranks: quick(calculator, train, held_out, batch_atoms=20, communicator=ranks))
         for model in models:
@@ -214,7 +213,7 @@ class Shy(Mahalanobis):
 
     name = "shy"
 
-    def start(self) -> ElementSums:
+    def start(self) -> MahalanobisAccumulator:
         return _Marked(self, grows=False)
 
 
@@ -224,11 +223,11 @@ class Costly(Mahalanobis):
     name = "costly"
     gradients = True
 
-    def start(self) -> ElementSums:
+    def start(self) -> MahalanobisAccumulator:
         return _Marked(self, gradients=True)
 
 
-class _Marked(ElementSums):
+class _Marked(MahalanobisAccumulator):
     def __init__(self, method: Mahalanobis, **marks: bool) -> None:
         super().__init__(method)
         self.marks = marks
@@ -240,9 +239,9 @@ class _Marked(ElementSums):
         if head.gradients:
             original = head.forward
 
-            def forward(evaluation: Any):
-                assert evaluation.gradients is not None, "asked for without gradients"
-                return original(evaluation)
+            def forward(forward_pass: Any):
+                assert forward_pass.gradients is not None, "asked for without gradients"
+                return original(forward_pass)
 
             head.forward = forward
         return head
@@ -256,7 +255,7 @@ class TestSeveralMethods:
     @pytest.fixture(autouse=True)
     def hardly_trained(self, monkeypatch: pytest.MonkeyPatch) -> None:
         training = Training(hidden=(8,), learning_rate=1e-2, batch=64, max_epochs=4, patience=4)
-        monkeypatch.setattr(combined, "_TRAINING", training)
+        monkeypatch.setattr(combination, "_TRAINING", training)
 
     @pytest.mark.parametrize("direct", [False, True])
     def test_are_combined_and_stand_beside_it(self, train, held_out, direct: bool):
@@ -268,7 +267,7 @@ class TestSeveralMethods:
         assert model.combination.inputs.others == model.combination.inputs.distances == ("mahalanobis",)
         assert model.combination.inputs.elements == (1, 6, 8)
         assert list(model.combination.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
-        batch = evaluate(load_backend(calculator), labelled_frames(4, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(4, seed=3))
         found = model.apply(batch)
         quantities = [f"{quantity}_uncertainty" for quantity in ("forces", "energy", "energies")]
         alone = {f"{key}_{name}" for key in quantities for name in ("bll", "mahalanobis")}
@@ -286,7 +285,7 @@ class TestSeveralMethods:
 
     def test_each_gives_what_it_gives_alone(self, calculator, train, held_out):
         both = quick(calculator, train, held_out, methods=PAIR)
-        batch = evaluate(load_backend(calculator), labelled_frames(4, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(4, seed=3))
         together = both.apply(batch)
         for method in PAIR:
             for key, value in quick(calculator, train, held_out, methods=[method]).apply(batch).items():
@@ -304,7 +303,7 @@ class TestSeveralMethods:
         assert model.combination is not None
         view = model.combination.inputs
         assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("shy", "bll"), ("bll",))
-        found = model.apply(evaluate(load_backend(calculator), labelled_frames(4, seed=3)))
+        found = model.apply(forward_pass_of(load_backend(calculator), labelled_frames(4, seed=3)))
         np.testing.assert_array_equal(found["energy_uncertainty"], found["energy_uncertainty_mahalanobis"])
 
     def test_of_which_none_grows_are_not_combined(self, calculator, train, held_out):
@@ -317,7 +316,7 @@ class TestSeveralMethods:
         assert own.filename == __file__
         assert model.primary == "shy"
         assert model.combination is None
-        found = model.apply(evaluate(load_backend(calculator), labelled_frames(4, seed=3)))
+        found = model.apply(forward_pass_of(load_backend(calculator), labelled_frames(4, seed=3)))
         assert set(found) == set(model.results)
         np.testing.assert_array_equal(found["forces_uncertainty"], found["forces_uncertainty_shy"])
 
@@ -391,7 +390,7 @@ class TestSeveralMethods:
     @pytest.mark.parametrize("size", [2, 3])
     def test_several_ranks_give_the_model_of_one(self, calculator, train, held_out, size: int):
         options = {"methods": PAIR, "batch_atoms": 40}
-        batch = evaluate(load_backend(calculator), labelled_frames(3, seed=5))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(3, seed=5))
         serial = quick(calculator, train, held_out, **options)
         assert serial.combination is not None
         models = on_ranks(size, lambda ranks: quick(calculator, train, held_out, communicator=ranks, **options))
@@ -447,9 +446,9 @@ class TestKept:
         """First frames of the batches that are kept."""
         backend = load_backend(ToyCalculator(ELEMENTS))
         stream = LabelledStream(backend, frames, communicator or Serial(), batch_atoms=batch_atoms, forces=True)
-        kept = fitting._Kept([len(atoms) for atoms in frames])
-        for evaluation, targets in stream:
-            kept.add(evaluation, targets)
+        kept = combination.KeptBatches([len(atoms) for atoms in frames])
+        for forward_pass, targets in stream:
+            kept.add(forward_pass, targets)
         return [int(targets.frames[0]) for _, targets in kept.batches]
 
     def test_all_where_they_are_few(self, water):
@@ -458,12 +457,12 @@ class TestKept:
 
     @pytest.mark.parametrize(("most", "expected"), [(60, [0, 15, 30, 45]), (90, list(range(0, 60, 10))), (1, [0])])
     def test_evenly_spread_where_they_are_many(self, water, monkeypatch, most: int, expected: list[int]):
-        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", most)
+        monkeypatch.setattr(combination, "_MOST_KEPT_ATOMS", most)
         assert self.kept(water) == expected
 
     def test_about_as_many_of_frames_of_all_sizes(self, monkeypatch):
         frames = labelled_frames(150, seed=1)
-        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", 200)
+        monkeypatch.setattr(combination, "_MOST_KEPT_ATOMS", 200)
         found = self.kept(frames, batch_atoms=1)
         assert sum(len(frames[k]) for k in found) == pytest.approx(200, rel=0.2)
         # No third of them without its share.
@@ -471,7 +470,7 @@ class TestKept:
 
     @pytest.mark.parametrize("size", [2, 5])
     def test_the_same_whatever_the_ranks(self, water, monkeypatch, size: int):
-        monkeypatch.setattr(fitting, "_MOST_KEPT_ATOMS", 60)
+        monkeypatch.setattr(combination, "_MOST_KEPT_ATOMS", 60)
         ranks = on_ranks(size, lambda communicator: self.kept(water, communicator))
         assert sorted(first for own in ranks for first in own) == [0, 15, 30, 45]
 
@@ -698,7 +697,7 @@ class TestWarnings:
 
     def test_errors_that_nothing_explains(self, calculator, train, held_out):
         random = np.random.default_rng(0)
-        own = evaluate(load_backend(calculator), held_out)
+        own = forward_pass_of(load_backend(calculator), held_out)
         assert own.forces is not None
         for k, atoms in enumerate(held_out):
             forces = own.forces[own.frame_of_atom == k].numpy()

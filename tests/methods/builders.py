@@ -12,7 +12,7 @@ from ase_uq.backends.base import Batch
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForwardPass, Members, Targets
 from ase_uq.numerics.linalg import whitener
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 
 
 class ToyCommittee(ToyBackend):
@@ -87,5 +87,5 @@ def batches_of(
 
 def _unknown_directions() -> Tensor:
     """(n_last, n_last) R with RRᵀ the covariance of the weights of the last layer after the contract's frames."""
-    phi = evaluate(ToyBackend(ToyCalculator(ELEMENTS)), labelled_frames(40, seed=1)).energy_layer.features
+    phi = forward_pass_of(ToyBackend(ToyCalculator(ELEMENTS)), labelled_frames(40, seed=1)).energy_layer.features
     return whitener(phi.T @ phi / len(phi) + 1e-5 * torch.eye(phi.shape[1], dtype=phi.dtype))[0]

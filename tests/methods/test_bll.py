@@ -20,7 +20,7 @@ from ase_uq.methods.bll.head import BLLHead
 from ase_uq.methods.bll.method import BLL
 from ase_uq.methods.bll.projection import projected_leverage
 from ase_uq.numerics.sites import sum_over_sites
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, with_labels
 
 RIDGE = 1e-4
 
@@ -54,7 +54,7 @@ class TestDistance:
     @pytest.mark.parametrize("features", ["latent", "last_layer"])
     def test_is_dense_algebra(self, conservative: Backend, frames: list[Atoms], features: str):
         head = fit_head(BLL(features=features, ridge=RIDGE), conservative, frames, batch_atoms=20)
-        train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
+        train, new = forward_pass_of(conservative, frames), forward_pass_of(conservative, labelled_frames(5, seed=12))
 
         def columns(forward_pass: ForwardPass) -> np.ndarray:
             latent = features == "latent"
@@ -66,17 +66,17 @@ class TestDistance:
             np.testing.assert_allclose(head(forward_pass).distance, expected, rtol=1e-9)
 
     def test_sums_to_the_number_of_training_rows(self, conservative: Backend, frames: list[Atoms]):
-        distance = fit_head(BLL(ridge=RIDGE), conservative, frames)(evaluate(conservative, frames)).distance
+        distance = fit_head(BLL(ridge=RIDGE), conservative, frames)(forward_pass_of(conservative, frames)).distance
         assert float(distance.sum()) == pytest.approx(len(distance), rel=1e-10)
 
     def test_does_not_depend_on_the_size_of_the_training_set(self, conservative: Backend, frames: list[Atoms]):
         once, thrice = (fit_head(BLL(ridge=RIDGE), conservative, frames * copies) for copies in (1, 3))
-        unseen = evaluate(conservative, labelled_frames(5, seed=12))
+        unseen = forward_pass_of(conservative, labelled_frames(5, seed=12))
         torch.testing.assert_close(thrice(unseen).distance, once(unseen).distance, rtol=1e-9, atol=0)
 
     def test_a_smaller_ridge_never_lowers_it_before_scaling(self, conservative: Backend, frames: list[Atoms]):
         """u = z(cov + ridge)⁻¹z is monotone in the ridge; ũ divides it by γ, which the settings hold."""
-        unseen = evaluate(conservative, labelled_frames(5, seed=12))
+        unseen = forward_pass_of(conservative, labelled_frames(5, seed=12))
         found = []
         for ridge in (1e-2, 1e-4, 1e-6):
             head = fit_head(BLL(ridge=ridge), conservative, frames)
@@ -88,8 +88,8 @@ class TestDistance:
         """Only water: every pair with carbon is absent from training, and then seen."""
         water = with_labels([_rattled("H2O", seed) for seed in range(12)])
         head = fit_head(BLL(), conservative, water)
-        assert bool(torch.isfinite(head(evaluate(conservative, water)).distance).all())
-        new = head(evaluate(conservative, [molecule("CH3OH")])).distance
+        assert bool(torch.isfinite(head(forward_pass_of(conservative, water)).distance).all())
+        new = head(forward_pass_of(conservative, [molecule("CH3OH")])).distance
         assert bool(torch.isfinite(new).all())
         assert float(new.max()) > 1e3
 
@@ -99,7 +99,7 @@ class TestFeatures:
     @pytest.mark.parametrize("ridge", [1e-9, 1e-2])
     def test_they_are_standardised(self, conservative: Backend, frames: list[Atoms], features: str, ridge: float):
         head = fit_head(BLL(features=features, ridge=ridge), conservative, frames, batch_atoms=20)
-        train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
+        train, new = forward_pass_of(conservative, frames), forward_pass_of(conservative, labelled_frames(5, seed=12))
         rows, at = ((e.features if features == "latent" else e.energy_layer.features).numpy() for e in (train, new))
         spread = rows.std(0)
         assert spread.min() < 1e-2 * spread.max(), "some of the toy's features hardly vary"
@@ -112,7 +112,7 @@ class TestFeatures:
         head = fit_head(make_method("pops"), conservative, frames)
         assert not head.measures
         with pytest.raises(NotImplementedError, match="POPSHead has no features to measure distances in"):
-            head.features(evaluate(conservative, frames[:1]))
+            head.features(forward_pass_of(conservative, frames[:1]))
 
 
 class TestEnergy:
@@ -120,7 +120,7 @@ class TestEnergy:
     def test_is_dense_algebra(self, conservative: Backend, frames: list[Atoms], ridge: float):
         """ũ_s = u_s·N/γ with u = x(XᵀX + Λ)⁻¹xᵀ, x = (1, scaled ψ̃ about its mean) and no prior on the intercept."""
         head = fit_head(BLL(ridge=ridge), conservative, frames)
-        train, new = evaluate(conservative, frames), evaluate(conservative, labelled_frames(5, seed=12))
+        train, new = forward_pass_of(conservative, frames), forward_pass_of(conservative, labelled_frames(5, seed=12))
 
         def means(forward_pass: ForwardPass) -> np.ndarray:
             phi = forward_pass.energy_layer.features.numpy()
@@ -160,18 +160,18 @@ class TestEnergy:
         head = fit_head(BLL(), conservative, frames)
         whole, apart = frames[0].copy(), frames[0].copy()
         apart.positions *= 10
-        near, far = head(evaluate(conservative, [whole])), head(evaluate(conservative, [apart]))
+        near, far = head(forward_pass_of(conservative, [whole])), head(forward_pass_of(conservative, [apart]))
         assert bool((far.energy > near.energy).all())
         assert float(far.energies.min()) > 1 / head.settings["energy"]["effective"]
 
     def test_second_score_and_stress_are_the_mean_distance(self, conservative: Backend, frames: list[Atoms]):
-        raw = fit_head(BLL(), conservative, frames)(batch := evaluate(conservative, frames))
+        raw = fit_head(BLL(), conservative, frames)(batch := forward_pass_of(conservative, frames))
         expected = [float(raw.distance[batch.frame_of_atom == k].mean()) for k in range(len(frames))]
         np.testing.assert_allclose(raw.energy[:, 1], expected, rtol=1e-12)
         np.testing.assert_allclose(raw.stress[:, 0], expected, rtol=1e-12)
 
     def test_mean_over_training_structures_is_one(self, conservative: Backend, frames: list[Atoms]):
-        raw = fit_head(BLL(ridge=RIDGE), conservative, frames)(evaluate(conservative, frames))
+        raw = fit_head(BLL(ridge=RIDGE), conservative, frames)(forward_pass_of(conservative, frames))
         assert float(raw.energy[:, 0].mean()) == pytest.approx(1.0, rel=1e-9)
 
     def test_without_energy_labels_the_distance_stands_for_it(self, conservative: Backend, frames: list[Atoms]):
@@ -179,7 +179,7 @@ class TestEnergy:
         for atoms in unlabelled:
             del atoms.info["REF_energy"]
         head = fit_head(BLL(), conservative, unlabelled)
-        raw = head(evaluate(conservative, frames))
+        raw = head(forward_pass_of(conservative, frames))
         assert raw.energy.shape == (len(frames), 1)
         assert torch.equal(raw.energies, raw.distance)
         assert "energy" not in head.settings
@@ -199,7 +199,7 @@ class TestSites:
         head = fit_head(BLL(radii=radii, reach=0.0), conservative, frames)
         (periodic,) = labelled_frames(1, seed=5, cell=4.2)
         for atoms in (frames[0], periodic):
-            batch = evaluate(conservative, [atoms])
+            batch = forward_pass_of(conservative, [atoms])
             raw = head(batch)
             assert raw.forces.shape == (len(atoms), 1, 3)
             np.testing.assert_array_equal(raw.forces[:, 0, 0], raw.distance)
@@ -210,7 +210,7 @@ class TestSites:
         radii, reach = (1.5, 3.0), 0.3
         head = fit_head(BLL(radii=radii, reach=reach), conservative, frames)
         atoms = next(atoms for atoms in frames if len(atoms) == 6)
-        raw = head(evaluate(conservative, [atoms]))
+        raw = head(forward_pass_of(conservative, [atoms]))
         own = raw.distance.numpy()
         separation = atoms.get_all_distances()
 
@@ -234,7 +234,7 @@ class TestSites:
         """Such as one of a file of format 1."""
         head = fit_head(BLL(reach=0.0), conservative, frames)
         settings = {name: value for name, value in head.settings.items() if name != "reach"}
-        batch = evaluate(conservative, frames[:3])
+        batch = forward_pass_of(conservative, frames[:3])
         assert torch.equal(BLL.load(settings, dict(head.state_dict()))(batch).forces, head(batch).forces)
 
     def test_a_negative_reach_is_refused(self):
@@ -246,7 +246,7 @@ class TestSites:
         head = fit_head(BLL(), conservative, frames)
         far = frames[0].copy()
         far.positions += 50.0
-        one, two = (head(evaluate(conservative, [atoms])) for atoms in (frames[0], frames[0] + far))
+        one, two = (head(forward_pass_of(conservative, [atoms])) for atoms in (frames[0], frames[0] + far))
         n_atoms = len(frames[0])
         torch.testing.assert_close(two.forces, one.forces.repeat(2, 1, 1), rtol=1e-9, atol=0)
         torch.testing.assert_close(two.distance[n_atoms:], one.distance, rtol=1e-9, atol=0)
@@ -254,7 +254,7 @@ class TestSites:
 
     def test_turning_a_molecule_changes_nothing(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(BLL(ridge=RIDGE), conservative, frames)
-        one, two = (head(evaluate(conservative, [atoms])) for atoms in (frames[0], _turned(frames[0])))
+        one, two = (head(forward_pass_of(conservative, [atoms])) for atoms in (frames[0], _turned(frames[0])))
         torch.testing.assert_close(two.forces, one.forces, rtol=1e-8, atol=0)
 
 
@@ -304,7 +304,7 @@ class TestProjection:
         rows = (layer.features @ root).numpy()
         projector = dense_projector(atoms, torque_free=bool(layer.torque_free))
         covariance = projector @ np.kron(rows @ rows.T, np.eye(3)) @ projector.T
-        found = projected_leverage(layer, root, evaluate(direct, [atoms]))
+        found = projected_leverage(layer, root, forward_pass_of(direct, [atoms]))
         expected = np.diag(covariance).reshape(-1, 3)
         np.testing.assert_allclose(found, expected, atol=1e-10 * max(1.0, covariance.max()))
 
@@ -316,9 +316,9 @@ class TestProjection:
             features=torch.cat([layer.features for layer in layers]),
             torque_free=torch.cat([layer.torque_free for layer in layers]),
         )
-        together = projected_leverage(joined, self.root(), evaluate(direct, frames))
+        together = projected_leverage(joined, self.root(), forward_pass_of(direct, frames))
         alone = [
-            projected_leverage(layer, self.root(), evaluate(direct, [atoms]))
+            projected_leverage(layer, self.root(), forward_pass_of(direct, [atoms]))
             for layer, atoms in zip(layers, frames, strict=True)
         ]
         torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=1e-10)
@@ -326,7 +326,7 @@ class TestProjection:
     def test_head_without_any_projection(self, direct: Backend):
         atoms = SHAPES["bent"]
         layer = dataclasses.replace(self.layer_of(atoms, 0), force_free=False, torque_free=torch.tensor([False]))
-        found = projected_leverage(layer, self.root(), evaluate(direct, [atoms]))
+        found = projected_leverage(layer, self.root(), forward_pass_of(direct, [atoms]))
         expected = (layer.features @ self.root()).square().sum(1, keepdim=True).expand(-1, 3)
         torch.testing.assert_close(found, expected)
 
@@ -337,7 +337,7 @@ class TestProjection:
         rows = (layer.features @ self.root()).numpy()
         projector = dense_projector(atoms, torque_free=True, force_free=False)
         covariance = projector @ np.kron(rows @ rows.T, np.eye(3)) @ projector.T
-        found = projected_leverage(layer, self.root(), evaluate(direct, [atoms]))
+        found = projected_leverage(layer, self.root(), forward_pass_of(direct, [atoms]))
         np.testing.assert_allclose(found, np.diag(covariance).reshape(-1, 3), atol=1e-10 * covariance.max())
 
     @pytest.mark.parametrize("kind", ["bent", "periodic"])
@@ -352,7 +352,7 @@ class TestProjection:
         graph = _OrbGraph(atoms, count)
         removed = maybe_remove_net_force_and_torque(graph, samples.reshape(-1, 3), True, True)  # pyright: ignore
         found = removed.reshape(count, len(atoms), 3).square().mean(0)
-        expected = projected_leverage(layer, root, evaluate(direct, [atoms]))
+        expected = projected_leverage(layer, root, forward_pass_of(direct, [atoms]))
         # The variance of 4000 normal samples has a relative standard error of sqrt(2 / 4000) = 0.022; 5 of them,
         # and for components that the projection makes zero as much of the largest's rounding.
         torch.testing.assert_close(found, expected, rtol=0.11, atol=1e-10)
@@ -360,16 +360,16 @@ class TestProjection:
     def test_leaving_it_out_overestimates_where_features_have_a_common_part(self, direct: Backend):
         atoms = SHAPES["bent"]
         layer, root = self.layer_of(atoms, 0, common=10.0), self.root()
-        projected = projected_leverage(layer, root, evaluate(direct, [atoms]))
+        projected = projected_leverage(layer, root, forward_pass_of(direct, [atoms]))
         unprojected = (layer.features @ root).square().sum(1)
         assert float(unprojected.mean() / projected.mean()) > 30
 
     def test_the_net_force_has_no_variance(self, direct: Backend):
         """With the net force gone a lone atom cannot be uncertain, and two atoms are equally so."""
         one, two = SHAPES["one atom"], SHAPES["two atoms"]
-        alone = projected_leverage(self.layer_of(one, 0), self.root(), evaluate(direct, [one]))
+        alone = projected_leverage(self.layer_of(one, 0), self.root(), forward_pass_of(direct, [one]))
         torch.testing.assert_close(alone, torch.zeros(1, 3, dtype=torch.float64))
-        pair = projected_leverage(self.layer_of(two, 0), self.root(), evaluate(direct, [two]))
+        pair = projected_leverage(self.layer_of(two, 0), self.root(), forward_pass_of(direct, [two]))
         torch.testing.assert_close(pair[0], pair[1])
         # CO lies along z: across it, a force pair is a torque.
         torch.testing.assert_close(pair[:, :2], torch.zeros(2, 2, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -377,7 +377,7 @@ class TestProjection:
     def test_turning_a_molecule_keeps_the_trace(self, direct: Backend):
         atoms = molecule("CH3CH2OH")
         layer, root = self.layer_of(atoms, 2), self.root()
-        before, after = (projected_leverage(layer, root, evaluate(direct, [a])) for a in (atoms, _turned(atoms)))
+        before, after = (projected_leverage(layer, root, forward_pass_of(direct, [a])) for a in (atoms, _turned(atoms)))
         torch.testing.assert_close(after.sum(1), before.sum(1), rtol=1e-10, atol=0)
         assert not torch.allclose(after, before)
 
@@ -385,7 +385,7 @@ class TestProjection:
 class TestDirectHead:
     def test_force_score_is_dense_algebra(self, direct: Backend, frames: list[Atoms]):
         head = fit_head(BLL(ridge=RIDGE), direct, frames, batch_atoms=30)
-        train = evaluate(direct, frames)
+        train = forward_pass_of(direct, frames)
         assert train.force_layer is not None
         phi = train.force_layer.features.numpy().copy()
         for k in range(train.n_frames):
@@ -404,18 +404,18 @@ class TestDirectHead:
         covariance = np.kron(rows @ inverse @ rows.T, np.eye(3)) * len(phi) / gamma
         projector = dense_projector(atoms, torque_free=True)
         expected = np.diag(projector @ covariance @ projector).reshape(-1, 3)
-        raw = head(evaluate(direct, [atoms]))
+        raw = head(forward_pass_of(direct, [atoms]))
         np.testing.assert_allclose(raw.forces[:, :, 0], expected, rtol=1e-8, atol=1e-10)
 
     def test_scores_of_the_sites_stand_beside_it(self, direct: Backend, frames: list[Atoms]):
-        raw = fit_head(BLL(radii=(2.0,), reach=0.0), direct, frames)(evaluate(direct, frames[:3]))
+        raw = fit_head(BLL(radii=(2.0,), reach=0.0), direct, frames)(forward_pass_of(direct, frames[:3]))
         assert raw.forces.shape[1:] == (3, 3)
         torch.testing.assert_close(raw.forces[:, :, 1], raw.distance[:, None].expand(-1, 3))
 
     def test_prior_and_noise_are_those_of_the_evidence(self, direct: Backend, frames: list[Atoms]):
         """λ = Kγσ²/‖B‖², MacKay's fixed point, from the head's settings and the data alone."""
         found = fit_head(BLL(ridge=1e-9), direct, frames).settings["force"]
-        train = evaluate(direct, frames)
+        train = forward_pass_of(direct, frames)
         assert train.force_layer is not None
         phi = train.force_layer.features.numpy().copy()
         for k in range(train.n_frames):
@@ -443,7 +443,7 @@ def test_the_same_frames_give_the_same_bits_after_saving(direct: Backend, frames
     head = fit_head(BLL(), direct, frames)
     again = BLL.load(head.settings, {name: tensor.clone() for name, tensor in head.state_dict().items()})
     assert isinstance(again, BLLHead)
-    batch = evaluate(direct, frames)
+    batch = forward_pass_of(direct, frames)
     assert torch.equal(again(batch).forces, head(batch).forces)
 
 

@@ -11,7 +11,7 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import InputError, LabelError
 from ase_uq.methods.committee import Committee, CommitteeHead
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 from .builders import ToyCommittee
 
@@ -28,11 +28,11 @@ def frames() -> list[Atoms]:
 
 def test_scores_are_the_variances_over_the_members(committee: ToyCommittee, frames: list[Atoms]):
     head = fit_head(Committee(), committee, frames, batch_atoms=20)
-    evaluation = evaluate(committee, frames)
-    raw = head(evaluation)
-    alone = [evaluate(member, frames) for member in committee._members]
+    forward_pass = forward_pass_of(committee, frames)
+    raw = head(forward_pass)
+    alone = [forward_pass_of(member, frames) for member in committee._members]
     forces = np.stack([member.forces.numpy() for member in alone])
-    for atom in range(0, len(evaluation.numbers), 7):
+    for atom in range(0, len(forward_pass.numbers), 7):
         spread = sum(np.var(forces[:, atom, k], ddof=1) for k in range(3)) / 3
         assert float(raw.forces[atom, 0, 0]) == pytest.approx(spread, rel=1e-10)
     assert raw.forces.shape[1:] == (1, 1)
@@ -41,30 +41,30 @@ def test_scores_are_the_variances_over_the_members(committee: ToyCommittee, fram
         assert float(raw.energy[frame, 0]) == pytest.approx(np.var(per_atom, ddof=1), rel=1e-8)
         stress = np.var([member.stress[frame].numpy() for member in alone], axis=0, ddof=1).mean()
         assert float(raw.stress[frame, 0]) == pytest.approx(stress, rel=1e-10)
-    assert torch.equal(raw.energies, raw.energy[evaluation.frame_of_atom, 0])
+    assert torch.equal(raw.energies, raw.energy[forward_pass.frame_of_atom, 0])
 
 
 def test_distance_is_the_spread_of_the_forces_in_units_of_training(committee: Backend, frames: list[Atoms]):
     head = fit_head(Committee(), committee, frames, batch_atoms=20)
-    raw = head(evaluate(committee, frames))
+    raw = head(forward_pass_of(committee, frames))
     assert head.settings["mean_square"] == pytest.approx(float(raw.forces.mean()), rel=1e-12)
     torch.testing.assert_close(raw.distance, raw.forces[:, 0, 0] / raw.forces.mean())
 
 
 def test_without_a_stress_the_forces_stand_for_it(committee: Backend, frames: list[Atoms]):
     head = fit_head(Committee(), committee, frames)
-    evaluation = evaluate(committee, frames)
-    object.__setattr__(evaluation.members, "stress", None)
-    raw = head(evaluation)
-    expected = [float(raw.forces[evaluation.frame_of_atom == k].mean()) for k in range(len(frames))]
+    forward_pass = forward_pass_of(committee, frames)
+    object.__setattr__(forward_pass.members, "stress", None)
+    raw = head(forward_pass)
+    expected = [float(raw.forces[forward_pass.frame_of_atom == k].mean()) for k in range(len(frames))]
     np.testing.assert_allclose(raw.stress[:, 0], expected, rtol=1e-12)
 
 
 def test_single_precision_members_lose_nothing_more(committee: Backend, frames: list[Atoms]):
     """Differences of energies of thousands of eV are taken in double precision."""
-    evaluation = evaluate(committee, frames)
-    object.__setattr__(evaluation.members, "energy", evaluation.members.energy.float())
-    assert CommitteeHead(1.0)(evaluation).energy.dtype == torch.float64
+    forward_pass = forward_pass_of(committee, frames)
+    object.__setattr__(forward_pass.members, "energy", forward_pass.members.energy.float())
+    assert CommitteeHead(1.0)(forward_pass).energy.dtype == torch.float64
 
 
 def test_a_single_potential_is_told_how_to_load_several(frames: list[Atoms]):
@@ -73,7 +73,7 @@ def test_a_single_potential_is_told_how_to_load_several(frames: list[Atoms]):
     with pytest.raises(InputError, match=wanted):
         fit_head(Committee(), single, frames)
     with pytest.raises(InputError, match=wanted):
-        CommitteeHead(1.0)(evaluate(single, frames))
+        CommitteeHead(1.0)(forward_pass_of(single, frames))
 
 
 def test_a_committee_of_one_potential_is_refused(frames: list[Atoms]):

@@ -13,7 +13,7 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import InputError, LabelError
 from ase_uq.forward_pass import ConfidenceBins
 from ase_uq.methods.confidence import Confidence, ConfidenceHead, expected_variance
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 from .builders import ToyWithConfidence
 
@@ -55,14 +55,14 @@ def test_normal_errors_get_their_standard_deviation_back():
 
 def test_it_saturates_and_the_tail_goes_on(confident: Backend, frames: list[Atoms]):
     head = fit_head(Confidence(), confident, frames)
-    evaluation = evaluate(confident, frames[:1])
-    n_atoms = len(evaluation.numbers)
+    forward_pass = forward_pass_of(confident, frames[:1])
+    n_atoms = len(forward_pass.numbers)
 
     def at(probabilities: Tensor) -> tuple[float, float]:
         object.__setattr__(
-            evaluation, "confidence", ConfidenceBins(probabilities.expand(n_atoms, 3), certain([0]).edges)
+            forward_pass, "confidence", ConfidenceBins(probabilities.expand(n_atoms, 3), certain([0]).edges)
         )
-        return tuple(head(evaluation).forces[0, 0].tolist())
+        return tuple(head(forward_pass).forces[0, 0].tolist())
 
     sure, worst = at(torch.tensor([1.0, 0.0, 0.0])), at(torch.tensor([0.0, 0.0, 1.0]))
     assert worst[0] == pytest.approx((1.25331414 * 0.35) ** 2, rel=1e-6)
@@ -72,11 +72,11 @@ def test_it_saturates_and_the_tail_goes_on(confident: Backend, frames: list[Atom
 
 def test_energy_and_stress_are_the_mean_over_the_structure(confident: Backend, frames: list[Atoms]):
     head = fit_head(Confidence(), confident, frames, batch_atoms=20)
-    evaluation = evaluate(confident, frames)
-    raw = head(evaluation)
+    forward_pass = forward_pass_of(confident, frames)
+    raw = head(forward_pass)
     assert head.settings["mean_square"] == pytest.approx(float(raw.forces[:, 0, 0].mean()), rel=1e-12)
     torch.testing.assert_close(raw.distance, raw.forces[:, 0, 0] / raw.forces[:, 0, 0].mean())
-    expected = [float(raw.distance[evaluation.frame_of_atom == k].mean()) for k in range(len(frames))]
+    expected = [float(raw.distance[forward_pass.frame_of_atom == k].mean()) for k in range(len(frames))]
     np.testing.assert_allclose(raw.energy[:, 0], expected, rtol=1e-12)
     assert torch.equal(raw.stress, raw.energy)
     assert torch.equal(raw.energies, raw.distance)
@@ -88,7 +88,7 @@ def test_a_potential_without_one_is_told_who_has_one(frames: list[Atoms]):
     with pytest.raises(InputError, match=wanted):
         fit_head(Confidence(), without, frames)
     with pytest.raises(InputError, match=wanted):
-        ConfidenceHead(1.0)(evaluate(without, frames))
+        ConfidenceHead(1.0)(forward_pass_of(without, frames))
 
 
 def test_no_frames_are_refused():

@@ -18,7 +18,7 @@ from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import raw_of_atoms
 from ase_uq.methods.kernel import Kernel
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, on_ranks, with_labels
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, on_ranks, with_labels
 
 NOISE = 1e-4
 
@@ -35,12 +35,12 @@ def frames() -> list[Atoms]:
 
 @pytest.fixture(scope="module")
 def train(backend: Backend, frames: list[Atoms]) -> ForwardPass:
-    return evaluate(backend, frames)
+    return forward_pass_of(backend, frames)
 
 
 @pytest.fixture(scope="module")
 def new(backend: Backend) -> ForwardPass:
-    return evaluate(backend, labelled_frames(6, seed=12))
+    return forward_pass_of(backend, labelled_frames(6, seed=12))
 
 
 def atoms_of(forward_pass: ForwardPass, features: str = "latent") -> np.ndarray:
@@ -145,7 +145,7 @@ class TestLinear:
         """Its features vanish: the reason for the default."""
         apart = molecule("H2O")
         apart.positions *= 20
-        batch = evaluate(backend, [apart])
+        batch = forward_pass_of(backend, [apart])
         centred = fit_head(Kernel(kernel="linear"), backend, frames)(batch).distance
         about_zero = fit_head(Kernel(kernel="linear", normalisation="global"), backend, frames)(batch).distance
         assert float(centred.min()) > 1
@@ -282,5 +282,5 @@ def test_single_precision_potentials_are_fitted_in_double(frames: list[Atoms], k
     backend = load_backend(ToyCalculator(ELEMENTS, dtype="float32"))
     head = fit_head(Kernel(kernel=kernel), backend, frames)
     assert all(tensor.dtype == torch.float64 for tensor in head.state_dict().values())
-    distance: Tensor = head(evaluate(backend, frames)).distance
+    distance: Tensor = head(forward_pass_of(backend, frames)).distance
     assert float(distance.mean()) == pytest.approx(1.0, rel=1e-5)

@@ -15,7 +15,7 @@ from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import knn
 from ase_uq.methods.knn import KNN, mean_distance
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 from .builders import batches_of, evaluation_of
 
@@ -49,9 +49,9 @@ class TestDistance:
     @pytest.mark.parametrize("neighbours", [2, 10, 10_000])
     def test_is_that_of_scikit_learn(self, backend: Backend, frames: list[Atoms], neighbours: int):
         head = fit_head(KNN(neighbours=neighbours, rows=10_000), backend, frames, batch_atoms=20)
-        train = evaluate(backend, frames)
+        train = forward_pass_of(backend, frames)
         # Ammonia: nitrogen was not fitted and is measured from all atoms.
-        new = evaluate(backend, [*labelled_frames(5, seed=12), molecule("NH3")])
+        new = forward_pass_of(backend, [*labelled_frames(5, seed=12), molecule("NH3")])
         scale = head.settings["scale"]
         expected = sklearn_score(train, new, neighbours)
         np.testing.assert_allclose(head(new).distance * scale, expected, rtol=1e-7)

@@ -16,7 +16,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.mahalanobis import Mahalanobis
 from ase_uq.numerics.sites import RADII
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames, with_labels
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, with_labels
 
 from .builders import batches_of, evaluation_of
 
@@ -57,11 +57,11 @@ def numpy_distance(train: ForwardPass, new: ForwardPass, ridge: float) -> np.nda
 class TestDistance:
     def test_is_dense_algebra(self, backend: Backend, frames: list[Atoms]):
         head = fit_head(Mahalanobis(ridge=RIDGE), backend, frames, batch_atoms=20)
-        train = evaluate(backend, frames)
+        train = forward_pass_of(backend, frames)
         scale = numpy_distance(train, train, RIDGE).mean()
         assert head.settings["mean_square"] == pytest.approx(scale, rel=1e-9)
         # Ammonia: an element that was not fitted, beside one that was.
-        new = evaluate(backend, [*labelled_frames(5, seed=12), molecule("NH3")])
+        new = forward_pass_of(backend, [*labelled_frames(5, seed=12), molecule("NH3")])
         for forward_pass in (train, new):
             expected = numpy_distance(train, forward_pass, RIDGE) / scale
             np.testing.assert_allclose(head(forward_pass).distance, expected, rtol=1e-8)
@@ -105,15 +105,15 @@ class TestDistance:
 def test_features_that_never_vary_do_not_break_it(backend: Backend):
     water = with_labels([_rattled(seed) for seed in range(12)])
     head = fit_head(Mahalanobis(), backend, water)
-    assert bool(torch.isfinite(head(evaluate(backend, water)).distance).all())
-    new = head(evaluate(backend, [molecule("CH3OH")])).distance
+    assert bool(torch.isfinite(head(forward_pass_of(backend, water)).distance).all())
+    new = head(forward_pass_of(backend, [molecule("CH3OH")])).distance
     assert bool(torch.isfinite(new).all())
     assert float(new.max()) > 1e3
 
 
 def test_forces_read_the_sums_over_sites(backend: Backend, frames: list[Atoms]):
     head = fit_head(Mahalanobis(), backend, frames)
-    forward_pass = evaluate(backend, frames[:3])
+    forward_pass = forward_pass_of(backend, frames[:3])
     assert (head.settings["radii"], head.settings["reach"]) == (list(RADII), REACH)
     expected = raw_of_atoms(head.distance(forward_pass), forward_pass, RADII, REACH)
     assert torch.equal(head(forward_pass).forces, expected.forces)

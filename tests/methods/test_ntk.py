@@ -17,7 +17,7 @@ from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.ntk import NTK, directions
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 NOISE = 1e-4
 TANGENTS = 3
@@ -53,7 +53,7 @@ def force_jacobians(backend: Backend, frames: list[Atoms]) -> list[np.ndarray]:
     """(3N, P) ∂F/∂θ of each frame, one component after the other."""
     jacobians = []
     for atoms in frames:
-        gradients = gradients_of(evaluate(backend, [atoms], gradients=True))
+        gradients = gradients_of(forward_pass_of(backend, [atoms], gradients=True))
         units = torch.eye(3 * len(atoms), dtype=torch.float64).reshape(-1, len(atoms), 3)
         jacobians.append(np.stack([next(gradients.of_forces(unit)).numpy() for unit in units]))
     return jacobians
@@ -71,11 +71,11 @@ def dense_score(train: np.ndarray, at: np.ndarray, count: float) -> np.ndarray:
 class TestScores:
     def test_energy_is_dense_algebra(self, backend: Backend, frames: list[Atoms], new: list[Atoms]):
         raw = fit_head(NTK(noise=NOISE, tangents=1, size=EXACT), backend, frames, batch_atoms=20)(
-            batch := evaluate(backend, new, gradients=True)
+            batch := forward_pass_of(backend, new, gradients=True)
         )
 
         def rows(structures: list[Atoms]) -> np.ndarray:
-            gradients = gradients_of(evaluate(backend, structures, gradients=True))
+            gradients = gradients_of(forward_pass_of(backend, structures, gradients=True))
             return np.stack([g.numpy() / len(a) for g, a in zip(gradients.of_energies(), structures, strict=True)])
 
         expected = dense_score(rows(frames), rows(new), len(frames))
@@ -85,12 +85,12 @@ class TestScores:
     def test_forces_are_dense_algebra(self, backend: Backend, frames: list[Atoms], new: list[Atoms]):
         """From full Jacobians and the tangents; every training atom counts as much as any other."""
         head = fit_head(NTK(noise=NOISE, tangents=TANGENTS, size=EXACT), backend, frames, batch_atoms=20)
-        batch = evaluate(backend, new, gradients=True)
+        batch = forward_pass_of(backend, new, gradients=True)
 
         def rows(structures: list[Atoms], summed: bool) -> np.ndarray:
             stacked = []
             for atoms, jacobian in zip(structures, force_jacobians(backend, structures), strict=True):
-                alone = evaluate(backend, [atoms])
+                alone = forward_pass_of(backend, [atoms])
                 tangents = np.stack([directions(alone, m, 0).numpy().ravel() for m in range(TANGENTS)])
                 weight = len(atoms) / TANGENTS if summed else 1.0
                 stacked.append(np.sqrt(weight) * tangents @ jacobian / np.sqrt(3 * len(atoms)))
@@ -109,7 +109,7 @@ class TestScores:
         """E‖∂(δ·F)/∂θ‖²/3N is the mean square of the rows of the Jacobian; 200 tangents are within a few percent."""
         atoms = new[0]
         (jacobian,) = force_jacobians(conservative, [atoms])
-        alone = evaluate(conservative, [atoms])
+        alone = forward_pass_of(conservative, [atoms])
         tangents = np.stack([directions(alone, m, 0).numpy().ravel() for m in range(200)])
         found = ((tangents @ jacobian) ** 2).sum(1) / len(jacobian)
         expected = (jacobian**2).sum(1).mean()
@@ -117,14 +117,14 @@ class TestScores:
 
     def test_equal_tangents_on_all_atoms_would_say_nothing(self, conservative: Backend, new: list[Atoms]):
         """Translation: the reason for random ones."""
-        batch = evaluate(conservative, new, gradients=True)
+        batch = forward_pass_of(conservative, new, gradients=True)
         for gradient in gradients_of(batch).of_forces(torch.ones_like(batch.positions)):
             assert float(gradient.abs().max()) < 1e-12
 
     def test_a_sketch_keeps_the_ranking(self, conservative: Backend):
         """57 parameters sketched to 48."""
         frames, new = labelled_frames(8, seed=11), labelled_frames(60, seed=12)
-        batch = evaluate(conservative, new, gradients=True)
+        batch = forward_pass_of(conservative, new, gradients=True)
         exact, sketched = (
             fit_head(NTK(noise=1e-2, size=size), conservative, frames)(batch).energy for size in (EXACT, 48)
         )
@@ -154,7 +154,7 @@ def test_of_the_last_layer_it_is_the_activation_kernel(conservative: Backend, fr
     """K8."""
 
     def batch(structures: list[Atoms]) -> ForwardPass:
-        forward_pass = evaluate(conservative, structures, gradients=True)
+        forward_pass = forward_pass_of(conservative, structures, gradients=True)
         return dataclasses.replace(forward_pass, gradients=OnlyLastLayer(forward_pass))
 
     train = [(batch(frames), Targets(torch.arange(len(frames))))]
@@ -169,13 +169,13 @@ def test_of_the_last_layer_it_is_the_activation_kernel(conservative: Backend, fr
 
 class TestDirections:
     def test_they_belong_to_places_in_a_frame(self, conservative: Backend, new: list[Atoms]):
-        together = directions(evaluate(conservative, new), 1, 0)
-        alone = torch.cat([directions(evaluate(conservative, [atoms]), 1, 0) for atoms in new])
+        together = directions(forward_pass_of(conservative, new), 1, 0)
+        alone = torch.cat([directions(forward_pass_of(conservative, [atoms]), 1, 0) for atoms in new])
         assert torch.equal(together, alone)
         assert set(together.flatten().tolist()) == {-1.0, 1.0}
 
     def test_numbers_and_seeds_give_others(self, conservative: Backend):
-        batch = evaluate(conservative, labelled_frames(1, seed=1))
+        batch = forward_pass_of(conservative, labelled_frames(1, seed=1))
         found = [directions(batch, number, seed) for number in range(3) for seed in range(3)]
         assert all(not torch.equal(a, b) for k, a in enumerate(found) for b in found[:k])
 
@@ -201,13 +201,13 @@ class TestRefusals:
     def test_evaluations_without_gradients(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(NTK(tangents=1), conservative, frames)
         with pytest.raises(ValueError, match="needs gradients: evaluate with gradients=True"):
-            head(evaluate(conservative, frames))
+            head(forward_pass_of(conservative, frames))
 
     def test_another_potential(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(NTK(tangents=1), conservative, frames)
         other = load_backend(ToyCalculator(("H", "C", "O", "Si")))
         with pytest.raises(ValueError, match="fitted for a potential of 57 parameters, this one has 94"):
-            head(evaluate(other, frames, gradients=True))
+            head(forward_pass_of(other, frames, gradients=True))
 
     def test_no_frames(self):
         with pytest.raises(LabelError, match="there are no training frames"):

@@ -24,7 +24,7 @@ from ase_uq.methods.pdrum.head import PDRUMHead, magnitude_of_unit
 from ase_uq.methods.pdrum.method import PDRUM
 from ase_uq.numerics.networks import Training
 from ase_uq.stream.labelled import LabelledStream
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 SHORT = Training(hidden=(16,), max_epochs=15)
 FULL = Training(hidden=(32,), patience=20)
@@ -52,7 +52,7 @@ def noisy(backend: Backend) -> list[Atoms]:
         atoms = molecule(str(random.choice(["H2O", "CH3OH", "CO2", "C2H4"])))
         atoms.positions += random.normal(scale=0.05, size=atoms.positions.shape)
         frames.append(atoms)
-    forward_pass = evaluate(backend, frames)
+    forward_pass = forward_pass_of(backend, frames)
     assert forward_pass.forces is not None
     for index, atoms in enumerate(frames):
         own = forward_pass.forces[forward_pass.frame_of_atom == index].numpy()
@@ -81,7 +81,7 @@ class TestSymmetries:
         head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
         atoms = frames[0]
         order = np.random.default_rng(0).permutation(len(atoms))
-        one, other = (head(evaluate(backend, [a], gradients=True)) for a in (atoms, atoms[order]))
+        one, other = (head(forward_pass_of(backend, [a], gradients=True)) for a in (atoms, atoms[order]))
         torch.testing.assert_close(other.forces, one.forces[order], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(other.energies, one.energies[order], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(other.energy, one.energy, rtol=1e-8, atol=1e-12)
@@ -89,7 +89,9 @@ class TestSymmetries:
     @pytest.mark.parametrize("variant", ["norm", "diff", "diff_conservative"])
     def test_scores_do_not_turn(self, backend: Backend, frames: list[Atoms], variant: str):
         head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
-        one, other = (head(evaluate(backend, some, gradients=True)) for some in (frames, turned(frames, ROTATION)))
+        one, other = (
+            head(forward_pass_of(backend, some, gradients=True)) for some in (frames, turned(frames, ROTATION))
+        )
         torch.testing.assert_close(other.forces, one.forces, rtol=1e-7, atol=1e-12)
         torch.testing.assert_close(other.energy, one.energy, rtol=1e-7, atol=1e-12)
 
@@ -97,7 +99,7 @@ class TestSymmetries:
     @pytest.mark.parametrize("variant", ["diff", "diff_conservative"])
     def test_expected_forces_turn(self, backend: Backend, frames: list[Atoms], variant: str, built: bool):
         def prepared(frames: list[Atoms]) -> ForwardPass:
-            forward_pass = evaluate(backend, frames, gradients=True)
+            forward_pass = forward_pass_of(backend, frames, gradients=True)
             return replace(forward_pass, vectors=None) if built else forward_pass
 
         stream = LabelledStream(backend, frames, Serial(), batch_atoms=100, forces=True, gradients=True)
@@ -118,7 +120,7 @@ class TestSymmetries:
         def at(shift: np.ndarray) -> np.ndarray:
             moved = atoms.copy()
             moved.positions += shift.reshape(-1, 3)
-            return expected(head, evaluate(backend, [moved], gradients=True)).numpy()
+            return expected(head, forward_pass_of(backend, [moved], gradients=True)).numpy()
 
         assert np.abs(at(np.zeros(9)).sum(0)).max() < 1e-10
         step = 1e-4
@@ -129,7 +131,7 @@ class TestSymmetries:
     def test_the_equivariant_one_is_none(self, backend: Backend, frames: list[Atoms]):
         """What the conservative variant is for: gates and vectors alone have a curl and a net force."""
         head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
-        assert float(expected(head, evaluate(backend, [frames[0]])).sum(0).norm()) > 1e-4
+        assert float(expected(head, forward_pass_of(backend, [frames[0]])).sum(0).norm()) > 1e-4
 
 
 class TestPaperMode:
@@ -142,7 +144,7 @@ class TestPaperMode:
         frames = [molecule("HCOOH") for _ in range(200)]
         for seed, atoms in enumerate(frames):
             atoms.rattle(0.03, seed=seed)
-        forward_pass = evaluate(backend, frames)
+        forward_pass = forward_pass_of(backend, frames)
         assert forward_pass.forces is not None
         assert forward_pass.vectors is not None
         share = torch.randn(forward_pass.vectors.shape[2], generator=torch.Generator().manual_seed(8)).double()
@@ -156,7 +158,7 @@ class TestPaperMode:
     def share_explained(backend: Backend, variant: str, frames: list[Atoms], new: list[Atoms]) -> tuple[float, float]:
         """Explained share of the square of the residuals, and that of the predictions over it."""
         head = fit_head(PDRUM(variant, training=FULL), backend, frames)
-        forward_pass = evaluate(backend, new)
+        forward_pass = forward_pass_of(backend, new)
         assert forward_pass.forces is not None
         residuals = torch.from_numpy(np.concatenate([a.arrays["REF_forces"] for a in new])) - forward_pass.forces
         found = expected(head, forward_pass)
@@ -188,7 +190,7 @@ class TestScales:
         self, backend: Backend, noisy: list[Atoms], target: str, quantile: float
     ):
         head = fit_head(PDRUM(target=target, quantile=quantile, training=FULL), backend, noisy)
-        forward_pass = evaluate(backend, noisy)
+        forward_pass = forward_pass_of(backend, noisy)
         raw = head(forward_pass)
         for z, deviation in DEVIATIONS.items():
             found = float(raw.forces[forward_pass.numbers == z].mean().sqrt())
@@ -211,7 +213,7 @@ class TestScales:
 
     def test_the_score_of_a_diff_is_the_mean_square_of_what_it_expects(self, backend: Backend, frames: list[Atoms]):
         head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
-        forward_pass = evaluate(backend, frames)
+        forward_pass = forward_pass_of(backend, frames)
         mean_square = expected(head, forward_pass).square().mean(1)
         torch.testing.assert_close(head(forward_pass).forces[:, 0, 0], mean_square)
 
@@ -221,14 +223,14 @@ class TestScales:
         atoms = frames[0]
         far = atoms.copy()
         far.positions += 100
-        one, two = head(evaluate(backend, [atoms])), head(evaluate(backend, [atoms + far]))
+        one, two = head(forward_pass_of(backend, [atoms])), head(forward_pass_of(backend, [atoms + far]))
         torch.testing.assert_close(two.energy, one.energy, rtol=1e-6, atol=0)
 
 
 class TestConservative:
     def test_finds_an_energy_that_is_missing(self, backend: Backend):
         frames = labelled_frames(60, seed=21)
-        forward_pass = evaluate(backend, frames, gradients=True)
+        forward_pass = forward_pass_of(backend, frames, gradients=True)
         functions = functions_of(forward_pass.features.shape[1], 0)
         weights = torch.randn(functions.shape[1], generator=torch.Generator().manual_seed(3), dtype=torch.float64)
         missing = forces_of(forward_pass, functions, weights)
@@ -238,7 +240,7 @@ class TestConservative:
             own = forward_pass.frame_of_atom == index
             atoms.arrays["REF_forces"] = (forward_pass.forces + missing)[own].numpy()
         head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames[:40])
-        new = evaluate(backend, frames[40:], gradients=True)
+        new = forward_pass_of(backend, frames[40:], gradients=True)
         truth = forces_of(new, functions, weights)
         assert float((expected(head, new) - truth).norm()) < 0.01 * float(truth.norm())
 
@@ -252,7 +254,7 @@ class TestConservative:
     def test_without_them_says_what_to_do(self, backend: Backend, frames: list[Atoms]):
         head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames)
         with pytest.raises(ValueError, match="gradients=True"):
-            head(evaluate(backend, frames))
+            head(forward_pass_of(backend, frames))
 
 
 class TestDirections:
@@ -263,13 +265,13 @@ class TestDirections:
         assert not torch.equal(mixing, mixing_of(100, seed=1))
 
     def test_own_channels_are_taken_as_they_are(self, backend: Backend, frames: list[Atoms]):
-        forward_pass = evaluate(backend, frames[:3])
+        forward_pass = forward_pass_of(backend, frames[:3])
         assert forward_pass.vectors is not None
         own = forward_pass.vectors[:, :, :5]
         torch.testing.assert_close(directions(replace(forward_pass, vectors=own), mixing_of(5, seed=0)), own)
 
     def test_built_ones_vanish_at_a_centre_of_symmetry(self, backend: Backend):
-        forward_pass = replace(evaluate(backend, [molecule("CO2")]), vectors=None)
+        forward_pass = replace(forward_pass_of(backend, [molecule("CO2")]), vectors=None)
         found = directions(forward_pass, mixing_of(0, seed=0))
         assert found.shape == (3, 3, WIDTH)
         carbon = forward_pass.numbers == 6
@@ -278,17 +280,17 @@ class TestDirections:
 
     def test_built_ones_fade_where_the_neighbour_list_ends(self, backend: Backend):
         def at(distance: float) -> Tensor:
-            forward_pass = evaluate(backend, [Atoms("CO", [(0, 0, 0), (0, 0, distance)])])
+            forward_pass = forward_pass_of(backend, [Atoms("CO", [(0, 0, 0), (0, 0, distance)])])
             return directions(replace(forward_pass, vectors=None), mixing_of(0, seed=0))
 
-        cutoff = evaluate(backend, [molecule("H2O")]).edges.cutoff
+        cutoff = forward_pass_of(backend, [molecule("H2O")]).edges.cutoff
         assert float(at(cutoff - 1e-3).norm()) < 1e-5
         assert float(at(cutoff + 1e-3).norm()) == 0
 
 
 class TestFit:
     def test_the_same_seed_gives_the_same_bits_and_leaves_torchs_state(self, backend: Backend, frames: list[Atoms]):
-        forward_pass = evaluate(backend, frames)
+        forward_pass = forward_pass_of(backend, frames)
         torch.manual_seed(1)
         state = torch.get_rng_state()
         first, second = (fit_head(PDRUM("diff", training=SHORT), backend, frames) for _ in range(2))
@@ -315,7 +317,7 @@ class TestFit:
             del atoms.info["REF_energy"]
         head = fit_head(PDRUM(training=SHORT), backend, bare)
         assert "energy" not in head.settings
-        raw = head(batch := evaluate(backend, frames))
+        raw = head(batch := forward_pass_of(backend, frames))
         mean = torch.stack([raw.forces[batch.frame_of_atom == k].mean() for k in range(batch.n_frames)])
         torch.testing.assert_close(raw.energy[:, 0], mean)
         torch.testing.assert_close(raw.energies, raw.forces[:, 0, 0])
@@ -324,7 +326,7 @@ class TestFit:
         partly = [atoms.copy() for atoms in frames]
         for atoms in partly[::4]:
             del atoms.arrays["REF_forces"]
-        raw = fit_head(PDRUM(training=SHORT), backend, partly)(evaluate(backend, frames))
+        raw = fit_head(PDRUM(training=SHORT), backend, partly)(forward_pass_of(backend, frames))
         assert bool(raw.forces.isfinite().all())
 
     def test_no_forces_at_all_are_refused(self, backend: Backend, frames: list[Atoms]):

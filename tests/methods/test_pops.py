@@ -14,7 +14,7 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
 from ase_uq.methods.pops import POPS, pops_root, with_constant
-from ase_uq.testing.methods import ELEMENTS, evaluate, fit_head, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 from .builders import batches_of, evaluation_of
 
@@ -88,7 +88,7 @@ class TestCovariance:
 class TestHead:
     def test_score_is_dense_algebra(self, backend: Backend, frames: list[Atoms]):
         head = fit_head(POPS(ridge=RIDGE), backend, frames, batch_atoms=20)
-        train, new = evaluate(backend, frames), evaluate(backend, labelled_frames(5, seed=12))
+        train, new = forward_pass_of(backend, frames), forward_pass_of(backend, labelled_frames(5, seed=12))
         x = train.features.numpy()
         spread = x.std(0)
         units = np.maximum(spread, 1e-6 * spread.max())
@@ -105,14 +105,14 @@ class TestHead:
         covariance = inverse @ middle @ inverse
         scale = np.einsum("nd,de,ne->n", phi, covariance, phi).mean()
         assert head.settings["mean_square"] == pytest.approx(scale, rel=1e-8)
-        for evaluation in (train, new):
-            rows = design(evaluation.features.numpy())
+        for forward_pass in (train, new):
+            rows = design(forward_pass.features.numpy())
             expected = np.einsum("nd,de,ne->n", rows, covariance, rows) / scale
-            np.testing.assert_allclose(head(evaluation).distance, expected, rtol=1e-8)
+            np.testing.assert_allclose(head(forward_pass).distance, expected, rtol=1e-8)
 
     def test_does_not_depend_on_the_size_of_the_training_set(self, backend: Backend, frames: list[Atoms]):
         once, thrice = (fit_head(POPS(ridge=RIDGE), backend, frames * copies) for copies in (1, 3))
-        unseen = evaluate(backend, labelled_frames(5, seed=12))
+        unseen = forward_pass_of(backend, labelled_frames(5, seed=12))
         torch.testing.assert_close(thrice(unseen).distance, once(unseen).distance, rtol=1e-8, atol=0)
         assert thrice.settings["mean_square"] == pytest.approx(once.settings["mean_square"], rel=1e-8)
 

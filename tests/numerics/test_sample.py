@@ -97,7 +97,7 @@ class TestRowSample:
     def test_labels_are_those_of_the_data_set(self):
         frames = labelled_frames(7, seed=3)
         stream = LabelledStream(load_backend(ToyCalculator(ELEMENTS)), frames, Serial(), batch_atoms=12, forces=False)
-        found = torch.cat([labels_of_atoms(evaluation, targets) for evaluation, targets in stream])
+        found = torch.cat([labels_of_atoms(forward_pass, targets) for forward_pass, targets in stream])
         expected = [(k, place) for k, atoms in enumerate(frames) for place in range(len(atoms))]
         assert found.tolist() == [list(pair) for pair in expected]
 

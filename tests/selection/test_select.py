@@ -19,7 +19,7 @@ from ase_uq.methods.pops import POPS
 from ase_uq.selection.select import Selection
 from ase_uq.selection.select import select as choose_frames
 from ase_uq.selection.strategies import LargestCluster, Points, Space, choose
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.thresholds.criteria import Quantile
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -59,9 +59,9 @@ def fitted(train: list[Atoms], methods) -> UncertaintyModel:
 
 
 def pooled(model: UncertaintyModel, frames: list[Atoms]) -> torch.Tensor:
-    evaluation = evaluate(load_backend(ToyCalculator(ELEMENTS)), frames)
-    rows = model.methods["bll"].head.features(evaluation)
-    return torch.stack([rows[evaluation.frame_of_atom == k].mean(0) for k in range(len(frames))])
+    forward_pass = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), frames)
+    rows = model.methods["bll"].head.features(forward_pass)
+    return torch.stack([rows[forward_pass.frame_of_atom == k].mean(0) for k in range(len(frames))])
 
 
 def _around(atoms: Atoms, centre: int) -> list[int]:
@@ -277,9 +277,9 @@ class TestRefusals:
         head = type(model.methods["bll"].head)
         whole, bad = head.features, pool[1].positions[0]
 
-        def broken(self, evaluation):
-            rows = whole(self, evaluation)
-            rows[(evaluation.positions == torch.tensor(bad)).all(1)] = torch.nan
+        def broken(self, forward_pass):
+            rows = whole(self, forward_pass)
+            rows[(forward_pass.positions == torch.tensor(bad)).all(1)] = torch.nan
             return rows
 
         monkeypatch.setattr(head, "features", broken)

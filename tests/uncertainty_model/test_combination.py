@@ -14,11 +14,12 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.calibration import AffineCalibrator, PowerCalibrator
+from ase_uq.fitting import combination as fitting
 from ase_uq.fitting.combination import Fitted, fit_combination
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.networks import Training, folds_of
 from ase_uq.numerics.sites import RADII, around, sum_over_sites
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import (
     LARGEST_CORRECTION,
@@ -38,8 +39,8 @@ QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patie
 class Given(CombinationInputs):
     """A view of batches that are scenes already."""
 
-    def features(self, evaluation: Any, raws: Any) -> CombinationFeatures:
-        return evaluation
+    def features(self, forward_pass: Any, raws: Any) -> CombinationFeatures:
+        return forward_pass
 
 
 @dataclass(frozen=True)
@@ -92,18 +93,18 @@ def nll(variance: Tensor | np.ndarray, squares: Tensor) -> float:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly trained networks, where they are not the point."""
-    monkeypatch.setattr(combined, "_TRAINING", QUICK)
+    monkeypatch.setattr(fitting, "_TRAINING", QUICK)
 
 
 class TestWeights:
-    def rows(self) -> combined._Likelihood:
+    def rows(self) -> fitting._Likelihood:
         random = np.random.default_rng(0)
         base, gate, good, useless = random.normal(size=(4, 900, 1))
         gate = 1 / (1 + np.exp(-gate))
         squares = np.exp(base + gate * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
         harmful = base - np.log(squares)
         corrections = {"good": gate * good, "useless": gate * useless, "harmful": gate * harmful}
-        return combined._Likelihood(base, gate, squares, corrections)
+        return fitting._Likelihood(base, gate, squares, corrections)
 
     def test_are_those_of_another_optimiser(self):
         rows = self.rows()
@@ -236,7 +237,7 @@ class TestResidual:
 
     def test_each_network_leaves_out_as_much_of_either_set(self):
         training, calibration = torch.arange(1000).repeat_interleave(3), 7 + torch.arange(40).repeat_interleave(2)
-        groups = combined._interleaved(training, calibration)
+        groups = fitting._interleaved(training, calibration)
         assert len(groups.unique()) == 1040
         folds = folds_of(groups, 5)
         for own, share in ((folds[:3000], 600), (folds[3000:], 16)):
@@ -252,7 +253,7 @@ class TestOutOfFold:
     @pytest.fixture(autouse=True)
     def no_early_stop(self, monkeypatch: pytest.MonkeyPatch):
         # A member that stops draws no more batches, and those of the others are then other random ones.
-        monkeypatch.setattr(combined, "_TRAINING", replace(QUICK, max_epochs=8, patience=8))
+        monkeypatch.setattr(fitting, "_TRAINING", replace(QUICK, max_epochs=8, patience=8))
 
     @pytest.mark.parametrize("with_training", [True, False])
     @pytest.mark.parametrize("frame", [0, 17, 79])
@@ -263,7 +264,7 @@ class TestOutOfFold:
         own = frames == frame
         changed = torch.where(own[:, None], 1e4 * squares, squares)
         (_, before), (_, after) = (
-            combined._residual_model(training, (features, errors, frames), "") for errors in (squares, changed)
+            fitting._residual_model(training, (features, errors, frames), "") for errors in (squares, changed)
         )
         torch.testing.assert_close(after[own], before[own], rtol=1e-6, atol=1e-9)
         assert float((after - before).abs().max()) > 0.1
@@ -274,7 +275,7 @@ class TestOutOfFold:
         fitted = fit_combination(world.inputs, None, rows)
         combination = fitted.combination
         assert RESIDUAL in combination.weights
-        _, seen = combined._residual_model(None, rows, "")
+        _, seen = fitting._residual_model(None, rows, "")
         correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
         expected = (rows[0].base + combination.gate(rows[0].around)[:, None] * correction).exp()
         np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
@@ -352,7 +353,7 @@ class TestFarAway:
         others = (("knows", 1.0, 0.3),)
         combination = World(1.5, others=others).fit().combination
         wild = fit_combination(World().inputs, None, World(1.5).rows(0)).combination
-        ensemble = wild.ensemble or combined._residual_model(None, World(1.5).rows(0), "")[0]
+        ensemble = wild.ensemble or fitting._residual_model(None, World(1.5).rows(0), "")[0]
         ensemble.weights *= 100
         weights = {"knows": 0.9, RESIDUAL: 1.4}
         return Combination(combination.inputs, combination.gate, ensemble, 0.3, weights, {})
@@ -446,7 +447,7 @@ class TestSameBits:
 
     def with_all(self, combination: Combination) -> Combination:
         """Everything kept, however little it helps."""
-        ensemble = combined._residual_model(None, self.world.rows(0), "")[0]
+        ensemble = fitting._residual_model(None, self.world.rows(0), "")[0]
         weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
         return Combination(combination.inputs, combination.gate, ensemble, 0.1, weights, combination.likelihoods)
 
@@ -474,7 +475,7 @@ class TestView:
 
     @pytest.mark.parametrize(("own", "other"), [(1, 1), (1, 3), (3, 1), (3, 3)])
     def test_components_are_those_of_the_anchor(self, own: int, other: int):
-        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
+        batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": own, "other": other}, len(batch.numbers))
         inputs = self.inputs()
         features = inputs.features(batch, raws)
@@ -490,7 +491,7 @@ class TestView:
         np.testing.assert_allclose(features.others[:, :, 0], expected, rtol=1e-12)
 
     def test_inputs_are_all_that_errors_may_depend_on(self):
-        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
+        batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": 1, "other": 1}, len(batch.numbers))
         features = self.inputs(distances=("other",)).features(batch, raws)
         sites = around(raws["near"].distance, batch.edges, RADII)
@@ -512,20 +513,20 @@ class TestView:
     def test_batch_equals_singles(self):
         frames = [*labelled_frames(3, seed=1), Atoms("O"), *labelled_frames(1, seed=2, cell=4.2)]
         backend = load_backend(ToyCalculator(ELEMENTS))
-        batch = evaluate(backend, frames)
+        batch = forward_pass_of(backend, frames)
         raws = self.raws({"near": 3, "other": 1}, len(batch.numbers))
         together = self.inputs().features(batch, raws)
         alone = []
         for k, atoms in enumerate(frames):
             own = batch.frame_of_atom == k
             parts = {n: Raw(r.forces[own], r.energy, r.energies, r.stress, r.distance[own]) for n, r in raws.items()}
-            alone.append(self.inputs().features(evaluate(backend, [atoms]), parts))
+            alone.append(self.inputs().features(forward_pass_of(backend, [atoms]), parts))
         joined = CombinationFeatures.joined(alone)
         for name in CombinationFeatures.__dataclass_fields__:
             torch.testing.assert_close(getattr(joined, name), getattr(together, name), rtol=1e-9, atol=1e-12)
 
     def test_a_distance_of_zero_is_no_infinity(self):
-        batch = evaluate(load_backend(ToyCalculator(ELEMENTS)), [Atoms("O")])
+        batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), [Atoms("O")])
         raws = self.raws({"near": 1, "other": 1}, 1)
         zero = {name: replace(raw, forces=0 * raw.forces, distance=0 * raw.distance) for name, raw in raws.items()}
         features = self.inputs(distances=("other",)).features(batch, zero)

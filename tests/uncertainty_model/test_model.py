@@ -18,15 +18,15 @@ from ase_uq import Predictor, Quantile, Reduction, UncertaintyModel, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, LabelError, PotentialMismatch, UQWarning
+from ase_uq.fitting import combination as combined
 from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass
 from ase_uq.io.tensor_file import write_tensor_file
 from ase_uq.methods.bll import BLL
 from ase_uq.numerics.networks import MLPEnsemble, Training
-from ase_uq.testing.methods import ELEMENTS, evaluate, labelled_frames
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
-from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
 from ase_uq.uncertainty_model.record import CalibrationRecord
 
@@ -83,7 +83,7 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
     found = model.combination
     assert found is not None
     n_inputs = found.view.scene(
-        batch := evaluate(load_backend(potential), labelled_frames(1, seed=3)),
+        batch := forward_pass_of(load_backend(potential), labelled_frames(1, seed=3)),
         {name: fitted.head(batch) for name, fitted in model.methods.items()},
     ).inputs.shape[1]
     ensemble = _networks(n_inputs)
@@ -110,7 +110,7 @@ class TestCombination:
     def test_results_are_the_same_bits(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
         several.save(tmp_path / "a")
         again = UncertaintyModel.load(tmp_path / "a")
-        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))
         found, expected = again.apply(batch), several.apply(batch)
         assert list(found) == list(expected)
         assert set(found) == set(several.results) == set(again.results)
@@ -137,12 +137,12 @@ class TestCombination:
         plain = Combination(found.view, found.gate, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
         model = dataclasses.replace(several, combination=plain)
         model.save(tmp_path / "a")
-        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))
         result = UncertaintyModel.load(tmp_path / "a").apply(batch)["forces_uncertainty"]
         assert torch.equal(result, model.apply(batch)["forces_uncertainty"])
 
     def test_copies_on_a_device_are_copies(self, several: UncertaintyModel, potential: ToyCalculator):
-        batch = evaluate(load_backend(potential), labelled_frames(6, seed=3))
+        batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))
         expected = several.apply(batch)
         copy, gone = several.to(torch.device("cpu")), several.to(torch.device("meta"))
         assert copy.combination is not None
@@ -166,7 +166,7 @@ class TestCombination:
     def test_the_plain_keys_beside_the_forces_are_those_of_the_anchor(
         self, several: UncertaintyModel, potential: ToyCalculator
     ):
-        found = several.apply(evaluate(load_backend(potential), labelled_frames(6, seed=3)))
+        found = several.apply(forward_pass_of(load_backend(potential), labelled_frames(6, seed=3)))
         for key in ("energy_uncertainty", "energies_uncertainty"):
             assert torch.equal(found[key], found[f"{key}_bll"])
 
@@ -198,7 +198,7 @@ class TestCombination:
 
 class TestRoundTrip:
     def test_results_are_the_same_bits(self, model: UncertaintyModel, calculator: ToyCalculator, path: Path):
-        batch = evaluate(load_backend(calculator), labelled_frames(6, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(6, seed=3))
         again = UncertaintyModel.load(path)
         found, expected = again.apply(batch), model.apply(batch)
         assert list(found) == list(expected)
@@ -230,7 +230,7 @@ class TestRoundTrip:
             calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False
         )
         both = dataclasses.replace(plain, methods={"bll": plain.methods["bll"], "second": plain.methods["bll"]})
-        batch = evaluate(load_backend(calculator), labelled_frames(3, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(3, seed=3))
         found = both.apply(batch)
         assert set(found) == set(both.results)
         assert torch.equal(found["forces_uncertainty_second"], found["forces_uncertainty"])
@@ -612,7 +612,7 @@ class TestResults:
     def test_standard_deviations_are_positive_and_in_their_shapes(
         self, model: UncertaintyModel, calculator: ToyCalculator
     ):
-        batch = evaluate(load_backend(calculator), labelled_frames(5, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(5, seed=3))
         found = model.apply(batch)
         n_atoms = len(batch.numbers)
         shapes = {
@@ -626,7 +626,7 @@ class TestResults:
         assert all(bool((value > 0).all()) for value in found.values())
 
     def test_energy_uncertainty_is_that_of_the_total(self, model: UncertaintyModel, calculator: ToyCalculator):
-        batch = evaluate(load_backend(calculator), labelled_frames(5, seed=3))
+        batch = forward_pass_of(load_backend(calculator), labelled_frames(5, seed=3))
         fitted = model.methods["bll"]
         per_atom = fitted.calibrators["energy"].variance(fitted.head(batch).energy).sqrt()
         torch.testing.assert_close(model.apply(batch)["energy_uncertainty"], per_atom * batch.n_atoms_of_frame)
@@ -636,7 +636,7 @@ class TestResults:
         model = fit(
             calculator, labelled_frames(60, seed=1), labelled_frames(60, seed=2), methods=["bll"], progress=False
         )
-        found = model.apply(evaluate(load_backend(calculator), [molecule("CH3OH")]))["forces_uncertainty"]
+        found = model.apply(forward_pass_of(load_backend(calculator), [molecule("CH3OH")]))["forces_uncertainty"]
         assert found.shape == (6, 3)
         assert torch.equal(found[:, 0], found[:, 2])
 
@@ -645,7 +645,7 @@ class TestResults:
         single = load_backend(ToyCalculator(ELEMENTS, direct=True, dtype="float32"))
         double = load_backend(ToyCalculator(ELEMENTS, direct=True))
         frames = labelled_frames(5, seed=3)
-        found, expected = model.apply(evaluate(single, frames)), model.apply(evaluate(double, frames))
+        found, expected = model.apply(forward_pass_of(single, frames)), model.apply(forward_pass_of(double, frames))
         for key, value in expected.items():
             assert found[key].dtype == torch.float64
             # Single-precision features, standardised, through a solve of condition number 1e9.

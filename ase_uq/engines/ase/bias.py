@@ -4,7 +4,7 @@
 
 With σ_E the calibrated standard deviation of the total energy and N the number of atoms, E_bias falls from 0 where the
 potential is certain to -A where it is not. The derivative of σ_E² is taken through the method and its calibration down
-to what one evaluation of the potential gave, and from there to the positions by one further backward pass.
+to what one forward pass of the potential gave, and from there to the positions by one further backward pass.
 
 Source: Kulichenko et al., Nature Computational Science 3, 230 (2023). Their σ_E² is a sum over the N_M members of an
 ensemble, and the exponent there σ_E²/(N_M·N·B²); here it is a variance already.
@@ -174,7 +174,7 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 class _Keeping:
-    """Stands in for a backend: evaluates with gradients and keeps the last evaluation until it is taken."""
+    """Stands in for a backend: evaluates with gradients and keeps the last forward pass until it is taken."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
@@ -190,7 +190,7 @@ class _Keeping:
         return self._kept
 
     def taken(self) -> ForwardPass:
-        """The last evaluation; its graph goes with it."""
+        """The last forward pass; its graph goes with it."""
         assert self._kept is not None
         kept, self._kept = self._kept, None
         return kept
@@ -248,7 +248,7 @@ def _leaf(values: Tensor) -> Tensor:
 
 
 def _variance_and_pull(e: ForwardPass, fitted: FittedMethod, name: str) -> tuple[float, np.ndarray]:
-    """σ_E² in eV² of the one frame of an evaluation, and (n_atoms, 3) -∂σ_E²/∂R in eV²/Å.
+    """σ_E² in eV² of the one frame of a forward pass, and (n_atoms, 3) -∂σ_E²/∂R in eV²/Å.
 
     Raises:
         InputError: It depends on something else than features, distances and positions, or on nothing at all.
