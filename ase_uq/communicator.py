@@ -3,7 +3,8 @@
 torchrun --nproc-per-node 4 your_fit.py      # with torch.distributed initialised by your script
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -81,6 +82,6 @@ def gather(rows: Tensor | None, communicator: Communicator) -> Tensor | None:
     return communicator.sum({"rows": padded})["rows"]
 
 
-def shard[T](items: Sequence[T], communicator: Communicator) -> Sequence[T]:
-    """This rank's part of a sequence: every size-th item; may be empty."""
-    return items[communicator.rank :: communicator.size]
+def shard[T](items: Iterable[T], communicator: Communicator) -> Iterator[T]:
+    """This rank's part of what all ranks have: every size-th item; may be empty."""
+    return islice(items, communicator.rank, None, communicator.size)

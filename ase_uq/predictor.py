@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from torch import Tensor
 
 from ase_uq.backends import load_backend
-from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.base import Backend
 from ase_uq.errors import UQWarning
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.prediction import Prediction
@@ -65,22 +65,22 @@ class Predictor:
         batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
         predictions, done = [], first
         for batch in batches:
-            predictions += self.predict_batch(self.backend.collate(batch, first=done), uncertainties=uncertainties)
+            forward_pass = self.backend.forward(self.backend.collate(batch, first=done), gradients=gradients)
+            predictions += self.predictions(forward_pass, uncertainties=uncertainties)
             done += len(batch)
         return predictions
 
-    def predict_batch(self, batch: Batch, *, uncertainties: bool = True) -> list[Prediction]:
-        """Predictions of structures that are collated already; one, where a method reads derivatives.
+    def predictions(self, forward_pass: ForwardPass, *, uncertainties: bool = True) -> list[Prediction]:
+        """Predictions of the structures of a forward pass.
 
         Args:
-            batch: From the backend's `collate` or `received`.
+            forward_pass: A pass of this potential with forces, and with gradients where the uncertainty model reads
+                them; of one structure then.
             uncertainties: As in `predict`.
         """
-        gradients = uncertainties and self.uncertainty_model.gradients
-        forward_pass = self.backend.forward(batch, gradients=gradients)
         predictions = _split(forward_pass, self._uncertainties(forward_pass) if uncertainties else {})
         if uncertainties:
-            self._name_unseen(batch.frames)
+            self._name_unseen(forward_pass)
         return predictions
 
     def _uncertainties(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
@@ -89,8 +89,8 @@ class Predictor:
             found["forces_interval"] = self._intervals(found["forces_uncertainty"], forward_pass.numbers)
         return found
 
-    def _name_unseen(self, frames: Sequence[Atoms]) -> None:
-        present = {int(z) for atoms in frames for z in np.unique(atoms.numbers)}
+    def _name_unseen(self, forward_pass: ForwardPass) -> None:
+        present = set(np.unique(forward_pass.numbers.cpu().numpy()).tolist())
         unseen = present - self.uncertainty_model.edges.elements - self._named
         if unseen:
             self._named |= unseen

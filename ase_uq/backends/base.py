@@ -166,9 +166,18 @@ class Backend(ABC):
         with torch.enable_grad():
             return self._forward(batch, forces, gradients)
 
-    @cached_property
+    @property
     def identity(self) -> Identity:
         """What an uncertainty model is bound to. The first call evaluates the probe structure."""
+        return self._probed[0]
+
+    @property
+    def cutoff(self) -> float:
+        """Distance in Å beyond which no neighbour is listed. The first call evaluates the probe structure."""
+        return self._probed[1]
+
+    @cached_property
+    def _probed(self) -> tuple[Identity, float]:
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
         forward_pass = self.forward(batch)
         columns = [forward_pass.features]
@@ -176,7 +185,8 @@ class Backend(ABC):
         for layer in (forward_pass.energy_layer, forward_pass.force_layer):
             if layer is not None:
                 columns.append((layer.features @ layer.weights).reshape(len(columns[0]), -1))
-        return Identity(self._settings(), weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())
+        identity = Identity(self._settings(), weights_hash(self._modules()), torch.cat(columns, 1).float().cpu())
+        return identity, forward_pass.edges.cutoff
 
     @final
     def check_identity(self, fitted: Identity) -> str | None:

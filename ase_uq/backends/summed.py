@@ -68,9 +68,10 @@ class SummedBackend(Backend):
         return self._inner.dtype
 
     @cached_property
-    def identity(self) -> Identity:
-        """That of the potential, and names and parameters of the corrections, which need not bear the probe."""
-        return Identity(self._settings(), self._inner.identity.weights, self._inner.identity.probe)
+    def _probed(self) -> tuple[Identity, float]:
+        # The corrections need not bear the probe: their names and parameters stand in the settings.
+        own = self._inner.identity
+        return Identity(self._settings(), own.weights, own.probe), self._inner.cutoff
 
     def _modules(self) -> Sequence[torch.nn.Module]:
         return self._inner._modules()

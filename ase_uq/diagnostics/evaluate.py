@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of
+from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
-from ase_uq.stream.limits import batches_of
+from ase_uq.stream.labelled import predicted_forces
+from ase_uq.stream.passes import complete, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 # By quantity: the name of its labels and results, its unit, its title. `forces_max` ranks frames by their largest force
@@ -167,7 +170,7 @@ def evaluate(
     predictor = as_predictor(calculator, uncertainty_model)
     chosen, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
     predictor.backend.check(chosen, name="labelled test frame")
-    _refuse_own_labels(predictor, chosen, labels)
+    _refuse_own_labels(predictor, chosen, labels, batch_atoms)
     observed = _observe(predictor, chosen, labels, batch_atoms, progress)
     return assess(
         observed, len(chosen), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
@@ -307,7 +310,9 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
     return [atoms for atoms, _ in kept], [labels for _, labels in kept]
 
 
-def _refuse_own_labels(predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels]) -> None:
+def _refuse_own_labels(
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int
+) -> None:
     """Finds frames that were scored, not labelled: files of `ase-uq score` hold forces as well."""
     with_forces = [
         (atoms, label.forces) for atoms, label in zip(frames, labels, strict=True) if label.forces is not None
@@ -316,7 +321,7 @@ def _refuse_own_labels(predictor: Predictor, frames: Sequence[Atoms], labels: Se
         return
     first = [atoms for atoms, _ in with_forces[:4]]
     reference = np.concatenate([forces for _, forces in with_forces[:4]])
-    residuals = reference - np.concatenate([prediction["forces"] for prediction in predictor.predict(first)])
+    residuals = reference - predicted_forces(predictor.backend, first, batch_atoms)
     error, size = (np.sqrt(np.mean(values**2)) for values in (residuals, reference))
     if error < _OWN_RATIO * size:
         raise LabelError(
@@ -333,22 +338,25 @@ def _observe(
     residuals: dict[str, list[np.ndarray]] = {quantity: [] for quantity in _STORED}
     owners: dict[str, list[int]] = {quantity: [] for quantity in _STORED}
     std: dict[tuple[str, str], list[np.ndarray]] = {of: [] for of in keys}
-    number = 0
-    with tqdm(total=len(frames), desc="evaluate", unit="frame", disable=not progress, leave=False) as bar:
-        for batch in batches_of(frames, batch_atoms):
-            for prediction in predictor.predict(batch):
-                for quantity, key in _STORED.items():
-                    label = getattr(labels[number], key)
-                    if label is None or key not in prediction.results:
-                        continue
-                    n_atoms = len(frames[number])
-                    residuals[quantity].append(_rows(quantity, label - prediction[key], n_atoms))
-                    owners[quantity].append(number)
-                    for of, result in keys.items():
-                        if of[1] == quantity:
-                            std[of].append(_rows(quantity, prediction[result], n_atoms))
-                number += 1
-            bar.update(len(batch))
+    events = passes(
+        predictor.backend,
+        Source(frames),
+        predictor.predictions,
+        batch_atoms=batch_atoms,
+        gradients=predictor.uncertainty_model.gradients,
+        title="evaluate" if progress else "",
+    )
+    for number, prediction in enumerate(chain.from_iterable(batch.value for batch in complete(events))):
+        for quantity, key in _STORED.items():
+            label = getattr(labels[number], key)
+            if label is None or key not in prediction.results:
+                continue
+            n_atoms = len(frames[number])
+            residuals[quantity].append(_rows(quantity, label - prediction[key], n_atoms))
+            owners[quantity].append(number)
+            for of, result in keys.items():
+                if of[1] == quantity:
+                    std[of].append(_rows(quantity, prediction[result], n_atoms))
     samples = {}
     for of in keys:
         quantity = of[1]

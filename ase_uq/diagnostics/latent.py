@@ -7,7 +7,9 @@ import numpy as np
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
-from ase_uq.stream.limits import batches_of
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.source import Source
+from ase_uq.stream.passes import complete, passes
 
 
 @dataclass(frozen=True)
@@ -29,13 +31,14 @@ def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: in
     Raises:
         InputError: A frame cannot be evaluated.
     """
-    rows, done = [], 0
-    for batch in batches_of(frames, batch_atoms):
-        forward_pass = backend.forward(backend.collate(batch, first=done), forces=False)
-        sums = forward_pass.sum_over_atoms(forward_pass.features.double())
-        rows.append((sums / forward_pass.n_atoms_of_frame[:, None]).cpu().numpy())
-        done += len(batch)
-    return np.concatenate(rows)
+    events = passes(backend, Source(frames), _means, batch_atoms=batch_atoms, forces=False)
+    return np.concatenate([batch.value for batch in complete(events)])
+
+
+def _means(forward_pass: ForwardPass) -> np.ndarray:
+    """(n_frames, n_features), averaged over the atoms of each frame."""
+    sums = forward_pass.sum_over_atoms(forward_pass.features.double())
+    return (sums / forward_pass.n_atoms_of_frame[:, None]).cpu().numpy()
 
 
 def principal_plane(features: Mapping[str, np.ndarray]) -> LatentMap:

@@ -86,7 +86,7 @@ def fit(
     if perturbed_frames is not None:
         check_labelled("perturbed", perturbed_frames, label_keys, forces=True)
         backend.check(perturbed_frames, name="perturbed structure")
-    check_first_frames(backend, train_frames, calibration_frames, label_keys)
+    check_first_frames(backend, train_frames, calibration_frames, label_keys, batch_atoms)
     options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
     stream = LabelledStream(
         backend,

@@ -6,12 +6,12 @@ import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
@@ -19,7 +19,6 @@ from loky import cpu_count
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
-from ase_uq.backends.identity import probe_structure
 from ase_uq.errors import InputError
 from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_distinct
@@ -29,8 +28,7 @@ from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
-from ase_uq.stream.limits import BatchLimit
-from ase_uq.stream.preparation import Preparation, Prepared, count_edges
+from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 # On a CPU small batches stay in its caches, a GPU wants many atoms.
@@ -149,15 +147,16 @@ def score(
     start = time.perf_counter()
     predictor = as_predictor(calculator, uncertainty_model)
     source = Source(frames)
-    device = predictor.backend.device.type
-    limit = BatchLimit(batch_atoms or BATCH_ATOMS.get(device, BATCH_ATOMS_ELSEWHERE))
+    backend = predictor.backend
+    batch_atoms = batch_atoms or BATCH_ATOMS.get(backend.device.type, BATCH_ATOMS_ELSEWHERE)
     csv_file = None if csv is None else Path(csv)
     with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:
         scored = ScoredTrajectory(Path(out), n_resumed=journal.n_resumed)
         for row in journal.rows():
             scored.add(row)
         if not journal.is_complete:
-            _score_rest(source, predictor, limit, journal, scored, progress, workers)
+            n_workers = _n_workers(backend, source) if workers is None else workers
+            _score_rest(source, predictor, batch_atoms, journal, scored, progress, n_workers)
         if not scored.n_frames:
             journal.discard()
             first = scored.first_left_out
@@ -175,48 +174,53 @@ def score(
 def _score_rest(
     source: Source,
     predictor: Predictor,
-    limit: BatchLimit,
+    batch_atoms: int,
     journal: Journal,
     scored: ScoredTrajectory,
     progress: bool,
-    workers: int | None,
+    n_workers: int,
 ) -> None:
     """Everything that is not in the journal yet: read ahead of the device and written behind it."""
-    backend = predictor.backend
+    events = passes(
+        predictor.backend,
+        source,
+        predictor.predictions,
+        batch_atoms=batch_atoms,
+        start=journal.next_frame,
+        gradients=predictor.uncertainty_model.gradients,
+        n_workers=n_workers,
+    )
     total = source.total() if progress else None
-    n_workers = _n_workers(backend, source) if workers is None else workers
-    cutoff = _cutoff(backend)
-    # Methods that read derivatives evaluate a structure at a time.
-    collator = None if predictor.uncertainty_model.gradients else backend.collator
     with (
         tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress) as bar,
         ThreadPoolExecutor(1, "journal of ase_uq") as beside,
-        Preparation(source.unparsed(journal.next_frame), limit, cutoff, collator, n_workers) as batches,
+        closing(events),
     ):
         behind: Future[None] | None = None
         named: set[str] = set()
-        for batch in batches:
-            left_out = [FrameScore(number, problem=reason) for number, reason in batch.unreadable]
-            predicted = _predict(predictor, batch, left_out, limit, cutoff)
-            rows = [_row(*each) for each in predicted]
-            if behind is not None:
-                behind.result()
-            for count, row in enumerate(left_out, scored.n_left_out):
-                warn_of_left_out(row.frame, row.problem, count)
-            rows = sorted([*rows, *left_out], key=lambda row: row.frame)
+        left_out: list[FrameScore] = []
+
+        def write(batch: Pass[list[Prediction]]) -> Future[None]:
+            predicted = list(zip(batch.numbers, batch.frames, batch.value, strict=True))
+            # The journal is in the order of the frames, so that it can be taken up at the last one.
+            rows = sorted([*left_out, *(_row(*each) for each in predicted)], key=lambda row: row.frame)
+            left_out.clear()
             for row in rows:
                 scored.add(row)
-            behind = beside.submit(_write, journal, rows, predicted, named)
             if scored.worst is not None:
                 bar.set_postfix_str(f"largest {scored.worst.force_uncertainty_max:.3g} eV/Å", refresh=False)
             bar.update(len(rows))
-        if behind is not None:
-            behind.result()
+            if behind is not None:
+                behind.result()
+            return beside.submit(_write, journal, rows, predicted, named)
 
-
-def _cutoff(backend: Backend) -> float:
-    probe = probe_structure(backend.elements, backend.required_info_keys)
-    return backend.forward(backend.collate([probe]), forces=False).edges.cutoff
+        for event in events:
+            if isinstance(event, LeftOut):
+                warn_of_left_out(event.number, event.reason, scored.n_left_out + len(left_out))
+                left_out.append(FrameScore(event.number, event.n_atoms, problem=event.reason))
+            else:
+                behind = write(event)
+        write(Pass([], [], [])).result()
 
 
 def _n_workers(backend: Backend, source: Source) -> int:
@@ -224,67 +228,6 @@ def _n_workers(backend: Backend, source: Source) -> int:
     if backend.device.type == "cpu" or backend.collator is None or (source.total() or np.inf) < _WORTH_WORKERS:
         return 0
     return min(_MOST_WORKERS, max(1, cpu_count() - 2))
-
-
-_Predicted = list[tuple[int, Atoms, Prediction]]
-
-
-def _predict(
-    predictor: Predictor, batch: Prepared, left_out: list[FrameScore], limit: BatchLimit, cutoff: float
-) -> _Predicted:
-    """Predictions of a batch, in parts where it does not fit; frames that are refused go to `left_out`."""
-    found: _Predicted = []
-    waiting: list[tuple[list[int], list[Atoms], Any]] = [(batch.numbers, batch.frames, batch.data)]
-    while waiting:
-        numbers, frames, data = waiting.pop()
-        if not frames:
-            continue
-        if len(frames) > 1 and limit.is_reduced and not limit.fits(*_size(frames, cutoff)):
-            waiting += _halves(numbers, frames)  # it was made before the limit shrank
-            continue
-        problem = _try(predictor, numbers, frames, data, found)
-        if problem is None:
-            limit.count_success()
-            continue
-        if isinstance(problem, torch.OutOfMemoryError):
-            if len(frames) == 1:
-                raise InputError(
-                    f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
-                    f"{predictor.backend.device}. What was scored is kept; go on on another device."
-                )
-            limit.halve(*_size(frames, cutoff))
-            if predictor.backend.device.type == "cuda":
-                torch.cuda.empty_cache()
-        elif len(frames) == 1:
-            left_out.append(FrameScore(numbers[0], len(frames[0]), problem=str(problem)))
-            continue
-        waiting += _halves(numbers, frames)
-    return found
-
-
-def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:
-    """The second half and the first: the last is taken next."""
-    middle = len(frames) // 2
-    return [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
-
-
-def _size(frames: Sequence[Atoms], cutoff: float) -> tuple[int, float]:
-    return sum(map(len, frames)), sum(count_edges(atoms, cutoff) for atoms in frames)
-
-
-def _try(
-    predictor: Predictor, numbers: Sequence[int], frames: Sequence[Atoms], data: Any, found: _Predicted
-) -> InputError | torch.OutOfMemoryError | None:
-    try:
-        if data is None:
-            predictions = predictor.predict(frames, first=numbers[0])
-        else:
-            predictions = predictor.predict_batch(predictor.backend.received(frames, data))
-    except (InputError, torch.OutOfMemoryError) as error:
-        # Without the traceback, which holds on to the tensors of the pass that failed.
-        return error.with_traceback(None)
-    found += zip(numbers, frames, predictions, strict=True)
-    return None
 
 
 def _row(number: int, atoms: Atoms, prediction: Prediction) -> FrameScore:
@@ -303,7 +246,12 @@ def _row(number: int, atoms: Atoms, prediction: Prediction) -> FrameScore:
     )
 
 
-def _write(journal: Journal, rows: Sequence[FrameScore], predicted: _Predicted, named: set[str]) -> None:
+def _write(
+    journal: Journal,
+    rows: Sequence[FrameScore],
+    predicted: Sequence[tuple[int, Atoms, Prediction]],
+    named: set[str],
+) -> None:
     odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
     warn_of_unwritable(odd - named)
     named |= odd

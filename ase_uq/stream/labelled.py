@@ -1,4 +1,4 @@
-"""Labelled frames → this rank's evaluated batches."""
+"""Labelled frames → this rank's forward passes, each with its targets."""
 
 from collections.abc import Iterator, Sequence
 
@@ -6,13 +6,13 @@ import numpy as np
 import torch
 from ase import Atoms
 from torch import Tensor
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
-from ase_uq.communicator import Communicator, shard
+from ase_uq.communicator import Communicator
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.io.labels import Labels, labels_of
-from ase_uq.stream.limits import batches_of
+from ase_uq.io.source import Source
+from ase_uq.stream.passes import complete, passes
 
 
 class LabelledStream:
@@ -20,13 +20,16 @@ class LabelledStream:
 
     Args:
         backend: The potential.
-        frames: All ranks' frames.
+        frames: Frames of all ranks.
         communicator: Decides which batches are this rank's.
-        batch_atoms: Most atoms a batch.
-        forces: Whether the potential's forces are wanted, or features and energies do.
+        batch_atoms: Most atoms of a batch.
+        forces: Whether the potential's forces are wanted, or features and energies alone.
         gradients: Whether `ForwardPass.gradients` are wanted.
-        keys: Names of the labels, as in `frames.labels_of`.
-        title: What the progress bar says; empty for none.
+        keys: Names of the labels, as in `labels_of`.
+        title: Title of the progress bar; empty for none.
+
+    Raises:
+        InputError: On iteration, at a frame that the potential cannot evaluate.
     """
 
     def __init__(
@@ -41,24 +44,35 @@ class LabelledStream:
         keys: tuple[str, str, str] | None = None,
         title: str = "",
     ) -> None:
-        self._backend = backend
-        # A derivative of one structure runs through the graph of its whole batch.
-        batches = list(batches_of(frames, 1 if gradients else batch_atoms))
-        firsts = np.cumsum([0, *(len(batch) for batch in batches)]).tolist()
-        self._batches = shard(list(zip(firsts, batches, strict=False)), communicator)
-        self._forces = forces
-        self._gradients = gradients
-        self._keys = keys
-        self._title = title if communicator.rank == 0 else ""
+        self._backend, self._frames, self._keys = backend, frames, keys
+        self._how = {
+            "communicator": communicator,
+            "batch_atoms": batch_atoms,
+            "forces": forces,
+            "gradients": gradients,
+            "title": title,
+        }
 
     def __iter__(self) -> Iterator[tuple[ForwardPass, Targets]]:
-        total = sum(len(batch) for _, batch in self._batches)
-        with tqdm(total=total, desc=self._title, unit="frame", disable=not self._title, leave=False) as bar:
-            for first, frames in self._batches:
-                batch = self._backend.collate(frames, first=first)
-                forward_pass = self._backend.forward(batch, forces=self._forces, gradients=self._gradients)
-                yield forward_pass, targets_of([labels_of(atoms, self._keys) for atoms in frames], forward_pass, first)
-                bar.update(len(frames))
+        events = passes(self._backend, Source(self._frames), lambda forward_pass: forward_pass, **self._how)
+        for batch in complete(events):
+            labels = [labels_of(atoms, self._keys) for atoms in batch.frames]
+            yield batch.value, targets_of(labels, batch.value, batch.numbers[0])
+
+
+def predicted_forces(backend: Backend, frames: Sequence[Atoms], batch_atoms: int) -> np.ndarray:
+    """(n_atoms, 3) eV/Å, of all frames one after the other.
+
+    Raises:
+        InputError: The potential cannot evaluate a frame.
+    """
+    events = passes(backend, Source(frames), _forces, batch_atoms=batch_atoms)
+    return np.concatenate([batch.value for batch in complete(events)])
+
+
+def _forces(forward_pass: ForwardPass) -> np.ndarray:
+    assert forward_pass.forces is not None
+    return forward_pass.forces.double().cpu().numpy()
 
 
 def targets_of(labels: Sequence[Labels], forward_pass: ForwardPass, first: int = 0) -> Targets:

@@ -1,23 +1,6 @@
 """How much is evaluated together."""
 
 import math
-from collections.abc import Iterable, Iterator
-
-from ase import Atoms
-
-
-def batches_of(frames: Iterable[Atoms], batch_atoms: int) -> Iterator[list[Atoms]]:
-    """Consecutive frames in batches of at most `batch_atoms` atoms; a larger frame stands alone."""
-    batch: list[Atoms] = []
-    filled = 0
-    for atoms in frames:
-        if batch and filled + len(atoms) > batch_atoms:
-            yield batch
-            batch, filled = [], 0
-        batch.append(atoms)
-        filled += len(atoms)
-    if batch:
-        yield batch
 
 
 class BatchLimit:

@@ -20,6 +20,7 @@ from scipy.spatial import KDTree
 from scipy.spatial.distance import pdist
 
 from ase_uq.backends.base import Collator
+from ase_uq.communicator import Communicator, Serial, shard
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.source import Item, Unparsed, Unreadable
 from ase_uq.stream.limits import BatchLimit
@@ -60,6 +61,7 @@ class Preparation:
         cutoff: Of the potential's neighbours, Å.
         collator: The potential's; None leaves collating to it.
         n_workers: Processes beside this one; 0 for none.
+        communicator: Decides which chunks of the items are this rank's; one process by default.
     """
 
     def __init__(
@@ -69,8 +71,10 @@ class Preparation:
         cutoff: float,
         collator: Collator | None = None,
         n_workers: int = 0,
+        communicator: Communicator | None = None,
     ) -> None:
-        self._chunks = chunks_of(items, limit)
+        # Cut to the size of the start, however small batches become: all ranks must cut alike.
+        self._chunks = shard(chunks_of(items, limit.n_atoms), communicator or Serial())
         self._limit, self._cutoff, self._collator, self._n_workers = limit, cutoff, collator, n_workers
         self._open = ExitStack()
         self._processes: ProcessPoolExecutor | None = None
@@ -144,18 +148,18 @@ class Preparation:
         self._open.close()
 
 
-def chunks_of(items: Iterable[tuple[int, Item]], limit: BatchLimit) -> Iterator[_Chunk]:
-    """Consecutive items of at most so many atoms as the limit is when they are asked for; a larger one stands alone."""
+def chunks_of(items: Iterable[tuple[int, Item]], n_atoms: float) -> Iterator[_Chunk]:
+    """Consecutive items of at most so many atoms; a larger one stands alone."""
     chunk: _Chunk = []
-    n_atoms = 0
+    filled = 0
     for number, item in items:
         size = 0 if isinstance(item, Unreadable) else item.n_atoms if isinstance(item, Unparsed) else len(item)
         size = max(1, size)  # however many have no atoms, a chunk of them ends
-        if chunk and n_atoms + size > limit.n_atoms:
+        if chunk and filled + size > n_atoms:
             yield chunk
-            chunk, n_atoms = [], 0
+            chunk, filled = [], 0
         chunk.append((number, item))
-        n_atoms += size
+        filled += size
     if chunk:
         yield chunk
 

@@ -67,7 +67,7 @@ def test_a_damaged_frame_is_named_and_the_rest_is_kept(score, files, tmp_path):
 
 
 def test_what_was_interrupted_goes_on_with_the_same_command(score, tmp_path, monkeypatch):
-    real, calls = Predictor.predict, []
+    real, calls = Predictor.predictions, []
 
     def interrupted(self, frames, **options):
         calls.append(frames)
@@ -75,7 +75,7 @@ def test_what_was_interrupted_goes_on_with_the_same_command(score, tmp_path, mon
             raise KeyboardInterrupt
         return real(self, frames, **options)
 
-    monkeypatch.setattr(Predictor, "predict", interrupted)
+    monkeypatch.setattr(Predictor, "predictions", interrupted)
     result = score("--batch-atoms", 27)
     assert result.exit_code != 0
     assert (

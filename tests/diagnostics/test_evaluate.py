@@ -63,8 +63,8 @@ class Altered(Predictor):
         super().__init__(predictor.backend, predictor.uncertainty_model)
         self._change = change
 
-    def predict(self, frames, *, first=0):
-        predictions = super().predict(frames, first=first)
+    def predictions(self, forward_pass, *, uncertainties=True):
+        predictions = super().predictions(forward_pass, uncertainties=uncertainties)
         for index, prediction in enumerate(predictions):
             self._change(index, prediction.results)
         return predictions

@@ -26,6 +26,7 @@ from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
 from ase_uq.backends import Backend, load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.extxyz import extxyz_text
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
@@ -35,6 +36,7 @@ from ase_uq.scoring import score as trajectory_module
 from ase_uq.scoring.frame_score import FrameScore
 from ase_uq.scoring.score import ScoredTrajectory, score
 from ase_uq.stream.limits import BatchLimit
+from ase_uq.stream.passes import _Loop, complete
 from ase_uq.stream.preparation import Prepared
 from ase_uq.testing.methods import labelled_frames
 
@@ -264,7 +266,7 @@ def test_after_sigkill_at_the_end_nothing_is_scored_again(
 ):
     killed(source, uq, out, more=more)
     assert out.exists() == appeared
-    monkeypatch.setattr(Predictor, "predict", lambda *_, **__: pytest.fail("a frame was scored again"))
+    monkeypatch.setattr(Predictor, "predictions", lambda *_, **__: pytest.fail("a frame was scored again"))
     scored = score(source, "toy:", uq, out=out, csv=out.with_suffix(".csv"), progress=False)
     monkeypatch.undo()
     assert_scored(out, source, uq)
@@ -274,8 +276,8 @@ def test_after_sigkill_at_the_end_nothing_is_scored_again(
 
 def test_a_process_killed_from_outside_again_and_again_arrives(source: Path, uq: Path, out: Path):
     """At whatever instant: every frame takes a while, and the kills fall where they fall."""
-    more = "import time\nfrom ase_uq import Predictor\nslow = Predictor.predict\ndef predict(*a, **k):\n"
-    more += "    time.sleep(0.05)\n    return slow(*a, **k)\nPredictor.predict = predict\n"
+    more = "import time\nfrom ase_uq import Predictor\nslow = Predictor.predictions\ndef predict(*a, **k):\n"
+    more += "    time.sleep(0.05)\n    return slow(*a, **k)\nPredictor.predictions = predict\n"
     script = SCRIPT.format(kill="pass", more=more, source=str(source), uq=str(uq), out=str(out), csv=str(out) + ".csv")
     part = out.with_name("out.xyz.part")
     sizes = [0]
@@ -298,7 +300,7 @@ def test_a_process_killed_from_outside_again_and_again_arrives(source: Path, uq:
 
 def interrupted(source: Path, uq: Path, out: Path, monkeypatch: pytest.MonkeyPatch, after: int = 3) -> Path:
     """What is left of a run that was stopped after some batches."""
-    real, calls = Predictor.predict, []
+    real, calls = Predictor.predictions, []
 
     def predict(self: Predictor, *arguments: object, **options: object) -> object:
         calls.append(1)
@@ -307,7 +309,7 @@ def interrupted(source: Path, uq: Path, out: Path, monkeypatch: pytest.MonkeyPat
         return real(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Predictor, "predict", predict)
+        patch.setattr(Predictor, "predictions", predict)
         with pytest.raises(KeyboardInterrupt):
             score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     return out.with_name("out.xyz.part")
@@ -319,9 +321,9 @@ def test_what_is_there_is_not_scored_again(source: Path, uq: Path, out: Path, mo
     done = before.count("source_frame=")
     assert 0 < done < 20
     numbers = []
-    real = Predictor.predict
+    real = Predictor.predictions
     monkeypatch.setattr(
-        Predictor, "predict", lambda self, frames, **k: numbers.extend(frames) or real(self, frames, **k)
+        Predictor, "predictions", lambda self, e, **k: numbers.extend(range(e.n_frames)) or real(self, e, **k)
     )
     scored = score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     assert (scored.n_resumed, len(numbers)) == (done, 20 - done)
@@ -388,15 +390,15 @@ def small_device(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Calla
     """Makes evaluations of more atoms than it is told run out of memory; returns the sizes of all that are tried."""
 
     def make(most: int) -> list[int]:
-        real, tried = predictor.predict, []
+        real, tried = predictor.predictions, []
 
-        def predict(frames: Sequence[Atoms], **options: object) -> object:
-            tried.append(sum(map(len, frames)))
+        def predictions(forward_pass: ForwardPass, **options: object) -> object:
+            tried.append(len(forward_pass.numbers))
             if tried[-1] > most:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-            return real(frames, **options)
+            return real(forward_pass, **options)
 
-        monkeypatch.setattr(predictor, "predict", predict)
+        monkeypatch.setattr(predictor, "predictions", predictions)
         return tried
 
     return make
@@ -433,7 +435,8 @@ def test_batches_made_before_the_device_was_full_cost_one_failure(
     tried = small_device(n_atoms // 2 + 1)
     limit = BatchLimit(n_atoms, 10**9)
     stale = [Prepared(list(range(16 * k, 16 * k + 16)), list(frames), n_atoms=n_atoms) for k in range(6)]
-    found = [number for batch in stale for number, _, _ in trajectory_module._predict(predictor, batch, [], limit, 4.0)]
+    loop = _Loop(predictor.backend, predictor.predictions, forces=True, gradients=False, limit=limit)
+    found = [number for batch in stale for part in complete(loop.evaluated(batch)) for number in part.numbers]
     assert found == list(range(96))
     assert sum(size > n_atoms // 2 + 1 for size in tried) == 1
     assert limit.n_atoms == n_atoms / 2
@@ -483,8 +486,8 @@ def test_edges_limit_a_batch_too(predictor: Predictor, out: Path, monkeypatch: p
     """A dense crystal has more edges for each atom than sixty, so fewer atoms stand in a batch."""
     dense = bulk("C", "diamond", a=1.6, cubic=True)
     sizes = []
-    real = predictor.predict
-    monkeypatch.setattr(predictor, "predict", lambda frames, **k: sizes.append(len(frames)) or real(frames, **k))
+    real = predictor.predictions
+    monkeypatch.setattr(predictor, "predictions", lambda e, **k: sizes.append(e.n_frames) or real(e, **k))
     score([dense] * 12, predictor, out=out, batch_atoms=8 * 12, progress=False)
     assert max(sizes) < 12
 
@@ -610,7 +613,7 @@ def test_left_out_frames_are_counted_once_over_interruptions(
     frames[0].numbers[0] = frames[18].numbers[0] = 79
     write(source, frames)
     with pytest.warns(UQWarning, match="frame 0 was left out"):
-        interrupted(source, uq, out, monkeypatch, after=6)
+        interrupted(source, uq, out, monkeypatch, after=4)
     with pytest.warns(UQWarning, match="frame 18 was left out") as caught:
         scored = score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     assert len(ours(caught)) == 1

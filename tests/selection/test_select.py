@@ -349,7 +349,9 @@ class TestRefusals:
             pytest.raises(InputError, match=r"none of the 1 frames of the list can be evaluated. Frame 0: structure 0"),
         ):
             select([Atoms("Au")], 1)
-        with pytest.raises(InputError, match=r"training frame 0 \(Au\) contains Au"):
+        with pytest.raises(
+            InputError, match=r"training frame 0 of the list cannot be evaluated: structure 0 \(Au\) contains Au"
+        ):
             select(pool, 2, train=[Atoms("Au")])
 
     def test_elements_that_were_not_fitted_are_told(self, train, pool):

@@ -163,7 +163,7 @@ class TestChunks:
     def test_are_the_frames_in_order_and_no_larger_than_told(self, tmp_path: Path, most: int):
         frames = labelled_frames(12, seed=3)
         write(tmp_path / "in.xyz", frames)
-        chunks = list(chunks_of(Source(tmp_path / "in.xyz").unparsed(), BatchLimit(most)))
+        chunks = list(chunks_of(Source(tmp_path / "in.xyz").unparsed(), most))
         assert [number for chunk in chunks for number, _ in chunk] == list(range(12))
         for chunk in chunks:
             assert len(chunk) == 1 or sum(len(frames[number]) for number, _ in chunk) <= most
@@ -176,14 +176,14 @@ class TestChunks:
             atoms.rattle(0.1, seed=seed)
         write(tmp_path / name, frames)
         source = Source(tmp_path / name)
-        (chunk,) = chunks_of(source.unparsed(), BatchLimit(100))
+        (chunk,) = chunks_of(source.unparsed(), 100)
         (batch,) = prepare(chunk, 100, 1e9, 5.0)
         assert [n for n, _ in source.read()] == batch.numbers == [0, 1, 2]
         for found, atoms in zip(batch.frames, frames, strict=True):
             np.testing.assert_allclose(found.positions, atoms.positions, atol=1e-6)
 
     def test_frames_without_atoms_fill_a_chunk_too(self):
-        chunks = chunks_of(((n, Unreadable("torn")) for n in range(100)), BatchLimit(30))
+        chunks = chunks_of(((n, Unreadable("torn")) for n in range(100)), 30)
         assert [len(chunk) for chunk in chunks] == [30, 30, 30, 10]
 
 

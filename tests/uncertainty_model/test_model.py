@@ -82,13 +82,13 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
         )
     found = model.combination
     assert found is not None
-    n_inputs = found.view.scene(
+    n_inputs = found.inputs.features(
         batch := forward_pass_of(load_backend(potential), labelled_frames(1, seed=3)),
         {name: fitted.head(batch) for name, fitted in model.methods.items()},
-    ).inputs.shape[1]
+    ).network_inputs.shape[1]
     ensemble = _networks(n_inputs)
     weights = {"mahalanobis": 0.3, RESIDUAL: 0.6}
-    kept = Combination(found.view, found.gate, ensemble, -0.1, weights, found.likelihoods)
+    kept = Combination(found.inputs, found.gate, ensemble, -0.1, weights, found.likelihoods)
     return dataclasses.replace(model, combination=kept)
 
 
@@ -134,7 +134,7 @@ class TestCombination:
     def test_without_networks_too(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
         found = several.combination
         assert found is not None
-        plain = Combination(found.view, found.gate, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
+        plain = Combination(found.inputs, found.gate, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
         model = dataclasses.replace(several, combination=plain)
         model.save(tmp_path / "a")
         batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))

@@ -2,21 +2,7 @@
 
 import math
 
-from ase import Atoms
-from hypothesis import given
-from hypothesis import strategies as st
-
-from ase_uq.stream.limits import BatchLimit, batches_of
-
-
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 60))
-def test_batches_are_the_frames_in_order_and_no_larger_than_told(sizes: list[int], most: int):
-    batches = list(batches_of([Atoms(f"H{n}") for n in sizes], most))
-    assert [len(atoms) for batch in batches for atoms in batch] == sizes
-    for batch, following in zip(batches, [*batches[1:], None], strict=True):
-        filled = sum(map(len, batch))
-        assert filled <= most or len(batch) == 1
-        assert following is None or filled + len(following[0]) > most
+from ase_uq.stream.limits import BatchLimit
 
 
 def test_a_batch_is_limited_by_its_atoms_and_by_its_edges():

@@ -1,0 +1,187 @@
+"""The one loop over frames: batched by atoms and edges, collated ahead, evaluated, and shrunk on a full device.
+
+Fits, evaluations, scores, selections, the latent map and the report all take frames through a potential here. None of
+them is ended by a device that is too small for a batch, and each learns which frames cannot be used, and why.
+"""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from ase import Atoms
+from tqdm import tqdm
+
+from ase_uq.backends.base import Backend
+from ase_uq.communicator import Communicator, Serial
+from ase_uq.errors import InputError
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.source import Source
+from ase_uq.stream.limits import BatchLimit
+from ase_uq.stream.preparation import Preparation, Prepared, count_edges
+
+
+@dataclass(frozen=True)
+class Pass[T]:
+    """Frames that were evaluated together.
+
+    Args:
+        numbers: Numbers of the frames in their source.
+        frames: Structures.
+        value: What `use` made of their forward pass.
+    """
+
+    numbers: list[int]
+    frames: list[Atoms]
+    value: T
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A frame that cannot be read or evaluated.
+
+    Args:
+        number: Number of the frame in its source.
+        reason: What is wrong with it, for people.
+        n_atoms: Atoms of the frame; 0 where it cannot be read.
+    """
+
+    number: int
+    reason: str
+    n_atoms: int = 0
+
+
+def passes[T](
+    backend: Backend,
+    source: Source,
+    use: Callable[[ForwardPass], T],
+    *,
+    batch_atoms: int,
+    start: int = 0,
+    forces: bool = True,
+    gradients: bool = False,
+    communicator: Communicator | None = None,
+    n_workers: int = 0,
+    title: str = "",
+) -> Generator[Pass[T] | LeftOut]:
+    """Evaluates this rank's frames, in their order.
+
+    A batch that does not fit into the device's memory is halved, and the next ones are smaller; later they grow again.
+    A batch with a frame that is refused is halved until that frame stands alone. A frame that is left out comes before
+    the first batch that reaches beyond it.
+
+    Args:
+        backend: The potential.
+        source: Frames of all ranks.
+        use: What is wanted of a forward pass. It is called again for parts of a batch that did not fit, so it must
+            remember nothing; it may raise `InputError` to refuse a frame. The forward pass is freed before the next.
+        batch_atoms: Most atoms evaluated together, and sixty times as many edges.
+        start: Number of the first frame that is wanted.
+        forces: Whether forces and stress are wanted.
+        gradients: Whether `ForwardPass.gradients` are wanted. A derivative of one structure runs through the graph of
+            its whole batch, so each structure is then evaluated alone.
+        communicator: Decides which frames are this rank's; one process by default.
+        n_workers: Processes that parse and collate beside the device.
+        title: Title of the progress bar; empty for none.
+
+    Raises:
+        InputError: A single frame does not fit into the device's memory.
+    """
+    communicator = communicator or Serial()
+    limit = BatchLimit(1 if gradients else batch_atoms)
+    collator = None if gradients else backend.collator
+    loop = _Loop(backend, use, forces, gradients, limit)
+    total = source.total() if title else None
+    preparation = Preparation(source.unparsed(start), limit, backend.cutoff, collator, n_workers, communicator)
+    with (
+        preparation,
+        tqdm(
+            total=None if total is None else -(-total // communicator.size),
+            desc=title,
+            unit="frame",
+            disable=not title or communicator.rank > 0,
+            leave=False,
+        ) as bar,
+    ):
+        for prepared in preparation:
+            for event in loop.evaluated(prepared):
+                yield event
+                bar.update(1 if isinstance(event, LeftOut) else len(event.frames))
+
+
+def complete[T](events: Iterable[Pass[T] | LeftOut]) -> Iterator[Pass[T]]:
+    """The passes, where no frame may be left out.
+
+    Raises:
+        InputError: One was.
+    """
+    for event in events:
+        if isinstance(event, LeftOut):
+            raise InputError(event.reason)
+        yield event
+
+
+@dataclass(frozen=True)
+class _Loop[T]:
+    """What evaluates prepared batches, in parts where they do not fit."""
+
+    backend: Backend
+    use: Callable[[ForwardPass], T]
+    forces: bool
+    gradients: bool
+    limit: BatchLimit
+
+    def evaluated(self, prepared: Prepared) -> Iterator[Pass[T] | LeftOut]:
+        left_out = [LeftOut(number, reason) for number, reason in prepared.unreadable]
+        waiting = [(prepared.numbers, prepared.frames, prepared.data)] if prepared.frames else []
+        while waiting:
+            numbers, frames, data = waiting.pop()
+            if len(frames) > 1 and self.limit.is_reduced and not self.limit.fits(*self._size(frames)):
+                waiting += _halves(numbers, frames)  # it was made before the limit shrank
+                continue
+            attempt = self._attempt(numbers, frames, data)
+            if isinstance(attempt, Pass):
+                self.limit.count_success()
+                before = [one for one in left_out if one.number < numbers[-1]]
+                left_out = left_out[len(before) :]
+                yield from before
+                yield attempt
+            elif len(frames) == 1:
+                left_out = sorted([*left_out, LeftOut(numbers[0], attempt, len(frames[0]))], key=lambda one: one.number)
+            else:
+                waiting += _halves(numbers, frames)
+        yield from left_out
+
+    def _attempt(self, numbers: list[int], frames: list[Atoms], data: Any) -> Pass[T] | str:
+        """The batch, or why it cannot be evaluated as a whole.
+
+        The error itself is not kept: its traceback would hold on to the tensors of the pass that failed.
+        """
+        try:
+            batch = (
+                self.backend.collate(frames, first=numbers[0]) if data is None else self.backend.received(frames, data)
+            )
+            forward_pass = self.backend.forward(batch, forces=self.forces, gradients=self.gradients)
+            return Pass(numbers, frames, self.use(forward_pass))
+        except InputError as error:
+            return str(error)
+        except torch.OutOfMemoryError:
+            pass
+        if len(frames) == 1:
+            raise InputError(
+                f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
+                f"{self.backend.device}. Go on on a device with more."
+            )
+        self.limit.halve(*self._size(frames))
+        if self.backend.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return "it does not fit into the memory of the device"
+
+    def _size(self, frames: Sequence[Atoms]) -> tuple[int, float]:
+        return sum(map(len, frames)), sum(count_edges(atoms, self.backend.cutoff) for atoms in frames)
+
+
+def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:
+    """The second half and the first: the last is taken next."""
+    middle = len(frames) // 2
+    return [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]
