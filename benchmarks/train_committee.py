@@ -4,7 +4,7 @@
     python benchmarks/train_committee.py si_mlearn OUT_FOLDER
     python benchmarks/train_committee.py malonaldehyde OUT_FOLDER --data ase_uq --seeds 1 2 3 4
 
-The last is for benchmarks/monitoring.py: the architecture and frames of the embedded MACE.
+The last is for benchmarks/monitoring: the architecture and frames of the embedded MACE.
 Writes OUT_FOLDER/<name>_<seed>.model; a member that is there already is kept. The architecture is that of the P-DRUM
 paper: 32 scalar and 32 vector channels, 2 layers, 5 Å. MACE's own command does the training; this script fixes its
 arguments. Members differ in their seed, which is also that of the frames held out for validation.

@@ -12,30 +12,24 @@ ensemble, and the exponent there σ_E²/(N_M·N·B²); here it is a variance alr
 
 import warnings
 from collections.abc import Sequence
-from copy import copy, deepcopy
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import Calculator, all_changes
-from ase.outputs import Properties
+from ase.calculators.calculator import all_changes
 from torch import Tensor
 
-from ase_uq.backends.base import Backend, Batch
+from ase_uq.engines.ase.base import CalibratedCalculator
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.properties import STANDARD, known_to_ase
-from ase_uq.thresholds.criteria import Criterion
-from ase_uq.thresholds.data import ThresholdData
-from ase_uq.thresholds.reduction import Reduction
+from ase_uq.properties import STANDARD
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
-from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
-class UncertaintyBias(Calculator):
+class UncertaintyBias(CalibratedCalculator):
     """A potential plus a bias towards its own uncertainty. What it runs is NOT physical dynamics.
 
     Use it to find frames worth labelling: temperatures, barriers, rates and averages of such a run mean nothing. Halt
@@ -88,11 +82,8 @@ class UncertaintyBias(Calculator):
                 "Fit it with frames that have them."
             )
         self.calculator, self.height, self.width = calculator, float(height), float(width)
-        # The calculator's own road to its results, on which the graph is kept.
-        self._backend = _Keeping(calculator.predictor.backend)
-        self._predictor = copy(calculator.predictor)
-        self._predictor.backend = cast(Backend, self._backend)
-        uncertainties = [key for key in self._predictor.results if key not in STANDARD]
+        self.predictor = calculator.predictor
+        uncertainties = [key for key in self.predictor.results if key not in STANDARD]
         biased = ["energy", "free_energy", "forces"]
         parts = ["unbiased_energy", "unbiased_forces", "bias_energy", "bias_forces"]
         self.implemented_properties = [*biased, *parts, *uncertainties]
@@ -103,10 +94,6 @@ class UncertaintyBias(Calculator):
             stacklevel=2,
         )
 
-    @property
-    def uncertainty_model(self) -> UncertaintyModel:
-        return self.calculator.uncertainty_model
-
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -114,19 +101,15 @@ class UncertaintyBias(Calculator):
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
         """One forward pass and one more backward pass than the potential takes; every result is set."""
-        # What fails below must not leave the results of the structure before, which would pass for this one's.
-        self.results = {}
-        super().calculate(atoms, list(properties), list(system_changes))
-        assert self.atoms is not None  # the copy that ASE just made
-        # It shares what stands in info: an array changed in place would pass for unchanged.
-        keys = self._backend.info_keys
-        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
+        atoms = self._begin(atoms, properties, system_changes)
         if self.height:
-            own = self._predictor.predict([self.atoms])[0].results
-            bias_energy, bias_forces = self._bias(self._backend.taken())
+            backend = self.predictor.backend
+            forward_pass = backend.forward(backend.collate([atoms]), gradients=True)
+            own = self.predictor.predictions(forward_pass)[0].results
+            bias_energy, bias_forces = self._bias(forward_pass)
         else:  # keeping a graph changes the last bit of the forces, and costs
-            own = self.calculator.predictor.predict([self.atoms])[0].results
-            bias_energy, bias_forces = 0.0, np.zeros((len(self.atoms), 3))
+            own = self.predictor.predict([atoms])[0].results
+            bias_energy, bias_forces = 0.0, np.zeros((len(atoms), 3))
         energy = own["energy"] + bias_energy
         self.results = {
             **{key: value for key, value in own.items() if key not in STANDARD},
@@ -146,54 +129,6 @@ class UncertaintyBias(Calculator):
         # ∂E_bias/∂σ² · (-∂σ²/∂R)
         forces = -self.height / scale * float(np.exp(-variance / scale)) * pull
         return self.height * float(np.expm1(-variance / scale)), forces
-
-    def export_properties(self) -> Properties:
-        """What `atoms.get_properties` gives: the results that ASE has a name for."""
-        return known_to_ase(self.results)
-
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation, among the inputs that the potential reads."""
-        changes = super().check_state(atoms, tol=tol)
-        if not changes and self.atoms is not None:
-            before, now = self.atoms.info, atoms.info
-            if any(_differ(before.get(key), now.get(key)) for key in self._backend.info_keys):
-                changes.append("info")
-        return changes
-
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
-        return self.calculator.threshold(criterion, reduction)
-
-    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
-        """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.calculator.threshold_data(reduction)
-
-
-def _differ(a: Any, b: Any) -> bool:
-    return not np.array_equal(np.asarray(a), np.asarray(b))
-
-
-class _Keeping:
-    """Stands in for a backend: evaluates with gradients and keeps the last forward pass until it is taken."""
-
-    def __init__(self, backend: Backend) -> None:
-        self._backend = backend
-        self._kept: ForwardPass | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # of a copy that is just being made
-            raise AttributeError(name)
-        return getattr(self._backend, name)
-
-    def forward(self, batch: Batch, *, forces: bool = True, gradients: bool = False) -> ForwardPass:
-        self._kept = self._backend.forward(batch, forces=forces, gradients=True)
-        return self._kept
-
-    def taken(self) -> ForwardPass:
-        """The last forward pass; its graph goes with it."""
-        assert self._kept is not None
-        kept, self._kept = self._kept, None
-        return kept
 
 
 @dataclass(frozen=True)

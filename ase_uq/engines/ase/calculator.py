@@ -3,28 +3,22 @@
 import os
 import warnings
 from collections.abc import Sequence
-from copy import deepcopy
 from numbers import Integral
 from typing import Any
 
-import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
-from ase.outputs import Properties
+from ase.calculators.calculator import BaseCalculator, all_changes
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.engines.ase.base import CalibratedCalculator
 from ase_uq.engines.ase.memory import Memory, inputs_of
 from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
-from ase_uq.properties import known_to_ase
-from ase_uq.thresholds.criteria import Criterion
-from ase_uq.thresholds.data import ThresholdData
-from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
-class UncertainCalculator(Calculator):
+class UncertainCalculator(CalibratedCalculator):
     """A potential whose results carry calibrated standard deviations, from the same forward pass.
 
     A drop-in for the calculator it wraps: energy, forces and stress are that one's, bit for bit. `results` holds the
@@ -98,10 +92,6 @@ class UncertainCalculator(Calculator):
                 stacklevel=2,
             )
 
-    @property
-    def uncertainty_model(self) -> UncertaintyModel:
-        return self.predictor.uncertainty_model
-
     def calculate(
         self,
         atoms: Atoms | None = None,
@@ -112,27 +102,21 @@ class UncertainCalculator(Calculator):
 
         At a step that `every` skips, uncertainties are set only where one of them is among `properties`.
         """
-        # What fails below must not leave the results of the structure before, which would pass for this one's.
-        self.results = {}
-        super().calculate(atoms, list(properties), list(system_changes))
-        assert self.atoms is not None
-        # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
-        keys = self.predictor.backend.info_keys
-        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
-        inputs = inputs_of(self.atoms, keys)
+        atoms = self._begin(atoms, properties, system_changes)
+        inputs = inputs_of(atoms, self.predictor.backend.info_keys)
         asked = self._uncertain.intersection(properties)
         known = self._memory.recall(inputs)
         if known and asked <= known.keys():
             self.results = known
             return
         wanted = bool(asked) or self._n_calculated % self.every == 0
-        predicted = self.predictor.predict([self.atoms], uncertainties=wanted)[0].results
+        predicted = self.predictor.predict([atoms], uncertainties=wanted)[0].results
         # A structure that is calculated again for an uncertainty takes no other's turn, and what was handed out for
         # it stands: a GPU need not give the same bits twice.
         if not known:
             self._n_calculated += 1
         self.results = predicted | known
-        self._memory.keep(inputs, len(self.atoms), self.results)
+        self._memory.keep(inputs, len(atoms), self.results)
 
     def reset(self) -> None:
         """Forgets all results, also of structures before the last; the next calculation takes uncertainties."""
@@ -146,36 +130,6 @@ class UncertainCalculator(Calculator):
             return False
         return not set(properties) <= self._memory.recall(inputs_of(atoms, self.predictor.backend.info_keys)).keys()
 
-    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation, among the inputs that the potential reads.
-
-        `atoms.info` counts for the potential's own entries only (charge, spin): notes in it cost no calculation.
-        """
-        changes = super().check_state(atoms, tol=tol)
-        if not changes and self.atoms is not None:
-            keys = self.predictor.backend.info_keys
-            if any(not _same(self.atoms.info.get(key), atoms.info.get(key)) for key in keys):
-                changes.append("info")
-        return changes
-
-    def export_properties(self) -> Properties:
-        """What `atoms.get_properties` gives: the results that ASE has a name for."""
-        return known_to_ase(self.results)
-
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
-        return self.uncertainty_model.threshold(criterion, reduction)
-
-    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
-        """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.uncertainty_model.threshold_data(reduction)
-
     def __getstate__(self) -> dict[str, Any]:
         # Copies, in this process or another, start without the remembered results: they may be many.
         return {**vars(self), "_memory": Memory()}
-
-
-def _same(a: Any, b: Any) -> bool:
-    if a is None or b is None:
-        return a is b
-    return bool(np.array_equal(np.asarray(a), np.asarray(b)))

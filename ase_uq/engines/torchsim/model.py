@@ -15,17 +15,15 @@ from torch_sim.models.interface import ModelInterface
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.dynamics.rules import Criterion
+from ase_uq.engines.ase.base import Calibrated
 from ase_uq.errors import InputError
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
 from ase_uq.properties import find_property
-from ase_uq.thresholds.data import ThresholdData
-from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
-class UncertainModel(ModelInterface):
+class UncertainModel(Calibrated, ModelInterface):
     """A potential whose outputs carry calibrated standard deviations, from the same forward pass: TorchSim's model.
 
     What it returns is what `UncertainCalculator` returns for each system, in TorchSim's form: `energy` (n_systems,),
@@ -65,18 +63,6 @@ class UncertainModel(ModelInterface):
         self._dtype = backend.dtype
         self._compute_forces = True
         self._compute_stress = "stress" in backend.results
-
-    @property
-    def uncertainty_model(self) -> UncertaintyModel:
-        return self.predictor.uncertainty_model
-
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
-        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
-        return self.uncertainty_model.threshold(criterion, reduction)
-
-    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
-        """What thresholds are made of; see `UncertaintyModel.evidence`."""
-        return self.uncertainty_model.threshold_data(reduction)
 
     def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
         """One forward pass over all systems of a state, which is not changed.

@@ -1,0 +1,73 @@
+"""What calculators with uncertainties share: thresholds from their uncertainty model, and which inputs they read."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any
+
+import numpy as np
+from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.outputs import Properties
+
+from ase_uq.predictor import Predictor
+from ase_uq.properties import known_to_ase
+from ase_uq.thresholds.criteria import Criterion
+from ase_uq.thresholds.data import ThresholdData
+from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.model import UncertaintyModel
+
+
+class Calibrated:
+    """Something with a predictor, which can therefore turn criteria into thresholds."""
+
+    predictor: Predictor
+
+    @property
+    def uncertainty_model(self) -> UncertaintyModel:
+        """What was fitted for the potential."""
+        return self.predictor.uncertainty_model
+
+    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+        """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
+        return self.uncertainty_model.threshold(criterion, reduction)
+
+    def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
+        """What thresholds are made of; see `UncertaintyModel.threshold_data`."""
+        return self.uncertainty_model.threshold_data(reduction)
+
+
+class CalibratedCalculator(Calibrated, Calculator):
+    """An ASE calculator with a predictor; a subclass sets `results` in `calculate`, after `_begin`."""
+
+    def _begin(self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]) -> Atoms:
+        """Forgets the last results and copies what is calculated now, so that changes of it are noticed."""
+        # What fails later must not leave the results of the structure before, which would pass for this one's.
+        self.results = {}
+        Calculator.calculate(self, atoms, list(properties), list(system_changes))
+        assert self.atoms is not None
+        # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
+        keys = self.predictor.backend.info_keys
+        self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
+        return self.atoms
+
+    def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
+        """What changed since the last calculation, among the inputs that the potential reads.
+
+        `atoms.info` counts for the potential's own entries only (charge, spin): notes in it cost no calculation.
+        """
+        changes = super().check_state(atoms, tol=tol)
+        if not changes and self.atoms is not None:
+            keys = self.predictor.backend.info_keys
+            if any(not _same(self.atoms.info.get(key), atoms.info.get(key)) for key in keys):
+                changes.append("info")
+        return changes
+
+    def export_properties(self) -> Properties:
+        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        return known_to_ase(self.results)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if a is None or b is None:
+        return a is b
+    return bool(np.array_equal(np.asarray(a), np.asarray(b)))
