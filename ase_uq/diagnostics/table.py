@@ -6,8 +6,6 @@ from dataclasses import dataclass
 import numpy as np
 
 UNITS = {"forces": "eV/Å", "forces_max": "eV/Å", "energy_per_atom": "eV", "stress": "eV/Å³"}
-
-
 _TITLES = {
     "forces": "forces",
     "forces_max": "largest force error of each frame",

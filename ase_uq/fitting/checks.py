@@ -12,12 +12,8 @@ from ase_uq.io.labels import check_labels, labels_of
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
-
-
 # Residuals this many times the forces themselves mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
-
-
 # Residuals this small are rounding.
 _OWN_RATIO = 1e-5
 

@@ -20,8 +20,6 @@ from ase_uq.properties import STANDARD, find_property
 
 # What extended XYZ uses itself, and names of columns that it can tell from their types and widths.
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
-
-
 _COLUMN = re.compile(r"[^\s:\"'=\\]+")
 
 

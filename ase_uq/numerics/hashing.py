@@ -5,11 +5,7 @@ from torch import Tensor
 
 # splitmix64 (Steele, Lea and Flood 2014), as signed numbers: torch multiplies 64-bit integers modulo 2⁶⁴.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-
-
 _FIRST = 0xBF58476D1CE4E5B9 - 2**64
-
-
 _SECOND = 0x94D049BB133111EB - 2**64
 
 

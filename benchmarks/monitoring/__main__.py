@@ -31,30 +31,6 @@ from benchmarks.monitoring.runs import (
 from benchmarks.monitoring.simulation import read_committee, simulate
 from benchmarks.monitoring.tables import markdown, write_csv
 
-# ---------------------------------------------------------------------------------------------------- simulate
-
-
-# --------------------------------------------------------------------------------------------------- committee
-
-
-# ------------------------------------------------------------------------------------------------------ report
-
-
-THERMAL, CALIBRATION = ("reference",), ("reference", "calibration")
-THERMAL_FRESH, FRESH = ("test",), ("test", "fresh")
-
-
-# ------------------------------------------------------------------------------ first table: false alarms at 300 K
-
-
-# ------------------------------------------------------------------------------------ second table: runs that fail
-
-
-# ------------------------------------------------------------------------------------- third table: the guarantees
-
-
-# ------------------------------------------------------------------------------------------------- words, pictures
-
 
 def report(folder: Path, out: Path) -> None:
     data = Data(folder)

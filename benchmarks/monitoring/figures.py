@@ -10,8 +10,6 @@ from benchmarks.monitoring.judging import LENGTH, PROMISES, TOLERANCES, Data, Ro
 from benchmarks.monitoring.runs import CALIBRATION, COLD, COMMITTEE, HOT, METHODS, TIMESTEP
 
 PICTURES = ("example", "false_alarms", "lead_times")
-
-
 COLOURS = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 
 

@@ -17,7 +17,6 @@ from ase_uq.thresholds.conformal import binomial_band
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, Quantile
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction
-from benchmarks.monitoring.promises import MAXIMA
 from benchmarks.monitoring.runs import (
     CALIBRATION,
     COMMITTEE,
@@ -31,21 +30,12 @@ from benchmarks.monitoring.runs import (
     load,
 )
 
+MAXIMA = "run maxima"
 TOLERANCES = (0.3, 1.0)  # eV/Å
-
-
 PROMISES = (0.05, 0.1, 0.2)  # false alarms a run
-
-
 TYPED = (0.1, 0.3)  # eV/Å, what people type
-
-
 PATIENCE = 10.0  # fs
-
-
 FRAMES_A_RUN = 10  # labelled frames of a run at 300 K that count as calibration frames
-
-
 NEAR = 100.0  # fs; an alarm longer before the event is a false one, one so much later is not too late for all
 
 

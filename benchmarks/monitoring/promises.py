@@ -17,9 +17,6 @@ from benchmarks.monitoring.runs import CALIBRATION, FRESH, METHODS
 RESAMPLES = 200
 
 
-MAXIMA = "run maxima"
-
-
 def guarantees(data: Data) -> list[Row]:
     """What each conformal guarantee promises of a frame, against frames that it has not seen."""
     rows: list[Row] = []

@@ -9,46 +9,22 @@ import numpy as np
 from ase_uq.sampling.perturbed import KINDS
 
 METHODS = ("combined", "bll", "pdrum", "kernel")
-
-
+THERMAL, CALIBRATION = ("reference",), ("reference", "calibration")
+THERMAL_FRESH, FRESH = ("test",), ("test", "fresh")
 GAMMA, COMMITTEE = "gamma", "committee"
-
-
 READINGS = (*METHODS, GAMMA, COMMITTEE)
-
-
 TIMESTEP, FRICTION = 0.5, 0.02  # fs, 1/fs
-
-
 COLD, HOT = 300.0, 2000.0  # K
-
-
 RUN = 2000  # steps of a run at 300 K, and of the heating
-
-
 WARM_UP = 100  # steps with new momenta before anything is written down
-
-
 BATCH = 40  # replicas evaluated together
-
-
 AFTER = 100  # steps that a run goes on after it has failed, so that late alarms are seen
-
-
 KEEP = 8  # steps between stored positions, those that the committee reads
-
-
 # What a failure is: a bond 1.5 times as long as the covalent radii say or 0.6 times, atoms fused to less than 1.25
 # times, an energy this far below the minimum, a temperature that no thermostat made, or useless forces.
 LONGEST, SHORTEST, FUSED = 1.5, 0.6, 1.25
-
-
 HOLE, BOILING, USELESS = 1.0, 5000.0, 5.0  # eV, K, eV/Å
-
-
 HOT_STEPS = 100  # of the run that makes a hot frame
-
-
 LOST = 50.0  # Å from the origin; beyond, a molecule has flown apart
 
 
@@ -134,8 +110,6 @@ ENSEMBLES = {
     "heating": Plan(40, 2 * RUN, hot=True),
     "strained": Plan(39, RUN, perturbed=("rattled", "strained", "compressed")),
 }
-
-
 PERTURBED = ("calibration", "fresh", "strained")
 
 

@@ -14,8 +14,6 @@ from ase_uq.methods.pdrum.directions import directions
 from ase_uq.numerics.networks import MLPEnsemble
 
 Variant = Literal["norm", "diff", "diff_invariant", "diff_conservative"]
-
-
 Target = Literal["magnitude", "log", "quantile"]
 
 
