@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from ase_uq import Quantile
-from benchmarks.selection.tables import Point
 
 STRATEGIES: dict[str, dict[str, Any]] = {
     "random": {"strategy": "random"},
@@ -57,7 +56,7 @@ def read_csv(path: Path) -> list[Row]:
         ]
 
 
-def write_csv(path: Path, rows: Sequence[Row] | Sequence[Point]) -> None:
+def write_csv(path: Path, rows: Sequence[Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
