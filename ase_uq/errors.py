@@ -9,6 +9,15 @@ UQError
  └─ UncertaintyHalt        raised out of a run by `Halt`; carries the step, the reading and the threshold
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that is not known: the names that it resembles, or nothing."""
+    found = difflib.get_close_matches(name, list(known), n=2)
+    return f" Did you mean {' or '.join(found)}?" if found else ""
+
 
 class UQWarning(UserWarning):
     """Something the user should look at, though the work went on."""

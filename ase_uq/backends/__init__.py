@@ -1,20 +1,24 @@
 """Potentials, wrapped: `load_backend` finds the backend of a calculator, or builds the calculator a SPEC names.
 
-Importing this module imports no potential's package. A calculator is recognised by the packages its classes come
-from; a SPEC by its prefix. Third parties add backends through the entry-point group `ase_uq.backends`: the name is
-the SPEC prefix, the value a module with the same three functions as `toy.py` has: `accepts`, `wrap`, `load`.
+Importing this module imports no potential's package, nor torch. A calculator is recognised by the packages its
+classes come from; a SPEC by its prefix. Third parties add backends through the entry-point group `ase_uq.backends`:
+the name is the SPEC prefix, the value a module with the same three functions as `toy.py` has: `accepts`, `wrap` and
+`load`.
 """
 
-from ase.calculators.calculator import BaseCalculator
+from typing import TYPE_CHECKING
 
-from ase_uq.backends.base import Backend
 from ase_uq.backends.registry import available_backends, broken_plugins, find_module
-from ase_uq.backends.specs import calculator_from_spec
 
-__all__ = ["Backend", "available_backends", "calculator_from_spec", "load_backend"]
+if TYPE_CHECKING:
+    from ase.calculators.calculator import BaseCalculator
+
+    from ase_uq.backends.base import Backend
+
+__all__ = ["available_backends", "load_backend"]
 
 
-def load_backend(calculator: BaseCalculator | str | Backend, *, device: str = "", dtype: str = "") -> Backend:
+def load_backend(calculator: "BaseCalculator | str | Backend", *, device: str = "", dtype: str = "") -> "Backend":
     """The backend of a calculator, or of the calculator that a SPEC names.
 
     Args:
@@ -28,6 +32,9 @@ def load_backend(calculator: BaseCalculator | str | Backend, *, device: str = ""
         ValueError: The SPEC, device or dtype cannot be used, or device or dtype were given with a calculator.
         MissingDependency: The package of the potential is not installed.
     """
+    from ase_uq.backends.base import Backend
+    from ase_uq.backends.specs import calculator_from_spec
+
     if isinstance(calculator, str):
         calculator = calculator_from_spec(calculator, device=device, dtype=dtype)
     elif device or dtype:

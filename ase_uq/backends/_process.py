@@ -8,23 +8,35 @@ from contextlib import contextmanager
 import torch
 from ase.calculators.calculator import BaseCalculator
 
+_SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
+
 
 @contextmanager
-def preserved_process() -> Iterator[None]:
-    """Undoes what mace does to the whole process: torch's safe loading off, ASE's base class extended."""
-    switch = os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+def preserved_process(silenced: str = "") -> Iterator[None]:
+    """Undoes what potentials' packages do to the whole process.
+
+    Those are torch's default dtype, random state, precision of float32 products and safe loading, and the list of
+    properties of ASE's base class.
+
+    Args:
+        silenced: Regular expression for the beginning of warnings that speak to the authors of these packages, not to
+            our users; by default all of them.
+    """
+    switch = os.environ.get(_SWITCH)
     properties = list(BaseCalculator.implemented_properties)
     default_dtype = torch.get_default_dtype()
     random_state = torch.random.get_rng_state()
+    precision = torch.get_float32_matmul_precision()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # e3nn and torch.jit speak to mace's authors, not to our users
+            warnings.filterwarnings("ignore", silenced)
             yield
     finally:
         BaseCalculator.implemented_properties[:] = properties
         torch.set_default_dtype(default_dtype)
         torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
+        torch.set_float32_matmul_precision(precision)
         if switch is None:
-            os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
+            os.environ.pop(_SWITCH, None)
         else:
-            os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = switch
+            os.environ[_SWITCH] = switch

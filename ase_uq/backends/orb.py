@@ -11,8 +11,6 @@ per-atom features here are its exact tangent decomposition at x̄,
 a linearised attribution, not a physical energy of an atom. Heads that sum over atoms (orbmol-v2) need none of it.
 """
 
-import difflib
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,9 +32,10 @@ from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
+from ase_uq.backends._process import preserved_process
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
-from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
+from ase_uq.errors import ArtefactError, InputError, PotentialMismatch, did_you_mean
 from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForceLayer, ForwardPass, Gradients
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 
@@ -44,6 +43,7 @@ _KIND, _SCHEMA = "orb potential", 1
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 # The one-hot code has 118 places, the first for no element; orb never refuses what fits in.
 _ALL_ELEMENTS = frozenset(range(1, 118))
+_SPOKEN = "Setting global torch default dtype|Consider passing 'precision="  # warnings of orb's loaders
 
 
 class OrbBackend(Backend):
@@ -365,22 +365,6 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-@contextmanager
-def _process_left_as_it_was() -> Iterator[None]:
-    """Undoes what orb's loaders do to the whole process: torch's default dtype and precision of products."""
-    default_dtype = torch.get_default_dtype()
-    random_state = torch.random.get_rng_state()
-    precision = torch.get_float32_matmul_precision()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Setting global torch default dtype|Consider passing 'precision=")
-            yield
-    finally:
-        torch.set_default_dtype(default_dtype)
-        torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
-        torch.set_float32_matmul_precision(precision)
-
-
 def accepts(calculator: BaseCalculator) -> bool:
     """Whether this backend wraps the calculator."""
     return isinstance(calculator, ORBCalculator)
@@ -409,15 +393,15 @@ def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
     loaders = pretrained.ORB_PRETRAINED_MODELS
     known = {loader.replace("-", "_"): function for loader, function in loaders.items()}
     if name not in known:
-        close = difflib.get_close_matches(name, known, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"orb-models has no loader {name!r}.{hint} It has {', '.join(sorted(known))}.")
+        raise ValueError(
+            f"orb-models has no loader {name!r}.{did_you_mean(name, known)} It has {', '.join(sorted(known))}."
+        )
     if weights and not Path(weights).is_file():
         raise FileNotFoundError(f"there is no orb checkpoint {weights}.")
     options: dict[str, Any] = {"weights_path": weights} if weights else {}
     if dtype:
         options["precision"] = {"float32": "float32-high", "float64": "float64"}[dtype]
-    with _process_left_as_it_was():
+    with preserved_process(_SPOKEN):
         # orb compiles unless told not to.
         model, adapter = known[name](device=device or None, compile=False, **options)
     return ORBCalculator(model, adapter, device=device or None)
@@ -441,7 +425,7 @@ def load_potential(path: str | Path, device: str = "cpu", dtype: str = "") -> OR
     name = header["architecture"]
     if name not in ("orb_v3_direct_architecture", "orb_v3_conservative_architecture"):
         raise ArtefactError(f"{path} names the architecture {name!r}, which is not one of orb-v3's.")
-    with _process_left_as_it_was():
+    with preserved_process(_SPOKEN):
         torch.set_default_dtype(torch.float32)
         model = getattr(pretrained, name)(device="cpu", **header["arguments"])
         model.load_state_dict(tensors)

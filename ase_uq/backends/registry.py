@@ -1,42 +1,63 @@
-"""Which backends there are, and their modules, imported when they are asked for."""
+"""Which backends there are, and their modules, imported when they are asked for; importing this imports no torch."""
 
 import importlib
 import importlib.util
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
-
-from ase.calculators.calculator import BaseCalculator
+from typing import TYPE_CHECKING
 
 from ase_uq.errors import MissingDependency
+
+if TYPE_CHECKING:
+    from ase.calculators.calculator import BaseCalculator
 
 GROUP = "ase_uq.backends"
 
 
 @dataclass(frozen=True)
 class _BuiltIn:
-    """A backend of this package: its module here, where its calculators' classes live, its SPEC prefixes."""
+    """A backend of this package: its module here, where its calculators' classes live, how its SPECs are written."""
 
     name: str
     package: str
-    prefixes: tuple[str, ...]
+    specs: tuple[str, ...]
+
+    @property
+    def prefixes(self) -> set[str]:
+        """What its SPECs begin with."""
+        return {spec.partition(":")[0] for spec in self.specs}
 
 
 _BUILT_IN = (
-    _BuiltIn("mace", "mace", ("mace", "mace-mp", "mace-off", "mace-omol")),
-    _BuiltIn("orb", "orb_models", ("orb",)),
-    _BuiltIn("toy", "ase_uq.backends.toy", ("toy",)),
+    _BuiltIn("mace", "mace", ("mace:PATH", "mace-mp:NAME", "mace-off:NAME", "mace-omol:NAME")),
+    _BuiltIn("orb", "orb_models", ("orb:FUNCTION", "orb:FUNCTION@WEIGHTS")),
+    _BuiltIn("toy", "ase_uq.backends.toy", ("toy:",)),
     _BuiltIn("summed", "ase.calculators.mixing", ()),
 )
+
+# Potentials shipped with the package: SPEC name → (prefix that loads it, file).
+EMBEDDED = {
+    "mace": ("mace", "mace.safetensors"),
+    "orb-direct": ("orb", "orb_direct.safetensors"),
+    "orb-conservative": ("orb", "orb_conservative.safetensors"),
+}
 
 
 def available_backends() -> tuple[str, ...]:
     """Names of the backends whose packages are installed, plugins included. Imports none of them."""
-    built_in = [entry.name for entry in _BUILT_IN if entry.prefixes and is_importable(entry.package.split(".")[0])]
+    built_in = [entry.name for entry in _BUILT_IN if entry.specs and is_importable(entry.package.split(".")[0])]
     return tuple(sorted({*built_in, *(plugin.name for plugin in entry_points(group=GROUP))}))
 
 
-def find_module(calculator: BaseCalculator) -> ModuleType | None:
+def spec_forms() -> tuple[str, ...]:
+    """How the SPECs of all backends are written, plugins included, and those of the embedded potentials."""
+    built_in = [spec for entry in _BUILT_IN for spec in entry.specs]
+    plugins = [f"{plugin.name}:TARGET" for plugin in entry_points(group=GROUP)]
+    return (*built_in, *plugins, *(f"embedded:{name}" for name in EMBEDDED))
+
+
+def find_module(calculator: "BaseCalculator") -> ModuleType | None:
     """The backend module that accepts a calculator, or None. Imports only what the calculator's classes need."""
     origins = {cls.__module__ for cls in type(calculator).__mro__}
     for entry in _BUILT_IN:

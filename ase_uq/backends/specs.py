@@ -1,6 +1,5 @@
 """From a SPEC, such as `mace:my.model`, to the ASE calculator that it names."""
 
-import difflib
 import importlib
 import importlib.util
 import inspect
@@ -12,14 +11,8 @@ import torch
 from ase.calculators.calculator import BaseCalculator
 
 from ase_uq import embedded
-from ase_uq.backends.registry import import_backend, is_importable, loaders
-
-# Potentials shipped with the package: SPEC name → (prefix that loads it, file).
-_EMBEDDED = {
-    "mace": ("mace", "mace.safetensors"),
-    "orb-direct": ("orb", "orb_direct.safetensors"),
-    "orb-conservative": ("orb", "orb_conservative.safetensors"),
-}
+from ase_uq.backends.registry import EMBEDDED, import_backend, is_importable, loaders
+from ase_uq.errors import did_you_mean
 
 
 def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> BaseCalculator:
@@ -55,7 +48,7 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         return _call(importlib.import_module(place), function, spec, asked)
     raise ValueError(
         f"{prefix!r} in {spec!r} is neither a SPEC prefix nor an importable module."
-        f"{_close(prefix, [*known, 'embedded'])} Prefixes here: {', '.join(sorted([*known, 'embedded']))}."
+        f"{did_you_mean(prefix, [*known, 'embedded'])} Prefixes here: {', '.join(sorted([*known, 'embedded']))}."
     )
 
 
@@ -83,12 +76,12 @@ def _checked_dtype(dtype: str) -> str:
 
 
 def _embedded(name: str) -> tuple[str, str]:
-    if name not in _EMBEDDED:
+    if name not in EMBEDDED:
         raise ValueError(
-            f"there is no embedded potential {name!r}.{_close(name, list(_EMBEDDED))} "
-            f"The package carries {', '.join(_EMBEDDED)}."
+            f"there is no embedded potential {name!r}.{did_you_mean(name, EMBEDDED)} "
+            f"The package carries {', '.join(EMBEDDED)}."
         )
-    prefix, file = _EMBEDDED[name]
+    prefix, file = EMBEDDED[name]
     try:
         return prefix, str(embedded.path(file))
     except FileNotFoundError as error:
@@ -96,18 +89,13 @@ def _embedded(name: str) -> tuple[str, str]:
 
 
 def _suggestion(spec: str) -> str:
-    if spec in _EMBEDDED:
+    if spec in EMBEDDED:
         return f"embedded:{spec}"
     if spec.endswith(".py"):
         return f"{spec}:FUNCTION"
     if spec.replace("-", "_").startswith("orb_"):
         return f"orb:{spec}"
     return f"mace:{spec}"
-
-
-def _close(name: str, known: list[str]) -> str:
-    found = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-    return f" Did you mean {' or '.join(found)}?" if found else ""
 
 
 def _run_file(path: Path) -> ModuleType:
@@ -129,7 +117,7 @@ def _call(module: ModuleType, name: str, spec: str, asked: dict[str, str]) -> Ba
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
         raise ValueError(
-            f"{spec!r}: there is no function {name!r} in that module.{_close(name, callables)} "
+            f"{spec!r}: there is no function {name!r} in that module.{did_you_mean(name, callables)} "
             "A function that returns an ASE calculator is expected."
         )
     arguments = {what: value for what, value in asked.items() if value}

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ase_uq.cli.console import ErrorsAsLines
+from ase_uq.cli.options import Verb
 from ase_uq.cli.verbs.demo import demo
 from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
@@ -24,7 +25,7 @@ from ase_uq.cli.verbs.select import select
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 for verb in (fit, info, evaluate, score, select, perturb_frames, reference, md, relax, report, demo):
-    app.command()(verb)
+    app.command(cls=Verb)(verb)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

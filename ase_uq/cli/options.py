@@ -4,17 +4,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from ase_uq.cli.levels import reduction, threshold
 
-_SPEC_HELP = (
-    "The potential: mace:PATH, mace-mp:NAME, mace-off:NAME, mace-omol:NAME, orb:FUNCTION, orb:FUNCTION@WEIGHTS, "
-    "FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator, or embedded:mace, "
-    "embedded:orb-direct, embedded:orb-conservative to try things on."
-)
+_SPECS, _METHODS = "{specs}", "{methods}"  # in help: what is installed
 _LEVEL: dict[str, Any] = {"metavar": "LEVEL", "parser": threshold}
 
-Model = Annotated[str, typer.Option("--model", metavar="SPEC", help=_SPEC_HELP)]
+Model = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        metavar="SPEC",
+        help=f"The potential: {_SPECS}, or FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator. "
+        "The embedded ones are to try things on.",
+    ),
+]
+Methods = Annotated[
+    str,
+    typer.Option("--methods", metavar="NAMES", help=f"Methods, with commas between: {_METHODS}. Several are combined."),
+]
 UQ = Annotated[
     Path | None,
     typer.Option(
@@ -93,3 +102,18 @@ def check_before(before: int, frames: Path | None) -> None:
         raise typer.BadParameter(
             "the frames before a flagged one go to --frames: give it too.", param_hint="'--before'"
         )
+
+
+class Verb(TyperCommand):
+    """A verb. Its help names what is installed, which is looked up only where somebody asks for the help."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Writes the help of the verb."""
+        from ase_uq.backends.registry import spec_forms
+        from ase_uq.methods import available_methods
+
+        for parameter in self.params:
+            if text := getattr(parameter, "help", None):
+                text = text.replace(_SPECS, ", ".join(spec_forms()))
+                parameter.help = text.replace(_METHODS, ", ".join(available_methods()))  # pyright: ignore
+        super().format_help(ctx, formatter)

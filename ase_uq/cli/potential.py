@@ -13,7 +13,7 @@ from ase_uq.cli.console import silence
 if TYPE_CHECKING:
     from numpy.random import Generator
 
-    from ase_uq.backends import Backend
+    from ase_uq.backends.base import Backend
     from ase_uq.engines.ase.calculator import UncertainCalculator
 
 _NOISY = ("mace", "orb")  # backends whose packages print banners and warnings when they are imported

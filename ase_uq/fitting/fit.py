@@ -19,7 +19,8 @@ from ase_uq.fitting.checks import (
 from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
-from ase_uq.methods import Method, available_methods, make_method
+from ase_uq.methods import available_methods, make_method
+from ase_uq.methods.base import Method
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.uncertainty_model.model import UncertaintyModel
 

@@ -1,45 +1,53 @@
 """Methods: how uncertainty is fitted. Found by name, also through the entry points `ase_uq.methods`.
 
-A file or folder of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it.
+A file or folder of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it. Importing
+this module imports no torch.
 """
 
 import importlib
 import inspect
 import pkgutil
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ase_uq.methods.base import Head, Method, Raw
+from ase_uq.errors import did_you_mean
 
-__all__ = ["Head", "Method", "Raw", "available_methods", "make_method", "method_class"]
+if TYPE_CHECKING:
+    from ase_uq.methods.base import Method
+
+__all__ = ["available_methods", "make_method", "method_class"]
 
 _GROUP = "ase_uq.methods"
+_NO_METHODS = ("base", "options")  # modules here that define none
 
 
 def available_methods() -> tuple[str, ...]:
     """Names that `fit(..., methods=...)` takes."""
-    own = [m.name for m in pkgutil.iter_modules(__path__) if m.name != "base" and not m.name.startswith("_")]
+    own = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS and not m.name.startswith("_")]
     return tuple(sorted({*own, *(point.name for point in entry_points(group=_GROUP))}))
 
 
-def method_class(name: str) -> type[Method]:
+def method_class(name: str) -> "type[Method]":
     """The class of a method.
 
     Raises:
         ValueError: No method has this name.
     """
-    if name not in available_methods():
-        raise ValueError(f"there is no method {name!r}. There are: {', '.join(available_methods())}.")
+    from ase_uq.methods.base import Method
+
+    known = available_methods()
+    if name not in known:
+        raise ValueError(f"there is no method {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}.")
     points = {point.name: point for point in entry_points(group=_GROUP)}
     module = points[name].load() if name in points else importlib.import_module(f"{__name__}.{name}")
     (found,) = {c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and _is_named(c, name)}
     return found
 
 
-def make_method(name: str, **hyper_parameters: Any) -> Method:
+def make_method(name: str, **hyper_parameters: Any) -> "Method":
     """A method with its hyper-parameters, which are the fields of its dataclass."""
     return method_class(name)(**hyper_parameters)
 
 
-def _is_named(method: type[Method], name: str) -> bool:
+def _is_named(method: "type[Method]", name: str) -> bool:
     return getattr(method, "name", None) == name

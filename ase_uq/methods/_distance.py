@@ -1,23 +1,50 @@
 """What methods share that know one distance of each atom from the fitted ones, and nothing else."""
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods._sites import REACH, raw_of_atoms
 from ase_uq.methods.base import Head, Raw
-from ase_uq.numerics.sites import RADII
+from ase_uq.numerics.sites import RADII, around
 
 # A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
 # then far from anything seen, without making the distance overflow.
 _SMALLEST_SPREAD = 1e-6
 _LARGEST_NUMBER = 118
+
+# How much the mean over the receptive field counts beside the sites within a radius. Between 0.2 and 1 the errors at
+# silicon surfaces are covered as well, and without it, five times worse; on molecules it changes little.
+REACH = 0.3
+
+
+def raw_of_atoms(distance: Tensor, forward_pass: ForwardPass, radii: Sequence[float], reach: float = REACH) -> Raw:
+    """Forces read the distance and its sums over sites, energies per atom and stresses its mean over the structure.
+
+    Scores of forces are s_k + reach · n_k · m: s_k the sum within radius k, n_k that of ones, and m the mean over the
+    receptive field. Far sites bear on a force little, but where the potential knows them a thousand times less than
+    the near ones, as around the centre of a slab, the error is theirs.
+
+    Args:
+        distance: (n_atoms,) variance-like, mean 1 over the fitted atoms.
+        forward_pass: The batch.
+        radii: Å, of the sums.
+        reach: Share of the receptive field.
+    """
+    sites = around(distance, forward_pass.edges, radii)
+    counts = forward_pass.n_atoms_of_frame.double()[:, None]
+    mean = forward_pass.sum_over_atoms(distance[:, None]) / counts
+    return Raw(
+        forces=(sites.sums + reach * sites.counts * sites.hops[:, -1:])[:, None, :],
+        energy=mean,
+        energies=distance,
+        stress=mean,
+        distance=distance,
+    )
 
 
 class DistanceHead(Head):
@@ -31,15 +58,7 @@ class DistanceHead(Head):
     """
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = {"radii": list(RADII), "reach": REACH, **settings}
-        for name, tensor in tensors.items():
-            # As files hold it: sums over another layout would have another order, and other bits.
-            self.register_buffer(name, tensor.contiguous())
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
+        super().__init__({"radii": list(RADII), "reach": REACH, **settings}, tensors)
 
     @abstractmethod
     def distance(self, forward_pass: ForwardPass) -> Tensor:
@@ -60,14 +79,8 @@ class MeanOverAtoms:
         self._total += torch.stack([values.sum(), values.new_tensor(len(values))]).cpu()
 
     def finish(self, communicator: Communicator) -> float:
-        """The mean.
-
-        Raises:
-            LabelError: There were no atoms.
-        """
+        """The mean; there was an atom."""
         total, count = communicator.sum({"total": self._total})["total"].tolist()
-        if not count:
-            raise LabelError("there are no training frames.")
         return total / count
 
 

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.numerics.buffers import Fitted
 
 Batches = Iterable[tuple[ForwardPass, Targets]]
 
@@ -35,8 +37,12 @@ class Raw:
     distance: Tensor
 
 
-class Head(torch.nn.Module, ABC):
-    """A fitted method. Its tensors are buffers, so that saving, loading and moving need no code of its own.
+class Head(Fitted, ABC):
+    """A fitted method.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values.
+        tensors: Buffers, by name.
 
     Attributes:
         gradients: Whether it asks for `ForwardPass.gradients`, which cost passes beyond the potential's own.
@@ -48,11 +54,6 @@ class Head(torch.nn.Module, ABC):
     gradients: bool = False
     grows: bool = True
     measures: bool = False
-
-    @property
-    @abstractmethod
-    def settings(self) -> dict[str, Any]:
-        """JSON values that, with the buffers, make the head again."""
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -67,33 +68,52 @@ class Head(torch.nn.Module, ABC):
 
 
 class Accumulator(ABC):
-    """What a method keeps of the training frames, batch by batch.
+    """What a method keeps of the training frames, batch by batch. A subclass defines `_add` and `_finish`.
 
     Attributes:
         progress: Whether to show bars for what takes long.
     """
 
     progress: bool = False
+    _batches: int = 0
+
+    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        """Takes what it needs of a batch."""
+        self._batches += 1
+        self._add(forward_pass, targets)
+
+    def finish(self, communicator: Communicator) -> Head:
+        """The head fitted on the batches of all ranks.
+
+        Raises:
+            LabelError: No rank has had a batch.
+        """
+        batches = torch.tensor([self._batches], dtype=torch.float64)
+        if not communicator.sum({"batches": batches})["batches"]:
+            raise LabelError("there are no training frames.")
+        return self._finish(communicator)
 
     @abstractmethod
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         """Takes what it needs of a batch."""
 
     @abstractmethod
-    def finish(self, communicator: Communicator) -> Head:
-        """The head fitted on the batches of all ranks; a rank may have had none."""
+    def _finish(self, communicator: Communicator) -> Head:
+        """The head fitted on the batches of all ranks; this one may have had none, but not all."""
 
 
 class Method(ABC):
-    """How to fit. A subclass is a frozen dataclass of hyper-parameters in one file, `methods/<name>.py`.
+    """How to fit. A subclass is a frozen dataclass of hyper-parameters, each with a default, in `methods/<name>.py`.
 
     Attributes:
         name: What users call it, and the suffix of its results keys.
+        head: The class that its settings and tensors make again.
         forces: Whether the fit looks at the potential's forces, which cost a backward pass of conservative ones.
         gradients: Whether it asks for `ForwardPass.gradients`.
     """
 
     name: str
+    head: type[Head]
     forces: bool = False
     gradients: bool = False
 
@@ -102,9 +122,9 @@ class Method(ABC):
         """An accumulator for one fit. All methods of a fit share one pass over the training frames."""
 
     @classmethod
-    @abstractmethod
     def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
         """The head with these settings and buffers."""
+        return cls.head(settings, tensors)
 
     def fit(self, batches: Batches, communicator: Communicator) -> Head:
         """Fits on this rank's evaluated batches with their reference values."""

@@ -1,4 +1,4 @@
-"""CommitteeAccumulator of a committee: how far potentials trained on the same data from other starts differ.
+"""Spread of a committee: how far potentials trained on the same data from other starts differ.
 
     σ_i² = Σ_m ‖F_i^(m) - F̄_i‖² / (3 (M - 1))        of a force component
     σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; stresses likewise
@@ -10,7 +10,6 @@ that of the training, not of the error). Source: Seung, Opper and Sompolinsky 19
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -21,37 +20,14 @@ from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 
 
-@dataclass(frozen=True)
-class Committee(Method):
-    """Takes the spread over the members of a committee; there is nothing to choose."""
-
-    name = "committee"
-    forces = True  # the spread of the forces, averaged over the fitted atoms, is the unit of the distance
-
-    def start(self) -> "CommitteeAccumulator":
-        return CommitteeAccumulator()
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "CommitteeHead":
-        return CommitteeHead(settings["mean_square"])
-
-
 class CommitteeHead(Head):
     """The variance over the members, in squared ASE units.
 
     Args:
-        mean_square: Mean variance of a force component over the fitted atoms, (eV/Å)².
+        settings: `mean_square`, the mean variance of a force component over the fitted atoms, (eV/Å)².
     """
 
     grows = False
-
-    def __init__(self, mean_square: float) -> None:
-        super().__init__()
-        self._mean_square = mean_square
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"mean_square": self._mean_square}
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         members = _members_of(forward_pass)
@@ -68,8 +44,20 @@ class CommitteeHead(Head):
             # No member need have energies of its atoms.
             energies=energy[forward_pass.frame_of_atom],
             stress=stress[:, None],
-            distance=forces / self._mean_square,
+            distance=forces / self._settings["mean_square"],
         )
+
+
+@dataclass(frozen=True)
+class Committee(Method):
+    """Takes the spread over the members of a committee; there is nothing to choose."""
+
+    name = "committee"
+    head = CommitteeHead
+    forces = True  # the spread of the forces, averaged over the fitted atoms, is the unit of the distance
+
+    def start(self) -> "CommitteeAccumulator":
+        return CommitteeAccumulator()
 
 
 def force_variance(members: Members) -> Tensor:
@@ -84,14 +72,14 @@ class CommitteeAccumulator(Accumulator):
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.mean.add(force_variance(_members_of(forward_pass)))
 
-    def finish(self, communicator: Communicator) -> CommitteeHead:
+    def _finish(self, communicator: Communicator) -> CommitteeHead:
         mean = self.mean.finish(communicator)
         if not mean:
             raise InputError("the members of the committee agree exactly: they are one potential several times.")
-        return CommitteeHead(mean)
+        return CommitteeHead({"mean_square": mean}, {})
 
 
 def _members_of(forward_pass: ForwardPass) -> Members:

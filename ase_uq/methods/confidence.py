@@ -13,7 +13,6 @@ orb-models; the conversion to a standard deviation is own.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,42 +27,20 @@ from ase_uq.methods.base import Accumulator, Head, Method, Raw
 _SMALLEST_TAIL = 1e-3
 
 
-@dataclass(frozen=True)
-class Confidence(Method):
-    """Reads the potential's own confidence head; there is nothing to choose."""
-
-    name = "confidence"
-
-    def start(self) -> "ConfidenceAccumulator":
-        return ConfidenceAccumulator()
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "ConfidenceHead":
-        return ConfidenceHead(settings["mean_square"])
-
-
 class ConfidenceHead(Head):
     """The expected squared error of each atom, with the tail mass beside it.
 
     Args:
-        mean_square: Mean σ² over the fitted atoms, (eV/Å)².
+        settings: `mean_square`, the mean σ² over the fitted atoms, (eV/Å)².
     """
 
     grows = False
-
-    def __init__(self, mean_square: float) -> None:
-        super().__init__()
-        self._mean_square = mean_square
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return {"mean_square": self._mean_square}
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         confidence = _confidence_of(forward_pass)
         variance = expected_variance(confidence)
         tail = confidence.probabilities[:, -1].double() + _SMALLEST_TAIL
-        distance = variance / self._mean_square
+        distance = variance / self._settings["mean_square"]
         mean = forward_pass.sum_over_atoms(distance[:, None]) / forward_pass.n_atoms_of_frame[:, None]
         return Raw(
             forces=torch.stack([variance, tail], 1)[:, None, :],
@@ -72,6 +49,17 @@ class ConfidenceHead(Head):
             stress=mean,
             distance=distance,
         )
+
+
+@dataclass(frozen=True)
+class Confidence(Method):
+    """Reads the potential's own confidence head; there is nothing to choose."""
+
+    name = "confidence"
+    head = ConfidenceHead
+
+    def start(self) -> "ConfidenceAccumulator":
+        return ConfidenceAccumulator()
 
 
 def expected_variance(confidence: ConfidenceBins) -> Tensor:
@@ -87,11 +75,11 @@ class ConfidenceAccumulator(Accumulator):
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.mean.add(expected_variance(_confidence_of(forward_pass)))
 
-    def finish(self, communicator: Communicator) -> ConfidenceHead:
-        return ConfidenceHead(self.mean.finish(communicator))
+    def _finish(self, communicator: Communicator) -> ConfidenceHead:
+        return ConfidenceHead({"mean_square": self.mean.finish(communicator)}, {})
 
 
 def _confidence_of(forward_pass: ForwardPass) -> ConfidenceBins:

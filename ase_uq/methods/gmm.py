@@ -10,13 +10,11 @@ The number of components is that of the lowest BIC (Schwarz 1978). Source: Zhu, 
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
@@ -29,6 +27,26 @@ _SMALLEST_SHARE = 1e-6  # of the largest variance, below which a principal compo
 _FLAT = 1e-7  # nats an atom: a mixture that gains less in a step has converged
 _STEPS = 300
 _PATIENCE = 2  # component counts without a lower BIC, after which more are not tried
+
+
+class GMMHead(DistanceHead):
+    """The mixture, with what brings features into its space.
+
+    Args:
+        settings: `peak`, the highest log density at a mean, and `scale` that the score is divided by.
+        tensors: `centre` (n_features,), `projection` (n_features, d), and those of the `Mixture`.
+    """
+
+    centre: Tensor
+    projection: Tensor
+    log_weights: Tensor
+    means: Tensor
+    roots: Tensor
+
+    def distance(self, forward_pass: ForwardPass) -> Tensor:
+        rows = (forward_pass.features.double() - self.centre) @ self.projection
+        mixture = Mixture(self.log_weights, self.means, self.roots)
+        return depth(mixture, rows, self._settings["peak"]) / self._settings["scale"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +62,7 @@ class GMM(Method):
     """
 
     name = "gmm"
+    head = GMMHead
     dimensions: int = 32
     components: int = 16
     rows: int = 10_000
@@ -56,10 +75,6 @@ class GMM(Method):
 
     def start(self) -> "GMMAccumulator":
         return GMMAccumulator(self)
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "GMMHead":
-        return GMMHead(settings, tensors)
 
 
 @dataclass(frozen=True)
@@ -95,26 +110,6 @@ class Mixture:
         """Free numbers: weights that sum to one, means, symmetric covariances."""
         k, d = self.means.shape
         return k - 1 + k * d + k * d * (d + 1) // 2
-
-
-class GMMHead(DistanceHead):
-    """The mixture, with what brings features into its space.
-
-    Args:
-        settings: `peak`, the highest log density at a mean, and `scale` that the score is divided by.
-        tensors: `centre` (n_features,), `projection` (n_features, d), and those of the `Mixture`.
-    """
-
-    centre: Tensor
-    projection: Tensor
-    log_weights: Tensor
-    means: Tensor
-    roots: Tensor
-
-    def distance(self, forward_pass: ForwardPass) -> Tensor:
-        rows = (forward_pass.features.double() - self.centre) @ self.projection
-        mixture = Mixture(self.log_weights, self.means, self.roots)
-        return depth(mixture, rows, self._settings["peak"]) / self._settings["scale"]
 
 
 def depth(mixture: Mixture, rows: Tensor, peak: float) -> Tensor:
@@ -168,14 +163,13 @@ class GMMAccumulator(Accumulator):
         self.method = method
         self.sample = RowSample(method.rows)
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.sample.add(labels_of_atoms(forward_pass, targets), forward_pass.features)
 
-    def finish(self, communicator: Communicator) -> GMMHead:
+    def _finish(self, communicator: Communicator) -> GMMHead:
         method = self.method
         features = self.sample.finish(communicator)
-        if features is None:
-            raise LabelError("there are no training frames.")
+        assert features is not None  # a rank has had a batch
         centre = features.mean(0)
         units = units_of((features - centre).square().mean(0))
         standardised = (features - centre) / units

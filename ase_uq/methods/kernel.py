@@ -22,8 +22,9 @@ from torch import Tensor
 from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
-from ase_uq.methods._sites import raw_of_atoms
+from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.moments import Moments, reduced
 from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
@@ -35,6 +36,39 @@ _ROWS_A_LANDMARK = 8
 # The square root of a pivot is divided by: below this one, rounding would be what is left of a row.
 _SMALLEST_PIVOT = 1e-10
 _MEDIAN_ROWS = 1000  # the pairs among so many rows settle the median distance
+
+
+class KernelHead(Head):
+    """A fitted kernel.
+
+    Args:
+        settings: Hyper-parameters and what the fit found, JSON values.
+        tensors: Those of the variance of atoms, their names after `atoms.`, and of structures, after `frames.`.
+    """
+
+    measures = True
+
+    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        super().__init__(settings, {})
+        variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
+        self.atoms, self.frames = (variance(tensors_of(part, tensors)) for part in ("atoms", "frames"))
+        # Both have a largest value, however far an atom is.
+        self.grows = settings["kernel"] == "linear" and settings["normalisation"] != "cosine"
+
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        atoms, frames = _rows(forward_pass, self._settings)
+        raw = raw_of_atoms(self.atoms(atoms), forward_pass, self._settings["radii"])
+        structure = self.frames(frames)[:, None]
+        if self._settings["pooling"] == "sum":
+            structure = structure / forward_pass.n_atoms_of_frame.double()[:, None] ** 2
+        return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
+
+    def features(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; of the rbf kernel, what its landmarks represent.
+
+        The latter are bounded: atoms far from all landmarks have no features and are alike.
+        """
+        return self.atoms.features(_rows(forward_pass, self._settings)[0])
 
 
 @dataclass(frozen=True)
@@ -58,6 +92,7 @@ class Kernel(Method):
     """
 
     name = "kernel"
+    head = KernelHead
     features: Literal["latent", "last_layer"] = "latent"
     kernel: Literal["linear", "rbf"] = "rbf"
     normalisation: Literal["centred", "global", "cosine"] = "centred"
@@ -88,62 +123,12 @@ class Kernel(Method):
     def start(self) -> "KernelAccumulator":
         return KernelAccumulator(self)
 
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KernelHead":
-        return KernelHead(settings, tensors)
 
-
-class KernelHead(Head):
-    """A fitted kernel.
-
-    Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: Those of the variance of atoms, their names after `atoms.`, and of structures, after `frames.`.
-    """
-
-    measures = True
-
-    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
-        variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
-        self.atoms, self.frames = (
-            variance({name.removeprefix(of): tensor for name, tensor in tensors.items() if name.startswith(of)})
-            for of in ("atoms.", "frames.")
-        )
-        # Both have a largest value, however far an atom is.
-        self.grows = settings["kernel"] == "linear" and settings["normalisation"] != "cosine"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
-
-    def forward(self, forward_pass: ForwardPass) -> Raw:
-        atoms, frames = _rows(forward_pass, self._settings)
-        raw = raw_of_atoms(self.atoms(atoms), forward_pass, self._settings["radii"])
-        structure = self.frames(frames)[:, None]
-        if self._settings["pooling"] == "sum":
-            structure = structure / forward_pass.n_atoms_of_frame.double()[:, None] ** 2
-        return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
-
-    def features(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; of the rbf kernel, what its landmarks represent.
-
-        The latter are bounded: atoms far from all landmarks have no features and are alike.
-        """
-        return self.atoms.features(_rows(forward_pass, self._settings)[0])
-
-
-class LinearVariance(torch.nn.Module):
+class LinearVariance(Buffers):
     """(n, d) → (n,): ‖(x - centre) root‖², mean 1 over the fitted rows."""
 
     centre: Tensor
     root: Tensor
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
 
     def forward(self, rows: Tensor) -> Tensor:
         return ((rows - self.centre) @ self.root).square().sum(1)
@@ -153,7 +138,7 @@ class LinearVariance(torch.nn.Module):
         return rows - self.centre
 
 
-class LandmarkVariance(torch.nn.Module):
+class LandmarkVariance(Buffers):
     """(n, d) → (n,): variance of the rbf kernel given landmarks, mean 1 over the fitted rows.
 
     v(x) = k(x, x) - ‖Φ‖² + σ² Φᵀ(Φ_TᵀΦ_T + σ²I)⁻¹Φ = 1 - ‖k_xm root‖²,  Φ = k_xm K_mm^{-1/2}
@@ -166,11 +151,6 @@ class LandmarkVariance(torch.nn.Module):
     root: Tensor  # (m, m)
     length: Tensor  # () ℓ
     mean: Tensor  # () of v over the fitted rows
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
 
     def forward(self, rows: Tensor) -> Tensor:
         known = (_rbf(rows / self.length, self.landmarks) @ self.root).square().sum(1)
@@ -190,7 +170,7 @@ class Sums(Protocol):
         ...
 
     def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the variance, and what the fit found."""
+        """The tensors of the variance, and what the fit found; one rank has had rows."""
         ...
 
 
@@ -203,12 +183,12 @@ class KernelAccumulator(Accumulator):
         self.atoms: Sums = sums(method)
         self.frames: Sums = sums(method)
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         atoms, frames = _rows(forward_pass, self.settings)
         self.atoms.add(atoms, labels_of_atoms(forward_pass, targets))
         self.frames.add(frames, torch.stack([targets.frames, torch.zeros_like(targets.frames)], 1))
 
-    def finish(self, communicator: Communicator) -> KernelHead:
+    def _finish(self, communicator: Communicator) -> KernelHead:
         settings, tensors = dict(self.settings), {}
         for of, sums in (("atoms", self.atoms), ("frames", self.frames)):
             found, settings[of] = sums.finish(communicator)
@@ -229,8 +209,7 @@ class LinearSums:
 
     def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
         moments = reduced(self.moments, communicator)
-        if moments is None:
-            raise LabelError("there are no training frames.")
+        assert moments is not None
         if self.method.normalisation == "centred":
             gram, centre = moments.scatter, moments.mean
         else:
@@ -257,8 +236,7 @@ class LandmarkSums:
     def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
         rows = self.sample.finish(communicator)
         seen = int(communicator.sum({"seen": torch.tensor([self.seen], dtype=torch.float64)})["seen"])
-        if rows is None:
-            raise LabelError("there are no training frames.")
+        assert rows is not None
         # To an rbf kernel all rows are alike before the first is taken: it is to be the same in any order of frames.
         rows = rows[rows.norm(dim=1).argsort(descending=True)]
         length = self.method.length * _median_distance(rows[:: -(-len(rows) // _MEDIAN_ROWS)])
@@ -280,7 +258,7 @@ class LandmarkSums:
         shares, directions = torch.linalg.eigh(eye - found.root @ found.root.T)
         tensors = {
             "landmarks": rows[pivots.indices],
-            "root": (whitening @ (directions * shares.clamp(min=0).sqrt())).contiguous(),
+            "root": whitening @ (directions * shares.clamp(min=0).sqrt()),
             "length": rows.new_tensor(length),
             "mean": rows.new_tensor(1.0),
         }

@@ -7,52 +7,17 @@ Source: the latent distance of Hu, Musielewicz, Ulissi and Medford 2022, per ele
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
 _CHUNK = 2**24  # distances at once: 128 MiB
-
-
-@dataclass(frozen=True)
-class KNN(Method):
-    """Keeps training atoms to measure distances from.
-
-    The spread of a feature is that within the elements. A training atom finds itself among its neighbours. An element
-    that was not fitted is measured from the atoms of all others.
-
-    Args:
-        neighbours: k; an element with fewer atoms has as many as it has atoms.
-        rows: Most atoms kept of an element, a pseudo-random sample where there are more. The head holds
-            elements * rows * features numbers of 8 bytes.
-    """
-
-    name = "knn"
-    neighbours: int = 10
-    rows: int = 5_000
-
-    def __post_init__(self) -> None:
-        if not self.neighbours >= 2:
-            raise ValueError(
-                f"neighbours is 2 or more, not {self.neighbours!r}: the nearest to a training atom is that atom itself."
-            )
-        if not self.rows >= self.neighbours:
-            raise ValueError(f"rows is at least the number of neighbours, {self.neighbours}, not {self.rows!r}.")
-
-    def start(self) -> "KNNAccumulator":
-        return KNNAccumulator(self)
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "KNNHead":
-        return KNNHead(settings, tensors)
 
 
 class KNNHead(DistanceHead):
@@ -80,6 +45,36 @@ class KNNHead(DistanceHead):
         return distance.square() / self._settings["scale"]
 
 
+@dataclass(frozen=True)
+class KNN(Method):
+    """Keeps training atoms to measure distances from.
+
+    The spread of a feature is that within the elements. A training atom finds itself among its neighbours. An element
+    that was not fitted is measured from the atoms of all others.
+
+    Args:
+        neighbours: k; an element with fewer atoms has as many as it has atoms.
+        rows: Most atoms kept of an element, a pseudo-random sample where there are more. The head holds
+            elements * rows * features numbers of 8 bytes.
+    """
+
+    name = "knn"
+    head = KNNHead
+    neighbours: int = 10
+    rows: int = 5_000
+
+    def __post_init__(self) -> None:
+        if not self.neighbours >= 2:
+            raise ValueError(
+                f"neighbours is 2 or more, not {self.neighbours!r}: the nearest to a training atom is that atom itself."
+            )
+        if not self.rows >= self.neighbours:
+            raise ValueError(f"rows is at least the number of neighbours, {self.neighbours}, not {self.rows!r}.")
+
+    def start(self) -> "KNNAccumulator":
+        return KNNAccumulator(self)
+
+
 def mean_distance(queries: Tensor, rows: Tensor, neighbours: int) -> Tensor:
     """(n, d), (n_rows, d) → (n,) mean Euclidean distance to the nearest rows, in chunks of bounded memory."""
     count = min(neighbours, len(rows))
@@ -99,17 +94,15 @@ class KNNAccumulator(Accumulator):
         self.samples: dict[int, RowSample] = {}
         self.device = torch.device("cpu")
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.device = forward_pass.features.device
         labels = labels_of_atoms(forward_pass, targets)
         for z in forward_pass.numbers.unique().tolist():
             own = forward_pass.numbers == z
             self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[own], forward_pass.features[own])
 
-    def finish(self, communicator: Communicator) -> KNNHead:
+    def _finish(self, communicator: Communicator) -> KNNHead:
         elements = elements_of_all(self.samples, communicator)
-        if not elements:
-            raise LabelError("there are no training frames.")
         empty = RowSample(self.method.rows)
         found = [self.samples.get(z, empty).finish(communicator) for z in elements]
         # A rank may have none of an element that others have; it gets theirs on the CPU.

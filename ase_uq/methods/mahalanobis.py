@@ -10,46 +10,16 @@ Source: Mahalanobis 1936; as an out-of-distribution score per class, Lee et al. 
 
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.moments import Moments, reduced
-
-
-@dataclass(frozen=True)
-class Mahalanobis(Method):
-    """Fits a normal distribution of the features per element.
-
-    The covariance of an element is shrunk to that within the elements, as if as many atoms of it had been seen as
-    there are features: Σ_z = (S_z + d·Σ_within)/(n_z + d), with S_z the scatter of its n_z atoms. It matters for
-    elements with few atoms, which know their own covariance badly or not at all. An element that was not fitted has
-    the mean and covariance of all atoms.
-
-    Args:
-        ridge: Added to the variance of every feature, relative to its variance within the elements.
-    """
-
-    name = "mahalanobis"
-    ridge: float = 1e-9
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1:
-            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
-
-    def start(self) -> "MahalanobisAccumulator":
-        return MahalanobisAccumulator(self)
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "MahalanobisHead":
-        return MahalanobisHead(settings, tensors)
 
 
 class MahalanobisHead(DistanceHead):
@@ -75,6 +45,31 @@ class MahalanobisHead(DistanceHead):
         return distance
 
 
+@dataclass(frozen=True)
+class Mahalanobis(Method):
+    """Fits a normal distribution of the features per element.
+
+    The covariance of an element is shrunk to that within the elements, as if as many atoms of it had been seen as
+    there are features: Σ_z = (S_z + d·Σ_within)/(n_z + d), with S_z the scatter of its n_z atoms. It matters for
+    elements with few atoms, which know their own covariance badly or not at all. An element that was not fitted has
+    the mean and covariance of all atoms.
+
+    Args:
+        ridge: Added to the variance of every feature, relative to its variance within the elements.
+    """
+
+    name = "mahalanobis"
+    head = MahalanobisHead
+    ridge: float = 1e-9
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < 1:
+            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
+
+    def start(self) -> "MahalanobisAccumulator":
+        return MahalanobisAccumulator(self)
+
+
 class MahalanobisAccumulator(Accumulator):
     """Moments of the features, one set an element."""
 
@@ -83,20 +78,18 @@ class MahalanobisAccumulator(Accumulator):
         self.moments: dict[int, Moments] = {}
         self.device = torch.device("cpu")
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.device = forward_pass.features.device
         for z in forward_pass.numbers.unique().tolist():
             rows = Moments.of(forward_pass.features[forward_pass.numbers == z])
             self.moments[z] = self.moments[z] + rows if z in self.moments else rows
 
-    def finish(self, communicator: Communicator) -> MahalanobisHead:
+    def _finish(self, communicator: Communicator) -> MahalanobisHead:
         elements = elements_of_all(self.moments, communicator)
         # A rank may have none of an element that others have; its sums are on the device all the same.
         none = Moments.empty(0, self.device)
         found = {z: reduced(self.moments.get(z, none), communicator) for z in elements}
         moments = {z: own for z, own in found.items() if own is not None}
-        if not moments:
-            raise LabelError("there are no training frames.")
         every = reduce(Moments.__add__, moments.values())
         width = len(every.mean)
         within = sum((own.scatter for own in moments.values()), torch.zeros_like(every.scatter)) / every.count

@@ -21,47 +21,11 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 from ase_uq.numerics.hashing import random_signs, substream
 from ase_uq.numerics.posterior import mean_square, residual
 from ase_uq.numerics.sketch import Sketch
-
-
-@dataclass(frozen=True)
-class NTK(Method):
-    """Fits the residual variance of the neural tangent kernel in one streaming pass.
-
-    Args:
-        size: Numbers that a gradient is sketched to; 512 or more keep the ranking of hundreds of frames.
-        tangents: Random directions in which the forces of a frame are looked at; each costs a backward pass through
-            the forces. On acetylacetone 4 ranked frames as well as 8, and better than 1 or 2.
-        noise: σ² relative to the mean square of the gradients.
-        seed: Of the sketch and of the directions.
-    """
-
-    name = "ntk"
-    forces = True
-    gradients = True
-    size: int = 512
-    tangents: int = 4
-    noise: float = 1e-6
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for option, value in (("size", self.size), ("tangents", self.tangents)):
-            if not value >= 1:
-                raise ValueError(f"{option} is at least 1, not {value!r}.")
-        if not 0 < self.noise <= 1:
-            raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
-
-    def start(self) -> "NTKAccumulator":
-        return NTKAccumulator(self)
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "NTKHead":
-        return NTKHead(settings, tensors)
 
 
 class NTKHead(Head):
@@ -78,15 +42,8 @@ class NTKHead(Head):
     force_root: Tensor
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
+        super().__init__(settings, tensors)
         self.sketch = Sketch(settings["parameters"], settings["size"], settings["seed"])
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         energy = (energy_rows(forward_pass, self.sketch) @ self.energy_root).square().sum(1)
@@ -104,6 +61,38 @@ class NTKHead(Head):
         )
 
 
+@dataclass(frozen=True)
+class NTK(Method):
+    """Fits the residual variance of the neural tangent kernel in one streaming pass.
+
+    Args:
+        size: Numbers that a gradient is sketched to; 512 or more keep the ranking of hundreds of frames.
+        tangents: Random directions in which the forces of a frame are looked at; each costs a backward pass through
+            the forces. On acetylacetone 4 ranked frames as well as 8, and better than 1 or 2.
+        noise: σ² relative to the mean square of the gradients.
+        seed: Of the sketch and of the directions.
+    """
+
+    name = "ntk"
+    head = NTKHead
+    forces = True
+    gradients = True
+    size: int = 512
+    tangents: int = 4
+    noise: float = 1e-6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option, value in (("size", self.size), ("tangents", self.tangents)):
+            if not value >= 1:
+                raise ValueError(f"{option} is at least 1, not {value!r}.")
+        if not 0 < self.noise <= 1:
+            raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
+
+    def start(self) -> "NTKAccumulator":
+        return NTKAccumulator(self)
+
+
 class NTKAccumulator(Accumulator):
     """Gram matrices of the sketches of energies and of forces."""
 
@@ -112,7 +101,7 @@ class NTKAccumulator(Accumulator):
         self.sketch: Sketch | None = None
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         if self.sketch is None:
             first = next(_gradients(forward_pass).of_energies())
             self.sketch = Sketch.like(first, self.method.size, self.method.seed)
@@ -128,7 +117,7 @@ class NTKAccumulator(Accumulator):
         }
         self.sums = {name: value + self.sums[name] if self.sums else value for name, value in own.items()}
 
-    def finish(self, communicator: Communicator) -> NTKHead:
+    def _finish(self, communicator: Communicator) -> NTKHead:
         parameters = self._parameters(communicator)
         size = min(self.method.size, parameters)
         # A rank without frames takes part with zeros.
@@ -148,8 +137,7 @@ class NTKAccumulator(Accumulator):
     def _parameters(self, communicator: Communicator) -> int:
         own = None if self.sketch is None else torch.tensor([[self.sketch.length]], dtype=torch.float64)
         lengths = gather(own, communicator)
-        if lengths is None:
-            raise LabelError("there are no training frames.")
+        assert lengths is not None  # a rank has had a batch
         return int(lengths[0])
 
 

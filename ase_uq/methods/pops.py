@@ -17,7 +17,6 @@ Source: Swinburne and Perez 2025; the application to atoms of a trained potentia
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,35 +28,6 @@ from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
-
-
-@dataclass(frozen=True)
-class POPS(Method):
-    """Fits the POPS covariance of the force residuals.
-
-    Args:
-        ridge: Prior precision, relative to the unit variance of the standardised features.
-        rows: Most atoms it is fitted on, a pseudo-random sample where there are more: leverages are known only when
-            all atoms have been seen, so the atoms are kept until then. The head does not hold them.
-    """
-
-    name = "pops"
-    forces = True
-    ridge: float = 1e-9
-    rows: int = 20_000
-
-    def __post_init__(self) -> None:
-        if not 0 < self.ridge < 1:
-            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
-        if not self.rows >= 1:
-            raise ValueError(f"rows is a number of atoms, 1 or more, not {self.rows!r}.")
-
-    def start(self) -> "POPSAccumulator":
-        return POPSAccumulator(self)
-
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "POPSHead":
-        return POPSHead(settings, tensors)
 
 
 class POPSHead(DistanceHead):
@@ -73,6 +43,32 @@ class POPSHead(DistanceHead):
 
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         return (with_constant(forward_pass.features.double() - self.centre) @ self.root).square().sum(1)
+
+
+@dataclass(frozen=True)
+class POPS(Method):
+    """Fits the POPS covariance of the force residuals.
+
+    Args:
+        ridge: Prior precision, relative to the unit variance of the standardised features.
+        rows: Most atoms it is fitted on, a pseudo-random sample where there are more: leverages are known only when
+            all atoms have been seen, so the atoms are kept until then. The head does not hold them.
+    """
+
+    name = "pops"
+    head = POPSHead
+    forces = True
+    ridge: float = 1e-9
+    rows: int = 20_000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ridge < 1:
+            raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")
+        if not self.rows >= 1:
+            raise ValueError(f"rows is a number of atoms, 1 or more, not {self.rows!r}.")
+
+    def start(self) -> "POPSAccumulator":
+        return POPSAccumulator(self)
 
 
 def with_constant(rows: Tensor) -> Tensor:
@@ -103,7 +99,7 @@ class POPSAccumulator(Accumulator):
         self.method = method
         self.sample = RowSample(method.rows)
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         if targets.forces is None:
             return
         assert forward_pass.forces is not None  # `forces` above asks for them
@@ -112,7 +108,7 @@ class POPSAccumulator(Accumulator):
         labelled = squares[:, 0].isfinite()
         self.sample.add(labels_of_atoms(forward_pass, targets)[labelled], rows[labelled])
 
-    def finish(self, communicator: Communicator) -> POPSHead:
+    def _finish(self, communicator: Communicator) -> POPSHead:
         kept = self.sample.finish(communicator)
         if kept is None:
             raise LabelError("pops needs training frames with reference forces, and there are none.")

@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.errors import LabelError
+from ase_uq.numerics.buffers import Fitted
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Output = Literal["linear", "softplus"]
@@ -69,8 +70,8 @@ class Training:
             raise ValueError(f"widths, batches, epochs and the learning rate of a training are above 0, not {self!r}.")
 
 
-class MLPEnsemble(torch.nn.Module):
-    """Multilayer perceptrons with the same inputs; their tensors are buffers.
+class MLPEnsemble(Fitted):
+    """Multilayer perceptrons with the same inputs.
 
     Args:
         settings: `sizes` of the layers from inputs to outputs, `output` of the last one, and what the training took.
@@ -84,17 +85,6 @@ class MLPEnsemble(torch.nn.Module):
     spread: Tensor
     shift: Tensor
     unit: Tensor
-
-    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """JSON values that, with the buffers, make the ensemble again."""
-        return self._settings
 
     def members(self, inputs: Tensor) -> Tensor:
         """(n, n_inputs) → (n_members, n, n_outputs), float64: what each member says."""

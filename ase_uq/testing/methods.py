@@ -21,6 +21,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
+from ase_uq.errors import LabelError
 from ase_uq.fitting.fit import fit
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import method_class
@@ -166,6 +167,11 @@ class MethodContract:
         serial = fit_head(self.make_method(), backend, frames)
         for other in on_ranks(3, lambda ranks: fit_head(self.make_method(), backend, frames, communicator=ranks)):
             self._assert_same(serial(unseen), other(unseen))
+
+    @pytest.mark.parametrize("size", [1, 2])
+    def test_no_training_frames_are_refused(self, size: int):
+        with pytest.raises(LabelError, match="there are no training frames"):
+            on_ranks(size, lambda ranks: self.make_method().fit([], ranks))
 
     def test_settings_and_buffers_are_all_of_a_head(self, head: Head, unseen: ForwardPass):
         assert not list(head.parameters())

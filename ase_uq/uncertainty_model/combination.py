@@ -35,6 +35,7 @@ from torch import Tensor
 from ase_uq.calibration import Calibrator, load_calibrator
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
+from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.sites import RADII, around, mean_around
 
@@ -122,7 +123,7 @@ class CombinationInputs:
         )
 
 
-class Gate(torch.nn.Module):
+class Gate(Buffers):
     """1 where the distances at and around an atom are like those of the calibration data, falling to 0 elsewhere.
 
     Args:
@@ -136,11 +137,6 @@ class Gate(torch.nn.Module):
     precision: Tensor
     edges: Tensor
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
     @classmethod
     def fit(cls, views: Tensor, calibration: Tensor) -> "Gate":
         """From the (n, n_views) of all atoms at hand, and those of the calibration atoms, which set its edges."""
@@ -148,8 +144,7 @@ class Gate(torch.nn.Module):
         centre, spread = pattern.mean(0), pattern.std(0).clamp(min=1e-9)
         z = (pattern - centre) / spread
         eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        # As files hold it: `inv` gives columns in a row, and products with it other bits.
-        precision = torch.linalg.inv(z.T @ z / len(z) + _PATTERN_RIDGE * eye).contiguous()
+        precision = torch.linalg.inv(z.T @ z / len(z) + _PATTERN_RIDGE * eye)
         gate = cls({"centre": centre, "spread": spread, "precision": precision, "edges": z.new_zeros(2)})
         far, level = gate._far(calibration).cpu().numpy(), calibration.mean(1).cpu().numpy()
         edges = [np.quantile(far, _PATTERN_QUANTILE), np.quantile(level, _LEVEL_QUANTILE)]
@@ -215,10 +210,6 @@ class Combination(torch.nn.Module):
         cls, settings: dict[str, Any], tensors: Mapping[str, Tensor], calibrators: Mapping[str, Calibrator]
     ) -> "Combination":
         """The combination with these settings and buffers, and the methods' calibrators of the forces."""
-        parts: dict[str, dict[str, Tensor]] = {"gate": {}, "ensemble": {}}
-        for name, tensor in tensors.items():
-            part, _, rest = name.partition(".")
-            parts[part][rest] = tensor
         inputs = CombinationInputs(
             anchor=settings["anchor"],
             others=tuple(settings["others"]),
@@ -227,10 +218,12 @@ class Combination(torch.nn.Module):
             calibrators=calibrators,
             alternative=load_calibrator(settings["alternative"]),
         )
-        ensemble = None if settings["ensemble"] is None else MLPEnsemble(settings["ensemble"], parts["ensemble"])
+        ensemble = None
+        if settings["ensemble"] is not None:
+            ensemble = MLPEnsemble(settings["ensemble"], tensors_of("ensemble", tensors))
         return cls(
             inputs,
-            Gate(parts["gate"]),
+            Gate(tensors_of("gate", tensors)),
             ensemble,
             settings["constant"],
             settings["weights"],

@@ -216,20 +216,24 @@ def test_function_of_a_module():
     ("name", "package", "spec"), [("mace", "mace", "mace:x.model"), ("orb", "orb_models", "orb:x")]
 )
 def test_missing_package(name: str, package: str, spec: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(sys.modules, f"ase_uq.backends.{name}", raising=False)
-    for loaded in [key for key in sys.modules if key == package or key.startswith(package + ".")]:
-        monkeypatch.delitem(sys.modules, loaded)
+    _forget(f"ase_uq.backends.{name}", monkeypatch)
+    _forget(package, monkeypatch)
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(MissingDependency, match=rf'not installed\. Run: pip install "ase-uq\[{name}\]"'):
         load_backend(spec)
 
 
 def test_installed_but_broken_package_says_so_itself(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.delitem(sys.modules, "ase_uq.backends.mace", raising=False)
+    _forget("ase_uq.backends.mace", monkeypatch)
     monkeypatch.setitem(sys.modules, "mace.calculators", ModuleType("mace.calculators"))
     with pytest.raises(ImportError, match="cannot import name 'MACECalculator'") as error:
         load_backend("mace:x.model")
     assert not isinstance(error.value, MissingDependency)
+
+
+def _forget(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for loaded in [key for key in sys.modules if key == package or key.startswith(package + ".")]:
+        monkeypatch.delitem(sys.modules, loaded)
 
 
 class TestPlugins:

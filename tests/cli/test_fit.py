@@ -1,6 +1,15 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 from ase.io import read, write
 
+import ase_uq
 from ase_uq import UncertaintyModel
+from ase_uq.methods import available_methods
 
 
 def test_fit_writes_what_the_library_fits(run, files, tmp_path):
@@ -33,12 +42,13 @@ def test_options_reach_the_library(run, files, tmp_path):
             atoms.info["E"], atoms.arrays["F"] = atoms.info.pop("REF_energy"), atoms.arrays.pop("REF_forces")
         write(path, atoms_list)
     words = ["fit", "--model", "toy:", "--train", "t.xyz", "--calibration", "c.xyz", "--out", "a.safetensors"]
-    options = ["--energy-key", "E", "--forces-key", "F", "--features", "last_layer", "--dtype", "float32"]
-    options += ["--methods", "bll, mahalanobis"]
+    options = ["--energy-key", "E", "--forces-key", "F", "--set", "bll.features=last_layer", "--dtype", "float32"]
+    options += ["--methods", "bll, mahalanobis", "--set", "mahalanobis.ridge=1e-8"]
     result = run(*words, *options, "--device", "cpu", "--batch-atoms", 50, "--seed", 1)
     assert result.exit_code == 0
     fitted = UncertaintyModel.load(tmp_path / "a.safetensors")
     assert fitted.methods["bll"].head.settings["features"] == "last_layer"
+    assert fitted.methods["mahalanobis"].head.settings["ridge"] == 1e-8
     assert (set(fitted.methods), fitted.primary) == ({"bll", "mahalanobis"}, "combined")
     missing = run(*words)
     assert missing.exit_code == 1
@@ -50,6 +60,51 @@ def test_a_method_that_is_not_there(run, files):
     result = run(*words, "--methods", "bll,none")
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.startswith("error: there is no method 'none'. There are: bll, committee, ")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (
+            "bll",
+            "'bll' sets nothing: write METHOD.OPTION=VALUE. Options of bll and their defaults: features=latent ridge=",
+        ),
+        ("bll.features=all", "bll.features takes latent or last_layer, not 'all'."),
+        ("kernel.noise=1", "'kernel.noise=1' is for kernel, which is not among the methods bll: add it to them."),
+    ],
+)
+def test_an_option_that_cannot_be_set(run, files, assignment: str, message: str):
+    words = ["fit", "--model", "toy:", "--train", files.train, "--calibration", files.calibration, "--out", "a.st"]
+    result = run(*words, "--methods", "bll", "--set", assignment)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith(f"error: {message}")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_help_names_what_is_installed_and_imports_nothing_for_it(tmp_path: Path):
+    for package, group, name in (("mine", "methods", "mymethod"), ("yours", "backends", "yourbackend")):
+        metadata = tmp_path / f"{package}-1.0.dist-info"
+        metadata.mkdir()
+        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+        (metadata / "entry_points.txt").write_text(f"[ase_uq.{group}]\n{name} = {package}\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom ase_uq.cli import main\n"
+        "try: main(['fit', '--help'])\nfinally: print(*sorted(sys.modules))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"COLUMNS": "200"},
+        cwd=Path(ase_uq.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shown, _, modules = run.stdout.rstrip().rpartition("\n")
+    found = set(re.findall(r"[\w:@-]+", shown))
+    assert {*available_methods(), "mymethod"} <= found
+    assert {"mace:PATH", "mace-omol:NAME", "orb:FUNCTION@WEIGHTS", "yourbackend:TARGET", "embedded:orb-direct"} <= found
+    assert "{" not in shown
+    assert not {"torch", "scipy", "numpy", "ase", "mace", "mine", "yours"} & set(modules.split())
 
 
 def test_frames_that_are_not_there(run, files):
@@ -84,11 +139,6 @@ def test_wrong_usage(run, files):
     result = run("fit", "--model", "toy:", "--train", files.train, "--calibration", files.train)
     assert result.exit_code == 2
     assert "--out" in result.stderr
-    result = run(
-        "fit", "--model", "toy:", "--train", "a", "--calibration", "b", "--out", "c", "--features", "all_of_them"
-    )
-    assert result.exit_code == 2
-    assert "all_of_them" in result.stderr
 
 
 def test_bad_specs_are_one_line(run, files, tmp_path):

@@ -232,8 +232,8 @@ class _Marked(MahalanobisAccumulator):
         super().__init__(method)
         self.marks = marks
 
-    def finish(self, communicator: Communicator) -> Head:
-        head = super().finish(communicator)
+    def _finish(self, communicator: Communicator) -> Head:
+        head = super()._finish(communicator)
         for name, value in self.marks.items():
             setattr(head, name, value)
         if head.gradients:

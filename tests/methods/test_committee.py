@@ -8,8 +8,7 @@ from ase import Atoms
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.communicator import Serial
-from ase_uq.errors import InputError, LabelError
+from ase_uq.errors import InputError
 from ase_uq.methods.committee import Committee, CommitteeHead
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
@@ -64,7 +63,7 @@ def test_single_precision_members_lose_nothing_more(committee: Backend, frames: 
     """Differences of energies of thousands of eV are taken in double precision."""
     forward_pass = forward_pass_of(committee, frames)
     object.__setattr__(forward_pass.members, "energy", forward_pass.members.energy.float())
-    assert CommitteeHead(1.0)(forward_pass).energy.dtype == torch.float64
+    assert CommitteeHead({"mean_square": 1.0}, {})(forward_pass).energy.dtype == torch.float64
 
 
 def test_a_single_potential_is_told_how_to_load_several(frames: list[Atoms]):
@@ -73,7 +72,7 @@ def test_a_single_potential_is_told_how_to_load_several(frames: list[Atoms]):
     with pytest.raises(InputError, match=wanted):
         fit_head(Committee(), single, frames)
     with pytest.raises(InputError, match=wanted):
-        CommitteeHead(1.0)(forward_pass_of(single, frames))
+        CommitteeHead({"mean_square": 1.0}, {})(forward_pass_of(single, frames))
 
 
 def test_a_committee_of_one_potential_is_refused(frames: list[Atoms]):
@@ -81,8 +80,3 @@ def test_a_committee_of_one_potential_is_refused(frames: list[Atoms]):
     same._members = [same._members[0]] * 3
     with pytest.raises(InputError, match="agree exactly: they are one potential several times"):
         fit_head(Committee(), same, frames)
-
-
-def test_no_frames_are_refused():
-    with pytest.raises(LabelError, match="no training frames"):
-        Committee().fit([], Serial())

@@ -9,8 +9,7 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.communicator import Serial
-from ase_uq.errors import InputError, LabelError
+from ase_uq.errors import InputError
 from ase_uq.forward_pass import ConfidenceBins
 from ase_uq.methods.confidence import Confidence, ConfidenceHead, expected_variance
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
@@ -88,9 +87,4 @@ def test_a_potential_without_one_is_told_who_has_one(frames: list[Atoms]):
     with pytest.raises(InputError, match=wanted):
         fit_head(Confidence(), without, frames)
     with pytest.raises(InputError, match=wanted):
-        ConfidenceHead(1.0)(forward_pass_of(without, frames))
-
-
-def test_no_frames_are_refused():
-    with pytest.raises(LabelError, match="no training frames"):
-        Confidence().fit([], Serial())
+        ConfidenceHead({"mean_square": 1.0}, {})(forward_pass_of(without, frames))

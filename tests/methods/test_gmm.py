@@ -8,7 +8,6 @@ from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from ase_uq.communicator import Serial
-from ase_uq.errors import LabelError
 from ase_uq.methods import gmm
 from ase_uq.methods.gmm import GMM, Mixture, fit_mixture, fit_mixture_by_bic
 
@@ -142,8 +141,3 @@ class TestScore:
 def test_numbers_below_one_are_refused(name: str):
     with pytest.raises(ValueError, match=f"{name} is a number from 1, not 0"):
         GMM(**{name: 0})
-
-
-def test_no_frames_are_refused():
-    with pytest.raises(LabelError, match="no training frames"):
-        GMM().fit([], Serial())

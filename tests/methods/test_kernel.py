@@ -13,12 +13,11 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods._sites import raw_of_atoms
+from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.kernel import Kernel
-from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, on_ranks, with_labels
+from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, with_labels
 
 NOISE = 1e-4
 
@@ -235,19 +234,6 @@ class TestFeatures:
 
 
 class TestRefusals:
-    @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-    def test_no_frames(self, kernel: str):
-        with pytest.raises(LabelError, match="there are no training frames"):
-            Kernel(kernel=kernel).start().finish(Serial())
-
-    @pytest.mark.parametrize("kernel", ["linear", "rbf"])
-    def test_no_frames_on_any_rank(self, kernel: str):
-        def run(ranks: Communicator) -> None:
-            Kernel(kernel=kernel).start().finish(ranks)
-
-        with pytest.raises(LabelError, match="there are no training frames"):
-            on_ranks(2, run)
-
     def test_frames_that_are_all_the_same_structure(self, backend: Backend):
         alike = with_labels([molecule("H2O") for _ in range(12)])
         with pytest.raises(LabelError, match="all training frames have the same features"):

@@ -11,7 +11,6 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import knn
 from ase_uq.methods.knn import KNN, mean_distance
@@ -99,8 +98,3 @@ def test_too_few_neighbours_are_refused(neighbours: int):
 def test_fewer_rows_than_neighbours_are_refused():
     with pytest.raises(ValueError, match="rows is at least the number of neighbours, 10, not 9"):
         KNN(rows=9)
-
-
-def test_no_frames_are_refused():
-    with pytest.raises(LabelError, match="no training frames"):
-        KNN().fit([], Serial())

@@ -11,9 +11,8 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods._sites import REACH, raw_of_atoms
+from ase_uq.methods._distance import REACH, raw_of_atoms
 from ase_uq.methods.mahalanobis import Mahalanobis
 from ase_uq.numerics.sites import RADII
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames, with_labels
@@ -123,11 +122,6 @@ def test_forces_read_the_sums_over_sites(backend: Backend, frames: list[Atoms]):
 def test_a_ridge_outside_its_range_is_refused(ridge: float):
     with pytest.raises(ValueError, match="the ridge lies between 0 and 1"):
         Mahalanobis(ridge=ridge)
-
-
-def test_no_frames_are_refused():
-    with pytest.raises(LabelError, match="no training frames"):
-        Mahalanobis().fit([], Serial())
 
 
 def _rattled(seed: int) -> Atoms:

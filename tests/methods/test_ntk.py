@@ -13,7 +13,6 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.ntk import NTK, directions
@@ -208,10 +207,6 @@ class TestRefusals:
         other = load_backend(ToyCalculator(("H", "C", "O", "Si")))
         with pytest.raises(ValueError, match="fitted for a potential of 57 parameters, this one has 94"):
             head(forward_pass_of(other, frames, gradients=True))
-
-    def test_no_frames(self):
-        with pytest.raises(LabelError, match="there are no training frames"):
-            NTK().start().finish(Serial())
 
     @pytest.mark.parametrize(
         ("options", "message"),

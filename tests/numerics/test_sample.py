@@ -10,7 +10,6 @@ from torch import Tensor
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Serial
-from ase_uq.errors import LabelError
 from ase_uq.methods._distance import MeanOverAtoms, elements_of_all, rows_of, units_of
 from ase_uq.numerics.sample import RowSample, _priority, labels_of_atoms
 from ase_uq.stream.labelled import LabelledStream
@@ -123,10 +122,6 @@ class TestMeanOverAtoms:
             return mean.finish(ranks)
 
         assert on_ranks(4, run) == [4.5] * 4
-
-    def test_no_atoms_are_refused(self):
-        with pytest.raises(LabelError, match="no training frames"):
-            MeanOverAtoms().finish(Serial())
 
 
 def test_features_that_never_vary_have_a_small_unit():

@@ -23,7 +23,8 @@ from ase.constraints import FixAtoms
 from ase.io import read, write
 
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
-from ase_uq.backends import Backend, load_backend
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, UQWarning
 from ase_uq.forward_pass import ForwardPass

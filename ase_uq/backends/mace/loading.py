@@ -1,6 +1,5 @@
 """MACE calculators from a SPEC, and models stored without pickles."""
 
-import difflib
 import os
 import sys
 from contextlib import redirect_stdout
@@ -17,7 +16,7 @@ from mace.tools import torch_tools
 from mace.tools.scripts_utils import extract_config_mace_model
 
 from ase_uq.backends._process import preserved_process
-from ase_uq.errors import ArtefactError
+from ase_uq.errors import ArtefactError, did_you_mean
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 
 _KIND, _SCHEMA = "MACE potential", 1
@@ -66,10 +65,9 @@ def _check_pretrained(prefix: str, target: str) -> None:
         "mace-omol": ["extra_large"],
     }[prefix]
     if target and target not in names and not target.startswith("https:") and not Path(target).exists():
-        close = difflib.get_close_matches(target, names, n=2)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
-            f"{prefix} has no model {target!r}, and there is no file of that name.{hint} It has {', '.join(names)}."
+            f"{prefix} has no model {target!r}, and there is no file of that name.{did_you_mean(target, names)} "
+            f"It has {', '.join(names)}."
         )
 
 

@@ -1,19 +1,22 @@
 """`ase-uq fit`: labelled frames in, uncertainty model out."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
-
-
-class Features(StrEnum):
-    """What the leverage of an atom looks at."""
-
-    latent = "latent"
-    last_layer = "last_layer"
+from ase_uq.cli.options import (
+    BatchAtoms,
+    Device,
+    DType,
+    EnergyKey,
+    ForcesKey,
+    Methods,
+    Model,
+    Seed,
+    StressKey,
+    label_keys,
+)
 
 
 def fit(
@@ -43,19 +46,17 @@ def fit(
             help="Labelled bad frames, as `ase-uq perturb-frames` makes them, for thresholds such as miss=0.1@0.3.",
         ),
     ] = None,
-    methods: Annotated[
-        str,
+    methods: Methods = "bll,pdrum,kernel",
+    settings: Annotated[
+        list[str] | None,
         typer.Option(
-            "--methods",
-            metavar="NAMES",
-            help="Methods, with commas between: bll, pdrum, kernel, mahalanobis, knn, gmm, pops, ntk, committee, "
-            "confidence. Several are combined.",
+            "--set",
+            metavar="METHOD.OPTION=VALUE",
+            help="An option of a method, such as kernel.landmarks=512, bll.radii=2.5,5 or "
+            "pdrum.training.max_epochs=50; may be given several times. --set METHOD lists what a method has, with "
+            "the defaults.",
         ),
-    ] = "bll,pdrum,kernel",
-    features: Annotated[
-        Features,
-        typer.Option("--features", help="What bll measures distances in: invariants of all layers, or the last one."),
-    ] = Features.latent,
+    ] = None,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
@@ -75,11 +76,10 @@ def fit(
     from ase_uq.fitting.fit import fit as fit_model
     from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
-    from ase_uq.methods import make_method
+    from ase_uq.methods.options import make_methods
 
     check_writable(out)
-    names = [name.strip() for name in methods.split(",") if name.strip()]
-    makers = [make_method(name, **({"features": features.value} if name == "bll" else {})) for name in names]
+    makers = make_methods([name.strip() for name in methods.split(",") if name.strip()], settings or ())
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")
     perturbed_frames = None if perturbed is None else read_frames(perturbed, name="perturbed frames")

@@ -1,13 +1,12 @@
 """The fitted Bayesian last layer."""
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods._sites import raw_of_atoms
+from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Head, Raw
 from ase_uq.methods.bll.projection import projected_leverage
 
@@ -29,16 +28,6 @@ class BLLHead(Head):
     energy_centre: Tensor
     energy_root: Tensor
     force_root: Tensor
-
-    def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         features = atom_features(forward_pass, self._settings["features"])

@@ -23,10 +23,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
-from ase_uq.methods._distance import units_of
-from ase_uq.methods._sites import REACH
+from ase_uq.methods._distance import REACH, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.methods.bll.head import BLLHead, atom_features
 from ase_uq.methods.bll.projection import removed_mean
@@ -51,6 +49,7 @@ class BLL(Method):
     """
 
     name = "bll"
+    head = BLLHead
     features: Literal["latent", "last_layer"] = "latent"
     ridge: float = 1e-9
     radii: tuple[float, ...] = RADII
@@ -69,10 +68,6 @@ class BLL(Method):
     def start(self) -> "BLLAccumulator":
         return BLLAccumulator(self)
 
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "BLLHead":
-        return BLLHead(settings, tensors)
-
 
 class BLLAccumulator(Accumulator):
     """Moments of features and targets, all that the posteriors need; None where there was nothing to add."""
@@ -83,7 +78,7 @@ class BLLAccumulator(Accumulator):
         self.energy: Moments | None = None
         self.force: Moments | None = None
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.atoms = _added(self.atoms, atom_features(forward_pass, self.method.features))
         counts = forward_pass.n_atoms_of_frame.double()[:, None]
         psi = forward_pass.sum_over_atoms(forward_pass.energy_layer.features.double()) / counts
@@ -95,11 +90,10 @@ class BLLAccumulator(Accumulator):
             target = targets.forces.double() - layer.base.double()
             self.force = _added(self.force, _labelled(removed_mean(layer, forward_pass), target))
 
-    def finish(self, communicator: Communicator) -> BLLHead:
+    def _finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
         atoms = reduced(self.atoms, communicator)
-        if atoms is None:
-            raise LabelError("there are no training frames.")
+        assert atoms is not None  # a rank has had a batch
         settings: dict[str, Any] = {
             "features": method.features,
             "ridge": method.ridge,

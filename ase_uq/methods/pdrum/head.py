@@ -11,6 +11,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
 from ase_uq.methods.pdrum.conservative import forces_of
 from ase_uq.methods.pdrum.directions import directions
+from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
 
 Variant = Literal["norm", "diff", "diff_invariant", "diff_conservative"]
@@ -51,20 +52,11 @@ class PDRUMHead(Head):
     grows = False
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        self._settings = settings
-        for name, tensor in tensors.items():
-            if "." not in name:
-                self.register_buffer(name, tensor)
+        super().__init__(settings, {name: tensor for name, tensor in tensors.items() if "." not in name})
         for part in ("forces", "energy"):
-            own = {name.removeprefix(f"{part}."): x for name, x in tensors.items() if name.startswith(f"{part}.")}
-            if own:
+            if own := tensors_of(part, tensors):
                 self.add_module(part, MLPEnsemble(settings[part], own))
         self.gradients = settings["variant"] == "diff_conservative"
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._settings
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         if self._settings["variant"] == "norm":

@@ -68,6 +68,7 @@ class PDRUM(Method):
     """
 
     name = "pdrum"
+    head = PDRUMHead
     forces = True
     variant: Variant = "norm"
     target: Target = "magnitude"
@@ -93,10 +94,6 @@ class PDRUM(Method):
     def start(self) -> "PDRUMAccumulator":
         return PDRUMAccumulator(self)
 
-    @classmethod
-    def load(cls, settings: dict[str, Any], tensors: dict[str, Tensor]) -> "PDRUMHead":
-        return PDRUMHead(settings, tensors)
-
 
 class PDRUMAccumulator(Accumulator):
     """Rows of all training atoms."""
@@ -106,7 +103,7 @@ class PDRUMAccumulator(Accumulator):
         self.rows = RowStore()
         self.mixing: Tensor | None = None
 
-    def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
+    def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         vectors, seed, device = None, self.method.training.seed, forward_pass.features.device
         if self.method.variant == "diff":
             n_vectors = 0 if forward_pass.vectors is None else forward_pass.vectors.shape[2]
@@ -117,7 +114,7 @@ class PDRUMAccumulator(Accumulator):
             vectors = force_features(forward_pass, self.mixing)
         self.rows.add(forward_pass, targets, vectors)
 
-    def finish(self, communicator: Communicator) -> PDRUMHead:
+    def _finish(self, communicator: Communicator) -> PDRUMHead:
         method = self.method
         rows = self.rows.finish(communicator)
         labelled = len(rows.with_forces().frame_of_atom.unique())

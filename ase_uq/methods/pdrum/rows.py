@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
-from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 
 
@@ -72,18 +71,14 @@ class RowStore:
         self._n_features = forward_pass.features.shape[1]
 
     def finish(self, communicator: Communicator) -> Rows:
-        """The rows of all ranks.
-
-        Raises:
-            LabelError: There are none.
-        """
+        """The rows of all ranks, of which one has had a batch."""
         # A rank without frames learns the widths from the others.
         own = torch.tensor([float(bool(self._atoms)), self._n_features], dtype=torch.float64)
         ranks, widths = communicator.sum({"widths": own})["widths"].tolist()
         frames = gather(torch.cat(self._frames) if self._frames else None, communicator)
         atoms = gather(torch.cat(self._atoms) if self._atoms else None, communicator)
-        if atoms is None or frames is None:
-            raise LabelError("there are no training frames.")
+        assert atoms is not None
+        assert frames is not None
         numbers, counts, energy = frames.T
         frame_of_atom = torch.repeat_interleave(numbers, counts.long())
         # Frames are never split between batches: atoms stay in their order.
