@@ -28,7 +28,7 @@ from ase_uq.cli.options import (
     check_before,
     check_xyz_name,
 )
-from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble, check_belong
+from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -37,6 +37,14 @@ if TYPE_CHECKING:
     from ase_uq.dynamics import UncertaintyMonitor
 
 HALTED = 3  # exit code
+# Options that only some ensembles have.
+_BELONG: dict[str, tuple[MDEnsemble, ...]] = {
+    "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
+    "--friction": (MDEnsemble.langevin,),
+    "--thermostat-time": (MDEnsemble.bussi, MDEnsemble.npt),
+    "--barostat-time": (MDEnsemble.npt,),
+    "--pressure": (MDEnsemble.npt,),
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +163,7 @@ def md(
         "--barostat-time": barostat_time,
         "--pressure": pressure,
     }
-    check_belong(ensemble, belonging)
+    _check_belong(ensemble, belonging)
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
@@ -232,6 +240,16 @@ def md(
         f"done: {_counted(steps, 'step')}, {steps * timestep:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
         + (f", added to {frames}" if frames and monitor.n_flagged else "")
     )
+
+
+def _check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
+    """Refuses options that an ensemble has no use for; `given` has None for those that were not given."""
+    for option, value in given.items():
+        if value is not None and ensemble not in _BELONG[option]:
+            raise typer.BadParameter(
+                f"it belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
+                param_hint=f"'{option}'",
+            )
 
 
 def _check_positive(numbers: dict[str, float | None]) -> None:
