@@ -53,34 +53,6 @@ def without_unwritable(atoms: Atoms) -> Atoms:
     return copy
 
 
-def _fits_info(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not _is_line(key) or key in _RESERVED:
-        return False
-    if key == "stress" and np.size(value) not in (6, 9):
-        return False  # ASE takes it for the frame's
-    if isinstance(value, str):
-        return _is_line(value) and not value.endswith("\\")
-    if isinstance(value, np.ndarray):
-        return bool(value.size) and value.dtype.kind in "biufU"
-    return value is None or isinstance(value, bool | int | float | np.number | np.bool_ | list | tuple | dict)
-
-
-def _fits_array(key: Any, values: np.ndarray) -> bool:
-    if key in ("numbers", "positions"):
-        return True
-    if not isinstance(key, str) or not _COLUMN.fullmatch(key) or key in _RESERVED:
-        return False
-    if values.ndim not in (1, 2) or not values.size:
-        return False
-    if values.dtype.kind in "OU":
-        return all(isinstance(text, str) and text.split() == [text] for text in values.flat)
-    return values.dtype.kind in "bif"
-
-
-def _is_line(text: str) -> bool:
-    return text.splitlines() == [text]  # one, and no break at its end
-
-
 def frame_text(atoms: Atoms) -> str:
     """A structure as `write_frames` writes it: with info, arrays and all results that are its own.
 
@@ -123,7 +95,7 @@ def _text(frame: Atoms) -> str:
 
     ASE formats a number at a time; here a frame is one format string.
     """
-    if np.shape(frame.info.get("stress")) == (6,):
+    if np.shape(frame.info.get("stress", ())) == (6,):
         frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
     if frame.constraints:  # ASE knows how to write them
         buffer = io.StringIO()
@@ -136,3 +108,31 @@ def _text(frame: Atoms) -> str:
     cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
     flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
     return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
+
+
+def _fits_info(key: Any, value: Any) -> bool:
+    if not isinstance(key, str) or not _is_line(key) or key in _RESERVED:
+        return False
+    if key == "stress" and np.size(value) not in (6, 9):
+        return False  # ASE takes it for the frame's
+    if isinstance(value, str):
+        return _is_line(value) and not value.endswith("\\")
+    if isinstance(value, np.ndarray):
+        return bool(value.size) and value.dtype.kind in "biufU"
+    return value is None or isinstance(value, bool | int | float | np.number | np.bool_ | list | tuple | dict)
+
+
+def _fits_array(key: Any, values: np.ndarray) -> bool:
+    if key in ("numbers", "positions"):
+        return True
+    if not isinstance(key, str) or not _COLUMN.fullmatch(key) or key in _RESERVED:
+        return False
+    if values.ndim not in (1, 2) or not values.size:
+        return False
+    if values.dtype.kind in "OU":
+        return all(isinstance(text, str) and text.split() == [text] for text in values.flat)
+    return values.dtype.kind in "bif"
+
+
+def _is_line(text: str) -> bool:
+    return text.splitlines() == [text]  # one, and no break at its end

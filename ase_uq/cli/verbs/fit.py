@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ase_uq.cli.options import BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
+from ase_uq.cli.outputs import check_outputs
 
 
 class Features(StrEnum):
@@ -71,13 +72,12 @@ def fit(
 
     [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
     """
+    check_outputs(out)
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.fitting.fit import fit as fit_model
-    from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
     from ase_uq.methods import make_method
 
-    check_writable(out)
     names = [name.strip() for name in methods.split(",") if name.strip()]
     makers = [make_method(name, **({"features": features.value} if name == "bll" else {})) for name in names]
     train_frames = read_frames(train, name="training frames")

@@ -26,8 +26,9 @@ from ase_uq.cli.options import (
     Reduce,
     Seed,
     check_before,
-    check_xyz_name,
 )
+from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
@@ -171,7 +172,10 @@ def md(
     check_before(before, frames)
     if element:
         flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
-    _check_files(frames, trajectory, log, append)
+    check_xyz_names({"--frames": frames, "--trajectory": trajectory})
+    check_outputs(trajectory, log, may_exist=append, otherwise="--append to add this run to it")
+    for file in filter(None, (trajectory, log)):
+        check_whole(file)
     import numpy as np
 
     from ase_uq.cli.potential import load_calculator, seed_all
@@ -271,20 +275,6 @@ def _check_watched(flag: Any, halt: Any) -> None:
             param_hint="'--flag' / '--halt'",
         )
     check_levels(flag, halt)
-
-
-def _check_files(frames: Path | None, trajectory: Path | None, log: Path | None, append: bool) -> None:
-    """Everything of files that can be refused before seconds are spent on importing a potential."""
-    for name, file in (("--frames", frames), ("--trajectory", trajectory)):
-        if file is not None:
-            check_xyz_name(file, name)
-    from ase_uq.io.files import check_whole, check_writable
-
-    for file in filter(None, (trajectory, log)):
-        if file.exists() and not append:
-            raise FileExistsError(f"{file} exists. Give another name, or --append to add this run to it.")
-        check_writable(file)
-        check_whole(file)
 
 
 def _end_of_run(atoms: "Atoms") -> _Origin:
