@@ -11,20 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from ase import Atoms, units
+from ase import Atoms
 from ase.calculators.calculator import CalculationFailed
 from ase.io import read
-from ase.md.langevin import Langevin
 from tqdm import tqdm
 
 from ase_uq import embedded
 from ase_uq.backends import load_backend
+from ase_uq.diagnostics.latent import evenly
 from ase_uq.dynamics import UncertaintyMonitor
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import MissingDependency, UncertaintyHalt
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
+from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.criteria import Quantile
 from ase_uq.thresholds.reduction import atom_norms
@@ -149,7 +150,7 @@ def run_demo(
     flagged_frames = read_frames(flagged) if flagged.exists() else []
     tell(f"  {run.halted or f'not halted within {2 * heating_steps * TIMESTEP:.0f} fs of heating'}")
     tell(f"  {len(flagged_frames)} frames above {run.flag:.3f} eV/Å (99 % of the calibration frames stay below it)")
-    chosen = [*_spread(cold_frames, _COLD_LABELS), *_spread(flagged_frames, _MOST_LABELS - _COLD_LABELS)]
+    chosen = [*evenly(cold_frames, _COLD_LABELS), *evenly(flagged_frames, _MOST_LABELS - _COLD_LABELS)]
     tell(f"Asking the reference, GFN2-xTB, about {len(chosen)} of its frames ...")
     comparisons = tuple(sorted(_compare(chosen, run, labelled, progress), key=lambda row: row.time))
     for line in (*_table(comparisons), *_verdict(comparisons)):
@@ -172,7 +173,7 @@ def _heat(
     (cold_steps, heating_steps), (flag, halt) = steps, levels
     rng = np.random.default_rng(seed)
     set_thermal_momenta(atoms, COLD, rng)
-    dynamics = Langevin(atoms, TIMESTEP * units.fs, temperature_K=COLD, friction=0.02 / units.fs, fixcm=False, rng=rng)
+    dynamics = langevin(atoms, timestep=TIMESTEP, temperature=COLD, friction=0.02, rng=rng)
     monitor = UncertaintyMonitor(dynamics, flag=flag, halt=halt, frames=flagged)
     rows: list[tuple[float, float, float]] = []
     cold_frames: list[Atoms] = []
@@ -204,13 +205,6 @@ def _heat(
     time, temperature, readings = np.array(rows).T
     run = Run(time, temperature, readings, flag, halt, halted)
     return run, [frame for frame in cold_frames if atom_norms(_stored_std(frame)).max() < flag]
-
-
-def _spread(frames: Sequence[Atoms], most: int) -> list[Atoms]:
-    """At most `most` of the frames, evenly spread, with the first and the last."""
-    if len(frames) <= most:
-        return list(frames)
-    return [frames[round(i)] for i in np.linspace(0, len(frames) - 1, most)]
 
 
 def _compare(frames: Sequence[Atoms], run: Run, labelled: Path, progress: bool) -> list[Comparison]:
@@ -252,11 +246,10 @@ def _table(comparisons: Sequence[Comparison]) -> list[str]:
     head = "   time  thermostat  uncertainty  largest error  RMS error   the proton"
     lines = ["", head, "     fs           K         eV/Å           eV/Å       eV/Å"]
     for rows, count in ((cold, _COLD_LABELS // 2), (flagged, _ROWS)):
-        shown = [rows[round(i)] for i in np.linspace(0, len(rows) - 1, min(len(rows), count))]
         lines += [
             f"{row.time:7.1f}{row.temperature:12.0f}{row.predicted:13.3f}{row.largest_error:15.3f}{row.rms_error:11.3f}"
             f"   {'has moved' if row.proton_moved else 'is at home'}{', flagged' if row.is_flagged else ''}"
-            for row in shown
+            for row in evenly(rows, count)
         ]
     return [*lines, ""]
 

@@ -88,14 +88,6 @@ def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tu
     return energy or defaults[0], forces or defaults[1], stress or defaults[2]
 
 
-def check_xyz_name(file: Path, option: str) -> None:
-    """Refuses a name for an extended XYZ file that would have other programs take it for another format."""
-    if file.suffix not in (".xyz", ".extxyz"):
-        raise typer.BadParameter(
-            f"{file} is written as extended XYZ: give a name that ends in .xyz or .extxyz.", param_hint=f"'{option}'"
-        )
-
-
 def check_before(before: int, frames: Path | None) -> None:
     """Refuses frames before a flagged one that would be written nowhere."""
     if before and frames is None:

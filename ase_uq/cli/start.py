@@ -8,9 +8,6 @@ if TYPE_CHECKING:
 
     from ase_uq.engines.ase.calculator import UncertainCalculator
 
-# Anything else that START carries, reference forces above all, would stand beside later positions as if it were theirs.
-_KEPT_ARRAYS = {"numbers", "positions", "momenta", "masses", "tags", "initial_charges", "initial_magmoms"}
-
 
 def read_start(path: Path) -> "Atoms":
     """The last frame of a file.
@@ -19,10 +16,10 @@ def read_start(path: Path) -> "Atoms":
         LabelError: The file is missing or cannot be read.
     """
     from ase_uq.io.frames import read_frames
+    from ase_uq.io.labels import keep_structure
 
     atoms = read_frames(path, name="START")[-1]
-    for name in set(atoms.arrays) - _KEPT_ARRAYS:
-        del atoms.arrays[name]
+    keep_structure(atoms, "momenta")
     return atoms
 
 

@@ -22,7 +22,7 @@ from ase_uq.diagnostics.table import _TITLES, UNITS, MetricValue, _block
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
-from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of
+from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -48,8 +48,6 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
     "miscalibration_area": metrics.miscalibration_area,
     "ence": lambda residuals, zeros, std: metrics.ence(residuals, zeros, std, n_bins=min(10, residuals.size)),
 }
-# Residuals this small beside the forces are rounding.
-_OWN_RATIO = 1e-5
 
 
 @dataclass(frozen=True)
@@ -322,12 +320,8 @@ def _refuse_own_labels(
     first = [atoms for atoms, _ in with_forces[:4]]
     reference = np.concatenate([forces for _, forces in with_forces[:4]])
     residuals = reference - predicted_forces(predictor.backend, first, batch_atoms)
-    error, size = (np.sqrt(np.mean(values**2)) for values in (residuals, reference))
-    if error < _OWN_RATIO * size:
-        raise LabelError(
-            f"the labels are the potential's own forces (they agree to {error / size:.0e}): there are no errors to "
-            "judge by. Give the reference that the potential was trained on, such as DFT."
-        )
+    error, size = (float(np.sqrt(np.mean(values**2))) for values in (residuals, reference))
+    refuse_own_forces("the labels", error, size, purpose="to judge by")
 
 
 def _observe(

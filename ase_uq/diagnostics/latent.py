@@ -64,8 +64,8 @@ def principal_plane(features: Mapping[str, np.ndarray]) -> LatentMap:
     return LatentMap({name: (rows - centre) @ axes.T for name, rows in features.items()}, variance / total)
 
 
-def evenly(frames: Sequence[Atoms], most: int) -> list[Atoms]:
-    """At most so many of the frames, evenly spaced."""
+def evenly[T](frames: Sequence[T], most: int) -> list[T]:
+    """At most so many of the frames, evenly spaced, with the first and the last."""
     if len(frames) <= most:
         return list(frames)
     return [frames[i] for i in np.linspace(0, len(frames) - 1, most).round().astype(int)]

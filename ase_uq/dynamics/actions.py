@@ -24,9 +24,9 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.io.files import check_whole
+from ase_uq.io.files import check_appendable
 from ase_uq.io.frames import write_frames
-from ase_uq.io.labels import LABEL_KEYS
+from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
 
 
@@ -129,7 +129,7 @@ class Flag:
     path: str | os.PathLike[str]
 
     def __post_init__(self) -> None:
-        _check_writable(self.path)
+        check_appendable(self.path)
 
     def __call__(self, event: Event) -> None:
         write_frames(self.path, [_flagged(event, event.level, event.reason)], append=True)
@@ -155,7 +155,7 @@ class Log:
 
     def __post_init__(self) -> None:
         if isinstance(self.target, str | os.PathLike) and self.target != "-":
-            _check_writable(self.target)
+            check_appendable(self.target)
             path = Path(self.target)
             if path.exists() and path.stat().st_size > 0:
                 return
@@ -212,25 +212,5 @@ def _flagged(event: Event, level: str, reason: str) -> Atoms:
     for key in ("flag_time_fs", "flag_image"):
         if frame.info[key] is None:
             del frame.info[key]
-    # Reference values of the structure that the run began with would label this one wrongly.
-    for key in LABEL_KEYS[0]:
-        frame.info.pop(key, None)
-        frame.arrays.pop(key, None)
+    drop_labels(frame)
     return frame
-
-
-def _check_writable(path: str | os.PathLike[str]) -> None:
-    """Opens the file for appending now, so that a bad path does not cost the hours before the first event."""
-    path = Path(path)
-    check_whole(path)
-    existed = path.exists()
-    try:
-        with open(path, "a"):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be written ({error.strerror}). Give a file in a folder that exists and is writable."
-        ) from error
-    if not existed:
-        # An empty file would look like a run that flagged something.
-        path.unlink()

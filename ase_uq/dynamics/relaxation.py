@@ -27,7 +27,7 @@ from ase_uq.dynamics.rules import Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
-from ase_uq.io.labels import LABEL_KEYS
+from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
 from ase_uq.thresholds.criteria import Criterion, PerElement
 from ase_uq.thresholds.reduction import atom_norms
@@ -320,10 +320,7 @@ def _largest_force(target: Atoms | Filter) -> float:
 
 def _add_frame(path: str | os.PathLike[str], atoms: Atoms, run: Optimizer) -> None:
     frame = annotated(atoms, step=run.nsteps)
-    # Reference values of the structure that the relaxation began with would label this one wrongly.
-    for key in LABEL_KEYS[0]:
-        frame.info.pop(key, None)
-        frame.arrays.pop(key, None)
+    drop_labels(frame)
     write_frames(path, [frame], append=True)
 
 

@@ -8,14 +8,12 @@ from ase import Atoms
 from ase_uq.backends.base import Backend
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
-from ase_uq.io.labels import check_labels, labels_of
+from ase_uq.io.labels import check_labels, labels_of, refuse_own_forces
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
 # Residuals this many times the forces themselves mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
-# Residuals this small are rounding.
-_OWN_RATIO = 1e-5
 
 
 def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
@@ -69,11 +67,7 @@ def check_first_frames(
     forces = predicted_forces(backend, first, batch_atoms)
     residual, *sizes = (float(np.sqrt(np.mean(values**2))) for values in (reference - forces, reference, forces))
     smaller = min(sizes)
-    if residual < _OWN_RATIO * smaller:
-        raise LabelError(
-            f"the calibration labels are the potential's own forces (they agree to {residual / smaller:.0e}): there "
-            "are no errors to calibrate on. Give the reference that the potential was trained on, such as DFT."
-        )
+    refuse_own_forces("the calibration labels", residual, smaller, purpose="to calibrate on")
     if residual > _SUSPICIOUS_RATIO * smaller:
         warnings.warn(
             f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "

@@ -1,11 +1,47 @@
-"""Files that are whole or not there: what can be written, and everything written to its last byte."""
+"""What files that are to be written have in common: refused before the work, and whole or not there after it."""
 
-import io
 import os
 import tempfile
+from io import FileIO
 from pathlib import Path
 
 from ase_uq.errors import ArtefactError
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Fails now, not after the work, where `path` could not be written.
+
+    Raises:
+        ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ase_uq_"):
+            pass
+    except OSError as error:
+        raise refused_write(path, error) from error
+
+
+def check_appendable(path: str | os.PathLike[str]) -> None:
+    """Fails now, not hours later at the first event, where nothing could be added to `path`.
+
+    Raises:
+        ValueError: The file cannot be written, or ends in the middle of a line.
+    """
+    path = Path(path)
+    check_whole(path)
+    existed = path.exists()
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be written ({error.strerror}). Give a file in a folder that exists and is writable."
+        ) from error
+    if not existed:
+        path.unlink()  # an empty file would look like a run in which something happened
 
 
 def check_whole(path: str | os.PathLike[str]) -> None:
@@ -24,30 +60,6 @@ def check_whole(path: str | os.PathLike[str]) -> None:
                 f"{path} ends in the middle of a line: it was cut off. Remove its last, broken frame, or give another "
                 "file."
             )
-
-
-def write_whole(file: io.FileIO, data: bytes) -> None:
-    """Writes all bytes and waits until they are on the disk."""
-    rest = memoryview(data)
-    while rest:
-        rest = rest[file.write(rest) :]
-    os.fsync(file.fileno())
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Fails now, not after the work, where `path` could not be written.
-
-    Raises:
-        ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
-    """
-    path = Path(path)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".ase_uq_"):
-            pass
-    except OSError as error:
-        raise refused_write(path, error) from error
 
 
 def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
@@ -71,13 +83,11 @@ def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.Pat
                 )
 
 
-def refused_write(path: Path, error: Exception) -> ArtefactError:
-    """The error that says why a file cannot be written."""
-    if isinstance(error, IsADirectoryError):
-        return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
-    # The whole message of an OSError would name the temporary file, of which nobody has heard.
-    reason = getattr(error, "strerror", None) or error
-    return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")
+def write_all(file: FileIO, data: bytes) -> None:
+    """Writes all bytes: an unbuffered file may take less at once."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
 
 
 def as_readable_as_a_new_file(path: str) -> None:
@@ -86,3 +96,12 @@ def as_readable_as_a_new_file(path: str) -> None:
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
+
+
+def refused_write(path: Path, error: Exception) -> ArtefactError:
+    """The error that says why a file cannot be written."""
+    if isinstance(error, IsADirectoryError):
+        return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
+    # The whole message of an OSError would name the temporary file, of which nobody has heard.
+    reason = getattr(error, "strerror", None) or error
+    return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")

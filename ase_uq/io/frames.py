@@ -1,24 +1,22 @@
-"""Reading, writing and labels of frames. A frame is an `ase.Atoms`; several are a list or a file.
+"""Frames read and written. A frame is an `ase.Atoms`; several are a list or a file.
 
 ASE drops results keys it does not know from extxyz and `.traj` without a word. `write_frames` therefore carries
 ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_frames` brings them back into
 `atoms.calc.results`. ASE's global lists are not touched.
 """
 
-import io
 import os
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from ase import Atoms
-from ase.io import iread, write
+from ase.io import iread
 
 from ase_uq.errors import LabelError
-from ase_uq.io.extxyz import unwritable, warn_of_unwritable, without_unwritable
-from ase_uq.io.files import check_whole, write_whole
-from ase_uq.io.results import StoredResults, annotated, with_results
-from ase_uq.properties import STANDARD
+from ase_uq.io.extxyz import frame_text, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.files import check_whole, write_all
+from ase_uq.io.results import with_results
 
 Frames = str | os.PathLike[str] | Sequence[Atoms]
 
@@ -71,19 +69,20 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
     Raises:
         OSError: The file cannot be written, as on a full disk; what was in it before stands, without half a frame, and
             there is no file where there was none.
-        ValueError: What is in the file already ends in the middle of a line.
+        ValueError: What is in the file already ends in the middle of a line; or a structure has a result and a label of
+            one name.
     """
     if append:
         check_whole(path)
-    buffer = io.StringIO()
     frames = list(frames)
     warn_of_unwritable({name for atoms in frames for name in unwritable(atoms)})
-    write(buffer, [_writable(atoms) for atoms in frames], format="extxyz")
+    text = "".join(frame_text(without_unwritable(atoms)) for atoms in frames)
     is_new = not os.path.lexists(path)
     with open(path, "ab" if append else "wb", buffering=0) as file:
         before = file.tell() if file.seekable() else None
         try:
-            write_whole(file, buffer.getvalue().encode())
+            write_all(file, text.encode())
+            os.fsync(file.fileno())
         except OSError as error:
             if before is not None:
                 with suppress(OSError):  # of a device
@@ -92,10 +91,3 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
                 os.unlink(path)
             # Of what was being written the system names nothing.
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-
-
-def _writable(atoms: Atoms) -> Atoms:
-    copy = annotated(without_unwritable(atoms))
-    if isinstance(copy.calc, StoredResults):
-        copy.calc.results = {key: value for key, value in copy.calc.results.items() if key in STANDARD}
-    return copy

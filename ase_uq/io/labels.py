@@ -1,4 +1,4 @@
-"""Reference values that frames carry: energy, forces, stress."""
+"""Reference values that frames carry: found, checked, and left behind where they are not true any more."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,8 @@ from ase_uq.errors import LabelError
 
 # (energy, forces, stress) of the reference, in the order they are looked for; the last are those of `atoms.calc`.
 LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
+_STRUCTURE = {"numbers", "positions", "masses", "tags", "initial_charges", "initial_magmoms"}
+_ROUNDING = 1e-5  # errors this small beside the forces
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,38 @@ def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
     for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
         if value is not None and not np.isfinite(value).all():
             raise LabelError(f"{which} has a reference {kind} that is not finite. Remove the frame.")
+
+
+def refuse_own_forces(labels: str, error: float, size: float, *, purpose: str) -> None:
+    """Refuses labels that are the potential's own forces: frames that were scored, not labelled, carry those.
+
+    Args:
+        labels: What messages call them, such as "the calibration labels".
+        error: Norm or RMS of reference - prediction over some frames, eV/Å.
+        size: The same of their forces.
+        purpose: What errors are wanted for, such as "to calibrate on".
+
+    Raises:
+        LabelError: The two agree but for rounding.
+    """
+    if error < _ROUNDING * size:
+        raise LabelError(
+            f"{labels} are the potential's own forces (they agree to {error / size:.0e}): there are no errors "
+            f"{purpose}. Give the reference that the potential was trained on, such as DFT."
+        )
+
+
+def drop_labels(atoms: Atoms) -> None:
+    """Removes `REF_*` values: those of the structure that a run began with would label a later one wrongly."""
+    for key in LABEL_KEYS[0]:
+        atoms.info.pop(key, None)
+        atoms.arrays.pop(key, None)
+
+
+def keep_structure(atoms: Atoms, *further: str) -> None:
+    """Removes every array but those of the structure and `further` ones: any may be a label by an unknown name."""
+    for name in atoms.arrays.keys() - _STRUCTURE.union(further):
+        del atoms.arrays[name]
 
 
 def _voigt(stress: Any) -> np.ndarray:

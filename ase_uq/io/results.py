@@ -58,15 +58,6 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     return copy
 
 
-def _is_stale(atoms: Atoms) -> bool:
-    # Results of a shared calculator, or of positions before the last step, are not this structure's.
-    return isinstance(atoms.calc, Calculator) and bool(atoms.calc.check_state(atoms))
-
-
-def _current_results(atoms: Atoms) -> Mapping[str, Any]:
-    return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
-
-
 def drop_uncertainties(atoms: Atoms) -> None:
     """Removes what an earlier calculation left in info and arrays; labels stay."""
     for store in (atoms.info, atoms.arrays):
@@ -86,3 +77,12 @@ def with_results(atoms: Atoms) -> Atoms:
     if any(key not in STANDARD for key in found):
         atoms.calc = StoredResults(atoms, {k: v for k, v in found.items() if find_property(k) is not None})
     return atoms
+
+
+def _is_stale(atoms: Atoms) -> bool:
+    # Results of a shared calculator, or of positions before the last step, are not this structure's.
+    return isinstance(atoms.calc, Calculator) and bool(atoms.calc.check_state(atoms))
+
+
+def _current_results(atoms: Atoms) -> Mapping[str, Any]:
+    return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}

@@ -14,15 +14,14 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 
 from ase_uq.diagnostics.samples import Sample
-from ase_uq.errors import InputError, LabelError, UQWarning
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
-from ase_uq.io.labels import LABEL_KEYS
+from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
 from ase_uq.io.source import Source, Unreadable
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 _TIME_KEYS = ("time_fs", "flag_time_fs")  # of trajectories and of flagged frames of `ase-uq md`
-_OWN_RATIO = 1e-5  # residuals this small beside the forces are rounding
 _NAMED = 10  # frames with the same defect that are warned of one by one
 
 
@@ -308,11 +307,9 @@ class _Gathered:
     def survey(self) -> Survey:
         samples = {quantity: self._sample(quantity) for quantity in ("forces", "energy_per_atom")}
         found = {quantity: sample for quantity, sample in samples.items() if sample is not None}
-        if "forces" in found and np.sum(found["forces"].residuals ** 2) <= _OWN_RATIO**2 * self.squared_forces:
-            raise LabelError(
-                f"the labels ({self.keys[1]}) are the potential's own forces: there are no errors to show. Give the "
-                "names of the reference labels, or leave them out."
-            )
+        if "forces" in found:
+            error, size = float(np.linalg.norm(found["forces"].residuals)), self.squared_forces**0.5
+            refuse_own_forces(f"the labels ({self.keys[1]})", error, size, purpose="to show")
         time = np.array(self.time)
         known = [number for number in self.source if number is not None]
         counts_source = len(known) == len(self.place) and bool((np.diff(known) > 0).all())

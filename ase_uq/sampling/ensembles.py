@@ -1,13 +1,12 @@
-"""The ensembles of `ase-uq md`: ASE's dynamics, with options that belong to them."""
+"""Ensembles: ASE's dynamics with its defaults mended where they sample something else."""
 
 import math
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 if TYPE_CHECKING:
     from ase import Atoms
+    from ase.md.langevin import Langevin
     from ase.md.md import MolecularDynamics
 
 THERMOSTAT_TIME, BAROSTAT_TIME, FRICTION = 100.0, 1000.0, 0.01  # fs, fs, 1/fs
@@ -20,34 +19,6 @@ class MDEnsemble(StrEnum):
     nve = "nve"
     bussi = "bussi"
     npt = "npt"
-
-
-# Options that only some of them have.
-_BELONG: dict[str, tuple[MDEnsemble, ...]] = {
-    "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
-    "--friction": (MDEnsemble.langevin,),
-    "--thermostat-time": (MDEnsemble.bussi, MDEnsemble.npt),
-    "--barostat-time": (MDEnsemble.npt,),
-    "--pressure": (MDEnsemble.npt,),
-}
-
-
-def check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
-    """Refuses options that an ensemble has no use for.
-
-    Args:
-        ensemble: The ensemble.
-        given: Values of the options of `_BELONG`; None where one was not given.
-
-    Raises:
-        BadParameter: One of them belongs to others.
-    """
-    for option, value in given.items():
-        if value is not None and ensemble not in _BELONG[option]:
-            raise typer.BadParameter(
-                f"it belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
-                param_hint=f"'{option}'",
-            )
 
 
 def make_dynamics(
@@ -79,20 +50,28 @@ def make_dynamics(
         ValueError: The structure cannot be in that ensemble.
     """
     from ase import units
-    from ase.md.langevin import Langevin
     from ase.md.verlet import VelocityVerlet
 
     dt = timestep * units.fs
     match ensemble:
         case MDEnsemble.langevin:
-            # With `fixcm` the centre of mass would stand still and small systems be sampled at a wrong temperature.
-            return Langevin(atoms, dt, temperature_K=temperature, friction=friction / units.fs, fixcm=False, rng=rng)
+            return langevin(atoms, timestep=timestep, temperature=temperature, friction=friction, rng=rng)
         case MDEnsemble.nve:
             return VelocityVerlet(atoms, dt)
         case MDEnsemble.bussi:
             return _bussi(atoms, dt, temperature, thermostat_time * units.fs, rng)
         case MDEnsemble.npt:
             return _npt(atoms, dt, temperature, thermostat_time, barostat_time, pressure)
+
+
+def langevin(atoms: "Atoms", *, timestep: float, temperature: float, friction: float, rng: Any) -> "Langevin":
+    """Langevin dynamics: `timestep` in fs, `temperature` in K, `friction` in 1/fs, `rng` for the noise."""
+    from ase import units
+    from ase.md.langevin import Langevin
+
+    # With `fixcm` the centre of mass would stand still and small systems be sampled at a wrong temperature.
+    options = {"temperature_K": temperature, "friction": friction / units.fs, "fixcm": False, "rng": rng}
+    return Langevin(atoms, timestep * units.fs, **options)
 
 
 def set_temperature(dynamics: "MolecularDynamics", temperature: float) -> None:

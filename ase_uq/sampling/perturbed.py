@@ -21,17 +21,17 @@ import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
 from ase.data import atomic_masses, atomic_numbers, covalent_radii
-from ase.md.langevin import Langevin
 from ase.neighborlist import neighbor_list
 from tqdm import tqdm
 
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
+from ase_uq.io.labels import keep_structure
+from ase_uq.sampling.ensembles import langevin
 
 KINDS = ("rattled", "strained", "compressed", "hot", "swapped")
 
-# All else that a frame carries may be a label under a name nobody here knows, and would be that of other positions.
-_KEPT_ARRAYS = {"numbers", "positions", "masses", "tags", "initial_charges", "initial_magmoms"}
+# All else in info may be a label by an unknown name.
 _KEPT_INFO = {"charge", "spin", "total_charge", "total_spin", "external_field", "elec_temp", "head"}
 
 _TRIES, _WEAKER = 15, 0.9  # the last try has 0.23 of the amplitude of the first
@@ -257,8 +257,7 @@ def _bare(atoms: Atoms) -> Atoms:
     """A copy with nothing but the structure and what a calculation of it wants to know."""
     copy = atoms.copy()
     copy.set_constraint()
-    for name in set(copy.arrays) - _KEPT_ARRAYS:
-        del copy.arrays[name]
+    keep_structure(copy)
     copy.info = {key: value for key, value in copy.info.items() if key in _KEPT_INFO}
     return copy
 
@@ -313,14 +312,7 @@ def _hot(atoms: Atoms, amplitude: float, rng: np.random.Generator, settings: _Se
     moving.set_momenta(np.sqrt(masses * units.kB * amplitude)[:, None] * rng.standard_normal((len(moving), 3)))
     # The fastest vibration is that of the lightest atom, and as slow as the root of its mass.
     timestep = min(_STEP_OF_HYDROGEN * np.sqrt(masses.min() / atomic_masses[1]), _LONGEST_STEP)
-    dynamics: Any = Langevin(
-        moving,
-        timestep * units.fs,
-        temperature_K=amplitude,
-        friction=_FRICTION / units.fs,
-        fixcm=False,  # with it, small systems are sampled at a wrong temperature
-        rng=rng,
-    )
+    dynamics: Any = langevin(moving, timestep=timestep, temperature=amplitude, friction=_FRICTION, rng=rng)
     before, last = moving.get_positions(), 0
     for _ in dynamics.irun(settings.steps):
         moves = np.linalg.norm(moving.positions - before, axis=1)

@@ -4,11 +4,12 @@ import warnings
 from numbers import Integral
 
 import numpy as np
-from ase import Atoms, units
+from ase import Atoms
 from ase.md.langevin import Langevin
 from tqdm import tqdm
 
 from ase_uq.errors import UQWarning
+from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction, atom_norms
@@ -83,8 +84,7 @@ def reference_runs(
                 copy = atoms.copy()
                 copy.calc = calculator
                 set_thermal_momenta(copy, temperature, rng)
-                options = {"temperature_K": temperature, "friction": friction / units.fs, "fixcm": False, "rng": rng}
-                dynamics = Langevin(copy, timestep * units.fs, **options)
+                dynamics = langevin(copy, timestep=timestep, temperature=temperature, friction=friction, rng=rng)
                 readings = _readings(dynamics, waiting, steps, interval, reduction, bar)
                 if not np.isfinite(readings).all():
                     lost = timestep * interval * int(np.argmin(np.isfinite(readings)))

@@ -1,4 +1,4 @@
-"""The numbers of one scored frame: a row of the CSV file."""
+"""What is kept of a scored frame beside its text: its number in the source, and a row of the CSV file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields

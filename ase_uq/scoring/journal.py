@@ -22,7 +22,7 @@ from typing import Any
 from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
-from ase_uq.io.files import check_writable
+from ase_uq.io.files import check_writable, write_all
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
@@ -114,7 +114,7 @@ class Journal:
         self._frames.truncate(0)
         self._rows.truncate(0)
         header = ",".join(field.name for field in fields(FrameScore))
-        _write(self._rows, header.encode() + b"\n")
+        write_all(self._rows, header.encode() + b"\n")
         temporary = self._origin_file.with_name(self._origin_file.name + ".new")
         temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
         os.replace(temporary, self._origin_file)
@@ -129,7 +129,7 @@ class Journal:
         self._frames.truncate(end)
         self._rows.truncate(rows_end)
         if not rows_end:
-            _write(self._rows, ",".join(field.name for field in fields(FrameScore)).encode() + b"\n")
+            write_all(self._rows, ",".join(field.name for field in fields(FrameScore)).encode() + b"\n")
         self.next_frame, self.n_resumed = last + 1, n_frames
 
     def rows(self) -> Iterator[FrameScore]:
@@ -154,8 +154,8 @@ class Journal:
         rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
         csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
         try:
-            _write(self._rows, "".join(lines).encode())
-            _write(self._frames, "".join(frames).encode())
+            write_all(self._rows, "".join(lines).encode())
+            write_all(self._frames, "".join(frames).encode())
             if time.monotonic() - self._synced > _SECONDS_AT_RISK:
                 self._sync()
         except OSError as error:
@@ -216,13 +216,6 @@ class _Lines(list[str]):
 
 def _appended(path: Path) -> FileIO:
     return FileIO(path, "ab")
-
-
-def _write(file: FileIO, data: bytes) -> None:
-    """All of it: an unbuffered file may take less at once."""
-    view = memoryview(data)
-    while view:
-        view = view[file.write(view) :]
 
 
 def _move(path: Path, target: Path) -> None:

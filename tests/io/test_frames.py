@@ -1,7 +1,6 @@
 """Frames on disk keep every key, and nothing that is not theirs."""
 
 import math
-import re
 import resource
 
 import numpy as np
@@ -9,16 +8,13 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
-from ase.calculators.singlepoint import SinglePointCalculator
 from ase.io import read, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from ase_uq.errors import LabelError, UQWarning
-from ase_uq.io.extxyz import unwritable
+from ase_uq.errors import LabelError
 from ase_uq.io.frames import read_frames, write_frames
-from ase_uq.io.labels import labels_of
 from ase_uq.io.results import annotated
 from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
 
@@ -211,61 +207,6 @@ def test_a_file_of_something_else_is_told(tmp_path):
         read_frames(tmp_path / "a.xyz")
 
 
-VOIGT = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])  # xx, yy, zz, yz, xz, xy
-MATRIX = np.array([[1.0, 6.0, 5.0], [6.0, 2.0, 4.0], [5.0, 4.0, 3.0]])
-
-
-@pytest.mark.parametrize("stress", [VOIGT, MATRIX, MATRIX.ravel(), MATRIX.tolist()], ids=["voigt", "3x3", "9", "lists"])
-def test_labels_from_info_and_arrays(stress):
-    atoms = molecule("CH4")
-    forces = np.arange(15.0).reshape(5, 3)
-    atoms.info |= {"REF_energy": -1, "REF_stress": stress}
-    atoms.arrays["REF_forces"] = forces
-    atoms.calc = SinglePointCalculator(atoms, energy=99.0, forces=np.zeros((5, 3)))  # not the reference
-    labels = labels_of(atoms)
-    assert labels.energy == -1.0
-    np.testing.assert_array_equal(labels.forces, forces)
-    np.testing.assert_array_equal(labels.stress, VOIGT)
-
-
-def test_labels_survive_a_file(tmp_path):
-    atoms = molecule("CH4")
-    atoms.info |= {"REF_energy": -1.5, "REF_stress": MATRIX}
-    atoms.set_array("REF_forces", np.arange(15.0).reshape(5, 3))
-    write(tmp_path / "a.xyz", atoms)
-    labels = labels_of(read_frames(tmp_path / "a.xyz")[0])
-    assert labels.energy == -1.5
-    np.testing.assert_array_equal(labels.forces, np.arange(15.0).reshape(5, 3))
-    np.testing.assert_array_equal(labels.stress, VOIGT)
-
-
-def test_labels_from_the_results_of_a_reference_calculator():
-    atoms = bulk("Cu", cubic=True)
-    atoms.calc = SinglePointCalculator(atoms, energy=-2.0, forces=np.ones((4, 3)), stress=VOIGT)
-    labels = labels_of(atoms)
-    assert labels.energy == -2.0
-    np.testing.assert_array_equal(labels.forces, np.ones((4, 3)))
-    np.testing.assert_array_equal(labels.stress, VOIGT)
-
-
-def test_labels_by_other_names_and_labels_that_are_not_all_there():
-    atoms = molecule("CH4")
-    assert labels_of(atoms) == labels_of(Atoms())
-    atoms.info["dft_energy"] = -3.0
-    labels = labels_of(atoms, ("dft_energy", "dft_forces", "dft_stress"))
-    assert (labels.energy, labels.forces, labels.stress) == (-3.0, None, None)
-    assert labels_of(atoms).energy is None
-    atoms.arrays["REF_forces"] = np.ones((5, 3))
-    assert labels_of(atoms).energy is None
-    np.testing.assert_array_equal(labels_of(atoms).forces, np.ones((5, 3)))
-
-
-def test_a_stress_of_another_shape_is_refused():
-    atoms = Atoms("H", info={"REF_energy": 0.0, "REF_stress": [0.0] * 4})
-    with pytest.raises(LabelError, match=r"stress has shape \(4,\); 6 \(Voigt\) or 9 numbers"):
-        labels_of(atoms)
-
-
 def test_what_is_carried_is_not_overwritten_by_the_next_calculation():
     atoms = molecule("CH4")
     results = results_of(5)
@@ -302,52 +243,6 @@ def test_a_full_disk_leaves_no_empty_file(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(tmp_path.iterdir())
-
-
-ODD = {
-    "info['note']": ("info", "note", "two\nlines"),
-    "info['ended']": ("info", "ended", "a line\n"),
-    "info['empty']": ("info", "empty", ""),
-    "info['return']": ("info", "return", "two\rlines"),
-    "info['separator']": ("info", "separator", "two\u2028lines"),
-    "info['slash']": ("info", "slash", "a\\"),
-    "info['nothing']": ("info", "nothing", np.zeros(0)),
-    "info['set']": ("info", "set", {1, 2}),
-    "info['complex']": ("info", "complex", 1j),
-    "info['stress']": ("info", "stress", 1),
-    "info[('a', 'b')]": ("info", ("a", "b"), 1),
-    "info['Lattice']": ("info", "Lattice", 3),
-    "arrays['tensor']": ("arrays", "tensor", np.zeros((5, 3, 3))),
-    "arrays['complex']": ("arrays", "complex", np.zeros(5, complex)),
-    "arrays['unsigned']": ("arrays", "unsigned", np.zeros(5, np.uint8)),
-    "arrays['object']": ("arrays", "object", np.array([None] * 5)),
-    "arrays['a:b']": ("arrays", "a:b", np.zeros(5)),
-    "arrays['a b']": ("arrays", "a b", np.zeros(5)),
-    "arrays['symbols']": ("arrays", "symbols", np.zeros(5)),
-    "arrays['spaced']": ("arrays", "spaced", np.array(["a b"] * 5)),
-}
-
-
-@pytest.mark.parametrize("name", ODD)
-def test_what_the_format_cannot_hold_is_left_out_and_named(tmp_path, name):
-    store, key, value = ODD[name]
-    atoms = annotated(molecule("CH4"), results_of(5), kept=1)
-    getattr(atoms, store)[key] = value
-    atoms.set_array("label", np.array(["C1", "H1", "H2", "H3", "H4"]))
-    assert unwritable(atoms) == [name]
-    with pytest.warns(UQWarning, match=re.escape(f"{name} cannot be kept in extended XYZ and is left out.")):
-        write_frames(tmp_path / "a.xyz", [molecule("H2O"), atoms])
-    assert key in getattr(atoms, store), "the structure itself is not touched"
-    found = read_frames(tmp_path / "a.xyz")[1]
-    assert found.info["kept"] == 1
-    assert found.arrays["label"].tolist() == ["C1", "H1", "H2", "H3", "H4"]
-    np.testing.assert_allclose(found.calc.results["forces_uncertainty"], results_of(5)["forces_uncertainty"], atol=1e-8)
-    assert not unwritable(found)
-
-
-def test_a_structure_without_atoms_is_written(tmp_path):
-    write_frames(tmp_path / "a.xyz", [Atoms(cell=[1, 1, 1])])
-    assert (tmp_path / "a.xyz").read_text().startswith("0\n")
 
 
 def test_a_device_that_is_full_is_told_by_name():

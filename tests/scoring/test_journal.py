@@ -163,7 +163,7 @@ def test_a_full_disk_keeps_what_was_written(out: Path, table: Path, monkeypatch:
             file.write(data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(module, "_write", full)
+        monkeypatch.setattr(module, "write_all", full)
         with pytest.raises(
             ArtefactError, match=r"cannot write .*out\.xyz: No space left on device\. What was scored"
         ) as e:

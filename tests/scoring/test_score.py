@@ -219,7 +219,7 @@ from ase_uq.scoring.score import score
 def die(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
-calls, original = 0, journal._write
+calls, original = 0, journal.write_all
 
 def write(file, data):
     global calls
@@ -227,7 +227,7 @@ def write(file, data):
     {kill}
     original(file, data)
 
-journal._write = write
+journal.write_all = write
 {more}
 score({source!r}, "toy:", {uq!r}, out={out!r}, csv={csv!r}, batch_atoms=20, progress=False)
 """
@@ -368,7 +368,7 @@ def test_the_same_model_from_memory_goes_on(source: Path, uq: Path, out: Path, m
 
 
 def test_a_full_disk_is_told_and_gone_on_from(source: Path, uq: Path, out: Path, monkeypatch: pytest.MonkeyPatch):
-    real, calls = journal_module._write, []
+    real, calls = journal_module.write_all, []
 
     def full(file, data: bytes) -> None:
         calls.append(1)
@@ -378,7 +378,7 @@ def test_a_full_disk_is_told_and_gone_on_from(source: Path, uq: Path, out: Path,
         real(file, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal_module, "_write", full)
+        patch.setattr(journal_module, "write_all", full)
         with pytest.raises(ArtefactError, match=r"No space left on device\. What was scored before is kept in "):
             score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     assert not out.exists()

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
+from ase_uq.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
     from ase_uq.diagnostics.evaluate import Assessment
@@ -68,17 +69,14 @@ def evaluate(
 
 def _check_outputs(csv: Path | None, plots: Path | None) -> None:
     """Everything that can be refused before seconds are spent on importing a potential."""
-    from ase_uq.io.files import check_writable
-
-    if csv is not None:
-        check_writable(csv)
+    check_outputs(csv)
     if plots is not None:
         from ase_uq.report import plots as _  # noqa: F401  (told now if matplotlib is missing)
 
         if plots.exists() and not plots.is_dir():
             raise FileExistsError(f"{plots} is a file. Give --plots a folder, which is made if it is missing.")
         plots.mkdir(parents=True, exist_ok=True)
-        check_writable(plots / "forces_reliability.png")
+        check_outputs(plots / "forces_reliability.png")
 
 
 def _draw(assessment: "Assessment", folder: Path) -> list[Path]:

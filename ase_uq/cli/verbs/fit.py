@@ -17,6 +17,7 @@ from ase_uq.cli.options import (
     StressKey,
     label_keys,
 )
+from ase_uq.cli.outputs import check_outputs
 
 
 def fit(
@@ -72,13 +73,12 @@ def fit(
 
     [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
     """
+    check_outputs(out)
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.fitting.fit import fit as fit_model
-    from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
     from ase_uq.methods.options import make_methods
 
-    check_writable(out)
     makers = make_methods([name.strip() for name in methods.split(",") if name.strip()], settings or ())
     train_frames = read_frames(train, name="training frames")
     calibration_frames = read_frames(calibration, name="calibration frames")

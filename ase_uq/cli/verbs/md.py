@@ -26,9 +26,10 @@ from ase_uq.cli.options import (
     Reduce,
     Seed,
     check_before,
-    check_xyz_name,
 )
-from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble, check_belong
+from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.io.files import check_whole
+from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -37,6 +38,14 @@ if TYPE_CHECKING:
     from ase_uq.dynamics import UncertaintyMonitor
 
 HALTED = 3  # exit code
+# Options that only some ensembles have.
+_BELONG: dict[str, tuple[MDEnsemble, ...]] = {
+    "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
+    "--friction": (MDEnsemble.langevin,),
+    "--thermostat-time": (MDEnsemble.bussi, MDEnsemble.npt),
+    "--barostat-time": (MDEnsemble.npt,),
+    "--pressure": (MDEnsemble.npt,),
+}
 
 
 @dataclass(frozen=True)
@@ -155,7 +164,7 @@ def md(
         "--barostat-time": barostat_time,
         "--pressure": pressure,
     }
-    check_belong(ensemble, belonging)
+    _check_belong(ensemble, belonging)
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
@@ -163,7 +172,10 @@ def md(
     check_before(before, frames)
     if element:
         flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
-    _check_files(frames, trajectory, log, append)
+    check_xyz_names({"--frames": frames, "--trajectory": trajectory})
+    check_outputs(trajectory, log, may_exist=append, otherwise="--append to add this run to it")
+    for file in filter(None, (trajectory, log)):
+        check_whole(file)
     import numpy as np
 
     from ase_uq.cli.potential import load_calculator, seed_all
@@ -234,6 +246,16 @@ def md(
     )
 
 
+def _check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
+    """Refuses options that an ensemble has no use for; `given` has None for those that were not given."""
+    for option, value in given.items():
+        if value is not None and ensemble not in _BELONG[option]:
+            raise typer.BadParameter(
+                f"it belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
+                param_hint=f"'{option}'",
+            )
+
+
 def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
@@ -253,20 +275,6 @@ def _check_watched(flag: Any, halt: Any) -> None:
             param_hint="'--flag' / '--halt'",
         )
     check_levels(flag, halt)
-
-
-def _check_files(frames: Path | None, trajectory: Path | None, log: Path | None, append: bool) -> None:
-    """Everything of files that can be refused before seconds are spent on importing a potential."""
-    for name, file in (("--frames", frames), ("--trajectory", trajectory)):
-        if file is not None:
-            check_xyz_name(file, name)
-    from ase_uq.io.files import check_whole, check_writable
-
-    for file in filter(None, (trajectory, log)):
-        if file.exists() and not append:
-            raise FileExistsError(f"{file} exists. Give another name, or --append to add this run to it.")
-        check_writable(file)
-        check_whole(file)
 
 
 def _end_of_run(atoms: "Atoms") -> _Origin:

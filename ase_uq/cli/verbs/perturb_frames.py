@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_uq.cli.options import Device, DType, Seed, check_xyz_name
+from ase_uq.cli.options import Device, DType, Seed
+from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
 
 if TYPE_CHECKING:
     from ase import Atoms
@@ -46,7 +47,13 @@ def perturb_frames(
     [dim]ase-uq perturb-frames train.xyz --model mace:my.model --out perturbed.xyz[/]
     """
     names = [name.strip() for name in kinds.split(",") if name.strip()]
-    _check_arguments(frames, out, overwrite, names, model)
+    check_xyz_names({"--out": out})
+    check_inputs(frames)
+    if "hot" in names and model is None:
+        raise typer.BadParameter(
+            "hot frames are run with your potential: give it, or leave hot out of --kinds.", param_hint="'--model'"
+        )
+    check_outputs(out, may_exist=overwrite)
     from ase_uq.cli.potential import load_potential, seed_all
     from ase_uq.io.frames import read_frames, write_frames
     from ase_uq.sampling.perturbed import perturb_frames as make
@@ -70,22 +77,6 @@ def perturb_frames(
         f"{len(made)} frames written to {out}; next: label them with your reference (REF_energy, REF_forces), then "
         f"ase-uq fit ... --calibration held_out.xyz --perturbed {out.with_name(out.stem + '_labelled' + out.suffix)}"
     )
-
-
-def _check_arguments(frames: Path, out: Path, overwrite: bool, names: list[str], model: str | None) -> None:
-    """Everything that can be refused before seconds are spent on importing a potential."""
-    check_xyz_name(out, "--out")
-    if not frames.is_file():
-        raise FileNotFoundError(f"there is no file {frames}.")
-    if "hot" in names and model is None:
-        raise typer.BadParameter(
-            "hot frames are run with your potential: give it, or leave hot out of --kinds.", param_hint="'--model'"
-        )
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
-    from ase_uq.io.files import check_writable
-
-    check_writable(out)
 
 
 def _table(made: "list[Atoms]") -> str:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ase_uq.cli.options import UQ, Device, DType, Model, Reduce, Seed
+from ase_uq.cli.outputs import check_outputs
 
 
 def reference(
@@ -39,14 +40,13 @@ def reference(
     [dim]ase-uq reference --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --out
     my.uq.safetensors[/]
     """
+    check_outputs(out)
     from ase_uq.cli.potential import load_calculator, seed_all
-    from ase_uq.io.files import check_writable
     from ase_uq.io.frames import read_frames
     from ase_uq.sampling.reference_runs import reference_runs
     from ase_uq.thresholds.criteria import FalseAlarms
     from ase_uq.thresholds.reduction import Reduction
 
-    check_writable(out)
     seed_all(seed)
     atoms = read_frames(start, name="START")[-1]
     atoms.calc = calculator = load_calculator(model, uq, device, dtype)

@@ -21,8 +21,8 @@ from ase_uq.cli.options import (
     Reduce,
     Seed,
     check_before,
-    check_xyz_name,
 )
+from ase_uq.cli.outputs import check_outputs, check_xyz_names
 
 HALTED = 3  # exit code
 
@@ -80,8 +80,8 @@ def relax(
     check_before(before, frames)
     if element:
         flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
-    written = {"--out": out, "--trajectory": trajectory, "--log": log}
-    _check_files(written, frames, overwrite)
+    check_xyz_names({"--out": out, "--trajectory": trajectory, "--frames": frames})
+    check_outputs(out, trajectory, log, may_exist=overwrite)
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator, read_start
@@ -124,16 +124,3 @@ def relax(
     typer.echo(f"written to {out}{further[relaxation.status]}", err=not relaxation.converged)
     if not relaxation.converged:
         raise typer.Exit(HALTED if relaxation.status == "uncertain" else 1)
-
-
-def _check_files(written: dict[str, Path | None], frames: Path | None, overwrite: bool) -> None:
-    """Everything that can be refused before seconds are spent on importing a potential."""
-    from ase_uq.io.files import check_writable
-
-    for name, file in (written | {"--frames": frames}).items():
-        if file is not None and name != "--log":
-            check_xyz_name(file, name)
-    for file in filter(None, written.values()):
-        if file.exists() and not overwrite:
-            raise FileExistsError(f"{file} exists. Give another name, or --overwrite to replace it.")
-        check_writable(file)

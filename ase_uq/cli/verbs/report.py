@@ -8,6 +8,7 @@ import typer
 from ase_uq.cli.levels import check_levels
 from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, Flag, ForcesKey, Halt, Reduce, StressKey
 from ase_uq.cli.options import label_keys as names_of_labels
+from ase_uq.cli.outputs import check_inputs
 
 
 def report(
@@ -105,8 +106,7 @@ def _check_arguments(
                 "is for the latent map, which needs the potential: give --model too.", param_hint=f"'{option}'"
             )
     check_levels(flag, halt)  # type: ignore[arg-type]
-    if not frames.is_file():
-        raise FileNotFoundError(f"there is no file {frames}.")
+    check_inputs(frames)
     from ase_uq.report.output import check_outputs
 
     folder = out.with_name(f"{out.stem}_figures") if plots is None else plots

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, Device, DType, Model, Seed, check_xyz_name
+from ase_uq.cli.options import UQ, Device, DType, Model, Seed
+from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
+from ase_uq.io.files import check_distinct
 
 
 def score(
@@ -49,7 +51,12 @@ def score(
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
     part = out.with_name(out.name + ".part")
-    _check_arguments(frames, out, csv, part, overwrite)
+    check_xyz_names({"--out": out})
+    check_inputs(frames)
+    check_distinct(frames, out, csv)
+    # A run that was killed while it finished has files of both kinds.
+    interrupted = part.with_name(part.name + ".json").exists()
+    check_outputs(out, csv, may_exist=overwrite or interrupted)
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.scoring.score import score as score_frames
 
@@ -66,20 +73,3 @@ def score(
             )
         raise
     typer.echo(scored.summary())
-
-
-def _check_arguments(frames: Path, out: Path, csv: Path | None, part: Path, overwrite: bool) -> None:
-    """Everything that can be refused before seconds are spent on importing a potential."""
-    check_xyz_name(out, "--out")
-    if not frames.is_file():
-        raise FileNotFoundError(f"there is no file {frames}.")
-    # A run that was killed while it finished has files of both kinds.
-    interrupted = part.with_name(part.name + ".json").exists()
-    from ase_uq.io.files import check_distinct, check_writable
-
-    check_distinct(frames, out, csv)
-    for path in (out, csv):
-        if path is not None and path.exists() and not overwrite and not interrupted:
-            raise FileExistsError(f"{path} exists. Give another name, or --overwrite to replace it.")
-        if path is not None:
-            check_writable(path)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ase_uq.cli.levels import threshold
-from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed, check_xyz_name
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
+from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
 
 if TYPE_CHECKING:
     from ase_uq.selection.select import Selection
@@ -75,7 +76,11 @@ def select(
 
     [dim]ase-uq select run.xyz --n 100 --model mace:my.model --uq my.uq.safetensors --train train.xyz --out new.xyz[/]
     """
-    _check_arguments(pool, train, out, overwrite)
+    check_xyz_names({"--out": out})
+    check_inputs(pool, train)
+    if out.exists() and any(file is not None and out.samefile(file) for file in (pool, train)):
+        raise typer.BadParameter(f"{out} is read from: give another name.", param_hint="'--out'")
+    check_outputs(out, may_exist=overwrite)
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.errors import InputError
     from ase_uq.io.frames import write_frames
@@ -107,21 +112,6 @@ def select(
         f"{found.method}; {found.near_duplicates} near-duplicates left out; next: label them with your reference "
         "(REF_energy, REF_forces)"
     )
-
-
-def _check_arguments(pool: Path, train: Path | None, out: Path, overwrite: bool) -> None:
-    """Everything that can be refused before seconds are spent on importing a potential."""
-    check_xyz_name(out, "--out")
-    for path in (pool, train):
-        if path is not None and not path.is_file():
-            raise FileNotFoundError(f"there is no file {path}.")
-        if path is not None and out.exists() and out.samefile(path):
-            raise typer.BadParameter(f"{out} is read from: give another name.", param_hint="'--out'")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists. Give another name, or --overwrite to replace it.")
-    from ase_uq.io.files import check_writable
-
-    check_writable(out)
 
 
 def _table(found: "Selection", out: Path) -> str:

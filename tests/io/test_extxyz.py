@@ -1,0 +1,134 @@
+"""Structures as text: what ASE writes, byte for byte, without what cannot be read again."""
+
+import io
+import re
+
+import numpy as np
+import pytest
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.calculators.singlepoint import SinglePointCalculator
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian
+from ase.io import write
+
+from ase_uq.errors import UQWarning
+from ase_uq.io.extxyz import frame_text, unwritable
+from ase_uq.io.frames import read_frames, write_frames
+from ase_uq.io.results import annotated
+
+STD = np.linspace(0.1, 1.5, 15).reshape(5, 3)
+
+
+def full() -> Atoms:
+    """A methane molecule with an entry of each kind that the format can hold."""
+    atoms = molecule("CH4", vacuum=3.0)
+    atoms.set_momenta(STD)
+    atoms.set_tags(range(5))
+    atoms.arrays |= {
+        "single": STD.astype(np.float32),
+        "column": STD[:, :1] * 1e9,
+        "flag": STD[:, 0] > 1,
+        "label": np.array(["C1", "H1", "H2", "H3", "H4"]),
+        "object": np.array(["a", "b", "c", "d", "e"], object),
+        "REF_forces": STD,
+    }
+    atoms.info |= {"note": 'one "line" = 1', "list": [1.0, 2.0], "dict": {"a": [1]}, "none": None, "on": True}
+    atoms.info |= {"matrix": STD[:2], "energy_uncertainty": 0.5}
+    return atoms
+
+
+def calculated(*, stress: bool = True) -> Atoms:
+    atoms = full()
+    results = {"forces": -STD, "energy": -1.5, "free_energy": -1.5, "energies": STD[:, 0]}
+    atoms.calc = SinglePointCalculator(atoms, **results, **({"stress": np.arange(6.0)} if stress else {}))
+    return atoms
+
+
+def fixed(constraint) -> Atoms:
+    atoms = calculated()
+    atoms.set_constraint(constraint)
+    return atoms
+
+
+def stressed(stress: np.ndarray) -> Atoms:
+    atoms = calculated(stress=False)
+    atoms.info["stress"] = stress
+    return atoms
+
+
+@pytest.mark.parametrize(
+    "atoms",
+    [
+        full(),
+        calculated(),
+        stressed(np.arange(6.0)),
+        stressed(np.arange(9.0).reshape(3, 3)),
+        fixed(FixAtoms([0, 2])),
+        fixed(FixCartesian([1], [True, False, True])),
+        fixed(FixBondLength(0, 1)),
+        bulk("Cu"),
+        Atoms(),
+        Atoms("U"),
+    ],
+    ids=lambda atoms: f"{atoms.symbols}-{len(atoms.info)}-{len(atoms.constraints)}",
+)
+def test_the_text_is_that_of_ase(atoms):
+    buffer = io.StringIO()
+    write(buffer, atoms, format="extxyz")
+    assert frame_text(atoms) == buffer.getvalue()
+
+
+@pytest.mark.parametrize(("store", "key", "value"), [("info", "energy", -2.0), ("arrays", "forces", STD)])
+def test_a_label_by_the_name_of_a_result_is_refused(store, key, value):
+    atoms = calculated()
+    getattr(atoms, store)[key] = value
+    with pytest.raises(ValueError, match=rf"has {key} among its results and in its {store}.* call it REF_{key}\."):
+        frame_text(atoms)
+    atoms.calc = None
+    assert key in frame_text(atoms)
+
+
+ODD = {
+    "info['note']": ("info", "note", "two\nlines"),
+    "info['ended']": ("info", "ended", "a line\n"),
+    "info['empty']": ("info", "empty", ""),
+    "info['return']": ("info", "return", "two\rlines"),
+    "info['separator']": ("info", "separator", "two\u2028lines"),
+    "info['slash']": ("info", "slash", "a\\"),
+    "info['nothing']": ("info", "nothing", np.zeros(0)),
+    "info['set']": ("info", "set", {1, 2}),
+    "info['complex']": ("info", "complex", 1j),
+    "info['stress']": ("info", "stress", 1),
+    "info[('a', 'b')]": ("info", ("a", "b"), 1),
+    "info['Lattice']": ("info", "Lattice", 3),
+    "arrays['tensor']": ("arrays", "tensor", np.zeros((5, 3, 3))),
+    "arrays['complex']": ("arrays", "complex", np.zeros(5, complex)),
+    "arrays['unsigned']": ("arrays", "unsigned", np.zeros(5, np.uint8)),
+    "arrays['object']": ("arrays", "object", np.array([None] * 5)),
+    "arrays['a:b']": ("arrays", "a:b", np.zeros(5)),
+    "arrays['a b']": ("arrays", "a b", np.zeros(5)),
+    "arrays['symbols']": ("arrays", "symbols", np.zeros(5)),
+    "arrays['spaced']": ("arrays", "spaced", np.array(["a b"] * 5)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_the_format_cannot_hold_is_left_out_and_named(tmp_path, name):
+    store, key, value = ODD[name]
+    atoms = annotated(molecule("CH4"), {"forces_uncertainty": STD}, kept=1)
+    getattr(atoms, store)[key] = value
+    atoms.set_array("label", np.array(["C1", "H1", "H2", "H3", "H4"]))
+    assert unwritable(atoms) == [name]
+    with pytest.warns(UQWarning, match=re.escape(f"{name} cannot be kept in extended XYZ and is left out.")):
+        write_frames(tmp_path / "a.xyz", [molecule("H2O"), atoms])
+    assert key in getattr(atoms, store), "the structure itself is not touched"
+    found = read_frames(tmp_path / "a.xyz")[1]
+    assert found.info["kept"] == 1
+    assert found.arrays["label"].tolist() == ["C1", "H1", "H2", "H3", "H4"]
+    np.testing.assert_allclose(found.calc.results["forces_uncertainty"], STD, atol=1e-8)
+    assert not unwritable(found)
+
+
+def test_a_structure_without_atoms_is_written(tmp_path):
+    write_frames(tmp_path / "a.xyz", [Atoms(cell=[1, 1, 1])])
+    assert (tmp_path / "a.xyz").read_text().startswith("0\n")
