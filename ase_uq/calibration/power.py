@@ -1,5 +1,6 @@
 """σ² = e^c · Π_k u_k^p_k with p_k ≥ 0: a convex fit in (c, p)."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,11 @@ class PowerCalibrator(Calibrator):
         return f"σ² = {np.exp(self.constant):.3g}·{powers or '1'}"
 
 
+_LARGEST_POWER = 20.0
+# Of a loss of about 1, in a mean over many rows.
+_ROUNDING = 1e-15
+
+
 def fit_power(residuals: Residuals) -> PowerCalibrator:
     """The maximum-likelihood (c, p) with p ≥ 0.
 
@@ -65,21 +71,42 @@ def fit_power(residuals: Residuals) -> PowerCalibrator:
     mean_square = residuals.squares / residuals.components
     scale = max(float(mean_square.mean()), 1e-300)
     y = mean_square / scale
+    design = np.column_stack([np.ones(len(y)), logs])
 
     def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        eta = x[0] + logs @ x[1:]
+        eta = design @ x
         ratio = y * np.exp(-eta)
-        slope = 0.5 * (1 - ratio)
-        return float(np.mean(0.5 * (eta + ratio))), np.concatenate([[slope.mean()], logs.T @ slope / len(y)])
+        return float(np.mean(0.5 * (eta + ratio))), design.T @ (0.5 * (1 - ratio)) / len(y)
 
     count = logs.shape[1]
     start = np.concatenate([[0.0], np.full(count, 1 / (2 * count))])
-    bounds = [(None, None)] + [(0.0, 20.0)] * count
+    bounds = [(None, None)] + [(0.0, _LARGEST_POWER)] * count
     found = minimize(
         loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-14, "gtol": 1e-9, "maxiter": 2000}
     )
-    powers = found.x[1:]
+    powers = _polished(found.x, loss, design, y)[1:]
     # The optimum over c alone is closed, so the first-order identity holds to rounding and not to `gtol`.
     constant = np.log(np.mean(y * np.exp(-(logs @ powers)))) + np.log(scale) - centre @ powers
     boundary = "useless" if powers.max() < 1e-3 else ""
     return PowerCalibrator(float(constant), tuple(powers.tolist()), tuple(floors.tolist()), boundary)
+
+
+def _polished(
+    x: np.ndarray, loss: Callable[[np.ndarray], tuple[float, np.ndarray]], design: np.ndarray, y: np.ndarray
+) -> np.ndarray:
+    """Newton's method from where L-BFGS stopped: the units of the residuals decide when it does, not what is best.
+
+    Powers at a bound stay there. A step that leaves the bounds or makes the loss grow is not taken.
+    """
+    free = np.concatenate([[True], (x[1:] > 0) & (x[1:] < _LARGEST_POWER)])
+    for _ in range(3):
+        value, slope = loss(x)
+        columns = design[:, free]
+        curvature = columns.T @ (columns * (0.5 * y * np.exp(-design @ x))[:, None]) / len(y)
+        step = np.zeros_like(x)
+        step[free] = np.linalg.lstsq(curvature, slope[free])[0]
+        nearer = x - step
+        if (nearer[1:] < 0).any() or (nearer[1:] > _LARGEST_POWER).any() or not loss(nearer)[0] <= value + _ROUNDING:
+            break
+        x = nearer
+    return x

@@ -8,7 +8,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
-from ase_uq.backends.mace import backend as mace_backend  # before e3nn, which the mace package patches
+from ase_uq.backends.mace import loading  # before e3nn, which the mace package patches
 from ase_uq.testing.backends import standard_frames
 
 ORB_SIZES = {"latent_dim": 32, "base_mlp_hidden_dim": 32, "head_mlp_hidden_dim": 32, "num_message_passing_steps": 2}
@@ -40,7 +40,7 @@ def make_mace(
     import e3nn
     from e3nn import o3
 
-    modules = mace_backend.mace_modules
+    modules = loading.mace_modules
     n_heads = len(heads)
     isolated = np.linspace(-10, -20, len(elements))
     with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():

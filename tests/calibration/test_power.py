@@ -63,7 +63,16 @@ def test_slopes_vanish_at_the_optimum():
     found = fit_power(residuals)
     assert min(found.powers) > 0
     ratio = residuals.squares / 3 / variance_of(found, residuals)
-    np.testing.assert_allclose(((1 - ratio)[:, None] * np.log(residuals.scores)).mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(((1 - ratio)[:, None] * np.log(residuals.scores)).mean(0), 0, atol=1e-12)
+
+
+def test_scores_that_say_the_same_share_one_power():
+    """The curvature is singular: no step along the direction that changes nothing."""
+    one, two = simulated(0, powers=(0.7,)), simulated(0, powers=(0.7,))
+    two = Residuals(np.repeat(two.scores, 2, 1), two.squares, 3, two.groups)
+    found = fit_power(two)
+    assert sum(found.powers) == pytest.approx(fit_power(one).powers[0], rel=1e-9)
+    assert min(found.powers) > 0
 
 
 def test_powers_are_never_negative():

@@ -246,7 +246,8 @@ class TestPosterior:
             leverages(phi @ turn, prior, phi @ turn), leverages(phi, prior, phi), rtol=1e-9, atol=0
         )
 
-    @given(seed=seeds, stretch=st.floats(0, 1e6))
+    # Squares of smaller ones are below what float64 holds to its full precision.
+    @given(seed=seeds, stretch=st.just(0.0) | st.floats(1e-100, 1e6))
     @settings(max_examples=20, deadline=None)
     def test_leverage_grows_with_the_square_along_a_direction(self, seed: int, stretch: float):
         phi, _ = problem(seed)

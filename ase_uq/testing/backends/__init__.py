@@ -1,0 +1,28 @@
+"""`BackendContract`: what a backend must do, whoever wrote it."""
+
+from ase_uq.testing.backends.geometry import GeometryLaws
+from ase_uq.testing.backends.gradients import GradientLaws
+from ase_uq.testing.backends.identity import IdentityLaws
+from ase_uq.testing.backends.last_layers import LastLayerLaws
+from ase_uq.testing.backends.means import MeanLaws
+from ase_uq.testing.backends.observing import count_forwards, process_state
+from ase_uq.testing.backends.structures import standard_frames
+from ase_uq.testing.backends.surroundings import SurroundingsLaws
+
+__all__ = ["BackendContract", "count_forwards", "process_state", "standard_frames"]
+
+
+class BackendContract(MeanLaws, LastLayerLaws, GeometryLaws, GradientLaws, IdentityLaws, SurroundingsLaws):
+    """Laws of a backend.
+
+    Subclass it in a test file and say how the calculator is made:
+
+        class TestMyBackend(BackendContract):
+            def make_calculator(self, dtype="float64"):
+                return MyCalculator(seed=0, dtype=dtype)
+
+            def last_layer(self, calculator):
+                return [calculator.model.readout.weight]
+
+    What else may be said is in `BackendUnderTest`; a law that does not apply skips.
+    """

@@ -1,0 +1,73 @@
+"""Laws of the last layers: what is linear in which weights, and is exactly the prediction."""
+
+import pytest
+import torch
+from ase import Atoms
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.forward_pass import ForceLayer, ForwardPass
+from ase_uq.testing.backends.comparing import assert_close, forward
+from ase_uq.testing.backends.under_test import BackendUnderTest
+
+
+class LastLayerLaws(BackendUnderTest):
+    """Of w·φ + base."""
+
+    def test_energy_is_that_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
+        e = forward(backend, frames)
+        layer = e.energy_layer
+        summed = e.sum_over_atoms(layer.features.double() @ layer.weights.double()) + layer.base
+        assert_close(summed, e.energy, backend, "w·Σφ + base")
+
+    def test_forces_are_those_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
+        e = forward(backend, frames)
+        if e.force_layer is None:
+            pytest.skip("forces are conservative; test_forces_are_the_gradient_of_the_energy is their law")
+        layer = e.force_layer
+        projected = _project(layer.features.double() @ layer.weights.double(), layer, e)
+        assert_close(projected + layer.base, e.forces, backend, "P(φB) + base")
+
+    def test_last_layers_are_linear_in_the_trained_weights(self, backend: Backend, frames: list[Atoms]):
+        """Other last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
+        calculator = self.make_calculator(self.dtype)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for weight in self.last_layer(calculator):
+                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+                weight += 0.1 * noise.to(weight) * weight.abs().mean()
+        other = forward(load_backend(calculator), frames)
+        own = forward(backend, frames)
+        change = (other.energy_layer.weights - own.energy_layer.weights).double()
+        assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
+        assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
+        moved = own.sum_over_atoms(own.energy_layer.features.double() @ change)
+        size = torch.cat([own.energy, other.energy]).abs().max().double()
+        assert_close(other.energy - own.energy, moved, backend, "change of the energy", size)
+        if own.force_layer is not None and other.force_layer is not None:
+            layer = own.force_layer
+            moved = layer.features.double() @ (other.force_layer.weights - layer.weights).double()
+            assert own.forces is not None
+            assert other.forces is not None
+            assert_close(other.forces - own.forces, _project(moved, layer, own), backend, "change of the forces")
+
+
+def _project(forces: Tensor, layer: ForceLayer, e: ForwardPass) -> Tensor:
+    """P by its definition: the least-squares remainder after rigid motions."""
+    remainder = forces.clone()
+    for index, torque_free in enumerate(layer.torque_free.tolist()):
+        own = e.frame_of_atom == index
+        x = e.positions[own].double()
+        x = x - x.mean(0)
+        n_atoms = len(x)
+        shifts = torch.eye(3, dtype=x.dtype).repeat(n_atoms, 1)  # (3 n_atoms, 3)
+        turns = torch.stack([torch.linalg.cross(axis.expand_as(x), x).reshape(-1) for axis in torch.eye(3).to(x)], 1)
+        modes = [shifts] * layer.force_free + [turns] * torque_free
+        if modes:
+            span = torch.cat([mode.to(x) for mode in modes], 1)
+            left, values, _ = torch.linalg.svd(span, full_matrices=False)
+            left = left[:, values > 1e-6 * values.max()]  # a linear molecule has one rotation less
+            flat = remainder[own].reshape(-1)
+            remainder[own] = (flat - left @ (left.T @ flat)).reshape(-1, 3)
+    return remainder

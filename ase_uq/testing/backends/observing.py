@@ -1,0 +1,59 @@
+"""What is counted and remembered around a forward pass."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from ase.calculators import calculator as ase_calculator
+from ase.calculators.calculator import BaseCalculator
+
+
+@contextmanager
+def count_forwards(modules: Sequence[torch.nn.Module]) -> Iterator[Callable[[], int]]:
+    """Counts the calls of the modules' forward; the context gives a function that returns the count so far."""
+    count = 0
+
+    def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal count
+            count += 1
+            return forward(*arguments, **options)
+
+        return call
+
+    try:
+        for module in modules:
+            module.forward = counted(module.forward)  # shadows the class's, on this object only
+        yield lambda: count
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def process_state() -> dict[str, Any]:
+    """What the whole process shares and a backend must leave alone."""
+    return {
+        "default dtype": torch.get_default_dtype(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "gradients": torch.is_grad_enabled(),
+        "threads": torch.get_num_threads(),
+        "random state": torch.random.get_rng_state().tolist(),
+        "numpy's random state": str(np.random.get_state()),  # noqa: NPY002 (the global one is what must not change)
+        "environment": dict(os.environ),
+        "ASE's all_properties": list(ase_calculator.all_properties),
+        "ASE's implemented_properties": list(BaseCalculator.implemented_properties),
+    }
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Torch's default dtype, for the length of the context."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

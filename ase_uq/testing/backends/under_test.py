@@ -1,0 +1,65 @@
+"""What every law needs: how the backend under test is made."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.base import Backend
+from ase_uq.testing.backends.structures import standard_frames
+
+
+class BackendUnderTest:
+    """What a subclass of `BackendContract` says, and the fixtures that the laws take.
+
+    Attributes:
+        dtype: Precision of the calculator under test.
+        dtypes: Precisions that the potential can be had in; its fingerprint is the same in all.
+        mean_tolerance: By how much the mean may differ from the calculator's own (eV, eV/Å); 0 is bit equality.
+        conservative: Whether forces are the gradient of the energy.
+        is_equivariant: Whether turning a structure leaves its features as they are and turns the forces.
+        symmetric_edges: Whether the neighbour list holds every pair of neighbours in both directions.
+        n_forwards: Model forwards a call: one, or one a member of a committee.
+    """
+
+    dtype: str = "float64"
+    dtypes: tuple[str, ...] = ("float32", "float64")
+    mean_tolerance: float = 0.0
+    conservative: bool = True
+    is_equivariant: bool = True
+    symmetric_edges: bool = True
+    n_forwards: int = 1
+
+    # What a subclass says.
+
+    def make_calculator(self, dtype: str = "float64") -> BaseCalculator:
+        """A new calculator, the same at every call, that shares no weights with an earlier one."""
+        raise NotImplementedError("say in make_calculator how the calculator under test is made")
+
+    def last_layer(self, calculator: Any) -> Sequence[Tensor]:
+        """The trained tensors of a calculator that enter `weights` of the last layers and nothing else."""
+        raise NotImplementedError("say in last_layer which of the calculator's parameters the last layers hold")
+
+    def make_frames(self) -> list[Atoms]:
+        """Structures to test with: a molecule first, of another size than the others, one of them periodic."""
+        return standard_frames()
+
+    def forward_modules(self, backend: Backend) -> Sequence[torch.nn.Module]:
+        """The modules each of which is called once in a forward pass of the potential."""
+        return backend._modules()
+
+    # What the laws take.
+
+    @pytest.fixture
+    def frames(self) -> list[Atoms]:
+        return self.make_frames()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls) -> Backend:
+        return load_backend(cls().make_calculator(cls.dtype))
