@@ -1,11 +1,15 @@
 """The house rules that a reader cannot see in one file: who imports whom, and what an import leaves behind."""
 
+import ast
+import inspect
 import json
 import os
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -87,12 +91,58 @@ def state():
 
 before = state()
 import ase_uq
+for name in ase_uq.__all__:
+    getattr(ase_uq, name)
 after = state()
 print(json.dumps({
     "changed": [name for name in before if before[name] != after[name]],
     "potentials": sorted({"mace", "e3nn", "orb_models", "torch_sim", "tblite"} & set(sys.modules)),
 }))
 """
+
+# What the command line and whoever reads a page about this package must not wait for.
+HEAVY = ("ase", "e3nn", "mace", "numpy", "orb_models", "scipy", "torch", "torch_sim")
+IMPORT_AND_LIST = """
+import importlib, json, sys
+heavy, *modules = json.loads(sys.argv[1])
+loaded = {}
+for module in modules:
+    importlib.import_module(module)
+    loaded[module] = sorted(set(heavy) & set(sys.modules))
+print(json.dumps(loaded))
+"""
+LIST_AND_FIND = """
+import json
+import ase_uq
+listed = dir(ase_uq)
+lost = [name for name in ase_uq.__all__ if not hasattr(ase_uq, name)]
+print(json.dumps({"listed": listed, "lost": lost}))
+"""
+
+
+def in_a_fresh_process(code: str, *arguments: str) -> Any:
+    """The JSON that it prints."""
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+def heavy_modules_after(modules: Iterable[str], heavy: Iterable[str]) -> dict[str, list[str]]:
+    """Which of the heavy modules a fresh process has after each import, where it has some."""
+    loaded = in_a_fresh_process(IMPORT_AND_LIST, json.dumps([list(heavy), *modules]))
+    return {module: found for module, found in loaded.items() if found}
+
+
+def contracts() -> dict[str, dict[str, Any]]:
+    """Those of pyproject.toml, by name."""
+    configuration = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    return {contract["name"]: contract for contract in configuration["tool"]["importlinter"]["contracts"]}
+
+
+def modules_in(package: str) -> list[str]:
+    """A module, or a package and every module in it."""
+    path = REPOSITORY / package.replace(".", "/")
+    return [package, *(f"{package}.{file.stem}" for file in sorted(path.glob("[!_]*.py")))]
 
 
 def test_imports_follow_the_contracts():
@@ -103,9 +153,7 @@ def test_imports_follow_the_contracts():
 
 @pytest.mark.parametrize("family", ["backends", "methods"])
 def test_every_plugin_is_under_the_independence_contract(family: str):
-    configuration = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
-    contracts = configuration["tool"]["importlinter"]["contracts"]
-    (independent,) = [contract["modules"] for contract in contracts if contract["type"] == "independence"]
+    independent = contracts()["a plugin never sees another plugin"]["modules"]
     assert set(_plugins(family)) <= {module.rsplit(".", 1)[1] for module in independent if f".{family}." in module}
 
 
@@ -143,6 +191,44 @@ def test_import_leaves_the_process_and_the_disk_alone(tmp_path: Path):
     assert set(tmp_path.rglob("*")) == {home, folder}
 
 
+def test_the_front_door_loads_nothing_heavy():
+    assert heavy_modules_after(["ase_uq", "ase_uq.cli"], HEAVY) == {}
+
+
+def test_the_numpy_side_loads_no_torch():
+    numpy_side = contracts()["the numpy side stays numpy"]["source_modules"]
+    assert set(modules_in("ase_uq.io")) - set(numpy_side) == {"ase_uq.io", "ase_uq.io.tensor_file"}
+    modules = [module for entry in numpy_side for module in modules_in(entry)]
+    assert len(modules) > 30
+    assert heavy_modules_after(modules, ["torch"]) == {}
+
+
 def test_public_names():
     assert set(ase_uq.__all__) == PUBLIC_NAMES
-    assert all(hasattr(ase_uq, name) for name in ase_uq.__all__)
+    alone = in_a_fresh_process(LIST_AND_FIND)
+    assert alone["lost"] == []
+    assert set(alone["listed"]) >= PUBLIC_NAMES
+
+
+def test_type_checkers_see_the_names_that_are_found():
+    (block,) = [node for node in ast.parse(inspect.getsource(ase_uq)).body if isinstance(node, ast.If)]
+    seen = {
+        alias.name: node.module.removeprefix("ase_uq").removeprefix(".") or None
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == ase_uq._HOMES
+    assert set(seen) == PUBLIC_NAMES
+
+
+def test_a_name_that_is_not_public_is_no_attribute():
+    with pytest.raises(AttributeError, match="module 'ase_uq' has no attribute 'stress_frames'"):
+        ase_uq.stress_frames  # noqa: B018
+
+
+def test_the_wheel_has_the_mark_of_typed_packages():
+    """The wheel holds what git does not ignore of the packages named in pyproject.toml."""
+    configuration = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
+    assert configuration["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["ase_uq"]}
+    assert (REPOSITORY / "ase_uq" / "py.typed").read_bytes() == b""
