@@ -1,6 +1,5 @@
 """From the shared options to the calculator of a verb. Imports the heavy packages, silently."""
 
-import importlib
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from ase_uq.backends.base import Backend
     from ase_uq.engines.ase.calculator import UncertainCalculator
 
-_NOISY = ("mace", "orb")  # backends whose packages print banners and warnings when they are imported
-
 
 def seed_all(seed: int) -> "Generator":
     """A generator for what the verb draws; numpy and torch are seeded for what a user's own calculator may draw."""
@@ -30,16 +27,18 @@ def seed_all(seed: int) -> "Generator":
 
 
 def import_silently(name: str) -> None:
-    """Imports the package of a potential without its banners.
+    """Imports the package of a potential, of a plugin too, without its banners and warnings.
 
     Args:
         name: A SPEC, or the name of an embedded potential.
     """
-    for package in _NOISY:
-        if name.startswith(package):
-            # If this fails, loading fails again, with the message that helps.
-            with silence(), suppress(Exception):
-                importlib.import_module(f"ase_uq.backends.{package}")
+    from ase_uq.backends.registry import EMBEDDED, import_backend, loaders
+
+    prefix = EMBEDDED[name][0] if name in EMBEDDED else name.partition(":")[0]
+    if prefix in (known := loaders()):
+        # If this fails, loading fails again, with the message that helps.
+        with silence(), suppress(Exception):
+            import_backend(known[prefix])
     warp: Any = sys.modules.get("warp")  # of orb: prints a line for every kernel that it loads
     if warp is not None:
         warp.config.quiet = True

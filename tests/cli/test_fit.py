@@ -81,12 +81,26 @@ def test_an_option_that_cannot_be_set(run, files, assignment: str, message: str)
     assert len(result.stderr.splitlines()) == 1
 
 
+def install(folder: Path, package: str, entry_points: str) -> None:
+    """What an installed package with entry points leaves in a folder of the path."""
+    metadata = folder / f"{package}-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text(entry_points)
+
+
+def test_banners_of_a_plugin_are_not_shown(run, files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "noisy.py").write_text("print('Welcome!')\ndef load(*_): raise ValueError('loaded')\n")
+    install(tmp_path, "noisy", "[ase_uq.backends]\nnoisy = noisy\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["--train", files.train, "--calibration", files.calibration, "--out", "a.st"]
+    result = run("fit", "--model", "noisy:", *words)
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "error: loaded\n")
+
+
 def test_help_names_what_is_installed_and_imports_nothing_for_it(tmp_path: Path):
-    for package, group, name in (("mine", "methods", "mymethod"), ("yours", "backends", "yourbackend")):
-        metadata = tmp_path / f"{package}-1.0.dist-info"
-        metadata.mkdir()
-        (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
-        (metadata / "entry_points.txt").write_text(f"[ase_uq.{group}]\n{name} = {package}\n")
+    install(tmp_path, "mine", "[ase_uq.methods]\nmymethod = mine\n")
+    install(tmp_path, "yours", "[ase_uq.backends]\nyourbackend = yours\n")
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\nfrom ase_uq.cli import main\n"
         "try: main(['fit', '--help'])\nfinally: print(*sorted(sys.modules))"
