@@ -52,7 +52,6 @@ PUBLIC_NAMES = {
     "UncertaintyHalt",
     "UncertaintyModel",
     "UncertaintyMonitor",
-    "WatchPolicy",
     "WatchedCalculator",
     "available_backends",
     "available_methods",

@@ -86,13 +86,11 @@ def reduction(text: str) -> str | float:
 
 def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None") -> None:
     """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
-    if isinstance(flag, float) and isinstance(halt, float):
-        from ase_uq.dynamics.policy import check_flag_below_halt
-
-        try:
-            check_flag_below_halt(flag, halt)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="'--flag'") from error
+    if isinstance(flag, float) and isinstance(halt, float) and flag >= halt:
+        raise typer.BadParameter(
+            f"{flag:g} eV/Å is not below --halt, {halt:g} eV/Å: no frame could be flagged before the run is halted.",
+            param_hint="'--flag'",
+        )
 
 
 def per_element(level: "float | Criterion | None", option: str) -> "PerElement | None":

@@ -9,9 +9,9 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
-from ase_uq.dynamics.checks import Snapshot
-from ase_uq.dynamics.policy import Watch, WatchPolicy, settled
-from ase_uq.dynamics.rules import Level
+from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.policy import Watch, settled
+from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.thresholds.reduction import Reduction
 
@@ -66,13 +66,20 @@ class Judge:
     Of several images a rule judges the worst reading, with one state for the path; a check remembers each image.
 
     Args:
-        policy: What is watched.
+        asked: Rules of the levels as the user gave them.
+        reduction: How the atoms of a structure become one reading.
+        checks: Looked at beside the rules; what one finds is a halt.
+
+    Raises:
+        TypeError: One of the checks is none.
     """
 
-    def __init__(self, policy: WatchPolicy) -> None:
-        self.asked, self.reduction = policy.rules, policy.reduction
-        assert isinstance(policy.checks, tuple)
-        self.checks = policy.checks
+    def __init__(self, asked: Mapping[Level, Rule], reduction: Reduction, checks: Check | Sequence[Check]) -> None:
+        self.asked, self.reduction = asked, reduction
+        self.checks = (checks,) if isinstance(checks, Check) else tuple(checks)
+        for check in self.checks:
+            if not isinstance(check, Check):
+                raise TypeError(f"checks are objects such as Finite() or MaxTemperature(2000), not {check!r}.")
         self.watches: dict[Level, tuple[Watch, ...]] = {}
         self._fingerprint: str | None = None
         self._model: str | None = None

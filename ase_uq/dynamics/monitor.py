@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, TextIO, Unpack
+from typing import Any, TextIO
 
 import numpy as np
 from ase import units
@@ -16,13 +16,14 @@ from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
 
 from ase_uq.dynamics.actions import Action, Event, Flag
-from ase_uq.dynamics.checks import Snapshot
+from ase_uq.dynamics.checks import Check, Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, checked, symbols_looked_at
-from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, counted_alarms
+from ase_uq.dynamics.policy import Watch, actions_of_levels, counted_alarms, reduction_of, rules_of_levels
 from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import annotated
+from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class UncertaintyMonitor:
@@ -51,14 +52,23 @@ class UncertaintyMonitor:
 
     Args:
         dynamics: The run to attach it to.
-        policy: What is watched; or give its fields as keywords, such as `halt=0.5`. See `WatchPolicy`.
+        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, above which the run is halted.
+        flag: The same for frames to keep; below `halt`.
+        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
+        elements: Chemical symbols to look at; None for all.
+        indices: Atom indices to look at; None for all.
+        patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
+            of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
+        at_once: Number or criterion above `halt` at which the run is halted without patience.
+        refractory: fs after a flag for which no other frame is flagged.
         before: Frames to keep from before an alarm, of the last judged steps: they go to `frames` ahead of the
             flagged or halting one, oldest first, with `flag_level="before"`, and never twice. A restart forgets them.
+        checks: What halts the run beside the uncertainty: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need
+            none, so with them `halt` and `flag` may be left out.
         frames: Extended XYZ file to which every flagged frame and the halting one are appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
         on_flag: Action or actions at the flag level; None for nothing more than `frames`.
-        options: Fields of a `WatchPolicy` in place of `policy`.
 
     Attributes:
         last: The `Event` of the last judged step; None before.
@@ -75,18 +85,28 @@ class UncertaintyMonitor:
     def __init__(
         self,
         dynamics: BaseDynamics,
-        policy: WatchPolicy | None = None,
         *,
+        halt: float | Criterion | PerElement | Rule | None = None,
+        flag: float | Criterion | PerElement | Rule | None = None,
+        reduce: str | float = "max",
+        elements: Sequence[str] | None = None,
+        indices: Sequence[int] | None = None,
+        patience: float | None = None,
+        at_once: float | Criterion | None = None,
+        refractory: float | None = None,
         before: int = 0,
+        checks: Check | Sequence[Check] = (),
         frames: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | TextIO | None = None,
         on_halt: Action | Sequence[Action] | None = None,
         on_flag: Action | Sequence[Action] | None = None,
-        **options: Unpack[WatchOptions],
     ) -> None:
         self.dynamics = dynamics
         self._structures = structures_of(dynamics)
-        self._judge = Judge(WatchPolicy.of(policy, options))
+        levels = (halt, flag, patience, at_once, refractory)
+        # Checks alone are enough to watch for.
+        asked = {} if checks and levels.count(None) == len(levels) else rules_of_levels(*levels)
+        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
         self._counts: dict[Level, int] = {"ok": 0, "flag": 0, "halt": 0}
         self._step_offset = 0
         self._time_offset = 0.0

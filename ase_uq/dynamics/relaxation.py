@@ -7,8 +7,9 @@ a relaxation began to its minimum.
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO, Unpack, cast
+from typing import Any, Literal, TextIO, cast
 
 import numpy as np
 from ase import Atoms, units
@@ -19,14 +20,16 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from ase.optimize.optimize import Optimizer
 from tqdm import tqdm
 
+from ase_uq.dynamics.checks import Check
 from ase_uq.dynamics.judging import checked
 from ase_uq.dynamics.monitor import UncertaintyMonitor
-from ase_uq.dynamics.policy import WatchOptions, WatchPolicy
+from ase_uq.dynamics.rules import Rule
 from ase_uq.dynamics.structures import KEY
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
+from ase_uq.thresholds.criteria import Criterion, PerElement
 from ase_uq.thresholds.reduction import atom_norms
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
@@ -146,18 +149,22 @@ class Relaxation:
 
 def relax(
     atoms: Atoms,
-    policy: WatchPolicy | None = None,
     *,
     fmax: float = 0.05,
     steps: int = 500,
     optimizer: str | type[Optimizer] = "bfgs",
     cell: bool = False,
+    halt: float | Criterion | PerElement | Rule | None = None,
+    flag: float | Criterion | PerElement | Rule | None = None,
+    reduce: str | float = "max",
+    elements: Sequence[str] | None = None,
+    indices: Sequence[int] | None = None,
+    checks: Sequence[Check] = (),
     before: int = 0,
     frames: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | TextIO | None = None,
     trajectory: str | os.PathLike[str] | None = None,
     progress: bool = False,
-    **options: Unpack[WatchOptions],
 ) -> Relaxation:
     """Relaxes a structure until forces are small, or until the potential no longer knows.
 
@@ -170,17 +177,21 @@ def relax(
 
     Args:
         atoms: Structure with an `UncertainCalculator`; constraints hold.
-        policy: What is watched; or give its fields as keywords. See `WatchPolicy`. Without it nothing stops it early.
         fmax: Converged where no force on an atom is larger, eV/Å.
         steps: Most steps.
         optimizer: `"bfgs"`, `"lbfgs"`, `"fire"` or an optimiser class of ASE.
         cell: Whether to relax the cell too, with `FrechetCellFilter`.
+        halt: As of `UncertaintyMonitor`; None never stops.
+        flag: As of `UncertaintyMonitor`.
+        reduce: As of `UncertaintyMonitor`.
+        elements: As of `UncertaintyMonitor`.
+        indices: As of `UncertaintyMonitor`.
+        checks: As of `UncertaintyMonitor`.
         before: As of `UncertaintyMonitor`.
         frames: As of `UncertaintyMonitor`.
         log: As of `UncertaintyMonitor`.
         trajectory: Extended XYZ file to which every step is added, with its uncertainties.
         progress: Whether to show a progress bar.
-        options: Fields of a `WatchPolicy` in place of `policy`.
 
     Raises:
         ValueError: A number that is not positive, an unknown optimiser, a cell that is not periodic or has no stress,
@@ -198,10 +209,19 @@ def relax(
     if trajectory is not None:
         run.attach(_add_frame, 1, trajectory, atoms, run)
     monitor = None
-    levels = [options.get(name) for name in ("halt", "flag", "patience", "at_once", "refractory")]
-    if policy or options.get("checks") or before or any(option is not None for option in (*levels, frames, log)):
-        policy = WatchPolicy.of(policy, options)
-        monitor = UncertaintyMonitor(run, policy, before=before, frames=frames, log=log)
+    if any(option is not None for option in (halt, flag, frames, log)) or checks or before:
+        monitor = UncertaintyMonitor(
+            run,
+            halt=halt,
+            flag=flag,
+            reduce=reduce,
+            elements=elements,
+            indices=indices,
+            checks=checks,
+            before=before,
+            frames=frames,
+            log=log,
+        )
     reason = ""
     with tqdm(total=steps, desc="relax", unit="step", disable=not progress) as bar:
         if progress:

@@ -3,19 +3,20 @@
 import os
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import NamedTuple, TextIO, Unpack
+from typing import NamedTuple, TextIO
 
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
 from ase.outputs import Properties
 
 from ase_uq.dynamics.actions import Action, Event
-from ase_uq.dynamics.checks import Snapshot
+from ase_uq.dynamics.checks import Check, Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, checked, symbols_looked_at
-from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels
-from ase_uq.dynamics.rules import Level
+from ase_uq.dynamics.policy import Watch, actions_of_levels, reduction_of, rules_of_levels
+from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
+from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class Record(NamedTuple):
@@ -52,12 +53,16 @@ class WatchedCalculator(Calculator):
 
     Args:
         calculator: Calculator with uncertainties, such as an `UncertainCalculator`.
-        policy: What is watched; or give its fields as keywords. See `WatchPolicy`.
+        halt: As in `UncertaintyMonitor`.
+        flag: As in `UncertaintyMonitor`.
+        reduce: As in `UncertaintyMonitor`.
+        elements: As in `UncertaintyMonitor`.
+        indices: As in `UncertaintyMonitor`.
+        checks: As in `UncertaintyMonitor`.
         frames: As in `UncertaintyMonitor`.
         log: As in `UncertaintyMonitor`.
         on_halt: As in `UncertaintyMonitor`.
         on_flag: As in `UncertaintyMonitor`.
-        options: Fields of a `WatchPolicy` in place of `policy`.
 
     Attributes:
         calculator: The wrapped calculator.
@@ -73,17 +78,22 @@ class WatchedCalculator(Calculator):
     def __init__(
         self,
         calculator: BaseCalculator,
-        policy: WatchPolicy | None = None,
         *,
+        halt: float | Criterion | PerElement | Rule | None = None,
+        flag: float | Criterion | PerElement | Rule | None = None,
+        reduce: str | float = "max",
+        elements: Sequence[str] | None = None,
+        indices: Sequence[int] | None = None,
+        checks: Check | Sequence[Check] = (),
         frames: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | TextIO | None = None,
         on_halt: Action | Sequence[Action] | None = None,
         on_flag: Action | Sequence[Action] | None = None,
-        **options: Unpack[WatchOptions],
     ) -> None:
         super().__init__()
-        self._judge = Judge(WatchPolicy.of(policy, options))
-        self.calculator = checked(calculator, uncertain=bool(self._judge.asked))
+        asked = {} if checks and halt is None and flag is None else rules_of_levels(halt, flag)
+        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
+        self.calculator = checked(calculator, uncertain=bool(asked))
         self.implemented_properties = list(calculator.implemented_properties)
         self._settle([])  # mistakes are told now, not at the first calculation
         self._symbols: list[str] | None = None

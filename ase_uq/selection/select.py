@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
-from ase_uq.dynamics.policy import check_flag_below_halt
 from ase_uq.errors import UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.results import annotated, drop_uncertainties
@@ -279,7 +278,8 @@ def _levels(
         return None
     low = -np.inf if flag is None else float(model.threshold(flag))
     high = np.inf if halt is None else float(model.threshold(halt))
-    check_flag_below_halt(low, high)
+    if not low < high:
+        raise ValueError(f"flag, {low:g} eV/Å, is not below halt, {high:g} eV/Å: no frame lies between them.")
     return low, high
 
 

@@ -105,7 +105,7 @@ def test_what_is_no_reduction(text):
 
 @pytest.mark.parametrize("flag", [0.3, 0.2])
 def test_a_flag_at_or_above_the_halt_is_refused(flag):
-    with pytest.raises(typer.BadParameter, match=f"flag is {flag} eV/Å and halt is 0.2 eV/Å"):
+    with pytest.raises(typer.BadParameter, match=f"{flag} eV/Å is not below --halt, 0.2 eV/Å"):
         check_levels(flag, 0.2)
 
 

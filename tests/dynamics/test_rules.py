@@ -12,7 +12,7 @@ from scipy.signal import lfilter
 
 from ase_uq.dynamics import cusum
 from ase_uq.dynamics.cusum import Cusum, cusum_limit
-from ase_uq.dynamics.policy import Watch, WatchPolicy, as_rule, settled
+from ase_uq.dynamics.policy import Watch, as_rule, rules_of_levels, settled
 from ase_uq.dynamics.rules import AllOf, AnyOf, Patience, Refractory, Rule, Threshold
 from ase_uq.thresholds.criteria import FalseAlarms, PerElement, Quantile
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
@@ -504,10 +504,6 @@ def test_numbers_of_any_make_and_things_that_become_one_are_thresholds():
 
     for value in (1, np.float32(0.5), np.float64(0.5), Resolved()):
         assert Threshold(value).threshold == float(value)
-
-
-def rules_of_levels(halt=None, flag=None, patience=None, at_once=None, refractory=None):
-    return WatchPolicy(halt=halt, flag=flag, patience=patience, at_once=at_once, refractory=refractory).rules
 
 
 def test_levels_are_given_as_numbers_meanings_or_rules():

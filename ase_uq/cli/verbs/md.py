@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,10 +32,10 @@ from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from ase.md.md import MolecularDynamics
 
     from ase_uq.dynamics import UncertaintyMonitor
-    from ase_uq.dynamics.run import Origin
 
 HALTED = 3  # exit code
 # Options that only some ensembles have.
@@ -45,6 +46,23 @@ _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
     "--barostat-time": (MDEnsemble.npt,),
     "--pressure": (MDEnsemble.npt,),
 }
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """Where a run begins to count.
+
+    Args:
+        step: Step of its first structure.
+        time_fs: Time of that step, fs.
+        written: Whether its frame is in the trajectory already.
+        judged: Whether an earlier run has judged that step.
+    """
+
+    step: int = 0
+    time_fs: float = 0.0
+    written: bool = False
+    judged: bool = False
 
 
 def md(
@@ -162,36 +180,22 @@ def md(
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator, read_start
-    from ase_uq.dynamics import UncertaintyMonitor, WatchPolicy
+    from ase_uq.dynamics import UncertaintyMonitor
     from ase_uq.dynamics.checks import Bonds as BondsCheck
     from ase_uq.dynamics.checks import MaxTemperature
-    from ase_uq.dynamics.run import Origin
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 
-    policy = WatchPolicy(
-        flag=flag,
-        halt=halt,
-        patience=patience,
-        at_once=at_once,
-        refractory=refractory,
-        reduce=reduce,
-        checks=[
-            *([MaxTemperature(max_temperature)] if max_temperature else []),
-            *([BondsCheck()] if bonds else []),
-        ],
-        every=every,
-    )
     rng = seed_all(seed)
     atoms = read_start(start)
     if not atoms.has("momenta"):
         set_thermal_momenta(atoms, temperature, rng)
-    origin = Origin()
+    origin = _Origin()
     if trajectory is not None and trajectory.exists() and trajectory.samefile(start):
-        origin = Origin.at_end_of(atoms)
+        origin = _end_of_run(atoms)
         # From the seed alone, it would be the noise of the first steps once more.
         rng = np.random.default_rng([seed, origin.step])
-    calculator = load_calculator(model, uq, device, dtype, policy.every)
+    calculator = load_calculator(model, uq, device, dtype, every)
     give_calculator(atoms, calculator)
     dynamics = make_dynamics(
         ensemble,
@@ -204,15 +208,33 @@ def md(
         pressure=pressure or 0.0,
         rng=rng,
     )
-    monitor = UncertaintyMonitor(dynamics, policy, before=before, frames=frames, log=log)
+    monitor = UncertaintyMonitor(
+        dynamics,
+        flag=flag,
+        halt=halt,
+        patience=patience,
+        at_once=at_once,
+        refractory=refractory,
+        reduce=reduce,
+        checks=[
+            *([MaxTemperature(max_temperature)] if max_temperature else []),
+            *([BondsCheck()] if bonds else []),
+        ],
+        before=before,
+        frames=frames,
+        log=log,
+    )
     for line in told(
         {"flag": flag, "halt": halt, "at once": at_once}, calculator, reduce, atoms.get_chemical_symbols()
     ):
         typer.echo(line, err=True)
+    if origin.judged:
+        place = {"step": origin.step, "time_fs": origin.time_fs, "judged_step": origin.step}
+        monitor.restore(monitor.state() | place)
     if temperature_end is not None:
         dynamics.attach(_ramp(dynamics, temperature, temperature_end, steps))
     stopwatch = Stopwatch(calculator)
-    halted = _run_with_bar(dynamics, monitor, stopwatch, steps, trajectory, interval, origin)
+    halted = _run(dynamics, monitor, stopwatch, steps, trajectory, interval, origin)
     if every > 1:
         typer.echo(stopwatch.saved(every), err=halted)
     if halted:
@@ -255,6 +277,13 @@ def _check_watched(flag: Any, halt: Any) -> None:
     check_levels(flag, halt)
 
 
+def _end_of_run(atoms: "Atoms") -> _Origin:
+    """The place of the last frame of a trajectory; the beginning where no run has written it."""
+    if not {"step", "time_fs"} <= atoms.info.keys():
+        return _Origin(written=True)
+    return _Origin(int(atoms.info["step"]), float(atoms.info["time_fs"]), written=True, judged=True)
+
+
 def _ramp(dynamics: "MolecularDynamics", start: float, end: float, steps: int) -> Callable[[], None]:
     from ase_uq.sampling.ensembles import set_temperature
 
@@ -264,16 +293,16 @@ def _ramp(dynamics: "MolecularDynamics", start: float, end: float, steps: int) -
     return heat
 
 
-def _run_with_bar(
+def _run(
     dynamics: "MolecularDynamics",
     monitor: "UncertaintyMonitor",
     stopwatch: Stopwatch,
     steps: int,
     trajectory: Path | None,
     interval: int,
-    origin: "Origin",
+    origin: _Origin,
 ) -> bool:
-    """Runs with a progress bar; returns whether it was halted.
+    """Runs with a progress bar and a trajectory that ends with the last step; returns whether it was halted.
 
     Raises:
         Exit: It was interrupted.
@@ -281,7 +310,19 @@ def _run_with_bar(
     from ase import units
     from tqdm import tqdm
 
-    from ase_uq.dynamics.run import run
+    from ase_uq.errors import UncertaintyHalt
+    from ase_uq.io.frames import write_frames
+    from ase_uq.io.results import annotated
+
+    written = origin.step if origin.written else -1
+
+    def write() -> None:
+        nonlocal written
+        step = origin.step + dynamics.nsteps
+        if trajectory is not None and step > written:
+            written = step
+            info = {"step": step, "time_fs": origin.time_fs + dynamics.get_time() / units.fs}
+            write_frames(trajectory, [annotated(dynamics.atoms, **info)], append=True)
 
     started = perf_counter()
     reading = math.nan
@@ -297,18 +338,19 @@ def _run_with_bar(
         bar.update(dynamics.nsteps - bar.n)
 
     dynamics.insert_observer(stopwatch.stop)
+    # The monitor comes next so that the bar shows its reading; a step at which it raises is the last one anyway.
+    dynamics.attach(monitor)
+    dynamics.attach(write, interval=interval)
+    halted = False
     with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
-        halted = run(
-            dynamics,
-            monitor,
-            steps,
-            trajectory=trajectory,
-            interval=interval,
-            origin=origin,
-            observers=(show, stopwatch.start),
-        )
-        if halted:
+        dynamics.attach(show)
+        dynamics.attach(stopwatch.start)
+        try:
+            dynamics.run(steps)
+        except UncertaintyHalt:
+            halted = True
             show()
+    write()
     if interruption.asked and not halted:
         typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
         raise typer.Exit(INTERRUPTED)
