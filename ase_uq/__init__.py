@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ase_uq.dynamics.checks import Bonds, EnergySpike, Finite, MaxTemperature
     from ase_uq.dynamics.cusum import Cusum
     from ase_uq.dynamics.monitor import UncertaintyMonitor
+    from ase_uq.dynamics.policy import WatchPolicy
     from ase_uq.dynamics.relaxation import Relaxation, relax
     from ase_uq.dynamics.rules import AllOf, AnyOf, Patience, Refractory, Threshold
     from ase_uq.dynamics.watched import WatchedCalculator
@@ -76,6 +77,7 @@ _HOMES: dict[str, str | None] = {
     "UncertaintyHalt": "errors",
     "UncertaintyModel": "uncertainty_model.model",
     "UncertaintyMonitor": "dynamics.monitor",
+    "WatchPolicy": "dynamics.policy",
     "WatchedCalculator": "dynamics.watched",
     "available_backends": "backends.registry",
     "available_methods": "methods",
@@ -127,6 +129,7 @@ __all__ = [
     "UncertaintyHalt",
     "UncertaintyModel",
     "UncertaintyMonitor",
+    "WatchPolicy",
     "WatchedCalculator",
     "available_backends",
     "available_methods",

@@ -52,6 +52,7 @@ PUBLIC_NAMES = {
     "UncertaintyHalt",
     "UncertaintyModel",
     "UncertaintyMonitor",
+    "WatchPolicy",
     "WatchedCalculator",
     "available_backends",
     "available_methods",

@@ -1,12 +1,13 @@
-"""Thresholds and reductions as words of the command line, and what is told of them."""
+"""Thresholds and reductions as words of the command line, what is watched by them, and what is told of it."""
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from ase_uq.dynamics.policy import WatchPolicy
     from ase_uq.engines.ase.calculator import UncertainCalculator
     from ase_uq.thresholds.criteria import Criterion, PerElement
 
@@ -86,11 +87,14 @@ def reduction(text: str) -> str | float:
 
 def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None") -> None:
     """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
-    if isinstance(flag, float) and isinstance(halt, float) and flag >= halt:
-        raise typer.BadParameter(
-            f"{flag:g} eV/Å is not below --halt, {halt:g} eV/Å: no frame could be flagged before the run is halted.",
-            param_hint="'--flag'",
-        )
+    if not (isinstance(flag, float) and isinstance(halt, float)):
+        return
+    from ase_uq.dynamics.policy import check_order
+
+    try:
+        check_order(flag, halt)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="'--flag'") from error
 
 
 def per_element(level: "float | Criterion | None", option: str) -> "PerElement | None":
@@ -119,26 +123,54 @@ def per_element(level: "float | Criterion | None", option: str) -> "PerElement |
         ) from error
 
 
-def told(
-    levels: "Mapping[str, float | Criterion | PerElement | None]",
-    calculator: "UncertainCalculator",
-    reduce: str | float,
-    symbols: "Sequence[str]",
-) -> "Iterator[str]":
+def watch_policy(
+    flag: "float | Criterion | None",
+    halt: "float | Criterion | None",
+    *,
+    each_element: bool,
+    bonds: bool,
+    max_temperature: float | None = None,
+    **fields: Any,
+) -> "WatchPolicy":
+    """What the options of a verb that moves atoms ask to watch for.
+
+    Args:
+        flag: Of `--flag`.
+        halt: Of `--halt`.
+        each_element: Whether each element has thresholds of its own.
+        bonds: Whether broken bonds and fused atoms halt.
+        max_temperature: Hotter atoms halt, K; None for any.
+        fields: The others of `WatchPolicy`.
+
+    Raises:
+        BadParameter: The flag is not below the halt, or a level that elements cannot have.
+        ValueError: What `WatchPolicy` refuses.
+    """
+    check_levels(flag, halt)
+    levels = {"flag": flag, "halt": halt}
+    if each_element:
+        levels = {name: per_element(level, f"--{name}") for name, level in levels.items()}
+    from ase_uq.dynamics.checks import Bonds, MaxTemperature
+    from ase_uq.dynamics.policy import WatchPolicy
+
+    checks = [*([MaxTemperature(max_temperature)] if max_temperature else []), *([Bonds()] if bonds else [])]
+    return WatchPolicy(**levels, checks=checks, **fields)
+
+
+def told(policy: "WatchPolicy", calculator: "UncertainCalculator", symbols: "Sequence[str]") -> "Iterator[str]":
     """A line for each threshold that was given as a criterion: its number, what it promises and how sure that is.
 
     Raises:
         ValueError: The calibration data cannot support a criterion.
     """
-    from ase_uq.dynamics.policy import settled
+    from ase_uq.dynamics.policy import WatchPolicy
     from ase_uq.dynamics.rules import Threshold
     from ase_uq.thresholds.criteria import ResolvedThreshold
-    from ase_uq.thresholds.reduction import Reduction
 
-    for name, level in levels.items():
+    for name, level in {"flag": policy.flag, "halt": policy.halt, "at once": policy.at_once}.items():
         if level is None:
             continue
-        for watch in settled({"halt": Threshold(level)}, calculator, Reduction(reduce), symbols, None)["halt"]:
+        for watch in WatchPolicy(halt=level, reduce=policy.reduce).settled(calculator, symbols, None)["halt"]:
             assert isinstance(watch.rule, Threshold)
             if isinstance(watch.rule.value, ResolvedThreshold):
                 of = "" if not watch.reduction.elements else f" of {' and '.join(watch.reduction.elements)}"

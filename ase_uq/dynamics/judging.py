@@ -9,9 +9,9 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
-from ase_uq.dynamics.checks import Check, Snapshot
-from ase_uq.dynamics.policy import Watch, settled
-from ase_uq.dynamics.rules import Level, Rule
+from ase_uq.dynamics.checks import Snapshot
+from ase_uq.dynamics.policy import Watch, WatchPolicy, as_checks
+from ase_uq.dynamics.rules import Level
 from ase_uq.dynamics.structures import KEY
 from ase_uq.thresholds.reduction import Reduction
 
@@ -66,30 +66,23 @@ class Judge:
     Of several images a rule judges the worst reading, with one state for the path; a check remembers each image.
 
     Args:
-        asked: Rules of the levels as the user gave them.
-        reduction: How the atoms of a structure become one reading.
-        checks: Looked at beside the rules; what one finds is a halt.
+        policy: What is watched for.
 
     Raises:
-        TypeError: One of the checks is none.
+        ValueError: Nothing is.
     """
 
-    def __init__(self, asked: Mapping[Level, Rule], reduction: Reduction, checks: Check | Sequence[Check]) -> None:
-        self.asked, self.reduction = asked, reduction
-        self.checks = (checks,) if isinstance(checks, Check) else tuple(checks)
-        for check in self.checks:
-            if not isinstance(check, Check):
-                raise TypeError(f"checks are objects such as Finite() or MaxTemperature(2000), not {check!r}.")
+    def __init__(self, policy: WatchPolicy) -> None:
+        if not policy.levels:
+            raise ValueError(
+                "the monitor has nothing to watch for. Give halt, flag or both, for example halt=0.5 (eV/Å)."
+            )
+        self.policy, self.checks = policy, as_checks(policy.checks)
         self.watches: dict[Level, tuple[Watch, ...]] = {}
         self._fingerprint: str | None = None
         self._model: str | None = None
         self._rules: dict[Level, list[Any]] = {}
         self._checks: list[dict[str, Any]] = [{} for _ in self.checks]
-
-    @property
-    def levels(self) -> tuple[Level, ...]:
-        """Those that can be reached."""
-        return (*self.asked, "halt") if self.checks else tuple(self.asked)
 
     def settle(self, calculator: BaseCalculator, symbols: Sequence[str], time: float | None) -> None:
         """Turns the rules into numbers by a calculator.
@@ -102,7 +95,7 @@ class Judge:
         Raises:
             ValueError: A rule cannot be settled with this calculator.
         """
-        self.watches = settled(self.asked, calculator, self.reduction, symbols, time)
+        self.watches = self.policy.settled(calculator, symbols, time)
         model = getattr(calculator, "uncertainty_model", None)
         self._fingerprint = getattr(getattr(model, "identity", None), "fingerprint", None)
         self._model = getattr(model, "digest", None)

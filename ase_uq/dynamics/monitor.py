@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from numbers import Integral
-from typing import Any, TextIO
+from typing import Any, TextIO, Unpack
 
 import numpy as np
 from ase import units
@@ -16,14 +16,13 @@ from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
 
 from ase_uq.dynamics.actions import Action, Event, Flag
-from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, checked, symbols_looked_at
-from ase_uq.dynamics.policy import Watch, actions_of_levels, counted_alarms, reduction_of, rules_of_levels
+from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, as_policy, counted_alarms
 from ase_uq.dynamics.rules import Level, Rule
 from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import annotated
-from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class UncertaintyMonitor:
@@ -52,61 +51,44 @@ class UncertaintyMonitor:
 
     Args:
         dynamics: The run to attach it to.
-        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, above which the run is halted.
-        flag: The same for frames to keep; below `halt`.
-        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
-        elements: Chemical symbols to look at; None for all.
-        indices: Atom indices to look at; None for all.
-        patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
-            of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
-        at_once: Number or criterion above `halt` at which the run is halted without patience.
-        refractory: fs after a flag for which no other frame is flagged.
+        policy: What is watched for; made of the `options` where it is left out.
         before: Frames to keep from before an alarm, of the last judged steps: they go to `frames` ahead of the
             flagged or halting one, oldest first, with `flag_level="before"`, and never twice. A restart forgets them.
-        checks: What halts the run beside the uncertainty: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need
-            none, so with them `halt` and `flag` may be left out.
         frames: Extended XYZ file to which every flagged frame and the halting one are appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
         on_flag: Action or actions at the flag level; None for nothing more than `frames`.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
 
     Attributes:
+        policy: What is watched for.
         last: The `Event` of the last judged step; None before.
         n_flagged: Steps that reached the flag level but not the halt level.
         n_halted: Steps that reached the halt level.
 
     Raises:
-        ValueError: No level, levels in the wrong order, no atom to look at, a calculator without uncertainties, a
-            file that cannot be written, a rule that needs the time of a run that has none, or `before` without
-            `frames`.
-        TypeError: A threshold, a check or an action that is none.
+        ValueError: What `WatchPolicy` refuses, nothing to watch for, levels in the wrong order, no atom to look at, a
+            calculator without uncertainties, a file that cannot be written, a rule that needs the time of a run that
+            has none, or `before` without `frames`.
+        TypeError: A threshold, a check or an action that is none, or a policy and options.
     """
 
     def __init__(
         self,
         dynamics: BaseDynamics,
         *,
-        halt: float | Criterion | PerElement | Rule | None = None,
-        flag: float | Criterion | PerElement | Rule | None = None,
-        reduce: str | float = "max",
-        elements: Sequence[str] | None = None,
-        indices: Sequence[int] | None = None,
-        patience: float | None = None,
-        at_once: float | Criterion | None = None,
-        refractory: float | None = None,
+        policy: WatchPolicy | None = None,
         before: int = 0,
-        checks: Check | Sequence[Check] = (),
         frames: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | TextIO | None = None,
         on_halt: Action | Sequence[Action] | None = None,
         on_flag: Action | Sequence[Action] | None = None,
+        **options: Unpack[WatchOptions],
     ) -> None:
         self.dynamics = dynamics
         self._structures = structures_of(dynamics)
-        levels = (halt, flag, patience, at_once, refractory)
-        # Checks alone are enough to watch for.
-        asked = {} if checks and levels.count(None) == len(levels) else rules_of_levels(*levels)
-        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
+        self.policy = as_policy(policy, **options)
+        self._judge = Judge(self.policy)
         self._counts: dict[Level, int] = {"ok": 0, "flag": 0, "halt": 0}
         self._step_offset = 0
         self._time_offset = 0.0
@@ -119,7 +101,7 @@ class UncertaintyMonitor:
             raise ValueError(f"before is a number of frames, 0 or more, not {before!r}.")
         if before and frames is None:
             raise ValueError(f"before={before} frames have nowhere to go. Give frames too, such as 'flagged.xyz'.")
-        self._actions = actions_of_levels(self._judge.levels, frames, log, on_halt, on_flag)
+        self._actions = actions_of_levels(self.policy.levels, frames, log, on_halt, on_flag)
         self._keep = None if frames is None else Flag(frames)
         self._recent: deque[Event] = deque(maxlen=int(before))
 
@@ -222,9 +204,9 @@ class UncertaintyMonitor:
 
     def _prepare(self) -> None:
         """Turns the asked rules into numbers by the present calculators."""
-        uncertain = bool(self._judge.asked)
+        uncertain = bool(self.policy.rules)
         self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
-        symbols = symbols_looked_at(self._judge.reduction, self._structures[0].atoms)
+        symbols = symbols_looked_at(self.policy.reduction, self._structures[0].atoms)
         self._judge.settle(self._calculators[0], symbols, self._time())
 
     def _lowest(self, level: Level) -> Rule | None:
@@ -305,7 +287,7 @@ class UncertaintyMonitor:
                     "calculator of its own."
                 )
             every = getattr(structure.atoms.calc, "every", 1)
-            if self._judge.asked and every == 1 and norms_of(structure.atoms, found) is None:
+            if self.policy.rules and every == 1 and norms_of(structure.atoms, found) is None:
                 raise ValueError(
                     f"{calculator} promises {KEY} but its results of {what} at step {step} have none. "
                     "Ask for it where the calculator is made."
@@ -323,7 +305,7 @@ class UncertaintyMonitor:
     def _observation(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Observation:
         known = results or {}
         snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time)
-        norms = norms_of(structure.atoms, known) if self._judge.asked else None
+        norms = norms_of(structure.atoms, known) if self.policy.rules else None
         return Observation(snapshot, norms, structure.image)
 
     def _event(

@@ -4,17 +4,21 @@ import functools
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol, TextIO, runtime_checkable
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Protocol, TextIO, TypedDict, Unpack, runtime_checkable
 
 import numpy as np
 from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.dynamics.actions import Action, Flag, Halt, Log
+from ase_uq.dynamics.checks import Check
 from ase_uq.dynamics.rules import AnyOf, Level, Patience, Refractory, Rule, Threshold, _OfValue, _Several
 from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement
 from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.reduction import Reduction
+
+type Asked = float | Criterion | PerElement | Rule
 
 
 @runtime_checkable
@@ -39,6 +43,161 @@ class Watch:
     reduction: Reduction
 
 
+class WatchOptions(TypedDict, total=False):
+    """The fields of a `WatchPolicy` as keywords."""
+
+    halt: Asked | None
+    flag: Asked | None
+    patience: float | None
+    at_once: float | Criterion | None
+    refractory: float | None
+    reduce: str | float
+    elements: Sequence[str] | None
+    indices: Sequence[int] | None
+    checks: Check | Sequence[Check]
+    every: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchPolicy:
+    """What is watched for, as one value for `UncertaintyMonitor`, `WatchedCalculator`, `relax` and `ReplicaMonitor`.
+
+        policy = WatchPolicy(halt=0.5, flag=Quantile(0.99), patience=20)
+        dyn.attach(UncertaintyMonitor(dyn, policy=policy, frames="flagged.xyz"))
+
+    All of them take its fields as keywords as well, in place of a policy.
+
+    Args:
+        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, from which on the run is halted.
+        flag: The same for frames to keep; below `halt`.
+        patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
+            of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
+        at_once: Number or criterion above `halt` at which the run is halted without patience.
+        refractory: fs after a flag for which no other frame is flagged.
+        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
+        elements: Chemical symbols to look at; None for all.
+        indices: Atom indices to look at; None for all.
+        checks: What halts the run beside the uncertainty: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need
+            none, so with them `halt` and `flag` may be left out.
+        every: Uncertainties are wanted once in so many steps. The calculator decides which steps have them, so make
+            one for the policy, `UncertainCalculator(..., every=policy.every)`; checks look at every step.
+
+    Attributes:
+        rules: The rules of the levels as they were asked for, flag before halt.
+        reduction: How the atoms of a structure become one reading.
+
+    Raises:
+        ValueError: A threshold that is not positive, `patience` without a plain `halt` to belong to, `at_once` without
+            `patience` or not above `halt`, `refractory` without `flag`, or what is no reduction.
+        TypeError: A threshold or a check that is none, or indices that are a mask.
+    """
+
+    halt: Asked | None = None
+    flag: Asked | None = None
+    patience: float | None = None
+    at_once: float | Criterion | None = None
+    refractory: float | None = None
+    reduce: str | float = "max"
+    elements: Sequence[str] | None = None
+    indices: Sequence[int] | None = None
+    checks: Check | Sequence[Check] = ()
+    every: int = 1
+    rules: Mapping[Level, Rule] = field(init=False, repr=False, compare=False)
+    reduction: Reduction = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.every, Integral) or self.every < 1:
+            raise ValueError(f"every is a number of steps, 1 or more, not {self.every!r}.")
+        reduction = _reduction(self)
+        made = {
+            "elements": reduction.elements,
+            "indices": reduction.indices,
+            "checks": as_checks(self.checks),
+            "rules": _rules(self),
+            "reduction": reduction,
+        }
+        for name, value in made.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Those that can be reached; none where there is nothing to watch for."""
+        return (*self.rules, "halt") if self.checks else tuple(self.rules)
+
+    def settled(
+        self, calculator: BaseCalculator, symbols: Sequence[str], time: float | None
+    ) -> dict[Level, tuple[Watch, ...]]:
+        """The rules with numbers in place of criteria, by the calibration data of a calculator.
+
+        A rule with `PerElement` becomes one for each element, on readings of the atoms of that element alone.
+
+        Args:
+            calculator: Asked for `threshold_data(reduction)` where a rule has a criterion.
+            symbols: Chemical symbols of the atoms that are looked at, in any order and number.
+            time: Time of the run now, fs; None if it has none.
+
+        Raises:
+            ValueError: The calculator cannot say what a criterion means, the flag is not below the halt, or a rule
+                needs a time that the run does not have.
+        """
+        elements = [s for s in dict.fromkeys(symbols) if self.elements is None or s in self.elements]
+
+        @functools.cache
+        def threshold_data(reduction: Reduction) -> ThresholdData:
+            assert isinstance(calculator, _Calibrated)
+            return calculator.threshold_data(reduction)
+
+        def watches(rule: Rule) -> tuple[Watch, ...]:
+            if not rule.criteria:
+                return (Watch(rule, rule, self.reduction),)
+            if not isinstance(calculator, _Calibrated):
+                raise ValueError(
+                    f"{type(calculator).__name__} knows no calibration data to turn {rule.criteria[0]} into a number. "
+                    "Use UncertainCalculator, or give the threshold in eV/Å."
+                )
+            if not any(isinstance(criterion, PerElement) for criterion in rule.criteria):
+                return (Watch(rule, rule.resolved(threshold_data(self.reduction)), self.reduction),)
+            each = [replace(self.reduction, elements=(element,)) for element in elements]
+            return tuple(
+                Watch(rule, rule.resolved(threshold_data(self.reduction), threshold_data(one)), one) for one in each
+            )
+
+        by_level: dict[Level, tuple[Watch, ...]] = {level: watches(rule) for level, rule in self.rules.items()}
+        for flag in by_level.get("flag", ()):
+            for halt in by_level.get("halt", ()):
+                _check_order_of_watches(flag, halt)
+        for watch in (watch for several in by_level.values() for watch in several):
+            # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
+            watch.rule.judge(None, 0.0, time)
+        return by_level
+
+
+def as_policy(policy: WatchPolicy | None, **options: Unpack[WatchOptions]) -> WatchPolicy:
+    """The policy that was given, or that of the keywords.
+
+    Raises:
+        TypeError: Both were given, or a keyword is no field of a policy.
+        ValueError: As of `WatchPolicy`.
+    """
+    if policy is None:
+        return WatchPolicy(**options)
+    if options:
+        raise TypeError(
+            f"a policy and {' and '.join(options)} were given, and both say what is watched for. Give the policy "
+            f"alone; to change it, dataclasses.replace(policy, {next(iter(options))}=...)."
+        )
+    return policy
+
+
+def check_order(flag: float, halt: float, of: str = "", advice: str = "") -> None:
+    """Raises ValueError where a flag, eV/Å, is not below the halt; the message ends with `advice`."""
+    if not flag < halt:
+        raise ValueError(
+            f"flag is {flag:.4g} eV/Å and halt is {halt:.4g} eV/Å{of}, so no frame lies between them. Give a flag "
+            f"below the halt.{advice}"
+        )
+
+
 def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
     """The false alarms of a rule that are counted a reading, for which it matters how often readings are taken."""
     match rule:
@@ -51,127 +210,18 @@ def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
     return ()
 
 
-def as_rule(level: float | Criterion | PerElement | Rule) -> Rule:
+def as_rule(level: Asked) -> Rule:
     """A rule as it is; a number in eV/Å or a criterion as a `Threshold`."""
     return level if isinstance(level, Rule) else Threshold(level)
 
 
-def rules_of_levels(
-    halt: float | Criterion | PerElement | Rule | None,
-    flag: float | Criterion | PerElement | Rule | None,
-    patience: float | None = None,
-    at_once: float | Criterion | None = None,
-    refractory: float | None = None,
-) -> dict[Level, Rule]:
-    """The rules as the user gave them, flag before halt.
-
-    Args:
-        halt: Number, criterion or rule of the halt level.
-        flag: The same of the flag level.
-        patience: fs that readings must stay above a plain `halt`.
-        at_once: Number or criterion above `halt` at which there is no patience.
-        refractory: fs for which `flag` is silent after it triggered.
-
-    Raises:
-        ValueError: Neither level is given, `patience` has no plain `halt` to belong to, `at_once` no `patience` or
-            is not above `halt`, or `refractory` no `flag`.
-    """
-    if halt is None and flag is None:
-        raise ValueError("the monitor has nothing to watch for. Give halt, flag or both, for example halt=0.5 (eV/Å).")
-    asked: dict[Level, Rule] = {}
-    if flag is not None:
-        asked["flag"] = as_rule(flag) if refractory is None else Refractory(as_rule(flag), refractory)
-    elif refractory is not None:
-        raise ValueError("refractory belongs to flag, which is not given. Give flag too, for example flag=0.3 (eV/Å).")
-    if halt is not None:
-        asked["halt"] = as_rule(halt)
-    if patience is not None:
-        if halt is None:
-            raise ValueError("patience belongs to halt, which is not given. For a flag give flag=Patience(value, fs).")
-        if isinstance(halt, Rule):
-            raise ValueError(f"halt is already a rule, {halt}. Leave patience out, or give halt as a number.")
-        waiting = Patience(halt, patience)
-        asked["halt"] = waiting if at_once is None else AnyOf(waiting, Threshold(at_once))
-    elif at_once is not None:
-        raise ValueError(
-            f"at_once is where the run halts without patience, and no patience is given. Give patience in fs, or "
-            f"halt={at_once} alone."
-        )
-    return asked
-
-
-def settled(
-    asked: Mapping[Level, Rule],
-    calculator: BaseCalculator,
-    reduction: Reduction,
-    symbols: Sequence[str],
-    time: float | None,
-) -> dict[Level, tuple[Watch, ...]]:
-    """The rules with numbers in place of criteria, by the calibration data of a calculator.
-
-    A rule with `PerElement` becomes one for each element, on readings of the atoms of that element alone.
-
-    Args:
-        asked: Rules of the levels.
-        calculator: Asked for `evidence(reduction)` where a rule has a criterion.
-        reduction: How readings are made.
-        symbols: Chemical symbols of the atoms that are looked at, in any order and number.
-        time: Time of the run now, fs; None if it has none.
-
-    Raises:
-        ValueError: The calculator cannot say what a criterion means, the flag is not below the halt, or a rule needs
-            a time that the run does not have.
-    """
-    elements = [s for s in dict.fromkeys(symbols) if reduction.elements is None or s in reduction.elements]
-
-    @functools.cache
-    def threshold_data(reduction: Reduction) -> ThresholdData:
-        assert isinstance(calculator, _Calibrated)
-        return calculator.threshold_data(reduction)
-
-    def watches(rule: Rule) -> tuple[Watch, ...]:
-        if not rule.criteria:
-            return (Watch(rule, rule, reduction),)
-        if not isinstance(calculator, _Calibrated):
-            raise ValueError(
-                f"{type(calculator).__name__} knows no calibration data to turn {rule.criteria[0]} into a number. "
-                "Use UncertainCalculator, or give the threshold in eV/Å."
-            )
-        if not any(isinstance(criterion, PerElement) for criterion in rule.criteria):
-            return (Watch(rule, rule.resolved(threshold_data(reduction)), reduction),)
-        own = [replace(reduction, elements=(element,)) for element in elements]
-        return tuple(Watch(rule, rule.resolved(threshold_data(reduction), threshold_data(each)), each) for each in own)
-
-    found: dict[Level, tuple[Watch, ...]] = {level: watches(rule) for level, rule in asked.items()}
-    for flag in found.get("flag", ()):
-        for halt in found.get("halt", ()):
-            _check_order(flag, halt)
-    for watch in (watch for level in found.values() for watch in level):
-        # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
-        watch.rule.judge(None, 0.0, time)
-    return found
-
-
-def _check_order(flag: Watch, halt: Watch) -> None:
-    """Raises ValueError where a flag could never come before a halt on the same atoms."""
-    flagged, halted = flag.reduction.elements, halt.reduction.elements
-    if flagged is not None and halted is not None and not set(flagged) & set(halted):
-        return
-    # A rule that waits lets frames at its threshold be flagged, but a flag above it is a mistake all the same.
-    waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
-    halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
-    if flag.rule.threshold >= halts:
-        criteria = [m for watch in (flag, halt) for m in watch.asked.criteria]
-        per_element = [m for m in criteria if isinstance(m, PerElement)]
-        scope = f" for {' '.join(flagged or halted or ())}" if per_element else ""
-        # What a criterion comes to is news to its user, who may not know which of two is the lower.
-        asked = (
-            f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else ""
-        )
-        raise ValueError(
-            f"flag is {flag.rule.threshold:.4g} eV/Å and halt is {halts:.4g} eV/Å{scope}, so no frame could "
-            f"be flagged before the run is halted. Give a flag below the halt.{asked}"
-        )
+def as_checks(checks: Check | Sequence[Check]) -> tuple[Check, ...]:
+    """One check or several as a tuple; raises TypeError for what is none."""
+    several = (checks,) if isinstance(checks, Check) else tuple(checks)
+    for check in several:
+        if not isinstance(check, Check):
+            raise TypeError(f"checks are objects such as Finite() or MaxTemperature(2000), not {check!r}.")
+    return several
 
 
 def as_actions(actions: Action | Sequence[Action] | None) -> tuple[Action, ...]:
@@ -217,18 +267,57 @@ def actions_of_levels(
     }
 
 
-def reduction_of(kind: str | float, elements: Sequence[str] | None, indices: Sequence[int] | None) -> Reduction:
-    """The reduction that a user's arguments mean.
+def _rules(policy: WatchPolicy) -> dict[Level, Rule]:
+    halt, flag, patience, at_once = policy.halt, policy.flag, policy.patience, policy.at_once
+    rules: dict[Level, Rule] = {}
+    if flag is not None:
+        rules["flag"] = as_rule(flag) if policy.refractory is None else Refractory(as_rule(flag), policy.refractory)
+    elif policy.refractory is not None:
+        raise ValueError("refractory belongs to flag, which is not given. Give flag too, for example flag=0.3 (eV/Å).")
+    if halt is not None:
+        rules["halt"] = as_rule(halt)
+    if patience is not None:
+        if halt is None:
+            raise ValueError("patience belongs to halt, which is not given. For a flag give flag=Patience(value, fs).")
+        if isinstance(halt, Rule):
+            raise ValueError(f"halt is already a rule, {halt}. Leave patience out, or give halt as a number.")
+        waiting = Patience(halt, patience)
+        rules["halt"] = waiting if at_once is None else AnyOf(waiting, Threshold(at_once))
+    elif at_once is not None:
+        raise ValueError(
+            f"at_once is where the run halts without patience, and no patience is given. Give patience in fs, or "
+            f"halt={at_once} alone."
+        )
+    return rules
 
-    Raises:
-        TypeError: The indices are a mask.
-    """
+
+def _reduction(policy: WatchPolicy) -> Reduction:
+    elements, indices = policy.elements, policy.indices
     if indices is not None and np.asarray(indices).dtype == bool:
         raise TypeError(
             "indices are numbers of atoms, not a mask, in which True would be atom 1. Give np.flatnonzero(mask)."
         )
     return Reduction(
-        kind,
+        policy.reduce,
         None if elements is None else (elements,) if isinstance(elements, str) else tuple(elements),
         None if indices is None else tuple(int(index) for index in indices),
+    )
+
+
+def _check_order_of_watches(flag: Watch, halt: Watch) -> None:
+    """Raises ValueError where a flag could never come before a halt on the same atoms."""
+    flagged, halted = flag.reduction.elements, halt.reduction.elements
+    if flagged is not None and halted is not None and not set(flagged) & set(halted):
+        return
+    # A rule that waits lets frames at its threshold be flagged, but a flag above it is a mistake all the same.
+    waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
+    halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
+    criteria = [m for watch in (flag, halt) for m in watch.asked.criteria]
+    per_element = any(isinstance(m, PerElement) for m in criteria)
+    check_order(
+        flag.rule.threshold,
+        halts,
+        f" for {' '.join(flagged or halted or ())}" if per_element else "",
+        # What a criterion comes to is news to its user, who may not know which of two is the lower.
+        f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else "",
     )

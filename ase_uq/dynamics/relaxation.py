@@ -7,9 +7,8 @@ a relaxation began to its minimum.
 
 import math
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TextIO, cast
+from typing import Any, Literal, TextIO, Unpack, cast
 
 import numpy as np
 from ase import Atoms, units
@@ -20,16 +19,14 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from ase.optimize.optimize import Optimizer
 from tqdm import tqdm
 
-from ase_uq.dynamics.checks import Check
 from ase_uq.dynamics.judging import checked
 from ase_uq.dynamics.monitor import UncertaintyMonitor
-from ase_uq.dynamics.rules import Rule
+from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
 from ase_uq.dynamics.structures import KEY
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
-from ase_uq.thresholds.criteria import Criterion, PerElement
 from ase_uq.thresholds.reduction import atom_norms
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
@@ -154,17 +151,13 @@ def relax(
     steps: int = 500,
     optimizer: str | type[Optimizer] = "bfgs",
     cell: bool = False,
-    halt: float | Criterion | PerElement | Rule | None = None,
-    flag: float | Criterion | PerElement | Rule | None = None,
-    reduce: str | float = "max",
-    elements: Sequence[str] | None = None,
-    indices: Sequence[int] | None = None,
-    checks: Sequence[Check] = (),
+    policy: WatchPolicy | None = None,
     before: int = 0,
     frames: str | os.PathLike[str] | None = None,
     log: str | os.PathLike[str] | TextIO | None = None,
     trajectory: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    **options: Unpack[WatchOptions],
 ) -> Relaxation:
     """Relaxes a structure until forces are small, or until the potential no longer knows.
 
@@ -181,27 +174,24 @@ def relax(
         steps: Most steps.
         optimizer: `"bfgs"`, `"lbfgs"`, `"fire"` or an optimiser class of ASE.
         cell: Whether to relax the cell too, with `FrechetCellFilter`.
-        halt: As of `UncertaintyMonitor`; None never stops.
-        flag: As of `UncertaintyMonitor`.
-        reduce: As of `UncertaintyMonitor`.
-        elements: As of `UncertaintyMonitor`.
-        indices: As of `UncertaintyMonitor`.
-        checks: As of `UncertaintyMonitor`.
+        policy: What is watched for, if anything; made of the `options` where it is left out.
         before: As of `UncertaintyMonitor`.
         frames: As of `UncertaintyMonitor`.
         log: As of `UncertaintyMonitor`.
         trajectory: Extended XYZ file to which every step is added, with its uncertainties.
         progress: Whether to show a progress bar.
+        options: Fields of `WatchPolicy`, such as `halt`, in place of a `policy`.
 
     Raises:
         ValueError: A number that is not positive, an unknown optimiser, a cell that is not periodic or has no stress,
             a calculator without uncertainties, or what `UncertaintyMonitor` refuses.
-        TypeError: `optimizer` is no optimiser of ASE.
+        TypeError: `optimizer` is no optimiser of ASE, or what `UncertaintyMonitor` refuses.
     """
     for name, value in (("fmax", fmax), ("steps", steps)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} of a relaxation is a positive number, not {value!r}.")
     make = _optimizer(optimizer)
+    policy = as_policy(policy, **options)
     calculator = checked(atoms.calc, uncertain=True)
     target = _cell(atoms, calculator) if cell else atoms
     start_energy, start_energy_uncertainty = _energy(atoms, calculator)
@@ -209,19 +199,8 @@ def relax(
     if trajectory is not None:
         run.attach(_add_frame, 1, trajectory, atoms, run)
     monitor = None
-    if any(option is not None for option in (halt, flag, frames, log)) or checks or before:
-        monitor = UncertaintyMonitor(
-            run,
-            halt=halt,
-            flag=flag,
-            reduce=reduce,
-            elements=elements,
-            indices=indices,
-            checks=checks,
-            before=before,
-            frames=frames,
-            log=log,
-        )
+    if policy.levels or before or frames is not None or log is not None:
+        monitor = UncertaintyMonitor(run, policy=policy, before=before, frames=frames, log=log)
     reason = ""
     with tqdm(total=steps, desc="relax", unit="step", disable=not progress) as bar:
         if progress:

@@ -3,20 +3,19 @@
 import os
 from collections.abc import Sequence
 from copy import deepcopy
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, Unpack
 
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator, Calculator, all_changes
 from ase.outputs import Properties
 
 from ase_uq.dynamics.actions import Action, Event
-from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, checked, symbols_looked_at
-from ase_uq.dynamics.policy import Watch, actions_of_levels, reduction_of, rules_of_levels
-from ase_uq.dynamics.rules import Level, Rule
+from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, as_policy
+from ase_uq.dynamics.rules import Level
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
-from ase_uq.thresholds.criteria import Criterion, PerElement
 
 
 class Record(NamedTuple):
@@ -53,18 +52,15 @@ class WatchedCalculator(Calculator):
 
     Args:
         calculator: Calculator with uncertainties, such as an `UncertainCalculator`.
-        halt: As in `UncertaintyMonitor`.
-        flag: As in `UncertaintyMonitor`.
-        reduce: As in `UncertaintyMonitor`.
-        elements: As in `UncertaintyMonitor`.
-        indices: As in `UncertaintyMonitor`.
-        checks: As in `UncertaintyMonitor`.
+        policy: What is watched for; made of the `options` where it is left out.
         frames: As in `UncertaintyMonitor`.
         log: As in `UncertaintyMonitor`.
         on_halt: As in `UncertaintyMonitor`.
         on_flag: As in `UncertaintyMonitor`.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
 
     Attributes:
+        policy: What is watched for.
         calculator: The wrapped calculator.
         implemented_properties: A list of this instance, with those of the wrapped one.
         last: The `Event` of the last judged calculation; None before.
@@ -72,32 +68,28 @@ class WatchedCalculator(Calculator):
 
     Raises:
         ValueError: As `UncertaintyMonitor` does, and for a rule that needs time.
-        TypeError: A threshold, a check or an action that is none.
+        TypeError: As `UncertaintyMonitor` does.
     """
 
     def __init__(
         self,
         calculator: BaseCalculator,
         *,
-        halt: float | Criterion | PerElement | Rule | None = None,
-        flag: float | Criterion | PerElement | Rule | None = None,
-        reduce: str | float = "max",
-        elements: Sequence[str] | None = None,
-        indices: Sequence[int] | None = None,
-        checks: Check | Sequence[Check] = (),
+        policy: WatchPolicy | None = None,
         frames: str | os.PathLike[str] | None = None,
         log: str | os.PathLike[str] | TextIO | None = None,
         on_halt: Action | Sequence[Action] | None = None,
         on_flag: Action | Sequence[Action] | None = None,
+        **options: Unpack[WatchOptions],
     ) -> None:
         super().__init__()
-        asked = {} if checks and halt is None and flag is None else rules_of_levels(halt, flag)
-        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
-        self.calculator = checked(calculator, uncertain=bool(asked))
+        self.policy = as_policy(policy, **options)
+        self._judge = Judge(self.policy)
+        self.calculator = checked(calculator, uncertain=bool(self.policy.rules))
         self.implemented_properties = list(calculator.implemented_properties)
         self._settle([])  # mistakes are told now, not at the first calculation
         self._symbols: list[str] | None = None
-        self._actions = actions_of_levels(self._judge.levels, frames, log, on_halt, on_flag)
+        self._actions = actions_of_levels(self.policy.levels, frames, log, on_halt, on_flag)
         self._n_calculations = 0
         self._is_judged = False
         self.last: Event | None = None
@@ -143,12 +135,12 @@ class WatchedCalculator(Calculator):
     def _judge_now(self) -> None:
         atoms = self.atoms
         assert atoms is not None
-        symbols = symbols_looked_at(self._judge.reduction, atoms)
+        symbols = symbols_looked_at(self.policy.reduction, atoms)
         if symbols != self._symbols:
             self._settle(symbols)
             self._symbols = symbols
         snapshot = Snapshot(atoms, self.results.get("energy"), self.results.get("forces"), None)
-        norms = norms_of(atoms, self.results) if self._judge.asked else None
+        norms = norms_of(atoms, self.results) if self.policy.rules else None
         verdict = self._judge([Observation(snapshot, norms)], None)
         if verdict is None:
             return

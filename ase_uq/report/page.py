@@ -27,6 +27,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.evaluate import Assessment, assess
 from ase_uq.diagnostics.latent import LatentMap, evenly, frame_features, principal_plane
 from ase_uq.diagnostics.table import UNITS
+from ase_uq.dynamics.policy import check_order
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.report import plots
 from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish
@@ -145,12 +146,10 @@ def _levels(
     for name, level in zip(("flag", "halt"), known, strict=True):
         if level is not None and not level > 0:
             raise ValueError(f"{name} is {level:g} eV/Å; a positive force uncertainty was expected.")
-    if known[0] is not None and known[1] is not None and known[0] >= known[1]:
-        raise ValueError(
-            f"flag is {known[0]:.4g} eV/Å and halt {known[1]:.4g} eV/Å: no frame lies between. Give a lower flag or a "
-            "higher halt."
-        )
-    return known[0], known[1]
+    flag, halt = known
+    if flag is not None and halt is not None:
+        check_order(flag, halt)
+    return flag, halt
 
 
 def _plane(backend: Backend, found: Survey, known: Mapping[str, Frames | None], batch_atoms: int) -> LatentMap | None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
+from ase_uq.dynamics.policy import check_order
 from ase_uq.errors import UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.results import annotated, drop_uncertainties
@@ -278,8 +279,7 @@ def _levels(
         return None
     low = -np.inf if flag is None else float(model.threshold(flag))
     high = np.inf if halt is None else float(model.threshold(halt))
-    if not low < high:
-        raise ValueError(f"flag, {low:g} eV/Å, is not below halt, {high:g} eV/Å: no frame lies between them.")
+    check_order(low, high)
     return low, high
 
 

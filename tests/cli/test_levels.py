@@ -5,7 +5,9 @@ import math
 import pytest
 import typer
 
-from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told
+from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told, watch_policy
+from ase_uq.dynamics.checks import Bonds, MaxTemperature
+from ase_uq.dynamics.policy import WatchPolicy
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
 
 
@@ -105,8 +107,9 @@ def test_what_is_no_reduction(text):
 
 @pytest.mark.parametrize("flag", [0.3, 0.2])
 def test_a_flag_at_or_above_the_halt_is_refused(flag):
-    with pytest.raises(typer.BadParameter, match=f"{flag} eV/Å is not below --halt, 0.2 eV/Å"):
+    with pytest.raises(typer.BadParameter, match=f"flag is {flag} eV/Å and halt is 0.2 eV/Å, so no") as caught:
         check_levels(flag, 0.2)
+    assert caught.value.param_hint == "'--flag'"
 
 
 def test_levels_in_order_and_meanings_pass():
@@ -133,15 +136,39 @@ def test_false_alarms_are_not_counted_by_element():
         per_element(FalseAlarms(per_run=0.05, ps=100), "--halt")
 
 
+def test_what_the_options_ask_to_watch_for():
+    assert watch_policy(0.3, 0.5, each_element=False, bonds=False) == WatchPolicy(flag=0.3, halt=0.5)
+    policy = watch_policy(
+        None, Quantile(0.9), each_element=True, bonds=True, max_temperature=900, patience=2, at_once=0.8, reduce="mean"
+    )
+    assert policy == WatchPolicy(
+        halt=PerElement(Quantile(0.9)),
+        patience=2,
+        at_once=0.8,
+        reduce="mean",
+        checks=(MaxTemperature(900), Bonds()),
+    )
+
+
+def test_options_that_ask_for_what_cannot_be_are_refused():
+    with pytest.raises(typer.BadParameter, match=r"flag is 0.5 eV/Å and halt is 0.3 eV/Å"):
+        watch_policy(0.5, 0.3, each_element=False, bonds=False)
+    with pytest.raises(typer.BadParameter, match="with --per-element it is a criterion"):
+        watch_policy(0.3, None, each_element=True, bonds=False)
+    with pytest.raises(ValueError, match="patience belongs to halt"):
+        watch_policy(0.3, None, each_element=False, bonds=False, patience=2)
+
+
 def test_what_a_meaning_comes_to_is_told_and_numbers_are_not():
     calculator = Calibrated()
-    levels = {"flag": Named(0.9), "halt": 0.5, "at once": None}
-    assert list(told(levels, calculator, "top3", ["C", "H", "H"])) == [
-        "flag: 0.25 eV/Å by Quantile(0.9): read as top3 (7 units, 3 needed)"
+    policy = WatchPolicy(flag=Named(0.9), halt=0.5, patience=1, at_once=Named(0.99), reduce="top3")
+    assert list(told(policy, calculator, ["C", "H", "H"])) == [
+        "flag: 0.25 eV/Å by Quantile(0.9): read as top3 (7 units, 3 needed)",
+        "at once: 0.25 eV/Å by Quantile(0.99): read as top3 (7 units, 3 needed)",
     ]
 
 
 def test_of_each_element_it_is_told_once():
-    lines = list(told({"halt": PerElement(Named(0.9))}, Calibrated(), "max", ["C", "H", "H"]))
+    lines = list(told(WatchPolicy(halt=PerElement(Named(0.9))), Calibrated(), ["C", "H", "H"]))
     assert [line.split(":")[0] for line in lines] == ["halt of C", "halt of H"]
     assert all("0.25 eV/Å by Quantile(0.9)" in line for line in lines)

@@ -1,5 +1,4 @@
 import csv
-import importlib
 import itertools
 import re
 import signal
@@ -12,6 +11,7 @@ from ase.calculators.lj import LennardJones
 from ase.constraints import FixAtoms
 from ase.io import read, write
 
+import ase_uq.dynamics.run
 from ase_uq import Quantile, UncertaintyModel, read_frames
 from ase_uq.cli import _stopwatch
 from ase_uq.sampling.ensembles import MDEnsemble, make_dynamics, set_temperature
@@ -415,8 +415,8 @@ def test_patience_and_reduction_reach_the_monitor(md):
         (["--halt", -1], "a threshold is a positive number in eV/Å, not -1"),
         (["--flag", 0], "a threshold is a positive number in eV/Å, not 0"),
         (["--halt", "nan"], "a threshold is a positive number in eV/Å, not nan"),
-        (["--halt", 0.2, "--flag", 0.3], "0.3 eV/Å is not below --halt, 0.2 eV/Å"),
-        (["--halt", 0.2, "--flag", 0.2], "0.2 eV/Å is not below --halt, 0.2 eV/Å"),
+        (["--halt", 0.2, "--flag", 0.3], "flag is 0.3 eV/Å and halt is 0.2 eV/Å, so no frame lies between"),
+        (["--halt", 0.2, "--flag", 0.2], "flag is 0.2 eV/Å and halt is 0.2 eV/Å, so no frame lies between"),
         (["--halt", 1, "--reduce", "median"], "'median' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--reduce", "0.x"], "'0.x' is none of max, mean and top3, nor a quantile"),
         (["--halt", 1, "--reduce", "0"], "'0' is none of max, mean and top3, nor a quantile"),
@@ -508,7 +508,7 @@ def test_ctrl_c_ends_with_a_whole_step_that_can_be_gone_on_from(md):
         return lambda: signal.raise_signal(signal.SIGINT) if dynamics.nsteps == 3 else None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("ase_uq.cli.verbs.md"), "_ramp", press)
+        patch.setattr(ase_uq.dynamics.run, "ramp", press)
         found = md(*words, "--temperature-end", 300, steps=500)
     assert found.exit_code == 130
     assert "interrupted at step 3; run.xyz ends with it" in found.stderr

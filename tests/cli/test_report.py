@@ -150,7 +150,7 @@ def test_frames_without_uncertainties(tell, files, tmp_path):
         (["--out", "report.txt"], 2, "give a name that ends in .html"),
         (["--plots", "file/a/b"], 1, "error: cannot write file/a: Not a directory"),
         (["--plots", "file"], 1, "error: file is a file, where a folder for pictures was expected"),
-        (["--flag", "0.5", "--halt", "0.4"], 2, "is not below --halt"),
+        (["--flag", "0.5", "--halt", "0.4"], 2, "flag is 0.5 eV/Å and halt is 0.4 eV/Å, so no frame lies between"),
         (["--flag", "q0.5", "--halt", "0.0001"], 1, "no frame lies between"),
         (["--halt", "alarms=0.05@100ps"], 1, "runs"),
         (["--train", "train.xyz"], 2, "needs the potential: give --model too"),

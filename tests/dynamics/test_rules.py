@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,11 +12,9 @@ from scipy.signal import lfilter
 
 from ase_uq.dynamics import cusum
 from ase_uq.dynamics.cusum import Cusum, cusum_limit
-from ase_uq.dynamics.policy import Watch, as_rule, rules_of_levels, settled
 from ase_uq.dynamics.rules import AllOf, AnyOf, Patience, Refractory, Rule, Threshold
 from ase_uq.thresholds.criteria import FalseAlarms, PerElement, Quantile
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
-from ase_uq.thresholds.reduction import Reduction
 
 READINGS = st.lists(st.floats(0, 2) | st.just(math.nan) | st.just(math.inf), max_size=40)
 LEVELS = st.floats(0.01, 2)
@@ -506,28 +504,6 @@ def test_numbers_of_any_make_and_things_that_become_one_are_thresholds():
         assert Threshold(value).threshold == float(value)
 
 
-def test_levels_are_given_as_numbers_meanings_or_rules():
-    assert as_rule(0.5) == Threshold(0.5)
-    assert as_rule(Quantile(0.9)) == Threshold(Quantile(0.9))
-    assert as_rule(PerElement(Quantile(0.9))) == Threshold(PerElement(Quantile(0.9)))
-    assert as_rule(Patience(0.5, 3)) == Patience(0.5, 3)
-    assert rules_of_levels(0.5, 0.3, 20) == {"flag": Threshold(0.3), "halt": Patience(0.5, 20)}
-    assert list(rules_of_levels(0.5, 0.3, None)) == ["flag", "halt"]
-
-
-def test_patience_at_once_and_refractory_time_are_put_around_the_levels():
-    element = PerElement(Quantile(0.9))
-    assert rules_of_levels(0.5, 0.3, 20, 1.5, 50) == {
-        "flag": Refractory(Threshold(0.3), 50),
-        "halt": AnyOf(Patience(0.5, 20), Threshold(1.5)),
-    }
-    assert rules_of_levels(element, element, 20, Quantile(0.99), 50) == {
-        "flag": Refractory(Threshold(element), 50),
-        "halt": AnyOf(Patience(element, 20), Threshold(Quantile(0.99))),
-    }
-    assert rules_of_levels(None, CUSUM, None, None, 50) == {"flag": Refractory(CUSUM, 50)}
-
-
 @pytest.mark.parametrize("value", [0, 0.0, -0.5, math.nan, -math.inf])
 @pytest.mark.parametrize("make", [Threshold, lambda value: Patience(value, fs=1)])
 def test_a_threshold_that_is_not_positive_is_refused(make, value):
@@ -567,147 +543,6 @@ def test_rules_over_time_say_that_optimisers_have_no_time():
         Refractory(Threshold(0.3), 5).judge(None, 0.0, None)
 
 
-def test_levels_that_make_no_sense_are_refused():
-    with pytest.raises(ValueError, match=r"nothing to watch for. Give halt, flag or both"):
-        rules_of_levels(None, None, None)
-    with pytest.raises(ValueError, match=r"patience belongs to halt, which is not given.*flag=Patience"):
-        rules_of_levels(None, 0.3, 20)
-    with pytest.raises(ValueError, match=r"halt is already a rule, a threshold of 0.5\. Leave patience out"):
-        rules_of_levels(Threshold(0.5), None, 20)
-    with pytest.raises(ValueError, match=r"refractory belongs to flag, which is not given"):
-        rules_of_levels(0.5, None, None, None, 20)
-    with pytest.raises(ValueError, match=r"at_once is where the run halts without patience, and no patience is given"):
-        rules_of_levels(0.5, None, None, 1.5)
-    with pytest.raises(ValueError, match=r"0.4 eV/Å triggers at once and is not above 0.5 eV/Å.*Give at_once above"):
-        rules_of_levels(0.5, None, 20, 0.4)
-
-
-# --- Settled by a calculator -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Calibrated:
-    """A calculator whose calibration frames hold 200 readings of carbon, of hydrogen twice as large, one of oxygen."""
-
-    runs: ReferenceRuns | None = None
-    asked: int = 0
-
-    def threshold_data(self, reduction: Reduction) -> ThresholdData:
-        self.asked += 1
-        carbon = np.linspace(0.1, 0.3, 200)
-        readings = {"C": carbon, "H": 2 * carbon, "O": np.array([1.0])}
-        if reduction.elements in (None, ("C", "H", "O")):
-            found = 2.5 * carbon
-        else:
-            (element,) = reduction.elements
-            found = readings.get(element, np.empty(0))
-        return ThresholdData(found, found, np.arange(len(found)), reduction, self.runs)
-
-
-class Bare:
-    """A calculator without calibration data."""
-
-
-SYMBOLS = ["C", "H", "H", "O", "N"]
-
-
-def test_numbers_need_no_calibration_data():
-    found = settled(rules_of_levels(0.5, 0.3, 20, 1.5, 50), Bare(), Reduction("mean"), SYMBOLS, 0.0)
-    assert found == {
-        "flag": (Watch(Refractory(Threshold(0.3), 50), Refractory(Threshold(0.3), 50), Reduction("mean")),),
-        "halt": (
-            Watch(
-                AnyOf(Patience(0.5, 20), Threshold(1.5)), AnyOf(Patience(0.5, 20), Threshold(1.5)), Reduction("mean")
-            ),
-        ),
-    }
-
-
-def test_a_meaning_is_settled_by_the_calibration_data_of_the_calculator():
-    calculator = Calibrated()
-    found = settled(rules_of_levels(Quantile(0.99), Quantile(0.9)), calculator, Reduction(), SYMBOLS, None)
-    (flag,), (halt,) = found["flag"], found["halt"]
-    pooled = 2.5 * np.linspace(0.1, 0.3, 200)
-    assert (flag.rule.threshold, halt.rule.threshold) == pytest.approx(tuple(np.quantile(pooled, [0.9, 0.99])))
-    assert flag.asked == Threshold(Quantile(0.9))
-    assert halt.rule.value.promise.startswith("0.99 of frames")
-    assert calculator.asked == 1
-
-
-def test_each_element_has_a_watch_of_its_own():
-    rule = PerElement(Quantile(0.9))
-    found = settled(rules_of_levels(rule, None, 20, 1.5), Calibrated(), Reduction(indices=(0, 1)), SYMBOLS, 0.0)
-    watches = {watch.reduction.elements: watch for watch in found["halt"]}
-    assert list(watches) == [("C",), ("H",), ("O",), ("N",)]
-    carbon = np.quantile(np.linspace(0.1, 0.3, 200), 0.9)
-    thresholds = [watch.rule.threshold for watch in found["halt"]]
-    # Oxygen has one frame and nitrogen none: both get the number of all atoms.
-    assert thresholds == pytest.approx([carbon, 2 * carbon, 2.5 * carbon, 2.5 * carbon])
-    shared = ["of all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
-    assert shared == [False, False, True, True]
-    for watch in found["halt"]:
-        assert watch.asked == AnyOf(Patience(rule, 20), Threshold(1.5))
-        assert watch.rule == AnyOf(Patience(watch.rule.threshold, 20), Threshold(1.5))
-        assert watch.reduction.indices == (0, 1)
-
-
-def test_elements_that_are_not_looked_at_have_no_watch():
-    found = settled(
-        {"flag": Threshold(PerElement(Quantile(0.5)))}, Calibrated(), Reduction(elements=("C", "H", "O")), SYMBOLS, None
-    )
-    assert [watch.reduction.elements for watch in found["flag"]] == [("C",), ("H",), ("O",)]
-
-
-def test_too_few_data_of_all_atoms_are_an_error():
-    with pytest.raises(ValueError, match=r"Quantile\(0.999\) needs at least 1000 calibration frames"):
-        settled(rules_of_levels(PerElement(Quantile(0.999)), None), Calibrated(), Reduction(), SYMBOLS, None)
-
-
-def test_a_cusum_is_settled_by_reference_runs():
-    readings = (np.exp(np.random.default_rng(8).normal(size=3000)),)
-    calculator = Calibrated(ReferenceRuns(readings, 0.5))
-    (watch,) = settled({"flag": Cusum(FalseAlarms(0.1, steps=500))}, calculator, Reduction(), SYMBOLS, 0.0)["flag"]
-    assert watch.rule.h > 0
-    with pytest.raises(ValueError, match=r"adds up over simulated time"):
-        settled({"flag": Cusum(FalseAlarms(0.1, steps=500))}, calculator, Reduction(), SYMBOLS, None)
-    with pytest.raises(ValueError, match=r"counts alarms in reference runs, and the uncertainty model has none"):
-        settled({"flag": Cusum(FalseAlarms(0.1, steps=500))}, Calibrated(), Reduction(), SYMBOLS, 0.0)
-
-
-@pytest.mark.parametrize("value", [Quantile(0.9), PerElement(Quantile(0.9))])
-def test_a_meaning_without_calibration_data_is_refused(value):
-    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn .*Quantile\(0.9\).* into a number"):
-        settled(rules_of_levels(value, None), Bare(), Reduction(), SYMBOLS, None)
-
-
-def test_meanings_in_the_wrong_order_are_named_with_what_to_do():
-    with pytest.raises(ValueError, match=r"Here flag is .*Quantile\(0.9\) and halt .*Quantile\(0.5\): exchange them"):
-        settled(rules_of_levels(Quantile(0.5), Quantile(0.9)), Calibrated(), Reduction(), SYMBOLS, None)
-
-
-def test_a_flag_that_is_not_below_the_halt_is_refused():
-    with pytest.raises(ValueError, match=r"flag is 0.5 eV/Å and halt is 0.5 eV/Å, so no frame could be flagged"):
-        settled(rules_of_levels(0.5, 0.5), Bare(), Reduction(elements=("C",)), ["C"], None)
-    with pytest.raises(ValueError, match=r"flag is .* and halt is .*so no frame could be flagged.*below the halt"):
-        settled(rules_of_levels(Quantile(0.9), Quantile(0.99)), Calibrated(), Reduction(), SYMBOLS, None)
-
-
-def test_a_flag_is_below_the_halt_for_each_element():
-    each = PerElement(Quantile(0.9))
-    # Carbon has 0.28, hydrogen 0.56, all atoms 0.7.
-    assert settled(rules_of_levels(PerElement(Quantile(0.99)), each), Calibrated(), Reduction(), ["C", "H"], None)
-    assert settled(rules_of_levels(each, 0.2), Calibrated(), Reduction(), ["C", "H"], None)
-    with pytest.raises(ValueError, match=r"flag is 0.3 eV/Å and halt is 0.28 eV/Å for C, so no frame"):
-        settled(rules_of_levels(each, 0.3), Calibrated(), Reduction(), ["C", "H"], None)
-    with pytest.raises(ValueError, match=r"flag is 0.56 eV/Å and halt is 0.5 eV/Å for H, so no frame"):
-        settled(rules_of_levels(0.5, each), Calibrated(), Reduction(), ["C", "H"], None)
-
-
-def test_meanings_that_turn_out_in_the_wrong_order_are_refused():
-    with pytest.raises(ValueError, match=r"0.4 eV/Å triggers at once and is not above .* which has patience"):
-        settled(rules_of_levels(Quantile(0.9), None, 20, 0.4), Calibrated(), Reduction(), SYMBOLS, 0.0)
-
-
 @pytest.mark.parametrize(
     ("rule", "at_once"),
     [
@@ -726,21 +561,3 @@ def test_from_this_reading_on_a_rule_triggers_at_the_first_step(rule, at_once):
         assert not rule.judge(None, at_once * 0.99, 0.0)[1]
     else:
         assert not rule.judge(None, 1.0, 0.0)[1]
-
-
-@pytest.mark.parametrize(
-    "halt",
-    [CUSUM, Patience(0.3, fs=20), AnyOf(Patience(0.2, fs=20), Threshold(1.0)), AnyOf(CUSUM, Threshold(1.0))],
-)
-def test_a_flag_may_stand_where_a_halt_still_waits(halt):
-    runs = tuple(np.exp(np.random.default_rng(0).normal(-3, 0.1, size=(10, 500))))
-    found = settled(
-        {"flag": Threshold(0.3), "halt": halt}, Calibrated(ReferenceRuns(runs, 1.0)), Reduction(), SYMBOLS, 0
-    )
-    assert found["halt"][0].rule.threshold < 0.3 or halt == Patience(0.3, fs=20)
-    assert found["flag"][0].rule == Threshold(0.3)
-
-
-def test_a_flag_above_a_patient_halt_is_a_mistake_all_the_same():
-    with pytest.raises(ValueError, match=r"flag is 0\.4 eV/Å and halt is 0\.3 eV/Å, so no frame could be flagged"):
-        settled({"flag": Threshold(0.4), "halt": Patience(0.3, fs=20)}, None, Reduction(), SYMBOLS, 0.0)

@@ -25,6 +25,7 @@ from ase_uq import (
     Threshold,
     UncertainCalculator,
     UncertaintyModel,
+    WatchPolicy,
     embedded,
     fit,
     read_frames,
@@ -468,6 +469,26 @@ def test_each_element_may_have_its_own_threshold_in_replicas_of_different_elemen
     assert watched == [[("H",), ("O",)], [("C",), ("H",)], [("C",), ("O",)]]
 
 
+def test_a_policy_and_its_fields_are_the_same(
+    model: UncertainModel, unwatched: tuple[np.ndarray, list[list[Atoms]]], tmp_path: Path
+):
+    level = level_between(unwatched[0])
+    fields: dict[str, Any] = {
+        "halt": level,
+        "flag": 0.6 * level,
+        "patience": 2.0,
+        "at_once": 5 * level,
+        "refractory": 5.0,
+    }
+    ends = []
+    for name, options in (("fields", fields), ("policy", {"policy": WatchPolicy(**fields)})):
+        monitor = ReplicaMonitor(model, frames=tmp_path / f"{name}.xyz", **options)
+        run(monitor, model, copies())
+        ends.append((monitor.policy, monitor.replicas, (tmp_path / f"{name}.xyz").read_text()))
+    assert ends[0] == ends[1]
+    assert any(replica.n_flagged for replica in monitor.replicas)
+
+
 def test_checks_halt_a_replica_as_well(model: UncertainModel):
     monitor = ReplicaMonitor(model, checks=MaxTemperature(1000))
     run(monitor, model, copies(3), n_steps=4, temperature=[50, 5000, 50])
@@ -638,6 +659,11 @@ def test_a_patience_in_a_relaxation_is_refused(model: UncertainModel):
     monitor = ReplicaMonitor(model, halt=0.5, patience=10)
     with pytest.raises(ValueError, match="waits in fs of simulated time, and an optimiser has none"):
         monitor.optimize(copies(1), optimizer=ts.Optimizer.fire)
+
+
+def test_a_policy_and_fields_are_refused(model: UncertainModel):
+    with pytest.raises(TypeError, match="a policy and flag were given"):
+        ReplicaMonitor(model, policy=WatchPolicy(halt=0.5), flag=0.3)
 
 
 def test_nothing_to_watch_for_is_refused(model: UncertainModel):

@@ -249,7 +249,7 @@ class TestRefusals:
             ({"strategy": "best"}, "strategy is one of 'lcmd', 'maxdet', .*, not 'best'"),
             ({"per": "atom"}, "per is one of 'structure', 'environment', not 'atom'"),
             ({"strategy": "bands", "flag": 0.1}, "chooses between two thresholds: give flag and halt"),
-            ({"flag": 0.5, "halt": 0.5}, "flag, 0.5 eV/Å, is not below halt, 0.5 eV/Å"),
+            ({"flag": 0.5, "halt": 0.5}, "flag is 0.5 eV/Å and halt is 0.5 eV/Å, so no frame lies between"),
             ({"duplicates": 1.0}, "duplicates is a share of the typical distance from 0 to below 1, not 1.0"),
             ({"strategy": "maxdet", "noise": -1.0}, "the noise is -1.0; a number above 0 was expected"),
         ],

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +10,7 @@ import typer
 
 from ase_uq.cli._interrupt import INTERRUPTED, ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
-from ase_uq.cli.levels import check_levels, per_element, threshold, told
+from ase_uq.cli.levels import threshold, told, watch_policy
 from ase_uq.cli.options import (
     UQ,
     Before,
@@ -32,8 +31,8 @@ from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
-    from ase import Atoms
     from ase.md.md import MolecularDynamics
+    from tqdm import tqdm
 
     from ase_uq.dynamics import UncertaintyMonitor
 
@@ -46,23 +45,6 @@ _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
     "--barostat-time": (MDEnsemble.npt,),
     "--pressure": (MDEnsemble.npt,),
 }
-
-
-@dataclass(frozen=True)
-class _Origin:
-    """Where a run begins to count.
-
-    Args:
-        step: Step of its first structure.
-        time_fs: Time of that step, fs.
-        written: Whether its frame is in the trajectory already.
-        judged: Whether an earlier run has judged that step.
-    """
-
-    step: int = 0
-    time_fs: float = 0.0
-    written: bool = False
-    judged: bool = False
 
 
 def md(
@@ -168,21 +150,35 @@ def md(
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
-    _check_watched(flag, halt)
+    if flag is None and halt is None:
+        raise typer.BadParameter(
+            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames).",
+            param_hint="'--flag' / '--halt'",
+        )
     check_before(before, frames)
-    if element:
-        flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
+    policy = watch_policy(
+        flag,
+        halt,
+        each_element=element,
+        bonds=bonds,
+        max_temperature=max_temperature,
+        patience=patience,
+        at_once=at_once,
+        refractory=refractory,
+        reduce=reduce,
+        every=every,
+    )
     check_xyz_names({"--frames": frames, "--trajectory": trajectory})
     check_outputs(trajectory, log, may_exist=append, otherwise="--append to add this run to it")
     for file in filter(None, (trajectory, log)):
         check_whole(file)
     import numpy as np
+    from tqdm import tqdm
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator, read_start
     from ase_uq.dynamics import UncertaintyMonitor
-    from ase_uq.dynamics.checks import Bonds as BondsCheck
-    from ase_uq.dynamics.checks import MaxTemperature
+    from ase_uq.dynamics.run import Origin, ramp, run_md
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 
@@ -190,12 +186,12 @@ def md(
     atoms = read_start(start)
     if not atoms.has("momenta"):
         set_thermal_momenta(atoms, temperature, rng)
-    origin = _Origin()
+    origin = Origin()
     if trajectory is not None and trajectory.exists() and trajectory.samefile(start):
-        origin = _end_of_run(atoms)
+        origin = Origin.at_end_of(atoms)
         # From the seed alone, it would be the noise of the first steps once more.
         rng = np.random.default_rng([seed, origin.step])
-    calculator = load_calculator(model, uq, device, dtype, every)
+    calculator = load_calculator(model, uq, device, dtype, policy.every)
     give_calculator(atoms, calculator)
     dynamics = make_dynamics(
         ensemble,
@@ -208,33 +204,26 @@ def md(
         pressure=pressure or 0.0,
         rng=rng,
     )
-    monitor = UncertaintyMonitor(
-        dynamics,
-        flag=flag,
-        halt=halt,
-        patience=patience,
-        at_once=at_once,
-        refractory=refractory,
-        reduce=reduce,
-        checks=[
-            *([MaxTemperature(max_temperature)] if max_temperature else []),
-            *([BondsCheck()] if bonds else []),
-        ],
-        before=before,
-        frames=frames,
-        log=log,
-    )
-    for line in told(
-        {"flag": flag, "halt": halt, "at once": at_once}, calculator, reduce, atoms.get_chemical_symbols()
-    ):
+    monitor = UncertaintyMonitor(dynamics, policy=policy, before=before, frames=frames, log=log)
+    for line in told(policy, calculator, atoms.get_chemical_symbols()):
         typer.echo(line, err=True)
-    if origin.judged:
-        place = {"step": origin.step, "time_fs": origin.time_fs, "judged_step": origin.step}
-        monitor.restore(monitor.state() | place)
     if temperature_end is not None:
-        dynamics.attach(_ramp(dynamics, temperature, temperature_end, steps))
+        dynamics.attach(ramp(dynamics, temperature, temperature_end, steps))
     stopwatch = Stopwatch(calculator)
-    halted = _run(dynamics, monitor, stopwatch, steps, trajectory, interval, origin)
+    dynamics.insert_observer(stopwatch.stop)
+    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
+        halted = run_md(
+            dynamics,
+            monitor,
+            steps,
+            trajectory=trajectory,
+            interval=interval,
+            origin=origin,
+            after_step=_progress(bar, dynamics, monitor, stopwatch),
+        )
+    if interruption.asked and not halted:
+        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
+        raise typer.Exit(INTERRUPTED)
     if every > 1:
         typer.echo(stopwatch.saved(every), err=halted)
     if halted:
@@ -268,61 +257,11 @@ def _check_finite(temperatures: dict[str, float | None]) -> None:
             raise typer.BadParameter("inf is no temperature.", param_hint=f"'{name}'")
 
 
-def _check_watched(flag: Any, halt: Any) -> None:
-    if flag is None and halt is None:
-        raise typer.BadParameter(
-            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames).",
-            param_hint="'--flag' / '--halt'",
-        )
-    check_levels(flag, halt)
-
-
-def _end_of_run(atoms: "Atoms") -> _Origin:
-    """The place of the last frame of a trajectory; the beginning where no run has written it."""
-    if not {"step", "time_fs"} <= atoms.info.keys():
-        return _Origin(written=True)
-    return _Origin(int(atoms.info["step"]), float(atoms.info["time_fs"]), written=True, judged=True)
-
-
-def _ramp(dynamics: "MolecularDynamics", start: float, end: float, steps: int) -> Callable[[], None]:
-    from ase_uq.sampling.ensembles import set_temperature
-
-    def heat() -> None:
-        set_temperature(dynamics, start + (end - start) * dynamics.nsteps / steps)
-
-    return heat
-
-
-def _run(
-    dynamics: "MolecularDynamics",
-    monitor: "UncertaintyMonitor",
-    stopwatch: Stopwatch,
-    steps: int,
-    trajectory: Path | None,
-    interval: int,
-    origin: _Origin,
-) -> bool:
-    """Runs with a progress bar and a trajectory that ends with the last step; returns whether it was halted.
-
-    Raises:
-        Exit: It was interrupted.
-    """
+def _progress(
+    bar: "tqdm", dynamics: "MolecularDynamics", monitor: "UncertaintyMonitor", stopwatch: Stopwatch
+) -> Callable[[], None]:
+    """Shows each step in a bar; the stopwatch, which is started last, does not count that."""
     from ase import units
-    from tqdm import tqdm
-
-    from ase_uq.errors import UncertaintyHalt
-    from ase_uq.io.frames import write_frames
-    from ase_uq.io.results import annotated
-
-    written = origin.step if origin.written else -1
-
-    def write() -> None:
-        nonlocal written
-        step = origin.step + dynamics.nsteps
-        if trajectory is not None and step > written:
-            written = step
-            info = {"step": step, "time_fs": origin.time_fs + dynamics.get_time() / units.fs}
-            write_frames(trajectory, [annotated(dynamics.atoms, **info)], append=True)
 
     started = perf_counter()
     reading = math.nan
@@ -336,25 +275,9 @@ def _run(
         kelvin = dynamics.atoms.get_temperature()
         bar.set_postfix_str(f"{reading:.3f} eV/Å, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
         bar.update(dynamics.nsteps - bar.n)
+        stopwatch.start()
 
-    dynamics.insert_observer(stopwatch.stop)
-    # The monitor comes next so that the bar shows its reading; a step at which it raises is the last one anyway.
-    dynamics.attach(monitor)
-    dynamics.attach(write, interval=interval)
-    halted = False
-    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
-        dynamics.attach(show)
-        dynamics.attach(stopwatch.start)
-        try:
-            dynamics.run(steps)
-        except UncertaintyHalt:
-            halted = True
-            show()
-    write()
-    if interruption.asked and not halted:
-        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
-        raise typer.Exit(INTERRUPTED)
-    return halted
+    return show
 
 
 def _interrupted_message(step: int, trajectory: Path | None) -> str:

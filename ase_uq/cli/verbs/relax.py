@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.levels import check_levels, per_element, told
+from ase_uq.cli.levels import told, watch_policy
 from ase_uq.cli.options import (
     UQ,
     Before,
@@ -76,16 +76,13 @@ def relax(
     """
     if not fmax > 0:
         raise typer.BadParameter(f"{fmax} is not positive.", param_hint="'--fmax'")
-    check_levels(flag, halt)
     check_before(before, frames)
-    if element:
-        flag, halt = per_element(flag, "--flag"), per_element(halt, "--halt")
+    policy = watch_policy(flag, halt, each_element=element, bonds=bonds, reduce=reduce)
     check_xyz_names({"--out": out, "--trajectory": trajectory, "--frames": frames})
     check_outputs(out, trajectory, log, may_exist=overwrite)
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator, read_start
-    from ase_uq.dynamics.checks import Bonds as BondsCheck
     from ase_uq.dynamics.relaxation import relax as relax_atoms
     from ase_uq.io.frames import write_frames
     from ase_uq.io.results import annotated
@@ -94,7 +91,7 @@ def relax(
     atoms = read_start(start)
     calculator = load_calculator(model, uq, device, dtype)
     give_calculator(atoms, calculator)
-    for line in told({"flag": flag, "halt": halt}, calculator, reduce, atoms.get_chemical_symbols()):
+    for line in told(policy, calculator, atoms.get_chemical_symbols()):
         typer.echo(line, err=True)
     for file in filter(None, (trajectory, log)):
         file.unlink(missing_ok=True)  # both are added to, step by step
@@ -104,10 +101,7 @@ def relax(
         steps=steps,
         optimizer=optimizer.value,
         cell=cell,
-        halt=halt,
-        flag=flag,
-        reduce=reduce,
-        checks=(BondsCheck(),) if bonds else (),
+        policy=policy,
         before=before,
         frames=frames,
         log=log,

@@ -2,10 +2,10 @@
 
 import copy
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, Unpack, cast
 
 import numpy as np
 import torch
@@ -17,15 +17,13 @@ from torch_sim.models.interface import ModelInterface
 from torch_sim.state import get_attrs_for_scope
 
 from ase_uq.dynamics.actions import Event, Flag
-from ase_uq.dynamics.checks import Check, Snapshot
+from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, symbols_looked_at
-from ase_uq.dynamics.policy import reduction_of, rules_of_levels
-from ase_uq.dynamics.rules import Criterion, Rule
+from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.engines.torchsim.model import UncertainModel
 from ase_uq.io.results import annotated
 from ase_uq.prediction import Prediction
-from ase_uq.thresholds.criteria import PerElement
 
 # Carried by the systems of a run: which replica each one is, wherever an autobatcher puts it.
 _REPLICA = "replica"
@@ -72,43 +70,31 @@ class ReplicaMonitor:
 
     Args:
         model: The model to run, which turns criteria into numbers.
-        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, at which a replica is halted.
-        flag: The same for frames to keep; below `halt`.
-        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
-        elements: Chemical symbols to look at; None for all.
-        indices: Indices of atoms within each replica to look at; None for all.
-        patience: fs that the reading must stay above `halt` before the replica is halted.
-        checks: What halts a replica beside the uncertainty: `MaxTemperature(2000)`, `Bonds()`. With them `halt` and
-            `flag` may be left out.
+        policy: What is watched for; made of the `options` where it is left out. `indices` are those of each replica.
         frames: Extended XYZ file to which every flagged frame and the halting ones are appended, with all results and
             the number of the `replica` beside the keys that `Flag` writes.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
 
     Attributes:
+        policy: What is watched for.
         replicas: What became of each system in the last run, in their order; empty before.
 
     Raises:
-        ValueError: No level, or a file that cannot be written.
-        TypeError: A threshold or check that is none.
+        ValueError: What `WatchPolicy` refuses, nothing to watch for, or a file that cannot be written.
+        TypeError: A threshold or check that is none, or a policy and options.
     """
 
     def __init__(
         self,
         model: UncertainModel,
         *,
-        halt: float | Criterion | PerElement | Rule | None = None,
-        flag: float | Criterion | PerElement | Rule | None = None,
-        reduce: str | float = "max",
-        elements: Sequence[str] | None = None,
-        indices: Sequence[int] | None = None,
-        patience: float | None = None,
-        checks: Check | Sequence[Check] = (),
+        policy: WatchPolicy | None = None,
         frames: str | os.PathLike[str] | None = None,
+        **options: Unpack[WatchOptions],
     ) -> None:
         self.model = model
-        levels = (halt, flag, patience)
-        # Checks alone are enough to watch for.
-        asked = {} if checks and levels.count(None) == len(levels) else rules_of_levels(*levels)
-        self._judge = Judge(asked, reduction_of(reduce, elements, indices), checks)
+        self.policy = as_policy(policy, **options)
+        self._judge = Judge(self.policy)
         self._keep = None if frames is None else Flag(frames)
         self._watched = _Watched(model)
         self._judges: list[Judge] = []
@@ -199,7 +185,7 @@ class ReplicaMonitor:
         settled: dict[tuple[str, ...], Judge] = {}
         self._judges, self.replicas = [], []
         for number, atoms in enumerate(frames):
-            symbols = symbols_looked_at(self._judge.reduction, atoms)
+            symbols = symbols_looked_at(self.policy.reduction, atoms)
             if (kind := tuple(sorted(set(symbols)))) not in settled:
                 settled[kind] = copy.deepcopy(self._judge)
                 # Of a calculator only its calibration data are asked for, and the model knows them as well.
