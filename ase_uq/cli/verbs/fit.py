@@ -1,4 +1,4 @@
-"""`ase-uq fit`: labelled frames in, uncertainty model out."""
+"""`ase-uq fit`: takes labelled frames and writes an uncertainty model."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -10,7 +10,7 @@ from ase_uq.cli.options import BatchAtoms, Device, DType, EnergyKey, ForcesKey, 
 
 
 class Features(StrEnum):
-    """What the leverage of an atom looks at."""
+    """The features that the leverage of an atom is computed from."""
 
     latent = "latent"
     last_layer = "last_layer"
@@ -19,14 +19,15 @@ class Features(StrEnum):
 def fit(
     model: Model,
     train: Annotated[
-        Path, typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or like them.")
+        Path,
+        typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or frames like them."),
     ],
     calibration: Annotated[
         Path,
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="Labelled frames that it has never seen, from runs of their own: they set the scale.",
+            help="Labelled frames that the potential has never seen, from separate runs: they set the scale.",
         ),
     ],
     out: Annotated[
@@ -40,7 +41,7 @@ def fit(
         typer.Option(
             "--perturbed",
             metavar="FILE",
-            help="Labelled bad frames, as `ase-uq perturb-frames` makes them, for thresholds such as miss=0.1@0.3.",
+            help="Labelled bad frames, made with `ase-uq perturb-frames`, for thresholds such as miss=0.1@0.3.",
         ),
     ] = None,
     methods: Annotated[
@@ -48,13 +49,15 @@ def fit(
         typer.Option(
             "--methods",
             metavar="NAMES",
-            help="Methods, with commas between: bll, pdrum, kernel, mahalanobis, knn, gmm, pops, ntk, committee, "
+            help="Methods, separated by commas: bll, pdrum, kernel, mahalanobis, knn, gmm, pops, ntk, committee, "
             "confidence. Several are combined.",
         ),
     ] = "bll,pdrum,kernel",
     features: Annotated[
         Features,
-        typer.Option("--features", help="What bll measures distances in: invariants of all layers, or the last one."),
+        typer.Option(
+            "--features", help="Features in which bll measures distances: those of all layers, or the last one."
+        ),
     ] = Features.latent,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -64,10 +67,10 @@ def fit(
     batch_atoms: BatchAtoms = 1000,
     seed: Seed = 0,
 ) -> None:
-    """Fit what a potential does not know, once, into one small file.
+    """Fit the uncertainty model of a potential, once, and write it to one small file.
 
-    Training frames say what it has seen; calibration frames, which it has not, turn that into eV and eV/Å. A few
-    hundred of each are good. Energies and stresses are calibrated where the frames have them.
+    Training frames show what the potential has seen; calibration frames, which it has not seen, turn that into eV and
+    eV/Å. A few hundred of each are good. Energies and stresses are calibrated if the frames have them.
 
     [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
     """
