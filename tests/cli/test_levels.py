@@ -60,7 +60,7 @@ def test_a_word_is_a_number_or_a_meaning(text, level):
         ("missing=0.1@0.3", "it has none of the known forms"),
         ("miss=0.1@far", "'far' is not a number"),
         ("miss=10@0.3", "at_most lies between 0 and 1, not at 10.0"),
-        ("miss=0.1@-1", "a tolerated force error is a positive number in eV/Å, not -1.0"),
+        ("miss=0.1@-1", "a tolerated force error must be a positive number in eV/Å, not -1.0"),
         ("miss=0.1@0.3/2", "confidence lies between 0 and 1, not at 2.0"),
         ("bound=95@0.3", "confidence lies between 0 and 1, not at 95.0"),
         ("bound=0.95@", "'' is not a number"),
@@ -68,8 +68,8 @@ def test_a_word_is_a_number_or_a_meaning(text, level):
         ("alarms=0.05@100fs", "'100fs' is neither a time like 100ps nor a number of readings like 20000"),
         ("alarms=0.05@2e4", "'2e4' is neither a time like 100ps nor a number of readings like 20000"),
         ("alarms=5@100ps", "per_run lies between 0 and 1, not at 5.0"),
-        ("alarms=0.05@0", "the length of a run is positive, not 0"),
-        ("alarms=0.05@-1ps", "the length of a run is positive, not -1.0"),
+        ("alarms=0.05@0", "the length of a run must be positive, not 0"),
+        ("alarms=0.05@-1ps", "the length of a run must be positive, not -1.0"),
     ],
 )
 def test_another_word_is_refused_with_what_is_wrong_and_all_forms(text, what):

@@ -643,7 +643,7 @@ def test_each_element_has_a_watch_of_its_own():
     thresholds = [watch.rule.threshold for watch in found["halt"]]
     # Oxygen has one frame and nitrogen none: both get the number of all atoms.
     assert thresholds == pytest.approx([carbon, 2 * carbon, 2.5 * carbon, 2.5 * carbon])
-    shared = ["of all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
+    shared = ["from all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
     assert shared == [False, False, True, True]
     for watch in found["halt"]:
         assert watch.asked == AnyOf(Patience(rule, 20), Threshold(1.5))
@@ -670,7 +670,7 @@ def test_a_cusum_is_settled_by_reference_runs():
     assert watch.rule.h > 0
     with pytest.raises(ValueError, match=r"adds up over simulated time"):
         settled({"flag": Cusum(FalseAlarms(0.1, steps=500))}, calculator, Reduction(), SYMBOLS, None)
-    with pytest.raises(ValueError, match=r"counts alarms in reference runs, and the uncertainty model has none"):
+    with pytest.raises(ValueError, match=r"counts alarms in reference runs, but the uncertainty model has none"):
         settled({"flag": Cusum(FalseAlarms(0.1, steps=500))}, Calibrated(), Reduction(), SYMBOLS, 0.0)
 
 
