@@ -1,4 +1,4 @@
-"""The ensembles of `ase-uq md`: ASE's dynamics, with options that belong to them."""
+"""The ensembles of `ase-uq md`: the dynamics of ASE, and the options that belong to each."""
 
 import math
 from enum import StrEnum
@@ -14,7 +14,7 @@ THERMOSTAT_TIME, BAROSTAT_TIME, FRICTION = 100.0, 1000.0, 0.01  # fs, fs, 1/fs
 
 
 class MDEnsemble(StrEnum):
-    """The ensembles: NVT by Langevin or Bussi, NVE, and NPT at a shape of the cell that stays."""
+    """The ensembles: NVT by Langevin or Bussi, NVE, and NPT with a fixed shape of the cell."""
 
     langevin = "langevin"
     nve = "nve"
@@ -22,7 +22,7 @@ class MDEnsemble(StrEnum):
     npt = "npt"
 
 
-# Options that only some of them have.
+# Options that only some of the ensembles have.
 _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
     "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
     "--friction": (MDEnsemble.langevin,),
@@ -33,19 +33,19 @@ _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
 
 
 def check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
-    """Refuses options that an ensemble has no use for.
+    """Refuses options that an ensemble does not use.
 
     Args:
         ensemble: The ensemble.
-        given: Values of the options of `_BELONG`; None where one was not given.
+        given: Values of the options of `_BELONG`; None for an option that was not given.
 
     Raises:
-        BadParameter: One of them belongs to others.
+        BadParameter: An option belongs to other ensembles.
     """
     for option, value in given.items():
         if value is not None and ensemble not in _BELONG[option]:
             raise typer.BadParameter(
-                f"it belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
+                f"this option belongs to --ensemble {' and '.join(_BELONG[option])}, not to {ensemble}. Leave it out.",
                 param_hint=f"'{option}'",
             )
 
@@ -67,12 +67,12 @@ def make_dynamics(
     Args:
         ensemble: The ensemble.
         atoms: Structure with velocities and a calculator.
-        timestep: fs.
-        temperature: K.
-        friction: Of Langevin, 1/fs.
-        thermostat_time: Of Bussi and NPT, fs.
-        barostat_time: Of NPT, fs.
-        pressure: Of NPT, GPa.
+        timestep: Time step, fs.
+        temperature: Temperature of the thermostat, K.
+        friction: Friction of the Langevin thermostat, 1/fs.
+        thermostat_time: Time constant of the thermostat of Bussi and of NPT, fs.
+        barostat_time: Time constant of the barostat of NPT, fs.
+        pressure: Pressure of NPT, GPa.
         rng: Generator of the noise.
 
     Raises:
@@ -85,7 +85,7 @@ def make_dynamics(
     dt = timestep * units.fs
     match ensemble:
         case MDEnsemble.langevin:
-            # With `fixcm` the centre of mass would stand still and small systems be sampled at a wrong temperature.
+            # With `fixcm` the centre of mass would not move, and small systems would have a wrong temperature.
             return Langevin(atoms, dt, temperature_K=temperature, friction=friction / units.fs, fixcm=False, rng=rng)
         case MDEnsemble.nve:
             return VelocityVerlet(atoms, dt)
@@ -114,19 +114,19 @@ def _bussi(atoms: "Atoms", dt: float, temperature: float, time: float, rng: Any)
 
     if not atoms.get_momenta().any():
         raise ValueError(
-            "Bussi's thermostat scales velocities, and all of them are zero at the start. Give a --temperature above 0 "
+            "Bussi's thermostat scales velocities, but all of them are zero at the start. Give a --temperature above 0 "
             "and a START without velocities, or take --ensemble langevin."
         )
     dynamics = Bussi(atoms, dt, temperature_K=temperature, taut=time, rng=rng)
-    # ASE counts the centre of mass and rotation, which never get any of the heat: the rest would be too hot for it,
-    # a small molecule by a third.
+    # ASE also counts the centre of mass and the rotation, which never get any heat: the other degrees of freedom would
+    # be too hot, in a small molecule by a third.
     dynamics.ndof = _n_heated(atoms)
     set_temperature(dynamics, temperature)
     return dynamics
 
 
 def _n_heated(atoms: "Atoms") -> int:
-    """Degrees of freedom that share their energy: without translation and rotation where these are at rest."""
+    """Number of degrees of freedom that share energy: without translation and rotation if these are at rest."""
     import numpy as np
 
     n_heated = atoms.get_number_of_degrees_of_freedom()
@@ -150,13 +150,13 @@ def _npt(
 
     if not atoms.pbc.all():
         raise ValueError(
-            "--ensemble npt changes the volume of a cell, and START is not periodic along all three vectors. Take "
+            "--ensemble npt changes the volume of a cell, but START is not periodic along all three vectors. Take "
             "langevin, bussi or nve, or a START with a periodic cell."
         )
     if atoms.constraints:
         raise ValueError(
-            "--ensemble npt of ASE knows no constraints, and START has some. Take langevin, bussi or nve, or a START "
-            "without them."
+            "--ensemble npt of ASE does not support constraints, but START has some. Take langevin, bussi or nve, or a "
+            "START without them."
         )
     if not math.isfinite(pressure):
         raise ValueError(f"--pressure is a number in GPa, not {pressure:g}.")
