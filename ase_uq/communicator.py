@@ -1,4 +1,4 @@
-"""Sums over ranks. A fit that is a sum needs nothing else to run on many devices.
+"""Sums over ranks. A fit that is made of sums needs nothing else to run on many devices.
 
 torchrun --nproc-per-node 4 your_fit.py      # with torch.distributed initialised by your script
 """
@@ -13,18 +13,18 @@ from torch import Tensor
 
 
 class Communicator(Protocol):
-    """What a fit asks of the ranks it runs on."""
+    """What a fit needs from the ranks it runs on."""
 
     rank: int
     size: int
 
     def sum(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum of the statistics of all ranks, the same on each."""
+        """The sum of the statistics over all ranks; the same on each rank."""
         ...
 
 
 class Serial:
-    """One process."""
+    """A single process."""
 
     rank = 0
     size = 1
@@ -45,11 +45,11 @@ class Distributed:
             raise RuntimeError("torch.distributed is not initialised: call init_process_group first.")
         self.rank = dist.get_rank()
         self.size = dist.get_world_size()
-        # NCCL sums on GPUs only, and a rank without frames has its empty statistics on the CPU.
+        # NCCL sums only on GPUs, and the empty statistics of a rank without frames are on the CPU.
         self._device = torch.device("cuda" if "nccl" in dist.get_backend() else "cpu")
 
     def sum(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        # One flat message: many small ones cost more than they carry.
+        # One flat message, since many small messages cost more time than their contents.
         flat = torch.cat([statistics[name].reshape(-1) for name in sorted(statistics)])
         home = flat.device
         flat = flat.to(self._device)
@@ -64,9 +64,10 @@ class Distributed:
 
 
 def gather(rows: Tensor | None, communicator: Communicator) -> Tensor | None:
-    """The (n, width) rows of all ranks in float64, rank after rank and the same on each; None where no rank has any.
+    """The (n, width) rows of all ranks in float64, one rank after the other; None if no rank has any.
 
-    A rank without rows takes part with None: it learns their width from the others.
+    The result is the same on each rank. A rank without rows takes part with None and learns their width from the
+    others.
     """
     device = torch.device("cpu") if rows is None else rows.device
     message = torch.zeros(communicator.size, 2, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""The whole story on an embedded potential: heat until it no longer knows, then ask the reference who was right.
+"""The whole story on an embedded potential: heat until it no longer knows, then ask the reference for the errors.
 
 Malonaldehyde, whose potential was trained at 300 K, is held at 300 K and then heated to 2000 K. The run flags frames
 and halts itself by the predicted uncertainty; the reference method, GFN2-xTB, then says how wrong the forces were.
@@ -34,7 +34,7 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 COLD, HOT = 300.0, 2000.0  # K
 TIMESTEP = 0.5  # fs; the transferring proton wants a short step
 FLAG = Quantile(0.99)
-HALT_BY_FLAG = 2.5  # halted at this many times the flag
+HALT_BY_FLAG = 2.5  # the default halt, in units of the flag
 PROTON, DONOR, ACCEPTOR = 5, 0, 4  # atoms of the hydrogen bond
 _MOST_LABELS, _COLD_LABELS, _ROWS = 40, 6, 8
 
@@ -44,12 +44,12 @@ class Run:
     """The heated run, step by step.
 
     Args:
-        time: (n,) fs.
-        temperature: (n,) of the thermostat, K.
-        readings: (n,) largest ε_i of the step, eV/Å.
-        flag: Threshold, eV/Å.
-        halt: Threshold, eV/Å.
-        halted: Why and when it halted itself; empty if it did not.
+        time: (n,) time of each step, fs.
+        temperature: (n,) temperature of the thermostat, K.
+        readings: (n,) largest ε_i of each step, eV/Å.
+        flag: Threshold from which on frames are flagged, eV/Å.
+        halt: Threshold from which on the run is halted, eV/Å.
+        halted: Why and when the run halted itself; empty if it did not.
     """
 
     time: np.ndarray
@@ -62,16 +62,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One frame, as predicted and as the reference has it.
+    """One frame, as predicted and as labelled by the reference.
 
     Args:
-        time: fs.
-        temperature: Of the thermostat, K.
+        time: Time of the frame, fs.
+        temperature: Temperature of the thermostat, K.
         predicted: Largest ε_i, eV/Å.
         largest_error: Largest ‖F_ref - F‖ of an atom, eV/Å.
         rms_error: Root mean square of ‖F_ref - F‖ over the atoms, eV/Å.
-        is_flagged: Whether the run flagged it.
-        proton_moved: Whether the proton is closer to the other oxygen than to its own.
+        is_flagged: Whether the run flagged the frame.
+        proton_moved: Whether the proton is closer to the other oxygen than to the one it started at.
     """
 
     time: float
@@ -85,14 +85,14 @@ class Comparison:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """The results of the demo.
 
     Args:
-        run: The run.
-        comparisons: Frames that the reference was asked for, in the order of time.
+        run: The heated run.
+        comparisons: The frames that the reference labelled, in the order of time.
         flagged: File with the flagged frames.
         labelled: File with the frames that have reference labels.
-        figure: File with both along the run.
+        figure: Picture of uncertainties and errors along the run.
     """
 
     run: Run
@@ -116,13 +116,13 @@ def run_demo(
     """Heats malonaldehyde until the run halts itself, and compares with the reference.
 
     Args:
-        folder: For `flagged.xyz`, `labelled.xyz` and `demo.png`; files of an earlier demo are replaced.
+        folder: Folder for `flagged.xyz`, `labelled.xyz` and `demo.png`; files of an earlier demo are replaced.
         potential: `mace`, `orb-direct` or `orb-conservative`.
-        seed: Of velocities and thermostat.
-        cold_steps: Steps at 300 K.
-        heating_steps: Steps in which 2000 K would be reached.
+        seed: Seed of velocities and thermostat.
+        cold_steps: Number of steps at 300 K.
+        heating_steps: Number of steps from 300 K to 2000 K.
         halt: Uncertainty at which the run is halted, eV/Å; by default two and a half times the flag.
-        tell: Gets a line at a time.
+        tell: Function that receives the text, one line at a time.
         progress: Whether to show a progress bar.
 
     Raises:
@@ -143,7 +143,7 @@ def run_demo(
     tell(f"Holding it at {COLD:.0f} K for {cold_steps * TIMESTEP:.0f} fs, then heating towards {HOT:.0f} K ...")
     start = read(embedded.path("malonaldehyde.xyz"))
     assert isinstance(start, Atoms)
-    atoms = Atoms(start.numbers, start.positions, calculator=calculator)  # without the labels of the file
+    atoms = Atoms(start.numbers, start.positions, calculator=calculator)  # leaves out the labels of the file
     flag = calculator.threshold(FLAG)
     levels = (flag, HALT_BY_FLAG * flag if halt is None else halt)
     run, cold_frames = _heat(atoms, (cold_steps, heating_steps), levels, flagged, seed, progress)
@@ -169,7 +169,10 @@ def _check_installed() -> None:
 def _heat(
     atoms: Atoms, steps: tuple[int, int], levels: tuple[float, float], flagged: Path, seed: int, progress: bool
 ) -> tuple[Run, list[Atoms]]:
-    """The run, and frames of its cold part that were not flagged; `steps` cold and heating, `levels` flag and halt."""
+    """The run, and the frames of its cold part that were not flagged.
+
+    `steps` are the numbers of cold and of heating steps, `levels` the thresholds for flag and halt.
+    """
     (cold_steps, heating_steps), (flag, halt) = steps, levels
     rng = np.random.default_rng(seed)
     set_thermal_momenta(atoms, COLD, rng)
@@ -190,10 +193,10 @@ def _heat(
         bar.update(step - bar.n)
 
     halted = ""
-    # Held hot for as long again: where it halts is chance, that it does should not be.
+    # Held hot for as long again: it is a matter of chance where the run halts, but not whether it halts.
     most = cold_steps + 2 * heating_steps
     with tqdm(total=most, unit="step", disable=not progress, leave=False) as bar:
-        dynamics.attach(record)  # before the monitor, so that it sees the last step
+        dynamics.attach(record)  # before the monitor, so that the last step is recorded
         dynamics.attach(monitor)
         try:
             dynamics.run(most)
@@ -208,7 +211,7 @@ def _heat(
 
 
 def _compare(frames: Sequence[Atoms], run: Run, labelled: Path, progress: bool) -> list[Comparison]:
-    """Labels frames with the reference, one after the other onto the disk."""
+    """Labels frames with the reference and writes each to the file at once."""
     from tblite.ase import TBLite
 
     reference = TBLite(method="GFN2-xTB", verbosity=0)
@@ -219,7 +222,7 @@ def _compare(frames: Sequence[Atoms], run: Run, labelled: Path, progress: bool) 
             exact = Atoms(frame.numbers, frame.positions, calculator=reference)
             forces, energy = exact.get_forces(), exact.get_potential_energy()
         except CalculationFailed:
-            continue  # its self-consistency does not converge on every broken molecule
+            continue  # the self-consistency cycle does not converge for every broken molecule
         time = float(frame.info.get("flag_time_fs", frame.info.get("time_fs", 0.0)))
         errors = np.linalg.norm(forces - frame.calc.results["forces"], axis=1)
         rows.append(
@@ -240,7 +243,7 @@ def _compare(frames: Sequence[Atoms], run: Run, labelled: Path, progress: bool) 
 
 
 def _table(comparisons: Sequence[Comparison]) -> list[str]:
-    """A few frames of either kind, as lines."""
+    """A few flagged and a few cold frames, as lines of a table."""
     flagged = [row for row in comparisons if row.is_flagged]
     cold = [row for row in comparisons if not row.is_flagged]
     head = "   time  thermostat  uncertainty  largest error  RMS error   the proton"
@@ -281,7 +284,7 @@ def _draw(run: Run, comparisons: Sequence[Comparison], path: Path) -> None:
     errors = np.full(len(run.time), np.nan)
     for row in comparisons:
         errors[np.argmin(np.abs(run.time - row.time))] = row.largest_error
-    # Logarithmic: far from home, errors are many times the uncertainty.
+    # Logarithmic, since far from the data errors are many times the uncertainty.
     levels = {"flag": run.flag, "halt": run.halt, "log": True}
     ax = plots.run(run.time, run.readings, errors=errors, temperature=run.temperature, **levels)
     figure = ax.get_figure(root=True)
@@ -291,6 +294,6 @@ def _draw(run: Run, comparisons: Sequence[Comparison], path: Path) -> None:
 
 
 def _stored_std(atoms: Atoms) -> np.ndarray:
-    """(n_atoms, 3) standard deviations of the forces that the calculator of a structure holds, eV/Å."""
+    """(n_atoms, 3) standard deviations of the forces in the calculator results of a structure, eV/Å."""
     assert atoms.calc is not None
     return atoms.calc.results["forces_uncertainty"]

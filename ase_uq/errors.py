@@ -1,12 +1,12 @@
-"""The exceptions a caller may want to catch. Everything else is a `ValueError` or a `TypeError`.
+"""The exceptions a caller may want to catch. All other errors are a `ValueError` or a `TypeError`.
 
 UQError
- ├─ MissingDependency      a potential's package is not installed; the message has the pip line
- ├─ ArtefactError          a file is not ours, newer than this package, truncated or altered
- ├─ PotentialMismatch      an uncertainty model meets a potential it was not fitted on
- ├─ LabelError             frames without labels, with labels that are not finite, or too few of them
+ ├─ MissingDependency      the package of a potential is not installed; the message has the pip line
+ ├─ ArtefactError          a file was not written by this package, or is newer than it, truncated or altered
+ ├─ PotentialMismatch      an uncertainty model is used with a potential it was not fitted on
+ ├─ LabelError             frames have no labels, labels that are not finite, or there are too few of them
  ├─ InputError             atoms that no potential can take: no atoms, NaN positions, a missing charge
- └─ UncertaintyHalt        raised out of a run by `Halt`; carries the step, the reading and the threshold
+ └─ UncertaintyHalt        raised by `Halt` to end a run; carries the step, the reading and the threshold
 """
 
 import difflib
@@ -20,11 +20,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class UQWarning(UserWarning):
-    """Something the user should look at, though the work went on."""
+    """Something the user should look at, although the work continued."""
 
 
 class UQError(Exception):
-    """Base of every error that `ase_uq` raises on purpose and names itself."""
+    """Base of the error classes that `ase_uq` defines."""
 
 
 class MissingDependency(UQError, ImportError):
@@ -51,7 +51,7 @@ class UncertaintyHalt(UQError):
     """A run was halted because the uncertainty passed its threshold.
 
     Args:
-        message: What happened, for people.
+        message: What happened, in words.
         step: Step of the run at which it was halted.
         reading: The reduced force uncertainty of that step, eV/Å.
         threshold: The halting threshold, eV/Å.
@@ -64,7 +64,7 @@ class UncertaintyHalt(UQError):
         self.threshold = threshold
 
     def __reduce__(self):
-        # Keyword-only fields would be lost on the way back from a worker process.
+        # Without this, pickling would lose the keyword-only fields on the way back from a worker process.
         arguments = {"step": self.step, "reading": self.reading, "threshold": self.threshold}
         return _halt_from, (self.args[0], arguments)
 

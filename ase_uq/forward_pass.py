@@ -1,7 +1,7 @@
-"""What one forward pass of a potential gave for one batch of structures: the torch side of the package.
+"""The results of one forward pass of a potential for one batch of structures: the torch side of the package.
 
-Every tensor is detached and on the potential's device. `n_atoms` counts the atoms of the whole batch,
-`n_frames` its structures; `frame_of_atom` joins the two.
+Every tensor is detached and on the device of the potential. `n_atoms` counts the atoms of the whole batch,
+`n_frames` its structures; `frame_of_atom` connects the two.
 """
 
 from abc import ABC, abstractmethod
@@ -15,13 +15,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Edges:
-    """The potential's own neighbour list.
+    """The neighbour list of the potential.
 
     Args:
         source: (n_edges,) index of the neighbour.
         target: (n_edges,) index of the atom whose neighbour it is.
-        vector: (n_edges, 3) Å, from the atom to its neighbour.
-        cutoff: Å; no pair farther apart is listed.
+        vector: (n_edges, 3) vector from the atom to its neighbour, Å.
+        cutoff: Largest distance of a listed pair, Å.
     """
 
     source: Tensor
@@ -31,7 +31,7 @@ class Edges:
 
     @cached_property
     def distance(self) -> Tensor:
-        """(n_edges,) Å."""
+        """(n_edges,) length of each edge, Å."""
         return self.vector.norm(dim=1)
 
 
@@ -42,7 +42,8 @@ class EnergyLayer:
     Args:
         features: (n_atoms, n_last) φ_i, eV for unit-less weights.
         weights: (n_last,) the trained weights w.
-        base: (n_frames,) what the last layer does not produce: isolated atoms, shifts, repulsion; eV.
+        base: (n_frames,) the part of the energy that the last layer does not produce: isolated atoms, shifts,
+            repulsion; eV.
     """
 
     features: Tensor
@@ -58,7 +59,7 @@ class ForceLayer:
 
     Args:
         features: (n_atoms, n_last) φ_i, eV/Å for unit-less weights.
-        weights: (n_last, 3).
+        weights: (n_last, 3) the trained weights.
         base: (n_atoms, 3) forces that the head does not produce (pair repulsion, dispersion), eV/Å.
         force_free: Whether the net force is removed.
         torque_free: (n_frames,) whether the net torque is removed as well.
@@ -73,11 +74,11 @@ class ForceLayer:
 
 @dataclass(frozen=True)
 class Members:
-    """What each member of a committee predicts; the mean over them is the potential's own prediction.
+    """The predictions of each member of a committee; their mean is the prediction of the potential.
 
     Args:
         energy: (n_members, n_frames) eV.
-        forces: (n_members, n_atoms, 3) eV/Å, or None where forces were not asked for.
+        forces: (n_members, n_atoms, 3) eV/Å, or None if forces were not asked for.
         stress: (n_members, n_frames, 6) eV/Å³, Voigt, or None.
     """
 
@@ -88,11 +89,11 @@ class Members:
 
 @dataclass(frozen=True)
 class ConfidenceBins:
-    """What a confidence head says of the mean absolute error of an atom's force components.
+    """Predictions of a confidence head for the mean absolute error of an atom's force components.
 
     Args:
-        probabilities: (n_atoms, n_bins).
-        edges: (n_bins + 1,) eV/Å, edges of the bins; errors beyond the last one were left out of its training.
+        probabilities: (n_atoms, n_bins) probability of each bin.
+        edges: (n_bins + 1,) edges of the bins, eV/Å; errors beyond the last edge were left out of the training.
     """
 
     probabilities: Tensor
@@ -100,10 +101,11 @@ class ConfidenceBins:
 
 
 class Gradients(ABC):
-    """Derivatives of one forward pass that cost further passes through the potential, taken when they are asked for.
+    """Derivatives of one forward pass that cost further passes through the potential, computed on request.
 
-    θ are all the parameters of the potential in the order of `named_parameters`, frozen ones too; of a committee,
-    those of its first member, whose derivatives these are. What does not depend on a parameter has 0 in its place.
+    θ are all the parameters of the potential in the order of `named_parameters`, including frozen ones. For a
+    committee, parameters and derivatives are those of the first member. A derivative by a parameter that a quantity
+    does not depend on is 0.
     """
 
     @abstractmethod
@@ -119,16 +121,16 @@ class Gradients(ABC):
 
     @abstractmethod
     def of_energies(self) -> Iterator[Tensor]:
-        """(n_parameters,) ∂E_s/∂θ of one frame after the other; one backward pass each."""
+        """(n_parameters,) ∂E_s/∂θ for one frame after the other; one backward pass each."""
 
     @abstractmethod
     def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
-        """(n_atoms, 3) → (n_parameters,) ∂(Σ_j tangents_j · F_j)/∂θ over the atoms of one frame after the other.
+        """(n_atoms, 3) → (n_parameters,) ∂(Σ_j tangents_j · F_j)/∂θ, for the atoms of one frame after the other.
 
-        One backward pass through the force calculation each.
+        Each frame costs one backward pass through the force calculation.
 
         Raises:
-            InputError: The potential's forces cannot be differentiated once more.
+            InputError: The forces of the potential cannot be differentiated again.
         """
 
 
@@ -139,22 +141,22 @@ class ForwardPass:
     Args:
         numbers: (n_atoms,) atomic numbers.
         positions: (n_atoms, 3) Å, as the potential saw them.
-        frame_of_atom: (n_atoms,) index of the structure an atom belongs to.
-        n_atoms_of_frame: (n_frames,) atoms a structure.
+        frame_of_atom: (n_atoms,) index of the structure that each atom belongs to.
+        n_atoms_of_frame: (n_frames,) number of atoms of each structure.
         energy: (n_frames,) eV.
         features: (n_atoms, n_features) invariants of all layers and norms of the equivariant channels.
         energy_layer: Exact last-layer features of the energy.
         edges: The potential's neighbour list.
-        forces: (n_atoms, 3) eV/Å, or None where they were not asked for.
+        forces: (n_atoms, 3) eV/Å, or None if they were not asked for.
         stress: (n_frames, 6) eV/Å³ in Voigt order, or None.
-        energies: (n_atoms,) eV, or None where the potential has none.
+        energies: (n_atoms,) eV, or None if the potential has none.
         force_layer: Last layer of a direct force head, or None for conservative forces.
         vectors: (n_atoms, 3, n_vectors) polar vectors among the channels of the first layer, components x, y, z;
-            None where there are none.
-        members: Predictions of the members where the potential is a committee.
-        confidence: What the potential's own confidence head says, where it has one.
-        gradients: Further derivatives, where they were asked for.
-        extras: Per-atom results that the wrapped calculator has beside the standard ones.
+            None if there are none.
+        members: Predictions of the members, if the potential is a committee.
+        confidence: Predictions of the confidence head of the potential, if it has one.
+        gradients: Further derivatives, if they were asked for.
+        extras: Per-atom results that the wrapped calculator has in addition to the standard ones.
     """
 
     numbers: Tensor
@@ -177,21 +179,21 @@ class ForwardPass:
 
     @property
     def n_frames(self) -> int:
-        """Structures in the batch."""
+        """Number of structures in the batch."""
         return len(self.n_atoms_of_frame)
 
     def sum_over_atoms(self, values: Tensor) -> Tensor:
-        """(n_atoms, ...) → (n_frames, ...): the sum over the atoms of every structure."""
+        """(n_atoms, ...) → (n_frames, ...): the sum over the atoms of each structure."""
         total = torch.zeros((self.n_frames, *values.shape[1:]), dtype=values.dtype, device=values.device)
         return total.index_add_(0, self.frame_of_atom, values)
 
 
 @dataclass(frozen=True)
 class Targets:
-    """Reference values of a batch; None where no frame carries one, NaN for the frames that do not.
+    """Reference values of a batch; None if no frame has one, NaN for the frames without.
 
     Args:
-        frames: (n_frames,) place of each frame in the data set: frames that stand together may be neighbours of one
+        frames: (n_frames,) place of each frame in the data set; frames with close places may be neighbours in one
             trajectory.
         energy: (n_frames,) eV.
         forces: (n_atoms, 3) eV/Å.
@@ -205,6 +207,6 @@ class Targets:
 
 
 def residuals_of(reference: Tensor | None, predicted: Tensor) -> Tensor:
-    """Label less prediction in float64; NaN where there is no label."""
+    """Label minus prediction in float64; NaN where there is no label."""
     predicted = predicted.double()
     return torch.full_like(predicted, torch.nan) if reference is None else reference - predicted

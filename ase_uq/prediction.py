@@ -1,4 +1,4 @@
-"""What the user sees: the results of one structure as numpy arrays, keyed as in `properties`."""
+"""The results that a user sees: those of one structure as numpy arrays, with the keys of `properties`."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ class Prediction:
 
     Args:
         results: Arrays and floats by results key: standard results and uncertainties, with the keys and shapes of
-            `properties`, and the wrapped calculator's extras of each atom (orb's `confidence`).
+            `properties`, and additional per-atom results of the wrapped calculator (such as `confidence` of orb).
     """
 
     results: dict[str, Any]
@@ -23,7 +23,7 @@ class Prediction:
         return self.results[key]
 
     def standard(self) -> dict[str, Any]:
-        """The results that ASE knows: safe for `SinglePointCalculator`."""
+        """The results that ASE knows, which `SinglePointCalculator` accepts."""
         return {key: value for key, value in self.results.items() if key in STANDARD}
 
     @property

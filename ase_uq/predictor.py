@@ -1,4 +1,4 @@
-"""The waist of the package: the one road from structures to numbers. Torch on one side, numpy on the other."""
+"""The waist of the package: the one way from structures to results. Torch on one side, numpy on the other."""
 
 import os
 import warnings
@@ -24,9 +24,9 @@ class Predictor:
 
     Args:
         backend: The potential.
-        uncertainty_model: What was fitted for it.
+        uncertainty_model: The uncertainty model that was fitted for this potential.
         interval: Confidence in (0, 1) of `forces_interval`, a bound of the norm of each atom's force error; None
-            leaves it out. It costs a product for each atom. See `UncertaintyModel.intervals`.
+            leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
@@ -54,14 +54,14 @@ class Predictor:
         Args:
             frames: Structures; not changed.
             first: Number of the first structure, for messages.
-            uncertainties: Whether they are wanted; without them no method is applied and predictions hold what the
-                potential gives, at the cost of the potential alone.
+            uncertainties: Whether to compute uncertainties. Without them no method is applied, and predictions hold
+                only the results of the potential, at the cost of the potential alone.
 
         Raises:
             InputError: A structure cannot be evaluated.
         """
         gradients = uncertainties and self.uncertainty_model.gradients
-        # A derivative of one structure runs through the graph of its whole batch.
+        # Differentiating for one structure goes through the graph of its whole batch, so each gets a batch of one.
         batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
         predictions, done = [], first
         for batch in batches:
@@ -84,10 +84,10 @@ class Predictor:
         return predictions
 
     def _uncertainties(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
-        found = self.uncertainty_model.apply(forward_pass)
+        results = self.uncertainty_model.apply(forward_pass)
         if self._intervals is not None:
-            found["forces_interval"] = self._intervals(found["forces_uncertainty"], forward_pass.numbers)
-        return found
+            results["forces_interval"] = self._intervals(results["forces_uncertainty"], forward_pass.numbers)
+        return results
 
     def _name_unseen(self, forward_pass: ForwardPass) -> None:
         present = set(np.unique(forward_pass.numbers.cpu().numpy()).tolist())
@@ -107,24 +107,25 @@ def as_predictor(
     calculator: BaseCalculator | Predictor | Backend | str,
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None,
 ) -> Predictor:
-    """The predictor that a user's arguments mean: an `UncertainCalculator`, or a potential and what was fitted for it.
+    """The predictor of an `UncertainCalculator`, or of a bare potential and its uncertainty model.
 
     Args:
         calculator: A calculator, a SPEC, or a predictor, which is returned as it is.
-        uncertainty_model: Of a bare potential: a model or the path of its file; None for an `UncertainCalculator`.
+        uncertainty_model: For a bare potential, an uncertainty model or the path of its file; None for an
+            `UncertainCalculator`.
 
     Raises:
-        TypeError: A bare potential without an uncertainty model, or a second model for one that has its own.
+        TypeError: A bare potential without an uncertainty model, or an uncertainty model for a calculator that has one.
     """
-    # An UncertainCalculator is known by its predictor: its module stands beside this one, not below.
-    own = calculator if isinstance(calculator, Predictor) else getattr(calculator, "predictor", None)
-    if isinstance(own, Predictor):
+    # An UncertainCalculator is recognised by its predictor: its module is in a higher layer and cannot be imported.
+    predictor = calculator if isinstance(calculator, Predictor) else getattr(calculator, "predictor", None)
+    if isinstance(predictor, Predictor):
         if uncertainty_model is not None:
             raise TypeError(
-                f"{type(calculator).__name__} has an uncertainty model of its own, and another was given. Leave "
+                f"{type(calculator).__name__} already has an uncertainty model, and another was given. Leave "
                 "uncertainty_model out, or give the bare potential."
             )
-        return own
+        return predictor
     assert not isinstance(calculator, Predictor)
     if uncertainty_model is None:
         raise TypeError(
@@ -137,14 +138,14 @@ def as_predictor(
 
 
 def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:
-    own = {
+    means = {
         "energy": forward_pass.energy,
         "free_energy": forward_pass.energy,
         "energies": forward_pass.energies,
         "forces": forward_pass.forces,
         "stress": forward_pass.stress,
     }
-    values = {key: value for key, value in (own | dict(uncertainties)).items() if value is not None}
+    values = {key: value for key, value in (means | dict(uncertainties)).items() if value is not None}
     arrays = {key: value.cpu().numpy() for key, value in (values | forward_pass.extras).items()}
     ends = np.cumsum(forward_pass.n_atoms_of_frame.cpu().numpy())
     starts = ends - forward_pass.n_atoms_of_frame.cpu().numpy()

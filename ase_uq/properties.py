@@ -1,4 +1,4 @@
-"""Every results key once: its shape, its unit, its meaning. A table; it has no behaviour but look-up."""
+"""A table of every results key, with its shape, unit and meaning; the only behaviour is look-up."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,10 +13,10 @@ class Property:
 
     Args:
         name: Key in `calc.results`, `atoms.info` or `atoms.arrays`.
-        per_atom: Whether the leading axis counts atoms.
-        shape: Shape after the leading atom axis, if any.
+        per_atom: Whether the first axis counts atoms.
+        shape: Shape of the value, without the atom axis.
         unit: ASE unit.
-        meaning: One line for people.
+        meaning: Description in one line.
     """
 
     name: str
@@ -28,15 +28,15 @@ class Property:
 
 _TABLE = (
     Property("energy", False, (), "eV", "total energy of the potential"),
-    Property("free_energy", False, (), "eV", "the same number, under the name ASE's optimisers ask for"),
-    Property("energies", True, (), "eV", "the potential's own energy of each atom"),
+    Property("free_energy", False, (), "eV", "the total energy again, under the name that ASE's optimisers ask for"),
+    Property("energies", True, (), "eV", "energy of each atom, as the potential gives it"),
     Property("forces", True, (3,), "eV/Å", "forces of the potential, unchanged"),
     Property("stress", False, (6,), "eV/Å³", "stress of the potential in Voigt order, unchanged"),
     Property("energy_uncertainty", False, (), "eV", "standard deviation of the total energy"),
     Property("energies_uncertainty", True, (), "eV", "standard deviation of each atom's energy"),
     Property("forces_uncertainty", True, (3,), "eV/Å", "standard deviation of each force component"),
     Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
-    Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, Voigt"),
+    Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
 )
 PROPERTIES = {entry.name: entry for entry in _TABLE}
@@ -45,7 +45,7 @@ UNCERTAINTIES = tuple(entry.name for entry in _TABLE if entry.name not in STANDA
 
 
 def find_property(key: str) -> Property | None:
-    """The entry of a key, also of `<key>_<method>`, the same quantity from one method alone; else None."""
+    """The entry of a key; for `<key>_<method>`, the quantity from one method alone, that of `<key>`. Else None."""
     if key in PROPERTIES:
         return PROPERTIES[key]
     owners = [name for name in UNCERTAINTIES if key.startswith(name + "_")]
@@ -53,5 +53,5 @@ def find_property(key: str) -> Property | None:
 
 
 def known_to_ase(results: Mapping[str, Any]) -> Properties:
-    """The results that ASE has a name for, as `atoms.get_properties` gives them: `Properties` takes no others."""
+    """The results that ASE has a name for, as `atoms.get_properties` gives them; `Properties` accepts no others."""
     return Properties({key: value for key, value in results.items() if key in all_outputs})

@@ -2,14 +2,14 @@
 # requires-python = ">=3.12"
 # dependencies = ["ase-uq[mace]"]
 # ///
-"""Real DFT data: what the uncertainties of a MACE are worth, before and after calibration, near to and far from home.
+"""Real DFT data: what the uncertainties of a MACE are worth before and after calibration, near its data and far away.
 
     python examples/01_real_data.py                    acetylacetone; about two minutes on a laptop
     python examples/01_real_data.py MODEL --train FILE --calibration FILE NAME=FILE [NAME=FILE ...]
 
-"Before" is the textbook predictive of the Bayesian last layer, σ² = σ_e²·(1 + u): σ_e² the mean squared residual on
-the training frames, u the leverage of the atom. It knows no error but that of weights and noise. "After" is calibrated
-on frames that the potential was not trained on; the test frames are in neither.
+"Before" is the textbook predictive variance of the Bayesian last layer, σ² = σ_e²·(1 + u), with σ_e² the mean squared
+residual on the training frames and u the leverage of the atom. It accounts only for noise and uncertain weights.
+"After" is calibrated on frames that the potential was not trained on; the test frames are in neither set.
 """
 
 # %% What to look at
@@ -39,7 +39,7 @@ def frames_of(path):
     return [a for a in read_frames(path) if a.info.get("config_type") != "IsolatedAtom"][:: arguments.every]
 
 
-# %% Fit and calibrate: one pass over each of the two files
+# %% Fit and calibrate: one pass over each file
 backend = load_backend(f"mace:{arguments.model}")
 train = frames_of(arguments.train)
 fitted = fit(backend, train, frames_of(arguments.calibration), methods=["bll"])
@@ -48,19 +48,19 @@ head = fitted.methods["bll"].head
 
 
 def evaluated(frames):
-    """Residuals, leverages before and standard deviations after calibration: of forces, and of energies per atom."""
+    """Residuals, leverages and calibrated standard deviations, first of forces and then of energies per atom."""
     columns = []
     for batch in batches_of(frames, 1000):
-        evaluation = backend.forward(backend.collate(batch))
-        raw, after = head(evaluation), fitted.apply(evaluation)
+        forward_pass = backend.forward(backend.collate(batch))
+        raw, after = head(forward_pass), fitted.apply(forward_pass)
         labels = [labels_of(atoms) for atoms in batch]
         counts = np.array([len(atoms) for atoms in batch])
         columns.append(
             (
-                np.concatenate([label.forces for label in labels]) - evaluation.forces.numpy(),
+                np.concatenate([label.forces for label in labels]) - forward_pass.forces.numpy(),
                 leverage("atoms", raw.distance.numpy()),
                 after["forces_uncertainty"].numpy(),
-                (np.array([label.energy for label in labels]) - evaluation.energy.numpy()) / counts,
+                (np.array([label.energy for label in labels]) - forward_pass.energy.numpy()) / counts,
                 leverage("energy", raw.energy[:, 0].numpy()),
                 after["energy_uncertainty"].numpy() / counts,
                 counts,
@@ -70,12 +70,12 @@ def evaluated(frames):
 
 
 def leverage(part, scale_free):
-    """u = ũ·γ/N: heads keep the scale-free ũ, whose mean over the training rows is 1."""
-    found = head.settings[part]
-    return scale_free * found["effective"] / found["rows"]
+    """u = ũ·γ/N, since heads keep the scale-free ũ, whose mean over the training rows is 1."""
+    settings = head.settings[part]
+    return scale_free * settings["effective"] / settings["rows"]
 
 
-# %% Judge on frames that neither step has seen
+# %% Judge the uncertainties on frames that neither step has seen
 JUDGES = (
     metrics.nll,
     lambda *sample: metrics.coverage(*sample, level=0.68),

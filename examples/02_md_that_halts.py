@@ -2,9 +2,9 @@
 # requires-python = ">=3.12"
 # dependencies = ["ase-uq[mace]"]
 # ///
-"""Molecular dynamics that stops where its potential no longer knows, and goes on when told to. Half a minute."""
+"""Molecular dynamics that stops where its potential no longer knows, and goes on when told to. Takes half a minute."""
 
-# %% A potential that has only seen 300 K, and what was fitted for it
+# %% A potential that has only seen 300 K, with its uncertainty model
 import numpy as np
 from ase import Atoms, units
 from ase.io import read
@@ -17,7 +17,7 @@ atoms = Atoms(frame.numbers, frame.positions)
 atoms.calc = UncertainCalculator("embedded:mace", embedded.path("mace.uq.safetensors"))
 print(f"99 % of the calibration frames stay below {atoms.calc.threshold(Quantile(0.99)):.3f} eV/Å")
 
-# %% Far too hot for it: flagged frames are written down, the run ends at 0.3 eV/Å
+# %% Far too hot for this potential: flagged frames are saved, and the run halts at 0.3 eV/Å
 rng = np.random.default_rng(0)
 dyn = Langevin(atoms, 0.5 * units.fs, temperature_K=1500, friction=0.05 / units.fs, fixcm=False, rng=rng)
 monitor = UncertaintyMonitor(dyn, flag=Quantile(0.99), halt=0.3, frames="flagged.xyz")
@@ -28,7 +28,7 @@ except UncertaintyHalt as stop:
     print(stop)
 print(f"{monitor.n_flagged} frames are in flagged.xyz, to be labelled")
 
-# %% The step at which it stopped is whole: with a cold thermostat the run goes on, and halts until it is back
+# %% The step at which it halted is complete. With a cold thermostat the run goes on, halting until it has cooled down
 dyn.set_temperature(temperature_K=300)
 for halts in range(500):
     try:

@@ -2,7 +2,7 @@
 # requires-python = ">=3.12"
 # dependencies = ["ase-uq[mace]"]
 # ///
-"""Fit, save, load and use an uncertainty model from Python. Put your own potential and files in. Half a minute."""
+"""Fit, save, load and use an uncertainty model from Python, with your own potential and files. Takes half a minute."""
 
 # %% The potential, frames it was trained on, and frames that it has never seen
 import numpy as np
@@ -13,12 +13,12 @@ backend = load_backend("embedded:mace")  # or your MACECalculator or ORBCalculat
 train = embedded.path("train_300K.xyz")
 calibration = embedded.path("calibration_300K.xyz")
 
-# %% Once: fit, look, save
+# %% Once: fit the uncertainty model, look at its summary, save it
 fitted = fit(backend, train, calibration)
 print(fitted.summary())
 fitted.save("my.uq.safetensors")
 
-# %% From then on: every prediction with its standard deviations, whole batches at a time
+# %% From then on: every prediction comes with its standard deviations, a whole batch at a time
 predictor = Predictor(backend, UncertaintyModel.load("my.uq.safetensors"))
 for name in ("test_300K.xyz", "test_900K.xyz"):
     frames = read_frames(embedded.path(name))[::5]

@@ -2,7 +2,8 @@
 # requires-python = ">=3.12"
 # dependencies = ["ase-uq[mace]"]
 # ///
-"""A relaxation and an NEB that stop where their potential no longer knows, by thresholds that mean something."""
+"""A relaxation and an NEB that stop where their potential no longer knows, by thresholds that state what they
+achieve."""
 
 # %% A potential that has only seen 300 K, and thresholds from its calibration data
 import numpy as np
@@ -27,17 +28,17 @@ missed = MissRate(error=0.3, at_most=0.1)
 for criterion in (missed, FalseAlarms(per_run=0.05, ps=0.25)):
     print(calc.threshold(criterion).describe())
 
-# %% A start far from what it knows is not relaxed to a structure that nobody could trust
+# %% A start far from the known structures: the relaxation stops instead of ending in a structure nobody could trust
 atoms = Atoms(frame.numbers, frame.positions, calculator=calc)
 atoms.rattle(0.15, rng=np.random.default_rng(0))
 print(relax(atoms, fmax=0.02, halt=missed, progress=False))
 
-# %% One close to it is, and what comes out says how far to trust it
+# %% A start close to them is relaxed, and the result says how far to trust it
 atoms = Atoms(frame.numbers, frame.positions, calculator=calc)
 atoms.rattle(0.01, rng=np.random.default_rng(0))
 print(relax(atoms, fmax=0.02, halt=missed, progress=False))
 
-# %% Two paths from there: the proton goes to the other oxygen, or the O-H group turns away from it
+# %% Two paths from the relaxed structure: the proton moves to the other oxygen, or the O-H group turns away from it
 relaxed = Atoms(frame.numbers, atoms.positions)
 mirrored = relaxed.copy()
 # Mirrored, each atom is where its partner was; only the proton, atom 5, has moved.
@@ -49,7 +50,7 @@ turned.positions[:5], turned.positions[6:] = relaxed.positions[:5], relaxed.posi
 for name, end in (("proton transfer", mirrored), ("turning O-H", turned)):
     images = [relaxed.copy(), *(relaxed.copy() for _ in range(5)), end.copy()]
     for image in images:
-        image.calc = calc  # shared: it remembers each image, so none is calculated twice
+        image.calc = calc  # shared: the calculator remembers each image, so none is calculated twice
     band = NEB(images, method="improvedtangent", allow_shared_calculator=True)
     band.interpolate("idpp")
     optimizer = FIRE(band, logfile=None)

@@ -2,7 +2,7 @@
 # requires-python = ">=3.12"
 # dependencies = ["ase-uq[mace,torchsim]"]
 # ///
-"""Eight replicas in one batch of TorchSim, each hotter than the one before each halted on its own. Half a minute."""
+"""Eight replicas in one batch of TorchSim, each hotter than the last, each halted on its own. Takes half a minute."""
 
 # %% The same potential and the same uncertainty model as in ASE
 import torch_sim as ts
@@ -18,7 +18,7 @@ kelvin = [300, 500, 700, 900, 1100, 1300, 1500, 1700]
 state = ts.initialize_state([Atoms(frame.numbers, frame.positions) for _ in kelvin], model.device, model.dtype)
 state.rng = 0
 
-# %% At 0.3 eV/Å a replica is halted; the others go on, and cost less without it
+# %% A replica is halted at 0.3 eV/Å; the others go on, and the batch costs less without it
 monitor = ReplicaMonitor(model, flag=Quantile(0.99), halt=0.3, frames="flagged.xyz")
 final = monitor.integrate(
     state, integrator=ts.Integrator.nvt_langevin, n_steps=240, temperature=kelvin, timestep=0.0005, gamma=5.0
@@ -30,7 +30,7 @@ for temperature, replica in zip(kelvin, monitor.replicas, strict=True):
     print(f"{replica.number:7d}  {temperature:15d}  {replica.time_fs:9.1f}  {replica.n_flagged:7d}  {end}")
 print(f"{sum(r.n_flagged + r.halted for r in monitor.replicas)} frames are in flagged.xyz, to be labelled")
 
-# %% A relaxation stops the same way, each replica on its own: those that went on find their minimum
+# %% In a relaxation, too, each replica halts on its own. Here the replicas that were not halted find their minimum
 going_on = final[[replica.number for replica in monitor.replicas if not replica.halted]]
 relaxation = ReplicaMonitor(model, halt=0.3)
 relaxed = relaxation.optimize(

@@ -4,13 +4,13 @@
 # ///
 """The closed loop: heat until the potential no longer knows, label what it flagged, fine-tune, fit again, heat again.
 
-    python examples/06_active_learning.py             three rounds, some minutes
-    python examples/06_active_learning.py --random    the same with flagged frames taken at random, to compare with
+    python examples/06_active_learning.py             three rounds, a few minutes
+    python examples/06_active_learning.py --random    three rounds with frames chosen at random, to compare with
     python examples/06_active_learning.py --quick     one small round, to see that everything is installed
 
-Into --out (default: loop) go the labelled frames, the potential and the uncertainty model of each round, the numbers
-as JSON, and active_learning.png, which shows both ways of choosing once both were run. One run of either is an
-anecdote: benchmarks/closed_loop.py repeats them with several seeds.
+The folder --out (default: loop) receives the labelled frames, the potential and the uncertainty model of each round,
+the numbers as JSON, and active_learning.png, which shows both ways of choosing once both were run. A single run of
+either is an anecdote: benchmarks/closed_loop.py repeats them with several seeds.
 """
 
 # %% What is known at first: a potential that has only seen 300 K, and its frames
@@ -56,23 +56,23 @@ from ase_uq.thresholds.reduction import atom_norms
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--random", action="store_true", help="choose flagged frames at random instead of by LCMD")
 parser.add_argument("--quick", action="store_true", help="one round of a few steps")
-parser.add_argument("--seed", type=int, default=0, help="of the MD, the training and the random choice")
+parser.add_argument("--seed", type=int, default=0, help="seed of the MD, the training and the random choice")
 parser.add_argument("--out", type=Path, default=Path("loop"), help="folder for everything that is made")
 arguments = parser.parse_args()
 
 QUICK = arguments.quick
 STRATEGY = "random" if arguments.random else "lcmd"
 ROUNDS, RUNS, STEPS = (1, 2, 200) if QUICK else (3, 4, 1000)
-LABELS, SPARE = (6, 2) if QUICK else (30, 10)  # a round, to train on and to calibrate with
+LABELS, SPARE = (6, 2) if QUICK else (30, 10)  # per round, to train on and to calibrate with
 EPOCHS, OLD = (5, 24) if QUICK else (16, 120)  # old frames are trained on again, lest the potential forget them
 FLAG, HALT = 0.15, 0.4  # eV/Å, the same in every round, so that rounds can be compared
 COLD, HOT = (1200 if QUICK else 300), 2000  # K
 TIMESTEP = 0.5  # fs
-CHECK = 20  # steps between frames whose true error is found; these are not counted as labels
+CHECK = 20  # steps between frames whose true error is computed; these are not counted as labels
 
 start = read_frames(embedded.path("malonaldehyde.xyz"))[0]
 old = read_frames(embedded.path("train_300K.xyz"))[:: 4 if QUICK else 1]
-# Not all of them: they would drown the few frames that say how wrong the potential is where it is hot.
+# Not all of them: they would outnumber the few frames that say how wrong the potential is when it is hot.
 old_calibration = read_frames(embedded.path("calibration_300K.xyz"))[::4]
 tests = {kelvin: read_frames(embedded.path(f"test_{kelvin}K.xyz"))[:: 10 if QUICK else 2] for kelvin in (300, 900)}
 out = arguments.out
@@ -86,8 +86,8 @@ began = time.perf_counter()
 class Run:
     fs: float
     halted: bool
-    frames: list[Atoms]  # every CHECK steps, and the last
-    flagged: list[Atoms]  # and the one that halted it
+    frames: list[Atoms]  # one every CHECK steps, and the last one
+    flagged: list[Atoms]  # including the frame that halted the run
 
     @property
     def kelvin(self):
@@ -95,7 +95,7 @@ class Run:
 
 
 def heat(calculator, round_number):
-    """Several runs of MD, the thermostat heating up until the uncertainty halts it."""
+    """Several runs of MD, each heated until the uncertainty halts it."""
     runs = []
     for run in range(RUNS):
         flagged = out / f"flagged_{STRATEGY}_{round_number}_{run}.xyz"
@@ -128,7 +128,7 @@ def kelvin_at(step):
 
 
 def label(frames):
-    """Copies with energies and forces of the reference; any ASE calculator will do."""
+    """Copies of the frames with energies and forces of the reference; any ASE calculator will do."""
     labelled = []
     for frame in frames:
         atoms = frame.copy()
@@ -136,7 +136,7 @@ def label(frames):
         try:
             energy, forces = atoms.get_potential_energy(), atoms.get_forces()
         except CalculationFailed:
-            continue  # its self-consistency does not converge on every broken molecule
+            continue  # the self-consistency cycle does not converge for every broken molecule
         atoms.calc = None
         atoms.info["REF_energy"] = energy
         atoms.set_array("REF_forces", forces)
@@ -145,7 +145,7 @@ def label(frames):
 
 
 def fine_tune(model, frames, seed):
-    """Trains the MACE on, in place, on energies and forces: Adam, its rate falling to zero, weights averaged."""
+    """Continues the training of the MACE in place, on energies and forces: Adam, falling rate, averaged weights."""
     dtype = next(model.parameters()).dtype
     keys = KeySpecification(info_keys={"energy": "REF_energy"}, arrays_keys={"forces": "REF_forces"})
     table = AtomicNumberTable([int(z) for z in model.atomic_numbers])
@@ -164,10 +164,10 @@ def fine_tune(model, frames, seed):
     average = ExponentialMovingAverage(model.parameters(), decay=0.99)
     for _ in range(EPOCHS):
         for batch in loader:
-            found = model(batch.to_dict(), training=True)
+            predicted = model(batch.to_dict(), training=True)
             counts = batch.ptr[1:] - batch.ptr[:-1]
-            energy_error = (found["energy"] - batch.energy) / counts
-            loss = (found["forces"] - batch.forces).square().mean() + 10 * energy_error.square().mean()
+            energy_error = (predicted["energy"] - batch.energy) / counts
+            loss = (predicted["forces"] - batch.forces).square().mean() + 10 * energy_error.square().mean()
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
@@ -179,24 +179,24 @@ def fine_tune(model, frames, seed):
 
 
 def refit(model, train, calibration):
-    """The backend of a potential as it is now, and what it does not know."""
+    """The backend of the potential as it is now, and its uncertainty model."""
     backend = load_backend(MACECalculator(models=[model], device="cpu", default_dtype="float64"))
     return backend, fit(backend, train, calibration, methods=["bll"], progress=False)
 
 
 def truth(predictor, run):
-    """Until when the largest true error of a force stayed below HALT (fs), and what it was at the end (eV/Å)."""
+    """How long the largest true force error stayed below HALT (fs), and its value at the end (eV/Å)."""
     errors = []
     for frame, prediction in zip(run.frames, predictor.predict(run.frames), strict=True):
         labelled = label([frame])
-        true = labelled[0].arrays["REF_forces"] if labelled else np.inf  # no label: it is broken
+        true = labelled[0].arrays["REF_forces"] if labelled else np.inf  # no label: the molecule is broken
         errors.append(atom_norms(true - prediction["forces"]).max())
     wrong = [atoms.info["fs"] for atoms, error in zip(run.frames, errors, strict=True) if error >= HALT]
     return min(wrong, default=run.fs), errors[-1]
 
 
 def judge(predictor, frames):
-    """Force errors in meV/Å (of all, and of the median frame) and mean z² of labelled frames."""
+    """Force errors in meV/Å (over all frames, and of the median frame) and mean z² of labelled frames."""
     predictions = predictor.predict(frames)
     true = np.stack([atoms.arrays["REF_forces"] for atoms in frames])
     forces, std = (np.stack([p[key] for p in predictions]) for key in ("forces", "forces_uncertainty"))
@@ -208,7 +208,7 @@ def judge(predictor, frames):
     }
 
 
-# %% The loop: the last potential is heated and judged as well, and learns nothing more
+# %% The loop: the last potential is heated and judged too, but not trained any more
 rng = np.random.default_rng(arguments.seed)
 model = load_backend("embedded:mace", device="cpu").calculator.models[0]
 new, new_calibration, rows = [], [], []
@@ -244,8 +244,8 @@ for number in range(ROUNDS + 1):
     uncertainty.save(out / f"{STRATEGY}_{number}.uq.safetensors")
     if number == ROUNDS:
         break
-    # Calibration frames come from a run of their own, at random: those of a run are half a femtosecond apart, what the
-    # potential was trained on cannot tell how wrong it is, and chosen frames are worse than ordinary ones.
+    # Calibration frames are drawn at random from a separate run: frames of one run are half a femtosecond apart, frames
+    # that the potential was trained on cannot tell how wrong it is, and chosen frames are worse than ordinary ones.
     pool, spare = [atoms for run in runs[:-1] for atoms in run.flagged], runs[-1].flagged
     if len(pool) < LABELS:
         print(f"      only {len(pool)} frames were flagged: these runs have too little left to teach")
@@ -256,21 +256,21 @@ for number in range(ROUNDS + 1):
     write_frames(out / f"labelled_{STRATEGY}_{number}.xyz", new + new_calibration)
     fine_tune(model, new + [old[i] for i in rng.choice(len(old), OLD, replace=False)], arguments.seed)
 
-# %% The picture, with the other way of choosing if it was run into the same folder
+# %% The picture, which includes the other way of choosing if its results are in the same folder
 (out / f"{STRATEGY}.json").write_text(json.dumps(rows))
 figure, (left, middle, right) = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
 for strategy, colour in (("lcmd", "C0"), ("random", "C1")):
     file = out / f"{strategy}.json"
     if not file.exists():
         continue
-    found = json.loads(file.read_text())
-    labels = [row["labels"] for row in found]
-    left.plot(labels, [np.mean(row["fs"]) for row in found], "o-", color=colour, label=strategy)
-    for row in found:
+    finished = json.loads(file.read_text())
+    labels = [row["labels"] for row in finished]
+    left.plot(labels, [np.mean(row["fs"]) for row in finished], "o-", color=colour, label=strategy)
+    for row in finished:
         left.plot([row["labels"]] * len(row["fs"]), row["fs"], ".", color=colour, alpha=0.4)
-    middle.plot(labels, [np.mean(row["right_until"]) for row in found], "o-", color=colour, label=strategy)
+    middle.plot(labels, [np.mean(row["right_until"]) for row in finished], "o-", color=colour, label=strategy)
     for kelvin, line in (("900", "o-"), ("300", "o:")):
-        medians = [row["tests"][kelvin]["median"] for row in found]
+        medians = [row["tests"][kelvin]["median"] for row in finished]
         right.plot(labels, medians, line, color=colour, label=f"{strategy}, {kelvin} K")
 left.axhline(STEPS * TIMESTEP, color="grey", lw=0.8)
 left.set(ylabel="MD until the halt (fs)")

@@ -1,4 +1,4 @@
-"""σ² = a + b·u, with (a, b) from an exact one-dimensional problem."""
+"""σ² = a + b·u, with (a, b) from an exact one-dimensional optimisation."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ase_uq.calibration.base import Calibrator, Residuals
 
-# The floor of a: a variance of zero at u = 0 would make one exact row outweigh all others.
+# The floor of a, as a share of the mean square: with zero variance at u = 0, one exact row would outweigh all others.
 _SMALLEST_SHARE = 1e-6
 _LOG_RATIO = (np.log(1e-3), np.log(1e6))
 
@@ -21,8 +21,8 @@ class AffineCalibrator(Calibrator):
     Args:
         intercept: a > 0, squared ASE units.
         slope: b ≥ 0, squared ASE units.
-        column: Which score is used.
-        boundary: `"useless"` where the likelihood wants b = 0, `"bare"` where it wants a = 0, else empty.
+        column: Index of the score that is used.
+        boundary: `"useless"` if the likelihood is largest at b = 0, `"bare"` if it is largest at a = 0, else empty.
     """
 
     intercept: float
@@ -54,12 +54,12 @@ class AffineCalibrator(Calibrator):
 def fit_affine(residuals: Residuals, column: int = 0) -> AffineCalibrator:
     """The maximum-likelihood (a, b) of σ² = a + b·u.
 
-    With b = ρa the likelihood is maximal over a in closed form, a(ρ) = mean[q/(1 + ρu)]/K, which leaves a bounded
-    search over log ρ; at its optimum mean[q/(a + bu)] = K exactly. Own derivation, checked against Nelder-Mead.
+    With b = ρa the likelihood is maximised over a in closed form, a(ρ) = mean[q/(1 + ρu)]/K, which leaves a bounded
+    search over log ρ; at the optimum mean[q/(a + bu)] = K exactly. Derived here and checked against Nelder-Mead.
 
     Args:
-        residuals: Rows; q is `squares`, K is `components`.
-        column: The score to use as u.
+        residuals: Calibration rows; q is `squares`, K is `components`.
+        column: Index of the score to use as u.
     """
     u, q, components = residuals.scores[:, column], residuals.squares, residuals.components
     mean_u = max(float(u.mean()), 1e-300)
@@ -67,15 +67,15 @@ def fit_affine(residuals: Residuals, column: int = 0) -> AffineCalibrator:
     def profile(log_ratio: float) -> float:
         growth = 1 + np.exp(log_ratio) / mean_u * u
         a = np.mean(q / growth) / components
-        # Mean over rows of K/2·[log σ² + (q/K)/σ²] with the second term equal to K at the profiled a.
+        # Mean over rows of K/2·[log σ² + (q/K)/σ²]; at the profiled a the mean of the second term is 1.
         return float(components / 2 * (np.log(max(a, 1e-300)) + np.mean(np.log(growth)) + 1))
 
     grid = np.linspace(*_LOG_RATIO, 40)
     values = [profile(x) for x in grid]
     best = int(np.argmin(values))
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    found = minimize_scalar(profile, bounds=bounds, method="bounded", options={"xatol": 1e-10})
-    log_ratio = float(found.x)
+    optimum = minimize_scalar(profile, bounds=bounds, method="bounded", options={"xatol": 1e-10})
+    log_ratio = float(optimum.x)
     boundary = "useless" if log_ratio < _LOG_RATIO[0] + 0.1 else "bare" if log_ratio > _LOG_RATIO[1] - 0.1 else ""
     ratio = np.exp(log_ratio) / mean_u
     a = float(np.mean(q / (1 + ratio * u)) / components)

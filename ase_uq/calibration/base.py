@@ -1,4 +1,4 @@
-"""The protocol of a calibrator, and the likelihood that all of them are fitted by."""
+"""The interface of calibrators, and the likelihood that all of them are fitted by."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,19 +7,20 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-# Scores are means of squares of order one on the training rows; this is their zero.
+# Scores are means of squares, of order one on the training rows; anything smaller than this counts as zero.
 SMALLEST_SCORE = 1e-12
 
 
 @dataclass(frozen=True)
 class Residuals:
-    """Scores of calibration rows beside the residuals they should explain.
+    """Scores of calibration rows, with the residuals they should explain.
 
     Args:
-        scores: (n, n_scores) raw, variance-like, non-negative.
+        scores: (n, n_scores) raw scores, non-negative and variance-like.
         squares: (n,) Σ_c r_c² over the components of a row, in squared ASE units.
-        components: Components of a row: 3 for an isotropic force score, 1 otherwise.
-        groups: (n,) index of the frame (or block of frames) a row belongs to; rows of one are not independent.
+        components: Number of components of a row: 3 for an isotropic force score, 1 otherwise.
+        groups: (n,) index of the frame (or block of frames) that a row belongs to; rows of one group are not
+            independent.
     """
 
     scores: np.ndarray
@@ -33,12 +34,12 @@ class Residuals:
 
 
 class Calibrator(ABC):
-    """Turns scores into variances. Immutable; `settings` says all of it."""
+    """Turns scores into variances. Immutable; `settings` describes it completely."""
 
     @property
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """JSON values that make it again."""
+        """JSON values from which `load` restores the calibrator."""
 
     @classmethod
     @abstractmethod
@@ -47,11 +48,11 @@ class Calibrator(ABC):
 
     @abstractmethod
     def variance(self, scores: Tensor) -> Tensor:
-        """(..., n_scores) → (...): the variance of one component, in squared ASE units."""
+        """(..., n_scores) → (...): the variance of each component, in squared ASE units."""
 
     @abstractmethod
     def describe(self) -> str:
-        """The formula with its numbers, for people."""
+        """The formula with its numbers, as text."""
 
 
 def mean_nll(variance: np.ndarray, residuals: Residuals) -> float:

@@ -1,4 +1,4 @@
-"""Which form of calibrator: the one that predicts left-out calibration frames better."""
+"""The choice of a calibrator: the form that predicts left-out calibration frames better is kept."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,15 +15,15 @@ _FOLDS = 5
 
 @dataclass(frozen=True)
 class Choice:
-    """A calibrator, and what spoke for it.
+    """A calibrator, and the reasons for choosing it.
 
     Args:
-        calibrator: Fitted on all rows.
-        alternative: The better calibrator of the other form.
-        nll: Cross-validated mean negative log-likelihood a component of each form.
-        constant_nll: The same for one constant variance: what the score is worth is the difference.
-        n_rows: Rows it was fitted on.
-        n_groups: Frames or blocks they come from.
+        calibrator: The calibrator of the better form, fitted on all rows.
+        alternative: The best calibrator of the other form, fitted on all rows.
+        nll: Cross-validated mean negative log-likelihood per component, for each form.
+        constant_nll: The same likelihood for a constant variance; the difference shows what the scores are worth.
+        n_rows: Number of rows it was fitted on.
+        n_groups: Number of frames or blocks that the rows come from.
     """
 
     calibrator: Calibrator
@@ -37,15 +37,15 @@ class Choice:
 def fit_calibrator(residuals: Residuals) -> Choice:
     """Fits the affine form on each score and the power law on all; keeps the better by cross-validated likelihood.
 
-    Folds are contiguous in the groups: frames that stand together may be neighbours of one trajectory, and
-    neither of two neighbours tells anything new about the other.
+    Each fold consists of consecutive groups: such frames may be neighbours in one trajectory, and a frame cannot test
+    what was learned from its neighbour.
 
     Raises:
-        ValueError: Fewer groups than folds.
+        ValueError: There are fewer groups than folds.
     """
     groups = np.unique(residuals.groups)
     if len(groups) < _FOLDS:
-        raise ValueError(f"calibration needs at least {_FOLDS} frames, {len(groups)} were given.")
+        raise ValueError(f"calibration needs at least {_FOLDS} frames, but {len(groups)} were given.")
     fold_of_group = np.arange(len(groups)) * _FOLDS // len(groups)
     fold = fold_of_group[np.searchsorted(groups, residuals.groups)]
     forms: dict[str, Callable[[Residuals], Calibrator]] = {"power": fit_power}

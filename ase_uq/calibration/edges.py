@@ -1,4 +1,4 @@
-"""The edge of the calibration data, per element: what the extrapolation grade gamma is measured in."""
+"""The edge of the calibration data, per element: the unit of the extrapolation grade gamma."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 _QUANTILE = 0.999
-# Fewer atoms do not know a quantile this high: such an element takes the widest edge of the others.
+# Fewer atoms cannot determine a quantile this high: such an element takes the widest edge of the other elements.
 _SMALLEST_COUNT = 50
 
 
@@ -16,9 +16,9 @@ class EdgeTable:
     """Distance at the edge of the calibration data, for every element that was fitted.
 
     Args:
-        edges: (119,) by atomic number; `nan` for an element that was not fitted.
-        counts: Calibration atoms of each fitted element, by atomic number.
-        inherited: Atomic numbers of the elements too rare for an edge of their own.
+        edges: (119,) distance at the edge by atomic number; `nan` for an element that was not fitted.
+        counts: Number of calibration atoms of each fitted element, by atomic number.
+        inherited: Atomic numbers of the elements that are too rare and take the widest edge of the others.
     """
 
     edges: Tensor
@@ -26,9 +26,9 @@ class EdgeTable:
     inherited: tuple[int, ...]
 
     def grade(self, distance: Tensor, numbers: Tensor) -> Tensor:
-        """(n_atoms,) gamma: distance over the edge of the atom's element; `inf` for an element never fitted."""
+        """(n_atoms,) gamma: distance divided by the edge of the atom's element; `inf` if it was not fitted."""
         edges = self.edges.to(distance)[numbers]
-        # A distance that is NaN, of a potential that has broken, stays NaN.
+        # A NaN distance, from a potential that has failed, stays NaN.
         return torch.where(edges.isnan() & ~distance.isnan(), torch.inf, distance / edges)
 
     @property
@@ -41,17 +41,17 @@ def fit_edges(distance: np.ndarray, numbers: np.ndarray, fitted: frozenset[int])
     """The 99.9 % quantile of the distance of calibration atoms, per element.
 
     Args:
-        distance: (n_atoms,) of the calibration atoms.
-        numbers: (n_atoms,) their atomic numbers.
-        fitted: Atomic numbers among the training atoms.
+        distance: (n_atoms,) distances of the calibration atoms.
+        numbers: (n_atoms,) atomic numbers of the calibration atoms.
+        fitted: Atomic numbers of the elements among the training atoms.
     """
     edges = np.full(119, np.nan)
     counts = {z: int((numbers == z).sum()) for z in sorted(fitted)}
-    own = [z for z, count in counts.items() if count >= _SMALLEST_COUNT]
-    for z in own:
+    frequent = [z for z, count in counts.items() if count >= _SMALLEST_COUNT]
+    for z in frequent:
         edges[z] = np.quantile(distance[numbers == z], _QUANTILE)
-    widest = np.nanmax(edges) if own else float(np.quantile(distance, _QUANTILE))
-    inherited = tuple(z for z in counts if z not in own)
+    widest = np.nanmax(edges) if frequent else float(np.quantile(distance, _QUANTILE))
+    inherited = tuple(z for z in counts if z not in frequent)
     for z in inherited:
         edges[z] = widest
     return EdgeTable(torch.from_numpy(edges), counts, inherited)

@@ -1,4 +1,4 @@
-"""Bounds of force errors from uncertainties, per element."""
+"""Bounds on force errors from uncertainties, per element."""
 
 from dataclasses import dataclass
 
@@ -11,8 +11,8 @@ class IntervalTable:
     """Conformal factors by element: bound = factor · ε_i.
 
     Args:
-        factors: (n_elements,) by atomic number.
-        elements: Atomic numbers among the calibration atoms; the bound of any other is infinite.
+        factors: (n_elements,) factor by atomic number.
+        elements: Atomic numbers of the elements among the calibration atoms; any other element has an infinite bound.
     """
 
     factors: Tensor

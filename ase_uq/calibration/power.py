@@ -17,12 +17,12 @@ class PowerCalibrator(Calibrator):
     """log σ² = constant + Σ_k power_k · log score_k.
 
     Args:
-        constant: c, logarithm of squared ASE units.
-        powers: p_k ≥ 0. One leverage with p = 1 is the Bayesian form without a floor; p < 1 is what errors of
-            trained potentials ask for.
-        floors: Smallest score_k among the calibration rows; a smaller one counts as this. No calibration row says
-            that errors go on falling below it.
-        boundary: `"useless"` where all powers are zero, else empty.
+        constant: c, in the logarithm of squared ASE units.
+        powers: p_k ≥ 0. A single leverage with p = 1 is the Bayesian form without a floor; errors of trained
+            potentials favour p < 1.
+        floors: Smallest score_k among the calibration rows; a smaller score counts as this one, since no calibration
+            row shows that errors keep falling below it.
+        boundary: `"useless"` if all powers are zero, else empty.
     """
 
     constant: float
@@ -61,8 +61,8 @@ _ROUNDING = 1e-15
 def fit_power(residuals: Residuals) -> PowerCalibrator:
     """The maximum-likelihood (c, p) with p ≥ 0.
 
-    The mean of ½[η + (q/K)·e^(-η)] is convex in η = c + Σ p_k log u_k, hence in (c, p): one optimum. At it
-    mean[(q/K)/σ²] = 1 exactly (derivative by c).
+    The mean of ½[η + (q/K)·e^(-η)] is convex in η = c + Σ p_k log u_k, hence in (c, p), so there is one optimum. There
+    mean[(q/K)/σ²] = 1 exactly (derivative with respect to c).
     """
     floors = np.maximum(residuals.scores.min(0), SMALLEST_SCORE)
     logs = np.log(np.maximum(residuals.scores, floors))

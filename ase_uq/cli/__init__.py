@@ -1,6 +1,6 @@
-"""The command line: `ase-uq VERB`. A verb turns arguments into one library call and prints what came of it.
+"""The command line: `ase-uq VERB`. A verb turns its arguments into one library call and prints the result.
 
-Exit codes: 0 done, 1 it could not be done (one line on stderr says why), 2 wrong usage, 3 a run was halted by its
+Exit codes: 0 success, 1 failure (one line on stderr says why), 2 wrong usage, 3 a run was halted by its
 uncertainty.
 """
 
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and exits.
 
     Args:
-        arguments: Words after `ase-uq`; by default those of the process.
+        arguments: Words after `ase-uq`; by default the arguments of the process.
 
     Raises:
         SystemExit: Always, with the exit code.
@@ -56,11 +56,11 @@ def _(
 ) -> None:
     """Calibrated uncertainties for MACE and orb potentials, from the same forward pass as the forces.
 
-    First [bold]fit[/] once to frames with reference labels; [bold]info[/] shows what was found, [bold]evaluate[/]
-    how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the potential no longer
-    knows, [bold]score[/] scores finished frames and [bold]select[/] picks those worth labelling. For thresholds
-    that mean something, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] counts false
-    alarms.
+    First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
+    [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the
+    potential no longer knows, [bold]score[/] gives finished frames their uncertainties, and [bold]select[/] picks
+    frames worth labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and
+    [bold]reference[/] makes runs on which false alarms are counted.
 
-    New here? [bold]ase-uq demo[/] shows it all on a small molecule in under a minute.
+    New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

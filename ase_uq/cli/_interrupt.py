@@ -1,4 +1,4 @@
-"""Ctrl-C in a run: the step that is under way is finished, so that what is written is whole and can be gone on from."""
+"""Ctrl-C in a run: the current step is finished, so that the files are complete and the run can be resumed."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     from ase.md.md import MolecularDynamics
 
-INTERRUPTED = 130  # exit code, as of a program that Ctrl-C ended at once
+INTERRUPTED = 130  # the exit code of a program that was ended by Ctrl-C
 
 
 class Interruption:
@@ -22,21 +22,21 @@ class Interruption:
 
 @contextmanager
 def ends_with_its_step(dynamics: "MolecularDynamics") -> Iterator[Interruption]:
-    """Lets the first Ctrl-C end a run after its present step; the second ends it at once."""
-    found = Interruption()
+    """Lets the first Ctrl-C end a run after its current step; the second ends it at once."""
+    interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
-        yield found  # only the main thread hears of it
+        yield interruption  # only the main thread receives signals
         return
     before = signal.getsignal(signal.SIGINT)
 
     def stop(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, before)
-        found.asked = True
+        interruption.asked = True
         dynamics.max_steps = dynamics.nsteps
         typer.echo("\ninterrupted: ending with this step; Ctrl-C again ends at once", err=True)
 
     signal.signal(signal.SIGINT, stop)
     try:
-        yield found
+        yield interruption
     finally:
         signal.signal(signal.SIGINT, before)

@@ -1,4 +1,4 @@
-"""What the terminal shows: our errors as one line, our warnings as one line, and nobody else's noise."""
+"""What the terminal shows: our errors and warnings as one line each, and no noise from other packages."""
 
 import logging
 import os
@@ -13,10 +13,10 @@ from typer.core import TyperGroup
 
 
 class ErrorsAsLines(TyperGroup):
-    """The group of all verbs: what we or the file system refuse is a line on stderr and exit code 1, no traceback."""
+    """The group of all verbs: errors of ours or of the file system become one line on stderr and exit code 1."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the verb; errors nobody foresaw keep their traceback, for the bug report."""
+        """Runs the verb; unforeseen errors keep their traceback, for the bug report."""
         from ase_uq.errors import UQError
 
         with only_our_messages():
@@ -32,9 +32,9 @@ class ErrorsAsLines(TyperGroup):
 
 @contextmanager
 def only_our_messages() -> Iterator[None]:
-    """Prints our warnings as one line on stderr each; hides those of other packages, and what they log.
+    """Prints each of our warnings as one line on stderr; hides the warnings and log messages of other packages.
 
-    Whose default dtype does not match whose model is for the authors of these packages, not for our users.
+    Messages such as a default dtype that does not match a model concern the authors of these packages, not our users.
     """
     from ase_uq.errors import UQWarning
 

@@ -12,18 +12,18 @@ if TYPE_CHECKING:
     from ase_uq.thresholds.criteria import Criterion, PerElement
 
 FORMS = (
-    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below); "
+    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below it); "
     "miss=0.1@0.3 (misses at most 0.1 of the frames with an error above 0.3 eV/Å; with confidence 0.9: "
-    "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it errors stay within 0.3 eV/Å with confidence 0.95); "
+    "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it, errors stay within 0.3 eV/Å with confidence 0.95); "
     "alarms=0.05@100ps or alarms=0.05@20000 (disturbs at most 0.05 of good runs of 100 ps, or of 20000 readings)"
 )
 
 
 def threshold(text: str) -> "float | Criterion":
-    """A threshold from one of `FORMS`: a number in eV/Å, or what it is to mean.
+    """A threshold from text in one of `FORMS`: a number in eV/Å or a criterion.
 
     Raises:
-        BadParameter: It has none of the forms, or a number in it is out of range.
+        BadParameter: The text has none of the forms, or a number in it is out of range.
     """
     try:
         level = _threshold(text)
@@ -57,21 +57,21 @@ def _threshold(text: str) -> "float | Criterion":
                 raise ValueError(f"{length!r} is neither a time like 100ps nor a number of readings like 20000")
             return FalseAlarms(_number(share), steps=int(length))
         case _:
-            raise ValueError("it has none of their forms")
+            raise ValueError("it has none of the known forms")
 
 
 def _number(text: str) -> float:
     try:
         return float(text)
     except ValueError:
-        raise ValueError(f"{text!r} is no number") from None
+        raise ValueError(f"{text!r} is not a number") from None
 
 
 def reduction(text: str) -> str | float:
     """A kind of `Reduction`: max, mean, top3 or a quantile of the atoms.
 
     Raises:
-        BadParameter: It is none of them.
+        BadParameter: The text is none of these.
     """
     from ase_uq.thresholds.reduction import Reduction
 
@@ -80,7 +80,7 @@ def reduction(text: str) -> str | float:
         Reduction(kind)
     except ValueError as error:
         raise typer.BadParameter(
-            f"{text!r} is none of max, mean and top3, nor a quantile of the atoms between 0 and 1, like 0.9."
+            f"{text!r} is not a reduction. Give max, mean, top3 or a quantile of the atoms between 0 and 1, like 0.9."
         ) from error
     return kind
 
@@ -98,10 +98,10 @@ def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | No
 
 
 def per_element(level: "float | Criterion | None", option: str) -> "PerElement | None":
-    """The level with a threshold for each element of its own.
+    """The level with a separate threshold for each element.
 
     Raises:
-        BadParameter: The level is a number, or a criterion that is no matter of elements.
+        BadParameter: The level is a number, or a criterion that cannot be applied to single elements.
     """
     from ase_uq.thresholds.criteria import Criterion, PerElement
 
@@ -109,8 +109,8 @@ def per_element(level: "float | Criterion | None", option: str) -> "PerElement |
         return None
     if not isinstance(level, Criterion):
         raise typer.BadParameter(
-            f"with --per-element it is a criterion, which calibration data turn into a number for each element, such "
-            f"as q0.99; {level:g} eV/Å would be the same for all.",
+            f"--per-element needs a criterion such as q0.99, which calibration data turn into a number for each "
+            f"element; {level:g} eV/Å would be the same for all.",
             param_hint=f"'{option}'",
         )
     try:

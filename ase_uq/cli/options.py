@@ -1,4 +1,4 @@
-"""Options that verbs share: one name, one criterion, one text."""
+"""Options that verbs share: each has one name, one meaning and one help text."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,7 +27,9 @@ Methods = Annotated[
 UQ = Annotated[
     Path | None,
     typer.Option(
-        "--uq", metavar="FILE", help="What `ase-uq fit` made for this potential. May be left out for embedded ones."
+        "--uq",
+        metavar="FILE",
+        help="Uncertainty model that `ase-uq fit` made for this potential. Not needed for embedded potentials.",
     ),
 ]
 Device = Annotated[
@@ -37,27 +39,31 @@ DType = Annotated[
     str, typer.Option("--dtype", show_default="the potential's own", help="Precision: float32 or float64.")
 ]
 BatchAtoms = Annotated[
-    int, typer.Option("--batch-atoms", min=1, help="Most atoms evaluated together. Lower it where memory runs out.")
+    int,
+    typer.Option(
+        "--batch-atoms", min=1, help="Largest number of atoms evaluated together. Lower it if memory runs out."
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]
 EnergyKey = Annotated[
-    str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Energy in info.")
+    str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Key of the energy in info.")
 ]
 ForcesKey = Annotated[
-    str | None, typer.Option("--forces-key", show_default="REF_forces, else forces", help="Forces in arrays.")
+    str | None,
+    typer.Option("--forces-key", show_default="REF_forces, else forces", help="Key of the forces in arrays."),
 ]
 StressKey = Annotated[
-    str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Stress in info.")
+    str | None, typer.Option("--stress-key", show_default="REF_stress, else stress", help="Key of the stress in info.")
 ]
 
-# Of the verbs that move atoms.
-Flag = Annotated[Any, typer.Option("--flag", help="Keep frames from this uncertainty on.", **_LEVEL)]
+# Options of the verbs that move atoms.
+Flag = Annotated[Any, typer.Option("--flag", help="Save frames with this uncertainty or more.", **_LEVEL)]
 Halt = Annotated[Any, typer.Option("--halt", help="Halt at this uncertainty.", **_LEVEL)]
 EachElement = Annotated[
     bool,
     typer.Option(
         "--per-element",
-        help="A threshold for each element of its own; --flag and --halt are criteria then, like q0.99.",
+        help="Use a separate threshold for each element; --flag and --halt must then be criteria, like q0.99.",
     ),
 ]
 Reduce = Annotated[
@@ -66,20 +72,20 @@ Reduce = Annotated[
         "--reduce",
         metavar="max|mean|top3|Q",
         parser=reduction,
-        help="How atoms become one reading: max, mean, top3, or a quantile like 0.9.",
+        help="How the atoms of a frame become one reading: max, mean, top3, or a quantile like 0.9.",
     ),
 ]
-Bonds = Annotated[bool, typer.Option("--bonds", help="Halt where a bond of the start breaks, or atoms fuse.")]
+Bonds = Annotated[bool, typer.Option("--bonds", help="Halt if a bond of the start breaks or atoms fuse.")]
 FlaggedFrames = Annotated[
     Path | None, typer.Option("--frames", metavar="FILE", help="Flagged frames are added to this .xyz file.")
 ]
 Before = Annotated[
-    int, typer.Option("--before", min=0, help="Frames before a flagged one that go to --frames with it.")
+    int, typer.Option("--before", min=0, help="Number of frames before a flagged frame that are saved with it.")
 ]
 
 
 def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tuple[str, str, str] | None:
-    """Names of the labels, those that were not given by their first default; None where none was given."""
+    """Keys of the labels; a key that was not given has its first default. None if no key was given."""
     from ase_uq.io.labels import LABEL_KEYS
 
     if not (energy or forces or stress):
@@ -89,10 +95,10 @@ def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tu
 
 
 def check_before(before: int, frames: Path | None) -> None:
-    """Refuses frames before a flagged one that would be written nowhere."""
+    """Refuses `--before` without `--frames`: the frames before a flagged one would not be written anywhere."""
     if before and frames is None:
         raise typer.BadParameter(
-            "the frames before a flagged one go to --frames: give it too.", param_hint="'--before'"
+            "the frames before a flagged one are saved to --frames: give it too.", param_hint="'--before'"
         )
 
 

@@ -1,4 +1,4 @@
-"""From the shared options to the calculator of a verb. Imports the heavy packages, silently."""
+"""From the shared options to the calculator of a verb. Imports the heavy packages silently."""
 
 import sys
 from contextlib import suppress
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def seed_all(seed: int) -> "Generator":
-    """A generator for what the verb draws; numpy and torch are seeded for what a user's own calculator may draw."""
+    """A generator for the random numbers of a verb; also seeds numpy and torch, for calculators of users."""
     import numpy as np
     import torch
 
@@ -42,14 +42,14 @@ def import_silently(name: str) -> None:
     warp: Any = sys.modules.get("warp")  # of orb: prints a line for every kernel that it loads
     if warp is not None:
         warp.config.quiet = True
-        warp.config.log_level = getattr(warp, "LOG_WARNING", None)  # its later name
+        warp.config.log_level = getattr(warp, "LOG_WARNING", None)  # newer versions of warp read this instead
 
 
 def load_potential(model: str, device: str, dtype: str) -> "Backend":
     """The backend that `--model`, `--device` and `--dtype` name.
 
     Raises:
-        ValueError: As `load_backend`, also where the function of a SPEC does not return a known calculator.
+        ValueError: As in `load_backend`; also if the function of a SPEC does not return a known calculator.
     """
     from ase_uq.backends import load_backend
 
@@ -61,14 +61,14 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
 
 
 def load_calculator(model: str, uq: Path | None, device: str, dtype: str, every: int = 1) -> "UncertainCalculator":
-    """The potential with the uncertainty model of `--uq`, or with the one that ships with an embedded potential."""
+    """The potential with the uncertainty model of `--uq`, or with that of an embedded potential."""
     from ase_uq.engines.ase.calculator import UncertainCalculator
     from ase_uq.uncertainty_model.model import UncertaintyModel
 
     embedded_name = model.removeprefix("embedded:") if model.startswith("embedded:") else ""
     if uq is None and not embedded_name:
         raise typer.BadParameter("give the file that `ase-uq fit` made for this potential.", param_hint="'--uq'")
-    # Before the potential, which takes seconds: a wrong file name is told at once.
+    # Loaded before the potential, which takes seconds, so that a wrong file name is reported at once.
     fitted = None if uq is None else UncertaintyModel.load(uq)
     backend = load_potential(model, device, dtype)
     if fitted is None:

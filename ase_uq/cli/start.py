@@ -1,4 +1,4 @@
-"""The structure that a verb starts from, without what would not be true of it any more once atoms move."""
+"""The structure that a verb starts from, without the entries that are no longer true once atoms move."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,6 @@ def read_start(path: Path) -> "Atoms":
 
 
 def give_calculator(atoms: "Atoms", calculator: "UncertainCalculator") -> None:
-    """Sets the calculator, and keeps of the notes in `info` only what its potential reads."""
+    """Sets the calculator, and keeps only those entries of `info` that its potential reads."""
     atoms.info = {key: atoms.info[key] for key in calculator.predictor.backend.info_keys if key in atoms.info}
     atoms.calc = calculator

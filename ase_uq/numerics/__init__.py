@@ -1,1 +1,1 @@
-"""Numbers and tensors that know nothing of potentials: linear algebra, moments, sketches, site sums, networks."""
+"""Numerics that know nothing of potentials: linear algebra, moments, sketches, site sums, networks."""

@@ -1,14 +1,14 @@
-"""Streaming moments and solves in float64, with every jitter declared."""
+"""Factorisations in float64 that report the jitter they needed."""
 
 import torch
 from torch import Tensor
 
-# Relative to the mean diagonal. Correlated features make Gram matrices with condition numbers beyond 1e10.
+# Jitters relative to the mean diagonal. Correlated features make Gram matrices with condition numbers beyond 1e10.
 JITTER_LADDER = (0.0, 1e-12, 1e-11, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6)
 
 
 def cholesky(matrix: Tensor) -> tuple[Tensor, float]:
-    """Lower Cholesky factor of a symmetric matrix and the relative jitter that it took.
+    """Lower Cholesky factor of a symmetric matrix, and the relative jitter that was needed.
 
     Raises:
         ValueError: No jitter of the ladder makes it positive definite.

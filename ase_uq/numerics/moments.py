@@ -1,4 +1,4 @@
-"""Sums over rows, streamed and added over ranks."""
+"""Count, mean and scatter of rows, accumulated over batches and ranks."""
 
 from dataclasses import dataclass
 
@@ -57,7 +57,7 @@ class Moments:
         first = communicator.sum({"count": count, "sum": self.count * self.mean})
         total = float(first["count"])
         mean = first["sum"] / max(total, 1.0)
-        # Each rank moves its scatter to the common mean before it is summed.
+        # Each rank moves its scatter to the common mean before the scatters are summed.
         step = self.mean - mean
         moved = self.scatter + self.count * torch.outer(step, step)
         return Moments(total, mean, communicator.sum({"scatter": moved})["scatter"])
@@ -68,9 +68,9 @@ class Moments:
 
 
 def reduced(moments: Moments | None, communicator: Communicator) -> Moments | None:
-    """The moments of the rows of all ranks, or None where no rank has any.
+    """The moments of the rows of all ranks, or None if no rank has any.
 
-    A rank without rows takes part with None: it learns their width from the others.
+    A rank without rows takes part with None and learns their width from the others.
     """
     width = 0 if moments is None or not moments.count else len(moments.mean)
     device = torch.device("cpu") if moments is None else moments.mean.device

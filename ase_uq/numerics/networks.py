@@ -1,12 +1,12 @@
-"""Ensembles of small networks, trained together by cross-fitting: no member has seen the fold it is kept for.
+"""Ensembles of small networks, trained together by cross-fitting: each member is trained without one fold.
 
     ensemble = cross_fit(inputs, targets, groups, training=Training(seed=1), output="softplus", title="forces")
     ensemble(new_inputs)                                                # mean over the members
     out_of_fold(ensemble, inputs, folds_of(groups, 5))                  # each row by the member that has not seen it
 
-All members are one stack of weights: a step of training is one batched product for all of them, with the learning
-rate, the validation loss and the early stop of each its own. Random numbers come from a generator of the fit, so the
-same data and seed give the same networks, and torch's own random state stays where it was.
+All members are one stack of weights: a training step is one batched product for all of them, but each member has its
+own learning rate, validation loss and early stop. Random numbers come from a generator of the fit, so the same data
+and seed give the same networks, and the random state of torch is not changed.
 """
 
 import itertools
@@ -30,8 +30,8 @@ Output = Literal["linear", "softplus"]
 BLOCKS_A_FOLD = 4
 _INNER_FOLDS = 8  # one of them stops the training of a member
 _EVALUATED_TOGETHER = 2048
-_FEWEST_A_BATCH = 16  # structures, however large
-_LOG_FLOOR = 1e-3  # of the root mean square: below it an error is as good as none
+_FEWEST_A_BATCH = 16  # structures, however large they are
+_LOG_FLOOR = 1e-3  # of the root mean square; smaller errors hardly differ from none
 _SMALLEST_RATE = 1e-7
 _BETAS = (0.9, 0.999)
 
@@ -44,14 +44,14 @@ class Training:
 
     Args:
         hidden: Widths of the hidden layers.
-        learning_rate: At the start.
-        weight_decay: Of AdamW.
-        batch: Rows a step; where targets are of structures, 16 of them or more.
-        max_epochs: Most epochs.
-        patience: Epochs without a better validation loss after which a member stops.
-        plateau: Epochs without one after which its rate is halved.
-        epoch_rows: Most rows of an epoch; larger sets are drawn from anew each epoch.
-        seed: Of initial weights and batches.
+        learning_rate: Learning rate at the start.
+        weight_decay: Weight decay of AdamW.
+        batch: Rows per step; with targets of whole structures, at least 16 structures.
+        max_epochs: Largest number of epochs.
+        patience: Number of epochs without a better validation loss after which a member stops.
+        plateau: Number of epochs without a better validation loss after which the rate of a member is halved.
+        epoch_rows: Largest number of rows per epoch; from larger sets, each epoch draws a new selection.
+        seed: Seed of initial weights and batches.
     """
 
     hidden: tuple[int, ...] = (128, 128)
@@ -67,17 +67,18 @@ class Training:
     def __post_init__(self) -> None:
         numbers = (*self.hidden, self.batch, self.max_epochs, self.patience, self.plateau, self.epoch_rows)
         if not all(number >= 1 for number in numbers) or not self.learning_rate > 0 or not self.weight_decay >= 0:
-            raise ValueError(f"widths, batches, epochs and the learning rate of a training are above 0, not {self!r}.")
+            raise ValueError(f"widths, batches, epochs and the learning rate must be above 0, but this is {self!r}.")
 
 
 class MLPEnsemble(Fitted):
     """Multilayer perceptrons with the same inputs.
 
     Args:
-        settings: `sizes` of the layers from inputs to outputs, `output` of the last one, and what the training took.
-        tensors: `weights` (n_members, n_weights), those of all layers of a member in a row, as trained in float32;
-            `centre` and `spread` (n_inputs,) of the inputs; `shift` and `unit` (n_outputs,): outputs are shift +
-            unit · last layer; float64.
+        settings: `sizes` of the layers from inputs to outputs, `output` of the last layer, and the epochs and loss of
+            the training.
+        tensors: `weights` (n_members, n_weights), those of all layers of a member in one row, as trained in float32;
+            `centre` and `spread` (n_inputs,) of the inputs, and `shift` and `unit` (n_outputs,), all float64: outputs
+            are shift + unit · last layer.
     """
 
     weights: Tensor
@@ -87,8 +88,8 @@ class MLPEnsemble(Fitted):
     unit: Tensor
 
     def members(self, inputs: Tensor) -> Tensor:
-        """(n, n_inputs) → (n_members, n, n_outputs), float64: what each member says."""
-        # float64: a row must not depend on the others of its batch, and float32 products do so at 1e-7.
+        """(n, n_inputs) → (n_members, n, n_outputs), float64: the prediction of each member."""
+        # float64, since a row must not depend on the others of its batch, and in float32 products it does, by 1e-7.
         rows = ((inputs.double() - self.centre) / self.spread).expand(len(self.weights), -1, -1)
         return self.shift + self.unit * _outputs(self.weights.double(), rows, self._settings)
 
@@ -98,17 +99,17 @@ class MLPEnsemble(Fitted):
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the components; its minimum is the conditional mean."""
+    """Squared error, averaged over the components; its minimum is the conditional mean."""
     return (predictions - targets).square().mean(-1)
 
 
 def squared_log_error(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Squared difference of the logarithms of two magnitudes; robust against few large ones."""
+    """Squared difference of the logarithms of two magnitudes; robust against a few large ones."""
     return (torch.log(predictions + _LOG_FLOOR) - torch.log(targets + _LOG_FLOOR)).square().mean(-1)
 
 
 def pinball(quantile: float) -> Loss:
-    """The loss whose minimum is a conditional quantile (Koenker and Bassett 1978)."""
+    """The pinball loss, whose minimum is a conditional quantile (Koenker and Bassett 1978)."""
     if not 0 < quantile < 1:
         raise ValueError(f"a quantile lies between 0 and 1, not at {quantile!r}.")
 
@@ -122,18 +123,19 @@ def pinball(quantile: float) -> Loss:
 def folds_of(groups: Tensor, n_folds: int) -> Tensor:
     """(n,) group of each row → (n,) fold of each row.
 
-    Consecutive groups are made into blocks, and the blocks are dealt out to the folds: neighbours in a trajectory
-    mostly share a fold, and every fold sees all parts of the data set.
+    Consecutive groups form blocks, and the blocks are dealt out to the folds: neighbours in a trajectory
+    mostly share a fold, and every fold has blocks from all parts of the data set.
 
     Raises:
-        LabelError: There are fewer than two groups a fold.
+        ValueError: There are fewer than two folds.
+        LabelError: There are fewer than two groups per fold.
     """
     if n_folds < 2:
         raise ValueError(f"cross-fitting needs 2 folds or more, not {n_folds}.")
     n_groups = len(groups.unique())
     if n_groups < 2 * n_folds:
         raise LabelError(
-            f"{n_folds}-fold cross-fitting needs {2 * n_folds} labelled training frames, there are {n_groups}. "
+            f"{n_folds}-fold cross-fitting needs {2 * n_folds} labelled training frames, but there are {n_groups}. "
             "Add frames, or ask for fewer folds."
         )
     return _dealt(groups, n_folds)
@@ -146,19 +148,19 @@ def _dealt(groups: Tensor, n_folds: int) -> Tensor:
 
 
 def out_of_fold(ensemble: MLPEnsemble, inputs: Tensor, fold_of_row: Tensor) -> Tensor:
-    """(n, n_outputs) of the training rows, each from the member that has not seen its fold.
+    """(n, n_outputs) predictions for the training rows, each from the member that has not seen its fold.
 
     Args:
-        ensemble: From `cross_fit`.
-        inputs: (n, n_inputs) the rows it was fitted on.
-        fold_of_row: (n,) from `folds_of`; the rows of a structure have the fold of the structure.
+        ensemble: Ensemble made by `cross_fit`.
+        inputs: (n, n_inputs) rows it was fitted on.
+        fold_of_row: (n,) folds made by `folds_of`; the rows of a structure have the fold of the structure.
     """
-    found = inputs.new_zeros((len(inputs), len(ensemble.shift)), dtype=torch.float64)
+    predictions = inputs.new_zeros((len(inputs), len(ensemble.shift)), dtype=torch.float64)
     for fold, weights in enumerate(ensemble.weights):
         member = MLPEnsemble(ensemble.settings, {**dict(ensemble.named_buffers()), "weights": weights[None]})
         for rows in torch.nonzero(fold_of_row == fold)[:, 0].split(_EVALUATED_TOGETHER):
-            found[rows] = member(inputs[rows])
-    return found
+            predictions[rows] = member(inputs[rows])
+    return predictions
 
 
 def cross_fit(
@@ -174,25 +176,25 @@ def cross_fit(
     segments: Tensor | None = None,
     title: str = "",
 ) -> MLPEnsemble:
-    """One network a fold, trained without it.
+    """Trains one network per fold, each without its fold.
 
-    Of the groups that a member may see, an eighth (consecutive blocks again) is held out to halve its rate and to stop
-    it. Inputs are standardised, and targets scaled, by the statistics of all rows.
+    Of the groups that a member may see, one eighth (again in consecutive blocks) is held out to decide when to halve
+    its rate and when to stop it. Inputs are standardised, and targets scaled, by the statistics of all rows.
 
     Args:
-        inputs: (n_rows, n_inputs).
-        targets: (n_targets, n_columns); a target with a NaN is left out.
-        groups: (n_targets,) integers; what belongs together, such as the rows of a frame. Groups with close numbers
-            are taken as neighbours.
-        training: How.
+        inputs: (n_rows, n_inputs) inputs.
+        targets: (n_targets, n_columns) targets; a target with a NaN is left out.
+        groups: (n_targets,) integers; targets that belong together, such as the rows of a frame, have the same one.
+            Groups with close numbers are taken as neighbours.
+        training: How the networks are trained.
         loss: (n_members, n, n_outputs) predictions and (n_members, n, n_columns) targets → (n_members, n).
-        folds: How many, and how many members.
+        folds: Number of folds, and of members.
         output: `"softplus"` for magnitudes.
-        n_outputs: Where the loss makes something else of the targets than a comparison with as many outputs. They are
-            not scaled then.
-        segments: (n_rows,) the target to which a row contributes: predictions are sums over rows. By default every
-            row has its own.
-        title: Of the progress bar; empty for none.
+        n_outputs: Number of outputs, if the loss does not compare outputs and targets column by column. Targets are
+            then not scaled.
+        segments: (n_rows,) the target that each row contributes to: predictions are then sums over rows. By default
+            every row has its own target.
+        title: Title of the progress bar; empty for no bar.
 
     Raises:
         LabelError: There are too few groups for the folds.
@@ -225,10 +227,10 @@ def cross_fit(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Keeps torch's products on one CPU thread, and others from training meanwhile.
+    """Keeps the products of torch on one CPU thread, and other Python threads from training meanwhile.
 
-    They are small: threads gain little, cost thirty times the time where they wait for a core that is busy, and sum
-    in an order of their own.
+    The products are small: threads gain little, take thirty times as long if they have to wait for a busy core, and
+    change the order of the sums.
     """
     with _TRAINS:
         threads = torch.get_num_threads()
@@ -240,7 +242,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Data:
-    """Standardised rows and scaled targets of a fit, in float32; the arguments are those of `cross_fit`."""
+    """Standardised rows and scaled targets of a fit in float32; the arguments are those of `cross_fit`."""
 
     def __init__(
         self, inputs: Tensor, targets: Tensor, output: Output, n_outputs: int | None, segments: Tensor | None
@@ -256,7 +258,7 @@ class _Data:
         self._counts, self._starts = counts, counts.cumsum(0) - counts
         centre = inputs.double().mean(0)
         spread = inputs.double().std(0, correction=0)
-        # What never varied in training is measured by what varied most, so that a change in it is no explosion.
+        # An input that never varied in training gets the largest spread, so that a change in it does not explode.
         largest = spread.max().clamp(min=1e-300)
         spread = torch.where(spread > 1e-6 * largest, spread, largest)
         shift = torch.zeros(self.n_outputs, dtype=torch.float64, device=inputs.device)
@@ -271,24 +273,24 @@ class _Data:
 
     @property
     def rows_a_target(self) -> float:
-        """On average."""
+        """Average number of rows per target."""
         return len(self._rows) / len(self._targets)
 
     def losses(self, weights: Tensor, settings: dict[str, Any], chosen: Tensor, loss: Loss) -> Tensor:
         """(n_members, n) losses of the chosen (n_members, n) targets."""
         rows, lengths = self._rows_of(chosen) if self._summed else (chosen, None)
-        found = self._offset + _outputs(weights, self._rows[rows], settings)
+        outputs = self._offset + _outputs(weights, self._rows[rows], settings)
         if lengths is not None:
-            width = found.shape[2]
-            # Unlike an index_add, the same bits on a GPU every time.
-            found = torch.segment_reduce(found.reshape(-1, width), "sum", lengths=lengths.flatten(), unsafe=True)
-            found = found.reshape(*lengths.shape, width)[:, :-1]
-        return loss(found, self._targets[chosen])
+            width = outputs.shape[2]
+            # Unlike index_add, this gives the same bits on a GPU every time.
+            outputs = torch.segment_reduce(outputs.reshape(-1, width), "sum", lengths=lengths.flatten(), unsafe=True)
+            outputs = outputs.reshape(*lengths.shape, width)[:, :-1]
+        return loss(outputs, self._targets[chosen])
 
     def _rows_of(self, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """(n_members, n_rows) the rows of chosen structures, and (n_members, n + 1) how many each has.
+        """(n_members, n_rows) rows of the chosen structures, and (n_members, n + 1) the number of rows of each.
 
-        Members have different numbers of rows: the last entry counts those that only fill up.
+        Members have different numbers of rows: the last entry counts the rows that are only padding.
         """
         counts = self._counts[chosen]
         total = counts.sum(1, keepdim=True)
@@ -305,14 +307,14 @@ class _Descent:
     """AdamW for a stack of networks, each with its own rate, plateau and stop.
 
     Args:
-        weights: (n_members, n_weights) to start from.
-        training: How.
+        weights: (n_members, n_weights) initial weights.
+        training: How the networks are trained.
 
     Attributes:
-        active: Members that are still trained.
-        best: (n_members, n_weights) with the least validation loss.
-        best_loss: (n_members,).
-        epochs: Of each member.
+        active: Members that are still being trained.
+        best: (n_members, n_weights) weights with the lowest validation loss.
+        best_loss: (n_members,) lowest validation loss of each member.
+        epochs: Number of epochs of each member.
     """
 
     def __init__(self, weights: Tensor, training: Training) -> None:
@@ -344,16 +346,16 @@ class _Descent:
         self._weights = weights
 
     def judge(self, losses: Callable[[Tensor, Tensor], Tensor], held_out: Tensor) -> None:
-        """Validates on (n_active, n) targets; keeps what is better, lowers rates, and lets members stop."""
+        """Validates on (n_active, n) targets; keeps the better weights, lowers rates, and stops members."""
         with torch.no_grad():
             parts = [losses(self._weights, part).sum(1) for part in held_out.split(_EVALUATED_TOGETHER, 1)]
-        found = torch.stack(parts).sum(0) / held_out.shape[1]
+        validation = torch.stack(parts).sum(0) / held_out.shape[1]
         goes_on = []
-        for place, (member, value) in enumerate(zip(self.active, found.tolist(), strict=True)):
+        for place, (member, value) in enumerate(zip(self.active, validation.tolist(), strict=True)):
             self.epochs[member] += 1
             self._waited[member] += 1
             if value < float(self.best_loss[member]):
-                self.best[member], self.best_loss[member] = self._weights[place], found[place]
+                self.best[member], self.best_loss[member] = self._weights[place], validation[place]
                 self._waited[member] = 0
             elif self._waited[member] % self._training.plateau == 0:
                 self._rate[place] = (self._rate[place] / 2).clamp(min=_SMALLEST_RATE)
@@ -366,35 +368,37 @@ class _Descent:
 
 
 def _scales(targets: Tensor, counts: Tensor, output: Output) -> tuple[Tensor, Tensor]:
-    """(n_outputs,) shift and unit of what a row gives: its mean, and the spread that is left to explain.
+    """(n_outputs,) shift and unit of the output of a row: its mean, and the spread that is left to explain.
 
-    The rows of a structure add up: a target of `counts` rows has counts times the shift, and its unit is divided
-    by their number.
+    The rows of a structure add up: a target with `counts` rows contains the shift counts times, and its unit is divided
+    by the number of rows.
     """
     shift = torch.zeros_like(targets[0])
     if output == "linear":
         shift = (targets * counts[:, None]).sum(0) / counts.square().sum()
     left = targets - shift * counts[:, None]
-    # One unit for all columns: the components of a force are on one scale.
+    # One unit for all columns: the components of a force have the same scale.
     unit = (left.square().mean().sqrt() / counts.mean()).expand_as(shift)
     return shift, torch.where(unit > 0, unit, 1.0)
 
 
 def _targets_of_members(labelled: Tensor, groups: Tensor, fold: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """For each member the targets that it is trained on, and those that stop it.
+    """For each member the targets that it is trained on, and the held-out targets that decide when it stops.
 
-    Those that stop are as many for each member, since they are evaluated together.
+    All members have the same number of held-out targets, since these are evaluated together.
     """
     trained, held_out = [], []
     for member in range(int(fold.max()) + 1):
-        own = torch.nonzero(labelled & (fold != member))[:, 0]
-        n_groups = len(groups[own].unique())
+        visible = torch.nonzero(labelled & (fold != member))[:, 0]
+        n_groups = len(groups[visible].unique())
         if n_groups < 2:
-            raise LabelError("nearly all labelled training frames are in one block of them. Label more of the others.")
+            raise LabelError(
+                "nearly all labelled training frames are in one block of consecutive frames. Label more of the others."
+            )
         n_folds = min(_INNER_FOLDS, n_groups)
-        stops = _dealt(groups[own], n_folds) == member % n_folds
-        trained.append(own[~stops])
-        held_out.append(own[stops])
+        stops = _dealt(groups[visible], n_folds) == member % n_folds
+        trained.append(visible[~stops])
+        held_out.append(visible[stops])
     fewest = min(map(len, held_out))
     spread = [torch.arange(fewest, device=rows.device) * len(rows) // fewest for rows in held_out]
     return trained, [rows[chosen] for rows, chosen in zip(held_out, spread, strict=True)]
@@ -403,19 +407,19 @@ def _targets_of_members(labelled: Tensor, groups: Tensor, fold: Tensor) -> tuple
 def _batches(
     targets: list[Tensor], rows_a_target: float, training: Training, generator: torch.Generator
 ) -> Iterator[Tensor]:
-    """An epoch: (n_members, n) targets a step, in random order and without repetition.
+    """The steps of an epoch: (n_members, n) targets each, in random order and without repetition.
 
-    All members take as many: an epoch of one that has more than another leaves a random rest out.
+    All members take the same number of targets: a member that has more leaves a random rest out.
     """
     length = min(min(map(len, targets)), math.ceil(training.epoch_rows / rows_a_target))
-    orders = [torch.randperm(len(own), generator=generator)[:length].to(own.device) for own in targets]
-    chosen = torch.stack([own[order] for own, order in zip(targets, orders, strict=True)])
+    orders = [torch.randperm(len(rows), generator=generator)[:length].to(rows.device) for rows in targets]
+    chosen = torch.stack([rows[order] for rows, order in zip(targets, orders, strict=True)])
     batch = max(round(training.batch / rows_a_target), _FEWEST_A_BATCH)
     yield from chosen.split(batch, 1)
 
 
 def _initial_weights(sizes: list[int], n_members: int, generator: torch.Generator) -> Tensor:
-    """(n_members, n_weights) uniform within 1/√fan-in, as torch begins its linear layers; float32."""
+    """(n_members, n_weights) weights, uniform within 1/√fan-in as in the linear layers of torch; float32."""
     layers = []
     for fan_in, fan_out in itertools.pairwise(sizes):
         draw = torch.rand(n_members, (fan_in + 1) * fan_out, generator=generator, dtype=torch.float32)
@@ -424,10 +428,10 @@ def _initial_weights(sizes: list[int], n_members: int, generator: torch.Generato
 
 
 def _outputs(weights: Tensor, rows: Tensor, settings: dict[str, Any]) -> Tensor:
-    """(n_members, n_weights), (n_members, n, n_inputs) → (n_members, n, n_outputs): ReLU networks, one a member."""
+    """(n_members, n_weights), (n_members, n, n_inputs) → (n_members, n, n_outputs): one ReLU network per member."""
     sizes = settings["sizes"]
     shapes = list(itertools.pairwise(sizes))
-    # One split, so that the way back joins the layers once.
+    # A single split, so that the backward pass joins the layers once.
     parts = weights.split([size for fan_in, fan_out in shapes for size in (fan_in * fan_out, fan_out)], 1)
     for layer, (fan_in, fan_out) in enumerate(shapes):
         matrix = parts[2 * layer].unflatten(1, (fan_in, fan_out))

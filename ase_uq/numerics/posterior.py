@@ -1,8 +1,4 @@
-"""What kernel methods share: posterior variances in feature form, greedy pivots, random projections.
-
-Nothing here draws from a generator with a state. Every random number is a hash of its place, so that it does not depend
-on batches, ranks, devices or versions of torch, and need not be stored.
-"""
+"""Posterior variances in feature form and greedy pivots, which kernel methods share."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,19 +9,14 @@ from torch import Tensor
 from ase_uq.errors import LabelError
 from ase_uq.numerics.linalg import whitener
 
-# Random numbers by place.
-
-
-# Posterior variance.
-
 
 @dataclass(frozen=True)
 class Residual:
-    """Residual variance v(x) = ‖Φ(x) root‖², what a Gaussian process still does not know at x.
+    """Residual variance v(x) = ‖Φ(x) root‖², the variance that a Gaussian process still has at x.
 
     Args:
-        root: (d, d) float64.
-        mean: Of v over the fitted rows.
+        root: (d, d) float64 matrix, as in the formula.
+        mean: Mean of v over the fitted rows.
         effective: Σ v / σ² over the fitted rows, the effective number of parameters.
         jitter: Relative jitter of the factorisation.
     """
@@ -37,7 +28,7 @@ class Residual:
 
 
 def residual(gram: Tensor, count: float, noise: float) -> Residual:
-    """The residual variance in feature form: O(d²) a query, however many rows were fitted.
+    """The residual variance in feature form: O(d²) per query, however many rows were fitted.
 
     v(x) = k(x, x) - k_xT (K_TT + σ²I)⁻¹ k_Tx = σ² Φ(x)ᵀ (Φ_TᵀΦ_T + σ²I)⁻¹ Φ(x),  k(x, y) = Φ(x)·Φ(y)
 
@@ -46,7 +37,7 @@ def residual(gram: Tensor, count: float, noise: float) -> Residual:
 
     Args:
         gram: (d, d) Φ_TᵀΦ_T of the fitted rows.
-        count: Number of them.
+        count: Number of fitted rows.
         noise: σ².
     """
     mean_gram = gram / count
@@ -58,19 +49,19 @@ def residual(gram: Tensor, count: float, noise: float) -> Residual:
 
 
 def mean_square(gram: Tensor, count: float, offset: float = 0.0) -> float:
-    """Mean of ‖Φ‖² over the rows of a Gram matrix, the unit that the noise is relative to.
+    """Mean of ‖Φ‖² over the rows of a Gram matrix, the unit of a relative noise.
 
     Args:
         gram: (d, d) ΦᵀΦ.
         count: Number of rows.
-        offset: ‖mean‖² where a mean was taken from the rows.
+        offset: ‖mean‖² of the mean that was subtracted from the rows, if any.
 
     Raises:
-        LabelError: The rows are zero, or nothing but rounding is left of them.
+        LabelError: The rows are zero, or only rounding errors are left of them.
     """
     square = float(gram.diagonal().sum()) / count
     if square <= 1e-28 * offset:
-        raise LabelError("all training frames have the same features: they span nothing to measure distances by.")
+        raise LabelError("all training frames have the same features, so that no distances can be measured.")
     return square
 
 
@@ -79,10 +70,10 @@ class Pivots:
     """A partial Cholesky factorisation of a kernel matrix K ≈ factor factorᵀ.
 
     Args:
-        indices: Rows in the order in which they were taken; no row twice.
-        factor: (n, rank); its rows at `indices` are lower triangular.
-        values: (rank,) the pivots, descending: the variance that each had left when it was taken. Their product is
-            the determinant of the block of K that was taken.
+        indices: Rows in the order in which they were taken; no row occurs twice.
+        factor: (n, rank) factor; its rows at `indices` are lower triangular.
+        values: (rank,) the pivots in descending order: the variance that each row had left when it was taken. Their
+            product is the determinant of the block of K that was taken.
     """
 
     indices: list[int]
@@ -91,15 +82,15 @@ class Pivots:
 
 
 def pivoted_cholesky(columns: Callable[[int], Tensor], diagonal: Tensor, rank: int, *, smallest: float = 0.0) -> Pivots:
-    """Takes, one after the other, the row with the most variance given those taken before: greedy MaxDet.
+    """Takes rows one after the other, always the one with the most variance given those taken before: greedy MaxDet.
 
-    c = (k_j - L L_j)/√d_j,  d ← d - c²;  O(n·rank²), and one column of K a step.
+    c = (k_j - L L_j)/√d_j,  d ← d - c²;  costs O(n·rank²), and one column of K per step.
 
     Args:
-        columns: j → (n,) column of K.
-        diagonal: (n,) of K.
-        rank: Most rows to take.
-        smallest: A pivot that is not larger ends it: the rest is known from the rows taken.
+        columns: Function j → (n,) column of K.
+        diagonal: (n,) diagonal of K.
+        rank: Largest number of rows to take.
+        smallest: Ends when no pivot is larger than this: the other rows are known from those taken.
     """
     left = diagonal.double().clone()
     factor = torch.zeros(len(left), min(rank, len(left)), dtype=left.dtype, device=left.device)
@@ -110,7 +101,7 @@ def pivoted_cholesky(columns: Callable[[int], Tensor], diagonal: Tensor, rank: i
         if pivot <= smallest:
             break
         column = columns(index).double() - factor[:, :step] @ factor[index, :step]
-        # What rounding leaves on the rows taken before would be divided by small pivots later.
+        # Rounding errors left on the rows taken before would later be divided by small pivots.
         column[indices] = 0.0
         factor[:, step] = column / pivot**0.5
         left = left - factor[:, step].square()
@@ -119,6 +110,3 @@ def pivoted_cholesky(columns: Callable[[int], Tensor], diagonal: Tensor, rank: i
         left[indices] = -torch.inf
     taken = torch.tensor(values, dtype=left.dtype, device=left.device)
     return Pivots(indices, factor[:, : len(indices)], taken)
-
-
-# Random projection.

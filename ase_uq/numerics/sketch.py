@@ -13,17 +13,17 @@ _BUCKETS = 2**13
 class Sketch(torch.nn.Module):
     """Random projection of a long vector that keeps inner products: ⟨Sg, Sh⟩ = ⟨g, h⟩ ± ‖g‖‖h‖/√size.
 
-    Two stages, since a Gaussian matrix for millions of parameters would be gigabytes: count-sketch (every entry is
-    added to one of 2¹³ buckets with a random sign; Charikar, Chen and Farach-Colton 2002), then a Gaussian matrix with
-    entries N(0, 1/size). A vector that is no longer than the sketch is left as it is.
+    It has two stages, since a Gaussian matrix for millions of parameters would take gigabytes: a count-sketch (every
+    entry is added to one of 2¹³ buckets with a random sign; Charikar, Chen and Farach-Colton 2002), then a Gaussian
+    matrix with entries N(0, 1/size). A vector that is not longer than the sketch is left as it is.
 
-    Scores of sketches rank rows as those of the vectors do; their values are others once there are about as many rows
-    as entries. Never compare scores of sketches of other sizes or seeds.
+    Scores from sketches rank rows as scores from the vectors do, but their values differ once there are about as many
+    rows as entries. Never compare scores from sketches of different sizes or seeds.
 
     Args:
-        length: Entries of the vectors.
-        size: Entries of a sketch.
-        seed: Of the hash and of the Gaussian matrix, which the sketch is made from again wherever it is needed.
+        length: Number of entries of the vectors.
+        size: Number of entries of a sketch.
+        seed: Seed of the hash and of the Gaussian matrix; both are made again from it wherever they are needed.
     """
 
     bucket: Tensor
@@ -35,7 +35,7 @@ class Sketch(torch.nn.Module):
         self.size = min(size, length)
         if self.size == length:
             return
-        # The upper half of the buckets is subtracted: a bucket holds its sign.
+        # The upper half of the buckets is subtracted, so the number of a bucket also holds the sign.
         bucket = random_bits(torch.arange(length), substream(seed, 0)) & (2 * _BUCKETS - 1)
         gaussian = random_normal(_BUCKETS * size, substream(seed, 1)).reshape(_BUCKETS, size) / size**0.5
         self.register_buffer("bucket", bucket.int(), persistent=False)
@@ -49,7 +49,8 @@ class Sketch(torch.nn.Module):
         """
         if vector.shape != (self.length,):
             raise ValueError(
-                f"the kernel was fitted for a potential of {self.length} parameters, this one has {vector.numel()}."
+                f"the kernel was fitted for a potential with {self.length} parameters, but this one has "
+                f"{vector.numel()}."
             )
         vector = vector.double()
         if self.size == self.length:

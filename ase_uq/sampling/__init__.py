@@ -1,1 +1,1 @@
-"""Structures that a potential is made to visit: perturbed frames, reference runs, ensembles of dynamics."""
+"""Structures made with a potential: perturbed frames, reference runs, and the ensembles of dynamics."""

@@ -13,7 +13,7 @@ THERMOSTAT_TIME, BAROSTAT_TIME, FRICTION = 100.0, 1000.0, 0.01  # fs, fs, 1/fs
 
 
 class MDEnsemble(StrEnum):
-    """The ensembles: NVT by Langevin or Bussi, NVE, and NPT at a shape of the cell that stays."""
+    """The ensembles: NVT by Langevin or Bussi, NVE, and NPT with a fixed shape of the cell."""
 
     langevin = "langevin"
     nve = "nve"
@@ -38,12 +38,12 @@ def make_dynamics(
     Args:
         ensemble: The ensemble.
         atoms: Structure with velocities and a calculator.
-        timestep: fs.
-        temperature: K.
-        friction: Of Langevin, 1/fs.
-        thermostat_time: Of Bussi and NPT, fs.
-        barostat_time: Of NPT, fs.
-        pressure: Of NPT, GPa.
+        timestep: Time step, fs.
+        temperature: Temperature of the thermostat, K.
+        friction: Friction of the Langevin thermostat, 1/fs.
+        thermostat_time: Time constant of the thermostat of Bussi and of NPT, fs.
+        barostat_time: Time constant of the barostat of NPT, fs.
+        pressure: Pressure of NPT, GPa.
         rng: Generator of the noise.
 
     Raises:
@@ -93,19 +93,19 @@ def _bussi(atoms: "Atoms", dt: float, temperature: float, time: float, rng: Any)
 
     if not atoms.get_momenta().any():
         raise ValueError(
-            "Bussi's thermostat scales velocities, and all of them are zero at the start. Give a --temperature above 0 "
+            "Bussi's thermostat scales velocities, but all of them are zero at the start. Give a --temperature above 0 "
             "and a START without velocities, or take --ensemble langevin."
         )
     dynamics = Bussi(atoms, dt, temperature_K=temperature, taut=time, rng=rng)
-    # ASE counts the centre of mass and rotation, which never get any of the heat: the rest would be too hot for it,
-    # a small molecule by a third.
+    # ASE also counts the centre of mass and the rotation, which never get any heat: the other degrees of freedom would
+    # be too hot, in a small molecule by a third.
     dynamics.ndof = _n_heated(atoms)
     set_temperature(dynamics, temperature)
     return dynamics
 
 
 def _n_heated(atoms: "Atoms") -> int:
-    """Degrees of freedom that share their energy: without translation and rotation where these are at rest."""
+    """Number of degrees of freedom that share energy: without translation and rotation if these are at rest."""
     import numpy as np
 
     n_heated = atoms.get_number_of_degrees_of_freedom()
@@ -129,13 +129,13 @@ def _npt(
 
     if not atoms.pbc.all():
         raise ValueError(
-            "--ensemble npt changes the volume of a cell, and START is not periodic along all three vectors. Take "
+            "--ensemble npt changes the volume of a cell, but START is not periodic along all three vectors. Take "
             "langevin, bussi or nve, or a START with a periodic cell."
         )
     if atoms.constraints:
         raise ValueError(
-            "--ensemble npt of ASE knows no constraints, and START has some. Take langevin, bussi or nve, or a START "
-            "without them."
+            "--ensemble npt of ASE does not support constraints, but START has some. Take langevin, bussi or nve, or a "
+            "START without them."
         )
     if not math.isfinite(pressure):
         raise ValueError(f"--pressure is a number in GPa, not {pressure:g}.")

@@ -6,10 +6,10 @@ from ase.md.velocitydistribution import Stationary, ZeroRotation
 
 
 def set_thermal_momenta(atoms: Atoms, temperature: float, rng: np.random.Generator) -> None:
-    """Draws momenta of a temperature (K) after Maxwell and Boltzmann, at rest as a whole; ASE's own is deprecated.
+    """Draws momenta from the Maxwell-Boltzmann distribution of a temperature (K); ASE's own function is deprecated.
 
-    The net momentum is taken out and, without periodicity, the net rotation; the temperature stays. A single atom
-    keeps its momentum: it has no motion but that of its centre of mass.
+    The net momentum is removed and, without periodicity, the net rotation too; the temperature does not change. A
+    single atom keeps its momentum, since it only has the motion of its centre of mass.
     """
     spread = np.sqrt(atoms.get_masses() * units.kB * temperature)
     atoms.set_momenta(spread[:, None] * rng.standard_normal((len(atoms), 3)))

@@ -1,14 +1,15 @@
-"""Deliberately bad variants of a user's frames, to be labelled with the user's reference.
+"""Perturbed frames: deliberately bad variants of a user's frames, to be labelled with the user's reference.
 
-Whether dangerous frames are caught can be calibrated only where there are some, and held-out frames of the kind a
-potential was trained on hardly have any. These do:
+Whether dangerous frames are caught can only be calibrated with such frames, and held-out frames of the kind that a
+potential was trained on contain hardly any. The kinds of perturbed frames are:
 
-    rattled      Gaussian displacements, 0.05 to 0.3 Å a component
+    rattled      Gaussian displacements, 0.05 to 0.3 Å per component
     strained     symmetric strain in random directions, principal values up to 10 %
     compressed   everything closer together, by 3 to 15 % in length
-    hot          end of a short Langevin run with the user's potential, at a quarter of the highest temperature to all
-    swapped      atoms of different elements with their places exchanged, one pair to a tenth of the atoms
-    substituted  as many atoms turned into another element of the frame (only where asked for: it changes composition)
+    hot          end of a short Langevin run with the user's potential, at 25 to 100 % of the highest temperature
+    swapped      atoms of different elements with their places exchanged, from one pair up to a tenth of the atoms
+    substituted  atoms turned into another element of the frame, up to a tenth of the atoms (only on request, since this
+                 changes the composition)
 """
 
 import hashlib
@@ -36,7 +37,7 @@ _KEPT_INFO = {"charge", "spin", "total_charge", "total_spin", "external_field", 
 
 _TRIES, _WEAKER = 15, 0.9  # the last try has 0.23 of the amplitude of the first
 _SMALLEST_SHARE_OF_RUN = 0.1
-_LONGEST_MOVE = 0.5  # Å in a step; a hydrogen atom at 3000 K moves 0.05
+_LONGEST_MOVE = 0.5  # Å per step; a hydrogen atom at 3000 K moves 0.05 Å
 _STEP_OF_HYDROGEN, _LONGEST_STEP = 0.5, 2.0  # fs
 _FRICTION = 0.02  # 1/fs
 
@@ -51,12 +52,12 @@ class _Settings:
 
 @dataclass(frozen=True)
 class _Kind:
-    """How one kind is made.
+    """How one kind of perturbed frames is made.
 
     Args:
-        make: A variant of a frame with an amplitude; None where it did not come to be.
+        make: Makes a variant of a frame with an amplitude; None if that failed.
         possible: Whether a frame can have such variants.
-        wanted: What a frame must have for it, for messages.
+        wanted: What a frame must have for this kind, for messages.
         amplitudes: Smallest and largest amplitude.
     """
 
@@ -79,27 +80,27 @@ def perturb_frames(
     seed: int = 0,
     progress: bool = False,
 ) -> list[Atoms]:
-    """Deliberately bad variants of frames, for the reference to label and for calibration to learn from.
+    """Makes deliberately bad variants of frames, to be labelled and then used for calibrating thresholds.
 
-    The exchangeable unit is the parent: variants of one frame share what makes that frame easy or hard, and variants of
-    two frames do not. So they are spread over as many parents as there are, and those of one parent stand together
-    with its name in `info["run"]`: calibration never takes two parents for one unit, and finds out whether neighbours
-    within one are alike. With more frames than variants each is a unit of its own.
+    The exchangeable unit is the parent: variants of one frame share what makes that frame easy or hard, variants of
+    different frames do not. The variants are therefore spread over as many parents as there are. Those of one parent
+    stand together and have its name in `info["run"]`: calibration then never takes two parents for one unit, and tests
+    whether neighbours within one are alike. With more frames than variants, each variant is a unit by itself.
 
     Args:
         frames: The user's frames, of the kind that the potential is to be used on; a path or a list. Not changed.
-        kinds: Of `rattled`, `strained`, `compressed`, `hot`, `swapped` and `substituted`.
-        per_kind: Variants of each kind; amplitudes are spread evenly over the range of the kind.
+        kinds: Any of `rattled`, `strained`, `compressed`, `hot`, `swapped` and `substituted`.
+        per_kind: Number of variants of each kind; amplitudes are spread evenly over the range of the kind.
         calculator: The user's potential, for `hot`.
-        temperature_max: K, of `hot`: the runs take temperatures between a quarter of it and all of it.
-        steps: Of each run of `hot`: 0.5 fs with hydrogen, up to 2 fs without. A run that explodes gives a structure
-            from before.
+        temperature_max: Highest temperature of `hot`, K; the runs have temperatures from a quarter of it up to it.
+        steps: Number of steps of each run of `hot`, of 0.5 fs with hydrogen and up to 2 fs without. From a run that
+            explodes, the last whole structure before that is taken.
         elements: Further elements for `substituted`; by default only those that the frame has.
-        shortest: No pair of atoms is closer than this share of the sum of their covalent radii: the reference would
-            fail there, and it takes no uncertainty to find such frames. Where one is, the variant is drawn again with
-            a smaller amplitude.
-        seed: The same seed gives the same frames, as far as the potential gives the same forces.
-        progress: Whether to show a bar.
+        shortest: Smallest distance of two atoms, as a share of the sum of their covalent radii: at shorter distances
+            the reference would fail, and no uncertainty is needed to recognise such frames. If a pair is closer, the
+            variant is drawn again with a smaller amplitude.
+        seed: Seed of the random draws; it gives the same frames if the potential gives the same forces.
+        progress: Whether to show a progress bar.
 
     Returns:
         Frames without labels, results, momenta and constraints. `info` has `perturbed` (the kind), `parent` (index
@@ -109,7 +110,7 @@ def perturb_frames(
 
     Raises:
         LabelError: There are no frames.
-        ValueError: An unknown kind, `hot` without a calculator, or a number out of range.
+        ValueError: A kind is unknown, `hot` is asked for without a calculator, or a number is out of range.
         InputError: No variant of any kind could be made.
     """
     parents = read_frames(frames)
@@ -121,9 +122,9 @@ def perturb_frames(
     order = {name: _order(per_kind, seed, list(table).index(name)) for name in eligible}
     made: list[tuple[int, Atoms]] = []
     failed = dict.fromkeys(eligible, 0)
-    for slot, (name, i) in enumerate(tqdm(slots, desc="stress", unit="frame", disable=not progress)):
-        own = eligible[name]
-        parent = own[int((slot + 0.5) / len(slots) * len(own))]
+    for slot, (name, i) in enumerate(tqdm(slots, desc="perturb", unit="frame", disable=not progress)):
+        candidates = eligible[name]
+        parent = candidates[int((slot + 0.5) / len(slots) * len(candidates))]
         rng = np.random.default_rng([seed, list(table).index(name), i])
         share = (order[name][i] + rng.random()) / per_kind
         variant = _drawn(table[name], parents[parent], share, rng, settings)
@@ -137,13 +138,13 @@ def perturb_frames(
 
 
 def shortest_distance(atoms: Atoms) -> float:
-    """Å between the two closest atoms, periodic images included; `inf` where none are within twice their bond."""
+    """Distance of the two closest atoms, Å, including periodic images; `inf` if no two are within twice their bond."""
     distances = neighbor_list("d", atoms, 2 * covalent_radii[atoms.numbers])
     return float(distances.min()) if len(distances) else np.inf
 
 
 def _kinds(temperature_max: float) -> dict[str, _Kind]:
-    # The order counts: the place of a kind is part of its seed.
+    # The order matters: the place of a kind is part of its seed.
     return {
         "rattled": _Kind(_rattled, _has_several, "two atoms", (0.05, 0.3)),
         "strained": _Kind(_strained, _has_distances, "two atoms or a periodic cell", (0.02, 0.1)),
@@ -182,19 +183,19 @@ def _checked(
     names = list(dict.fromkeys([kinds] if isinstance(kinds, str) else kinds))
     known = list(_kinds(temperature_max))
     if not names:
-        raise ValueError(f"no kind of stress is asked for. There are {', '.join(known)}.")
+        raise ValueError(f"no kind of perturbed frames was given. There are {', '.join(known)}.")
     for name in names:
         if name not in known:
-            raise ValueError(f"there is no kind of stress {name!r}. There are {', '.join(known)}.")
+            raise ValueError(f"there is no kind of perturbed frames {name!r}. There are {', '.join(known)}.")
     if "hot" in names and calculator is None:
         raise ValueError("hot frames come from dynamics with your potential: give a calculator, or leave out 'hot'.")
     for what, value in (("per_kind", per_kind), ("steps", steps)):
         if value < 1:
-            raise ValueError(f"{what} is 1 or more, not {value!r}.")
+            raise ValueError(f"{what} must be 1 or more, not {value!r}.")
     if not 0 < temperature_max < np.inf:
-        raise ValueError(f"temperature_max is a positive temperature in K, not {temperature_max!r}.")
+        raise ValueError(f"temperature_max must be a positive temperature in K, not {temperature_max!r}.")
     if not 0 < shortest < 1:
-        raise ValueError(f"shortest is a share of the bond length between 0 and 1, not {shortest!r}.")
+        raise ValueError(f"shortest must be a share of the bond length between 0 and 1, not {shortest!r}.")
     return names
 
 
@@ -208,21 +209,21 @@ def _numbers(elements: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
 
 
 def _eligible(parents: Sequence[Atoms], kinds: dict[str, _Kind], settings: _Settings) -> dict[str, list[int]]:
-    """Frames that each kind can be made of, without the kinds that have none."""
+    """Numbers of the frames that each kind can be made from; kinds without any such frame are left out."""
     for number, atoms in enumerate(parents):
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
             raise InputError(f"positions or cell of frame {number} are not finite. Leave it out.")
-    found = {
+    possible = {
         name: [number for number, atoms in enumerate(parents) if kind.possible(atoms, settings)]
         for name, kind in kinds.items()
     }
-    without = {name: kinds[name].wanted for name, numbers in found.items() if not numbers}
-    reasons = "; ".join(f"{name} ones want {wanted} in a frame" for name, wanted in without.items())
-    if len(without) == len(found):
+    without = {name: kinds[name].wanted for name, numbers in possible.items() if not numbers}
+    reasons = "; ".join(f"{name} needs {wanted} in a frame" for name, wanted in without.items())
+    if len(without) == len(possible):
         raise InputError(f"none of the {len(parents)} frames can be perturbed: {reasons}.")
     if without:
-        warnings.warn(f"left out, since no frame allows it: {reasons}.", UQWarning, stacklevel=3)
-    return {name: numbers for name, numbers in found.items() if numbers}
+        warnings.warn(f"kinds left out, since no frame allows them: {reasons}.", UQWarning, stacklevel=3)
+    return {name: numbers for name, numbers in possible.items() if numbers}
 
 
 def _order(per_kind: int, seed: int, place: int) -> np.ndarray:
@@ -232,7 +233,7 @@ def _order(per_kind: int, seed: int, place: int) -> np.ndarray:
 
 
 def _drawn(kind: _Kind, parent: Atoms, share: float, rng: np.random.Generator, settings: _Settings) -> Atoms | None:
-    """A variant without atoms too close; None where there is none even with a small amplitude."""
+    """A variant without atoms too close; None if there is none even with a small amplitude."""
     low, high = kind.amplitudes
     amplitude = low + share * (high - low)
     for _ in range(_TRIES):
@@ -247,14 +248,17 @@ def _report(failed: dict[str, int], per_kind: int, shortest: float, some: bool) 
     short = [f"{count} of {per_kind} {name}" for name, count in failed.items() if count]
     if not short:
         return
-    why = f"atoms stayed closer than {shortest:g} of their bond, or runs exploded at once, also with less of it"
+    why = (
+        f"even with smaller amplitudes, atoms stayed closer than {shortest:g} of their bond length, or runs exploded "
+        "at once"
+    )
     if not some:
-        raise InputError(f"none of the perturbed frames came out whole: {why}. Look at the frames themselves.")
+        raise InputError(f"no perturbed frame could be made: {why}. Check the frames themselves.")
     warnings.warn(f"{', '.join(short)} frames were left out: {why}.", UQWarning, stacklevel=3)
 
 
 def _bare(atoms: Atoms) -> Atoms:
-    """A copy with nothing but the structure and what a calculation of it wants to know."""
+    """A copy with only the structure and the entries that a calculation needs."""
     copy = atoms.copy()
     copy.set_constraint()
     keep_structure(copy)
@@ -263,7 +267,7 @@ def _bare(atoms: Atoms) -> Atoms:
 
 
 def _unit(parent: Atoms) -> str:
-    """Name of the exchangeable unit: of the parent's structure, so that two calls on one frame give one unit."""
+    """Name of the exchangeable unit, made from the parent's structure, so that two calls on one frame give one unit."""
     digest = hashlib.sha256(parent.numbers.astype(np.int64).tobytes())
     for values in (parent.positions, parent.cell.array):
         digest.update((np.round(values, 4) + 0.0).tobytes())  # -0.0 is 0.0
@@ -295,7 +299,7 @@ def _compressed(atoms: Atoms, amplitude: float, rng: np.random.Generator, settin
 
 
 def _deformed(atoms: Atoms, deformation: np.ndarray) -> Atoms:
-    """Positions and cell under a linear map; without periodicity positions about their mean, in the same box."""
+    """Applies a linear map to positions and cell; in a box without periodicity, to positions about their mean."""
     periodic = bool(atoms.pbc.any())
     centre = np.zeros(3) if periodic else atoms.positions.mean(0)
     atoms.positions = (atoms.positions - centre) @ deformation.T + centre
@@ -305,12 +309,12 @@ def _deformed(atoms: Atoms, deformation: np.ndarray) -> Atoms:
 
 
 def _hot(atoms: Atoms, amplitude: float, rng: np.random.Generator, settings: _Settings) -> Atoms | None:
-    """The end of a run, or the last whole structure before it exploded; None where that was at the start."""
+    """The end of a run, or the last whole structure before it exploded; None if it exploded at the start."""
     moving = atoms.copy()
     moving.calc = settings.calculator
     masses = moving.get_masses()
     moving.set_momenta(np.sqrt(masses * units.kB * amplitude)[:, None] * rng.standard_normal((len(moving), 3)))
-    # The fastest vibration is that of the lightest atom, and as slow as the root of its mass.
+    # The fastest vibration is that of the lightest atom; its period grows with the square root of the mass.
     timestep = min(_STEP_OF_HYDROGEN * np.sqrt(masses.min() / atomic_masses[1]), _LONGEST_STEP)
     dynamics: Any = langevin(moving, timestep=timestep, temperature=amplitude, friction=_FRICTION, rng=rng)
     before, last = moving.get_positions(), 0
@@ -328,7 +332,7 @@ def _hot(atoms: Atoms, amplitude: float, rng: np.random.Generator, settings: _Se
 
 
 def _swapped(atoms: Atoms, amplitude: float, rng: np.random.Generator, settings: _Settings) -> Atoms:
-    """Exchanges places, so that what else an atom carries goes with it."""
+    """Exchanges positions, so that the other properties of an atom move with it."""
     free, moved = list(range(len(atoms))), 0
     for _ in range(max(1, round(amplitude * len(atoms) / 2))):
         first = _picked(free, rng)
@@ -348,7 +352,7 @@ def _substituted(atoms: Atoms, amplitude: float, rng: np.random.Generator, setti
     chosen = rng.permutation(len(atoms))[: max(1, round(amplitude * len(atoms)))]
     for index in chosen:
         atoms.numbers[index] = _picked([z for z in known if z != atoms.numbers[index]], rng)
-    atoms.arrays.pop("masses", None)  # those of the elements that were there
+    atoms.arrays.pop("masses", None)  # they belong to the former elements
     atoms.info["n_exchanged"] = len(chosen)
     return atoms
 

@@ -1,4 +1,4 @@
-"""Reference runs: what the uncertainty does where the potential is trusted, so that false alarms can be counted."""
+"""Reference runs: the uncertainty in runs where the potential is trusted, so that false alarms can be counted."""
 
 import warnings
 from numbers import Integral
@@ -32,31 +32,31 @@ def reference_runs(
     seed: int = 0,
     progress: bool = True,
 ) -> ReferenceRuns:
-    """Independent Langevin runs under conditions in which the potential is trusted; no labels are needed.
+    """Makes independent Langevin runs under conditions in which the potential is trusted; no labels are needed.
 
         model = model.with_reference(reference_runs(atoms, temperature=300))
         model.threshold(FalseAlarms(per_run=0.05, ps=5))
 
-    Each run begins at the structure with momenta of its own and is equilibrated before it counts. A threshold for
-    false alarms is as good as these runs are like the later ones: the same system, temperature and ensemble.
+    Each run starts at the structure with newly drawn momenta and is equilibrated before readings are taken. A threshold
+    for false alarms is only as good as these runs are like the later ones: same system, temperature and ensemble.
 
     Args:
         atoms: Structure with an `UncertainCalculator`; it is not changed.
-        temperature: K.
-        n_runs: Runs; 19 give a guarantee of 5 % false alarms for runs of their length, 9 one of 10 %.
-        ps: Length of each run that counts, ps.
-        timestep: fs.
-        friction: Of the thermostat, 1/fs.
-        equilibration: Before each run, ps.
-        interval: Steps between two readings; take that at which the later runs are watched.
-        reduction: How atoms become a reading; by default the largest ε_i.
+        temperature: Temperature of the runs, K.
+        n_runs: Number of runs; 19 can guarantee 5 % false alarms for runs of their length, 9 can guarantee 10 %.
+        ps: Length of each run after its equilibration, ps.
+        timestep: Time step, fs.
+        friction: Friction of the thermostat, 1/fs.
+        equilibration: Length of the equilibration before each run, ps.
+        interval: Steps between two readings; use the interval at which later runs are watched.
+        reduction: How the atoms of a frame become a reading; by default the largest ε_i.
         before: Runs made earlier in the same way, to which these are added; none is repeated.
-        seed: Of momenta and thermostat.
+        seed: Seed of momenta and thermostat.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A number that is not positive, a structure whose calculator gives no uncertainties, or a run that
-            left the realm of finite uncertainties.
+        ValueError: A number is not positive, the calculator of the structure gives no uncertainties, or the
+            uncertainties of a run did not stay finite.
     """
     _check_positive(temperature=temperature, n_runs=n_runs, ps=ps, timestep=timestep, interval=interval)
     _check_not_negative(friction=friction, equilibration=equilibration)
@@ -90,14 +90,14 @@ def reference_runs(
                     lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
                     raise ValueError(
                         f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K "
-                        "the potential is not to be trusted. Take a lower temperature."
+                        "the potential cannot be trusted. Use a lower temperature."
                     )
                 made.append(readings)
         except KeyboardInterrupt:
             if not made:
                 raise
             warnings.warn(
-                f"interrupted: {len(made)} of {numbers.stop} reference runs are whole, and are kept.",
+                f"interrupted: {len(made)} of {numbers.stop} reference runs are complete and are kept.",
                 UQWarning,
                 stacklevel=2,
             )
@@ -107,15 +107,15 @@ def reference_runs(
 def _readings(
     dynamics: Langevin, waiting: int, steps: int, interval: int, reduction: Reduction, bar: tqdm
 ) -> np.ndarray:
-    """(n_readings,) eV/Å, of every `interval`-th step after those of the equilibration."""
-    atoms, found = dynamics.atoms, []
+    """(n_readings,) readings, eV/Å, at every `interval`-th step after the equilibration."""
+    atoms, readings = dynamics.atoms, []
     assert atoms.calc is not None
     for step, _ in enumerate(dynamics.irun(waiting + steps)):
         bar.update(1 if step else 0)
         if step > waiting and (step - waiting) % interval == 0:
             norms = atom_norms(atoms.calc.get_property(_KEY, atoms))
-            found.append(reduction(norms, atoms.numbers))
-    return np.array(found)
+            readings.append(reduction(norms, atoms.numbers))
+    return np.array(readings)
 
 
 def _made_before(
@@ -124,14 +124,14 @@ def _made_before(
     if before is None:
         return []
     for what, then, now in (
-        ("a reading every (fs)", before.interval, interval),
+        ("the time between readings (fs)", before.interval, interval),
         ("the reduction", before.reduction, reduction),
-        ("conditions", before.conditions, conditions),
+        ("the description of conditions", before.conditions, conditions),
     ):
         if then != now:
             raise ValueError(
-                f"these runs cannot be added to those made before: {what} was {then} then, is {now} now. Make them in "
-                "the same way, or anew without those."
+                f"these runs cannot be added to those made before: {what} was {then} then and is {now} now. Make them "
+                "in the same way, or leave out the earlier runs."
             )
     return list(before.readings)
 
@@ -139,16 +139,16 @@ def _made_before(
 def _check_positive(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 < value < np.inf:
-            raise ValueError(f"{name} of reference runs is a positive number, not {value!r}.")
+            raise ValueError(f"{name} of reference runs must be a positive number, not {value!r}.")
 
 
 def _check_not_negative(**numbers: float) -> None:
     for name, value in numbers.items():
         if not 0 <= value < np.inf:
-            raise ValueError(f"{name} of reference runs is a number of 0 or more, not {value!r}.")
+            raise ValueError(f"{name} of reference runs must be 0 or more, not {value!r}.")
 
 
 def _check_whole(**numbers: float) -> None:
     for name, value in numbers.items():
         if not isinstance(value, Integral):
-            raise ValueError(f"{name} of reference runs is a whole number, not {value!r}.")
+            raise ValueError(f"{name} of reference runs must be a whole number, not {value!r}.")

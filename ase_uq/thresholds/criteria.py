@@ -1,8 +1,8 @@
-"""Criteria of a threshold, which calibration data and reference runs turn into a number in eV/Å.
+"""Criteria for thresholds, which calibration data and reference runs turn into a number in eV/Å.
 
-A criterion says what the threshold buys: a share of the frames (`Quantile`), at most so many dangerous frames missed
-(`MissRate`, `ErrorBound`), at most so many runs disturbed for nothing (`FalseAlarms`). Each says what data it needs and
-refuses, with the number required, where there are too few.
+A criterion states what the threshold is to achieve: a given share of frames below it (`Quantile`), at most a given
+share of dangerous frames missed (`MissRate`, `ErrorBound`), or at most a given share of runs disturbed for nothing
+(`FalseAlarms`). If there are too few data for a criterion, it is refused with the number that it needs.
 """
 
 from abc import ABC, abstractmethod
@@ -15,21 +15,21 @@ import numpy as np
 from ase_uq.thresholds import conformal, extremes
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 
-# Of a threshold beyond what was seen: runs this many times as long as the reference are a guess.
+# Extrapolation goes up to one alarm in this many times the readings of the reference runs; beyond, it is a guess.
 _FARTHEST = 100.0
 _FEWEST_PEAKS = 30
 _TAIL = 0.98
 
 
 class ResolvedThreshold(float):
-    """A threshold in eV/Å that remembers what it means; a float everywhere else.
+    """A threshold in eV/Å that remembers its criterion; in every other respect a float.
 
     Attributes:
-        criterion: What it was made from.
-        promise: What it buys, for people.
-        n_units: Independent units that it was made of.
-        needed: Fewest units that this criterion asks for.
-        band: Where it could lie, eV/Å, as far as the data tell: a 90 % interval; None where that is not known.
+        criterion: The criterion it was made from.
+        promise: What it achieves, in words.
+        n_units: Number of independent units it was made from.
+        needed: Smallest number of units that this criterion needs.
+        band: 90 % interval of the threshold, eV/Å, as far as the data tell; None if it is not known.
     """
 
     criterion: object
@@ -48,44 +48,39 @@ class ResolvedThreshold(float):
         needed: int,
         band: tuple[float, float] | None = None,
     ) -> Self:
-        found = super().__new__(cls, value)
-        found.criterion, found.promise, found.n_units, found.needed, found.band = (
-            criterion,
-            promise,
-            n_units,
-            needed,
-            band,
-        )
-        return found
+        threshold = super().__new__(cls, value)
+        threshold.criterion, threshold.promise, threshold.band = criterion, promise, band
+        threshold.n_units, threshold.needed = n_units, needed
+        return threshold
 
     def __getnewargs_ex__(self) -> tuple[tuple[float], dict]:
-        # Pickle and copy would call __new__ without the keywords.
+        # Without this, pickle and copy would call __new__ without its keywords.
         return (float(self),), dict(vars(self))
 
     def shared(self) -> "ResolvedThreshold":
-        """The same, saying that it was made of all atoms since one element had too few data."""
+        """The same threshold; its promise says that it was made from all atoms, as one element had too few data."""
         return ResolvedThreshold(
             self,
             criterion=self.criterion,
-            promise=f"{self.promise}, of all atoms together: there are too few data of this element alone",
+            promise=f"{self.promise}, from all atoms together, since there are too few data of this element alone",
             n_units=self.n_units,
             needed=self.needed,
             band=self.band,
         )
 
     def describe(self) -> str:
-        """Value, promise and how sure it is, in one line."""
+        """Value, promise and certainty in one line."""
         band = "" if self.band is None else f"; 90 % band {self.band[0]:.3g} to {self.band[1]:.3g}"
         units = f"{self.n_units} units, {self.needed} needed"
         return f"{float(self):.4g} eV/Å by {self.criterion}: {self.promise} ({units}{band})"
 
 
 class Criterion(ABC):
-    """Base of the criteria; subclasses are frozen dataclasses with a `__str__` for people."""
+    """Base of the criteria; subclasses are frozen dataclasses with a readable `__str__`."""
 
     @abstractmethod
     def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
-        """The threshold.
+        """The threshold that meets this criterion.
 
         Raises:
             ValueError: The data cannot support the criterion.
@@ -114,27 +109,27 @@ class Quantile(Criterion):
 
     @property
     def needed(self) -> int:
-        """Fewest calibration frames that know this quantile: one of them lies above it."""
+        """Smallest number of calibration frames that determines this quantile: one of them lies above it."""
         return int(np.ceil(1 / (1 - self.q) - 1e-9))
 
     def resolve(self, threshold_data: ThresholdData) -> ResolvedThreshold:
         """The threshold in eV/Å.
 
         Raises:
-            ValueError: There are too few frames to know this quantile: fewer than 1/(1 - q).
+            ValueError: There are fewer than 1/(1 - q) frames, too few to determine this quantile.
         """
         readings = threshold_data.finite.readings
         if len(readings) < self.needed:
             raise ValueError(
-                f"Quantile({self.q}) needs at least {self.needed} calibration frames, the uncertainty model has "
+                f"Quantile({self.q}) needs at least {self.needed} calibration frames, but the uncertainty model has "
                 f"{len(readings)}. Calibrate on more frames or ask for a lower quantile."
             )
-        # Ranks of a binomial around q: where the quantile of the population lies, if frames were independent.
+        # Binomial ranks around q: where the quantile of the population could lie if the frames were independent.
         low, high = np.quantile(readings, np.clip(_binomial_spread(self.q, threshold_data.finite.n_units), 0, 1))
         return ResolvedThreshold(
             float(np.quantile(readings, self.q)),
             criterion=self,
-            promise=f"{self.q:.4g} of frames like those of the calibration stay below",
+            promise=f"{self.q:.4g} of frames like the calibration frames stay below it",
             n_units=len(readings),
             needed=self.needed,
             band=(float(low), float(high)),
@@ -145,18 +140,18 @@ class Quantile(Criterion):
 class ErrorBound(Criterion):
     """Flags every frame whose error bound reaches a tolerance: split conformal.
 
-    With scores error/reading of the calibration units and their conformal quantile q̂, the largest force error of a
-    frame stays below q̂·reading with the stated confidence; the threshold is `error`/q̂. Then at most
-    1 - `confidence` of all frames are both unflagged and worse than `error`. No frame as bad as that is needed.
+    With q̂ the conformal quantile of error/reading over the calibration units, the largest force error of a
+    frame stays below q̂·reading with the given confidence; the threshold is `error`/q̂. Then at most
+    1 - `confidence` of all frames are both unflagged and worse than `error`. The calibration needs no frames that bad.
 
     Source: Vovk et al. 2005; blocks of frames as in Lee, Barber and Willett (2023).
 
     Args:
-        error: Tolerance of the largest force error of an atom, eV/Å.
-        confidence: In (0, 1).
+        error: Tolerated largest force error of an atom, eV/Å.
+        confidence: Confidence in (0, 1).
 
     Raises:
-        ValueError: `error` is not positive, or `confidence` outside (0, 1).
+        ValueError: `error` is not positive, or `confidence` is outside (0, 1).
     """
 
     error: float
@@ -173,45 +168,45 @@ class ErrorBound(Criterion):
         """The threshold in eV/Å.
 
         Raises:
-            ValueError: Fewer than 1/(1 - confidence) - 1 independent units.
+            ValueError: There are fewer than 1/(1 - confidence) - 1 independent units.
         """
-        found = threshold_data.finite
+        finite = threshold_data.finite
         alpha = 1 - self.confidence
         needed = conformal.fewest_units(alpha)
-        if found.n_units < needed:
+        if finite.n_units < needed:
             raise ValueError(
-                f"{self} needs at least {needed} independent calibration frames or blocks, the uncertainty model has "
-                f"{_units(found)}. Calibrate on more, or ask for less confidence."
+                f"{self} needs at least {needed} independent calibration frames or blocks, but the uncertainty model "
+                f"has {_units(finite)}. Calibrate on more frames, or ask for less confidence."
             )
-        # No floor but that of division: where low readings were raised to a quantile of all, frames that read less
-        # than that could be worse than the tolerance, unflagged, and as many as that quantile says.
-        scores = found.errors / np.maximum(found.readings, np.finfo(np.float32).tiny)
-        bound = conformal.conformal_quantile(scores, alpha, found.groups)
+        # The floor only avoids a division by 0. If low readings were raised to a quantile of all readings, the share of
+        # frames below that quantile could be unflagged and still worse than the tolerance.
+        scores = finite.errors / np.maximum(finite.readings, np.finfo(np.float32).tiny)
+        bound = conformal.conformal_quantile(scores, alpha, finite.groups)
         return ResolvedThreshold(
             self.error / bound if bound > 0 else np.inf,
             criterion=self,
-            promise=f"at most {alpha:.4g} of frames are worse than {self.error:g} eV/Å and below it (errors stay "
+            promise=f"at most {alpha:.4g} of frames are below it and worse than {self.error:g} eV/Å (errors stay "
             f"below {bound:.3g} times the reading)",
-            n_units=found.n_units,
+            n_units=finite.n_units,
             needed=needed,
         )
 
 
 @dataclass(frozen=True)
 class MissRate(Criterion):
-    """Of the frames with an error above a tolerance, at most a given share is missed: recall-controlled.
+    """Misses at most a given share of the frames with an error above a tolerance: recall-controlled.
 
-    The threshold lies below all but a few of the readings of the frames that are that bad, so there must be bad ones:
-    make some with `ase-uq perturb-frames`, label them with your reference and give them to `fit` as `perturbed`. The
-    promise is for bad frames like those.
+    The threshold lies below all but a few of the readings of such bad frames, so the data must contain some:
+    make them with `ase-uq perturb-frames`, label them with your reference and give them to `fit` as `perturbed`. The
+    promise holds for bad frames like those.
 
-    Without `confidence` the share is that expected over calibration sets, k/(n_bad + 1) ≤ `at_most`; with it, it
-    holds with that probability for this calibration set (the exact binomial, or PAC, form).
+    Without `confidence` the promise holds on average over calibration sets, k/(n_bad + 1) ≤ `at_most`; with it, the
+    promise holds for this calibration set with that probability (the exact binomial, or PAC, form).
 
     Args:
-        error: Tolerance of the largest force error of an atom, eV/Å.
+        error: Tolerated largest force error of an atom, eV/Å.
         at_most: Share of the frames above it that may be missed, in (0, 1).
-        confidence: Probability in (0, 1) that the share is kept; None for the expectation.
+        confidence: Probability in (0, 1) that the promise is kept; None for a promise on average.
 
     Raises:
         ValueError: `error` is not positive, or a share is outside (0, 1).
@@ -233,7 +228,7 @@ class MissRate(Criterion):
 
     @property
     def needed(self) -> int:
-        """Fewest bad units."""
+        """Smallest number of bad units."""
         if self.confidence is None:
             return conformal.fewest_units(self.at_most)
         return conformal.fewest_units_pac(self.at_most, 1 - self.confidence)
@@ -242,13 +237,13 @@ class MissRate(Criterion):
         """The threshold in eV/Å.
 
         Raises:
-            ValueError: Too few calibration frames are that bad.
+            ValueError: Too few calibration and perturbed frames are that bad.
         """
         bad = threshold_data.worse_than(self.error)
         if bad.n_units < self.needed:
             raise ValueError(
-                f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, the "
-                f"uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}"
+                f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, but "
+                f"the uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}"
                 f"{_and_perturbed(threshold_data)}). Make "
                 "bad frames with `ase-uq perturb-frames`, label them with the reference and give them to fit as "
                 "perturbed; or ask for a smaller error or a larger share."
@@ -272,17 +267,17 @@ class MissRate(Criterion):
 class FalseAlarms(Criterion):
     """At most a given share of runs is disturbed although nothing is wrong.
 
-    Counted on reference runs, in which the potential is trusted. Where these are long and many enough, the threshold
-    is a conformal quantile of the maxima of runs of this length; else a generalised Pareto tail is fitted to the
-    peaks of declustered readings, P(alarm) = 1 - exp(-n·λ·(1 + ξ(τ - u)/σ)^(-1/ξ)) with λ clusters a reading, so
-    that neighbouring steps are not counted as if they were independent.
+    Alarms are counted on reference runs, in which the potential is trusted. If there are enough of them and they are
+    long enough, the threshold is a conformal quantile of the maxima of runs of this length. Else a generalised Pareto
+    tail is fitted to the peaks of declustered readings, P(alarm) = 1 - exp(-n·λ·(1 + ξ(τ - u)/σ)^(-1/ξ)) with λ
+    clusters per reading, so that neighbouring steps are not counted as if they were independent.
 
     Source: Coles, An Introduction to Statistical Modeling of Extreme Values, 2001, chapters 4 and 5.
 
     Args:
         per_run: Share of runs with an alarm, in (0, 1).
-        steps: Length of a run in readings; give this or `ps`.
-        ps: Length of a run in ps.
+        steps: Length of a run as a number of readings; give this or `ps`.
+        ps: Length of a run, ps.
 
     Raises:
         ValueError: `per_run` is outside (0, 1), or not exactly one length is given, or it is not positive.
@@ -300,16 +295,16 @@ class FalseAlarms(Criterion):
             )
         length = self.ps if self.steps is None else self.steps
         if not isinstance(length, Real) or not 0 < length < np.inf:
-            raise ValueError(f"the length of a run is positive, not {length!r}.")
+            raise ValueError(f"the length of a run must be positive, not {length!r}.")
         if self.steps is not None and not isinstance(self.steps, Integral):
-            raise ValueError(f"steps is a whole number of readings, not {self.steps!r}. Give a time as ps.")
+            raise ValueError(f"steps must be a whole number of readings, not {self.steps!r}. Give a time as ps.")
 
     def __str__(self) -> str:
         length = f"ps={self.ps:g}" if self.steps is None else f"steps={self.steps}"
         return f"FalseAlarms(per_run={self.per_run:g}, {length})"
 
     def n_readings(self, runs: ReferenceRuns) -> int:
-        """Readings in a run of the length that is meant."""
+        """Number of readings in a run of the given length."""
         if self.steps is not None:
             return int(self.steps)
         assert self.ps is not None
@@ -324,7 +319,7 @@ class FalseAlarms(Criterion):
         """The threshold in eV/Å.
 
         Raises:
-            ValueError: There are no reference runs, or they are too few and too short.
+            ValueError: There are no reference runs, or they are too few or too short.
         """
         runs = threshold_data.require_runs(self)
         length = self.n_readings(runs)
@@ -333,7 +328,7 @@ class FalseAlarms(Criterion):
         maxima, groups = extremes.run_maxima(runs.readings, length)
         if len(np.unique(groups)) >= needed:
             return ResolvedThreshold(
-                # An alarm is a reading at or above the threshold: that of the quantile itself is none.
+                # A reading at the threshold is an alarm, but a reading at the quantile must not be one.
                 np.nextafter(conformal.conformal_quantile(maxima, self.per_run, groups), np.inf),
                 criterion=self,
                 promise=promise,
@@ -349,14 +344,14 @@ class FalseAlarms(Criterion):
         longest = -length / np.log1p(-self.per_run)  # readings to one alarm
         if longest > _FARTHEST * runs.n_steps:
             raise ValueError(
-                f"{self} asks for one alarm in {longest:.3g} readings, the reference runs have {runs.n_steps}: too few "
-                f"to extrapolate, which takes at least {longest / _FARTHEST:.0f}. {way_out}"
+                f"{self} asks for one alarm in {longest:.3g} readings, but the reference runs have {runs.n_steps}; "
+                f"extrapolation takes at least {longest / _FARTHEST:.0f}. {way_out}"
             )
         tail = extremes.fit_tail(runs.readings, _TAIL)
         if tail.n_peaks < _FEWEST_PEAKS:
             raise ValueError(
                 f"{self} needs at least {_FEWEST_PEAKS} independent excursions above the {_TAIL:.0%} quantile of the "
-                f"reference runs, there are {tail.n_peaks}. {way_out}"
+                f"reference runs, but there are {tail.n_peaks}. {way_out}"
             )
         return ResolvedThreshold(
             tail.return_level(self.per_run, length),
@@ -370,16 +365,16 @@ class FalseAlarms(Criterion):
 
 @dataclass(frozen=True)
 class PerElement:
-    """A threshold for each element of its own (Mondrian): what the criterion promises then holds for every element.
+    """A separate threshold for each element (Mondrian): the promise of the criterion then holds for every element.
 
-    Atoms of an element are compared with the threshold of that element, made from the readings and errors of such
-    atoms alone. An element with too few data gets the threshold of all atoms together.
+    Atoms of an element are compared with the threshold of that element, which is made from the readings and errors of
+    these atoms alone. An element with too few data gets the threshold of all atoms together.
 
     Args:
-        criterion: What the threshold of each element means.
+        criterion: What the threshold of each element is to achieve.
 
     Raises:
-        TypeError: `criterion` is none, or needs reference runs, which are read over all atoms.
+        TypeError: `criterion` is not a criterion, or needs reference runs, whose readings cover all atoms.
     """
 
     criterion: Criterion
@@ -387,8 +382,8 @@ class PerElement:
     def __post_init__(self) -> None:
         if not isinstance(self.criterion, Criterion) or isinstance(self.criterion, FalseAlarms):
             raise TypeError(
-                f"PerElement takes Quantile, ErrorBound or MissRate, which calibration frames resolve, not "
-                f"{self.criterion!r}."
+                f"PerElement takes a criterion that calibration frames can resolve (Quantile, ErrorBound or MissRate), "
+                f"not {self.criterion!r}."
             )
 
     def __str__(self) -> str:
@@ -417,7 +412,7 @@ def _and_perturbed(threshold_data: ThresholdData) -> str:
 
 def _check_error(error: float) -> None:
     if not isinstance(error, Real) or not 0 < error < np.inf:
-        raise ValueError(f"a tolerated force error is a positive number in eV/Å, not {error!r}.")
+        raise ValueError(f"a tolerated force error must be a positive number in eV/Å, not {error!r}.")
 
 
 def _check_share(name: str, value: float) -> None:

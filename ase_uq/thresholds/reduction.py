@@ -1,4 +1,4 @@
-"""From the force uncertainties of the atoms to one number a frame: the reading that thresholds are compared with."""
+"""From the force uncertainties of the atoms to one number per frame: the reading that thresholds are compared with."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from ase.data import atomic_numbers
 
 
 def atom_norms(forces_uncertainty: np.ndarray) -> np.ndarray:
-    """(n_atoms, 3) → (n_atoms,): ε_i = sqrt(Σ_c σ_ic²), eV/Å, the scalar of each atom."""
+    """(n_atoms, 3) → (n_atoms,): ε_i = sqrt(Σ_c σ_ic²), eV/Å, one number per atom."""
     return np.linalg.norm(np.asarray(forces_uncertainty, float), axis=-1)
 
 
@@ -18,11 +18,11 @@ class Reduction:
 
     Args:
         kind: `"max"`, `"mean"`, `"top3"` (mean of the three largest), or a quantile in (0, 1).
-        elements: Chemical symbols to look at; None for all.
-        indices: Atom indices to look at; None for all.
+        elements: Chemical symbols of the atoms to look at; None for all.
+        indices: Indices of the atoms to look at; None for all.
 
     Raises:
-        ValueError: `kind` is none of these, or an element does not exist.
+        ValueError: `kind` is none of these, or a symbol is not that of an element.
     """
 
     kind: str | float = "max"
@@ -35,7 +35,7 @@ class Reduction:
             raise ValueError(f"a reduction is 'max', 'mean', 'top3' or a quantile between 0 and 1, not {self.kind!r}.")
         unknown = [symbol for symbol in self.elements or () if symbol not in atomic_numbers]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no chemical symbol; elements are given like ('C', 'O').")
+            raise ValueError(f"{unknown[0]!r} is not a chemical symbol. Give elements like ('C', 'O').")
 
     def __call__(self, norms: np.ndarray, numbers: np.ndarray) -> float:
         """The reading of one frame.
@@ -45,10 +45,10 @@ class Reduction:
             numbers: (n_atoms,) atomic numbers.
 
         Returns:
-            eV/Å; `-inf` where no atom of the frame is looked at, so that nothing is ever flagged for it.
+            The reading, eV/Å; `-inf` if no atom of the frame is looked at, so that such a frame is never flagged.
 
         Raises:
-            IndexError: An index lies beyond the frame.
+            IndexError: An index is beyond the last atom of the frame.
         """
         chosen = np.ones(len(norms), bool)
         if self.indices is not None:
@@ -67,7 +67,7 @@ class Reduction:
             return float(values.mean())
         if self.kind == "top3":
             return float(np.sort(values)[-3:].mean())
-        # Next to an infinite value numpy's interpolation gives NaN (inf · 0), so there the value above is taken.
+        # With an infinite value numpy's interpolation would give NaN (inf · 0), so the next higher value is taken.
         method = "higher" if np.isinf(values).any() else "linear"
         return float(np.quantile(values, float(self.kind), method=method))
 
@@ -75,7 +75,7 @@ class Reduction:
 def readings_of(
     norms: np.ndarray, numbers: np.ndarray, n_atoms_of_frame: Sequence[int] | np.ndarray, reduction: Reduction
 ) -> np.ndarray:
-    """(n_frames,) readings of frames that stand one after the other in flat arrays."""
+    """(n_frames,) readings of frames whose atoms follow one another in flat arrays."""
     ends = np.cumsum(n_atoms_of_frame)
     starts = ends - n_atoms_of_frame
     return np.array([reduction(norms[a:b], numbers[a:b]) for a, b in zip(starts, ends, strict=True)])

@@ -1,1 +1,1 @@
-"""What `fit` makes: heads, calibrators, the combination of them, and the file that holds it all."""
+"""What `fit` makes: heads, their calibrators, their combination, and the file that stores all of it."""

@@ -1,27 +1,28 @@
-"""The primary estimator where several methods are fitted: learned where the calibration data support it.
+"""The primary estimator if several methods are fitted: learned where the calibration data support it.
 
     log σ² = A + g·(c + Σ_k s_k·t_k) + (1 - g)·t_A,    0 ≤ s_k ≤ 1
 
 A is the anchor, the calibrated site sums of the first method that measures a distance (the Bayesian last layer by
-default), if possible without passes of its own: it grows with the distance from the training frames, however far. The
-t_k correct it:
+default; methods without additional passes come first): it grows with the distance from the training frames without
+limit. The t_k correct it:
 
-    of a method      by what its own calibrated log σ² differs from the anchor's
-    of the errors    an ensemble of small networks reads the features of an atom and the mean of those around it, its
-                     element, the predicted force and the distances around it, and is trained for the likelihood of
-                     errors about the anchor
+    of a method      by the difference between its calibrated log σ² and that of the anchor
+    of the errors    by an ensemble of small networks, which reads the features of an atom and the mean of the features
+                     around it, its element, the predicted force and the distances around it, and is trained for the
+                     likelihood of errors about the anchor
 
-and are bounded, |t_k| ≤ 2. The gate g, between 0 and 1, closes them off where nothing supports them: likelihood on
-frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere. It looks at the
-distances at and around the atom. Their mean says how far; it may be large, while their pattern, near against far
-sites, must be one of the calibration data: an atom deep in a slab looks like one of the bulk, but not those around it.
+and are bounded, |t_k| ≤ 2. The gate g, between 0 and 1, switches them off where nothing supports them: likelihood on
+frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere. The gate looks at the
+distances at the atom and around it. Their mean, the level, may be fairly large. Their pattern, near sites compared with
+far ones, must occur in the calibration data: an atom deep in a slab looks like an atom of the bulk, but the atoms
+around it do not.
 
-Beyond the gate the anchor itself is an extrapolation. Two forms of it were calibrated, an affine one and a power law;
-out there the larger one counts: t_A ≥ 0 is what it is larger by than A, bounded as well.
+Where the gate is closed, the anchor itself is an extrapolation. Two forms of it were calibrated, an affine one and a
+power law, and there the larger one counts: t_A ≥ 0 is the amount by which the other form exceeds A, bounded as well.
 
-Which corrections are kept is decided by the likelihood of left-out calibration frames. Networks are trained on
-training and calibration frames, by cross-fitting: what a calibration frame reads here comes from a network that has
-not seen it. Each network leaves out as large a share of the one as of the other.
+The likelihood of left-out calibration frames decides which corrections are kept. Networks are trained on training and
+calibration frames by cross-fitting: the prediction for a calibration frame comes from a network that has not seen it.
+Each network leaves out the same share of both sets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,23 +43,23 @@ from ase_uq.numerics.sites import RADII, around, mean_around
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
-_FORCE_FLOOR = 1e-3  # eV/Å, beside which a predicted force is none
-_PATTERN_RIDGE = 1e-3  # of the standardised pattern: directions that hardly vary decide nothing
+_FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
+_PATTERN_RIDGE = 1e-3  # of the standardised pattern, so that directions that hardly vary decide nothing
 _PATTERN_QUANTILE, _PATTERN_SLOPE = 0.999, 4.0
 _LEVEL_QUANTILE, _LEVEL_SLOPE = 0.999, 2.0
-RESIDUAL = "residual"  # how the correction by networks is called
+RESIDUAL = "residual"  # name of the correction by networks
 
 
 @dataclass(frozen=True)
 class CombinationFeatures:
-    """What the combination reads of a batch.
+    """What the combination reads from a batch.
 
     Args:
-        base: (n_atoms, n_components) the anchor's log σ².
+        base: (n_atoms, n_components) log σ² of the anchor.
         careful: (n_atoms, n_components) t_A ≥ 0.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
-        around: (n_atoms, n_views) logarithms of the anchor's distance at the atom and around it.
-        inputs: (n_atoms, n_inputs) of the networks.
+        around: (n_atoms, n_views) logarithms of the distance of the anchor, at the atom and around it.
+        network_inputs: (n_atoms, n_inputs) inputs of the networks.
     """
 
     base: Tensor
@@ -75,15 +76,15 @@ class CombinationFeatures:
 
 @dataclass(frozen=True)
 class CombinationInputs:
-    """How features are made of a batch: which methods are read.
+    """How features are made from a batch, and which methods are read.
 
     Args:
         anchor: Name of the anchor.
         others: Names of the other methods.
-        distances: Names of those among them whose distance is an input of the networks.
-        elements: Atomic numbers told apart by the networks.
-        calibrators: Of the forces, by method.
-        alternative: Of the forces, the other form of the anchor's.
+        distances: Names of those other methods whose distance is an input of the networks.
+        elements: Atomic numbers that the networks distinguish.
+        calibrators: Calibrator of the forces of each method, by name.
+        alternative: Calibrator of the forces of the anchor in the other form.
     """
 
     anchor: str
@@ -94,7 +95,7 @@ class CombinationInputs:
     alternative: Calibrator
 
     def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> CombinationFeatures:
-        """What the combination reads of a batch that has forces."""
+        """The features of a batch, which must have forces."""
         assert forward_pass.forces is not None
         sites = around(raws[self.anchor].distance, forward_pass.edges, RADII)
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).clamp(min=_SMALLEST).log()
@@ -107,7 +108,7 @@ class CombinationInputs:
         kinds = torch.tensor(self.elements, device=forward_pass.numbers.device)
         columns = [
             features,
-            # Its neighbours pull at the atom, so their errors are in its force.
+            # Neighbours pull at the atom, so their errors are part of its force error.
             mean_around(features, forward_pass.edges, _NEIGHBOURHOOD),
             views,
             (forward_pass.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
@@ -127,9 +128,9 @@ class Gate(Buffers):
     """1 where the distances at and around an atom are like those of the calibration data, falling to 0 elsewhere.
 
     Args:
-        tensors: `centre`, `spread` (n_views - 1,) of the pattern, the views less the first; `precision`
-            (n_views - 1, n_views - 1) of the standardised pattern; `edges` (2,) of the logarithm of its squared
-            distance and of the mean view.
+        tensors: `centre` and `spread` (n_views - 1,) of the pattern, which is the other views minus the first;
+            `precision` (n_views - 1, n_views - 1) of the standardised pattern; `edges` (2,) of the logarithm of its
+            squared distance and of the mean view.
     """
 
     centre: Tensor
@@ -139,7 +140,7 @@ class Gate(Buffers):
 
     @classmethod
     def fit(cls, views: Tensor, calibration: Tensor) -> "Gate":
-        """From the (n, n_views) of all atoms at hand, and those of the calibration atoms, which set its edges."""
+        """The gate for the (n, n_views) views of all atoms; the views of the calibration atoms set its edges."""
         pattern = views[:, 1:] - views[:, :1]
         centre, spread = pattern.mean(0), pattern.std(0).clamp(min=1e-9)
         z = (pattern - centre) / spread
@@ -156,21 +157,21 @@ class Gate(Buffers):
         return ((z @ self.precision) * z).sum(1).clamp(min=_SMALLEST).log()
 
     def forward(self, views: Tensor) -> Tensor:
-        """(n, n_views) → (n,)."""
+        """(n, n_views) → (n,) values between 0 and 1."""
         pattern = torch.sigmoid(_PATTERN_SLOPE * (self.edges[0] - self._far(views)))
         return pattern * torch.sigmoid(_LEVEL_SLOPE * (self.edges[1] - views.mean(1)))
 
 
 class Combination(torch.nn.Module):
-    """The fitted estimator of forces.
+    """The fitted estimator of force uncertainties.
 
     Args:
-        inputs: How it reads a batch.
-        gate: Where corrections count.
-        ensemble: Networks of the residual model, or None where it was not kept.
+        inputs: How features are read from a batch.
+        gate: Decides where corrections count.
+        ensemble: Networks of the residual model, or None if it was not kept.
         constant: c.
-        weights: s_k by name of a method, and `residual`; those that were not kept are absent.
-        likelihoods: Cross-validated mean negative log-likelihoods of a component by what was tried.
+        weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
+        likelihoods: Cross-validated mean negative log-likelihood per component, for each variant that was tried.
     """
 
     def __init__(
@@ -192,7 +193,7 @@ class Combination(torch.nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """JSON values that, with the buffers and the calibrators of the methods, make it again."""
+        """JSON values from which, with the buffers and the calibrators of the methods, `load` restores it."""
         return {
             "anchor": self.inputs.anchor,
             "others": list(self.inputs.others),
@@ -231,7 +232,7 @@ class Combination(torch.nn.Module):
         )
 
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> Tensor:
-        """(n_atoms, n_components) variances of force components, squared eV/Å."""
+        """(n_atoms, n_components) variances of the force components, (eV/Å)²."""
         features = self.inputs.features(forward_pass, raws)
         corrections = corrections_of_methods(features, self.inputs.others)
         if self.ensemble is not None:
@@ -241,7 +242,7 @@ class Combination(torch.nn.Module):
         return (features.base + gate * total + (1 - gate) * features.careful).exp()
 
     def describe(self) -> list[str]:
-        """What was kept and what each correction weighs, for people; a few lines."""
+        """A few lines that say what was kept and how much each correction weighs."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
         inside = f"{self.inputs.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
@@ -253,7 +254,7 @@ class Combination(torch.nn.Module):
 
 def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Tensor:
     variance = calibrator.variance(raw.forces)
-    if n_components == 1:  # the anchor tells no components apart
+    if n_components == 1:  # the anchor does not distinguish components
         variance = variance.mean(1, keepdim=True)
     return variance.clamp(min=1e-300).log()
 
@@ -264,5 +265,5 @@ def corrections_of_methods(features: CombinationFeatures, names: Sequence[str]) 
 
 
 def bounded(values: Tensor) -> Tensor:
-    """Corrections of log σ² within ±`LARGEST_CORRECTION`, unchanged where they are small."""
+    """Corrections of log σ², limited smoothly to ±`LARGEST_CORRECTION`; small ones are unchanged."""
     return LARGEST_CORRECTION * torch.tanh(values / LARGEST_CORRECTION)

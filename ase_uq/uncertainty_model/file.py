@@ -1,7 +1,8 @@
 """Uncertainty models in files: one safetensors file each, with a JSON header.
 
-Schema 2 added the combination of several methods; 3 the runs of the calibration frames and reference runs; 4 has the
-names `perturbed` (before `stressed`) and `features` (of the kernel, before `layer`). Older files are read as before.
+Schema 2 added the combination of several methods. Schema 3 added the runs of the calibration frames, the perturbed
+frames and the reference runs. Schema 4 renamed `stressed` to `perturbed`, and `layer` of the kernel to `features`.
+Older files can still be read.
 """
 
 import os
@@ -74,25 +75,21 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields of the `UncertaintyModel` in a file; nothing in it is executed.
 
     Raises:
-        ArtefactError: There is no such file, or it is not an uncertainty model, newer than this package,
+        ArtefactError: There is no such file, or it is not an uncertainty model, or it is newer than this package,
             truncated or altered.
     """
     header, tensors = _upgraded(*read_tensor_file(path, _KIND, _SCHEMA))
     methods = {}
     for name, stored in header["methods"].items():
-        prefix = f"head/{name}/"
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         methods[name] = FittedMethod(
-            head=method_class(name).load(stored["settings"], own),
+            head=method_class(name).load(stored["settings"], _under(f"head/{name}/", tensors)),
             calibrators={quantity: load_calibrator(c) for quantity, c in stored["calibrators"].items()},
             likelihoods=stored["likelihoods"],
         )
     combination = None
     if header.get("combination"):
-        prefix = "combination/"
-        own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
         calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
-        combination = Combination.load(header["combination"], own, calibrators)
+        combination = Combination.load(header["combination"], _under("combination/", tensors), calibrators)
     identity = header["identity"]
     reference = header.get("reference") and _reference(header["reference"], tensors)
     return dict(
@@ -112,13 +109,18 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
     )
 
 
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
 def _record_tensors(name: str, record: CalibrationRecord) -> dict[str, Tensor]:
     return {f"{name}/{field.name}": torch.from_numpy(getattr(record, field.name)) for field in fields(record)}
 
 
 def _record(name: str, tensors: dict[str, Tensor]) -> CalibrationRecord:
-    stored = {key.removeprefix(f"{name}/"): v.numpy() for key, v in tensors.items() if key.startswith(f"{name}/")}
-    # Before version 3 nobody asked which run a frame came from.
+    stored = {key: tensor.numpy() for key, tensor in _under(f"{name}/", tensors).items()}
+    # Before schema 3 files did not say which run a frame came from.
     stored.setdefault("run", np.zeros(len(stored["n_atoms_of_frame"]), np.int32))
     return CalibrationRecord(**stored)
 
@@ -141,7 +143,7 @@ def _reference(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Referenc
 
 
 def _upgraded(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a file of an older schema holds, under the names of today."""
+    """The contents of a file of an older schema, under the names of today."""
     tensors = {re.sub("^stressed/", "perturbed/", name): tensor for name, tensor in tensors.items()}
     kernel = header["methods"].get("kernel", {}).get("settings", {})
     if "layer" in kernel:

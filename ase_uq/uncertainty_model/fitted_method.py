@@ -13,9 +13,9 @@ class FittedMethod:
     """A head with the calibrators of its quantities.
 
     Args:
-        head: Raw uncertainties of an evaluated batch.
-        calibrators: By quantity: `forces`, and where labels allowed `energy`, `energies`, `stress`.
-        likelihoods: By quantity: cross-validated negative log-likelihoods of the forms tried, and of a constant.
+        head: Computes raw scores from a forward pass.
+        calibrators: Calibrator by quantity: `forces` and, where labels allowed, `energy`, `energies`, `stress`.
+        likelihoods: Cross-validated negative log-likelihoods by quantity, of the forms tried and of a constant.
     """
 
     head: Head
@@ -23,15 +23,15 @@ class FittedMethod:
     likelihoods: dict[str, dict[str, float]]
 
     def standard_deviations(self, raw: Raw, n_atoms_of_frame: Tensor) -> dict[str, Tensor]:
-        """Calibrated standard deviations by results key, from what the head gave."""
+        """Calibrated standard deviations by results key, from the raw scores of the head."""
         forces = self.calibrators["forces"].variance(raw.forces).sqrt()
-        found = {"forces_uncertainty": forces.expand(-1, 3)}
+        deviations = {"forces_uncertainty": forces.expand(-1, 3)}
         if "energy" in self.calibrators:
             # Calibrated per atom of a structure, so that sizes can be mixed.
-            found["energy_uncertainty"] = n_atoms_of_frame * self.calibrators["energy"].variance(raw.energy).sqrt()
+            deviations["energy_uncertainty"] = n_atoms_of_frame * self.calibrators["energy"].variance(raw.energy).sqrt()
         if "energies" in self.calibrators:
-            found["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
+            deviations["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
         if "stress" in self.calibrators:
             stress = self.calibrators["stress"].variance(raw.stress).sqrt()
-            found["stress_uncertainty"] = stress[:, None].expand(-1, 6)
-        return found
+            deviations["stress_uncertainty"] = stress[:, None].expand(-1, 6)
+        return deviations

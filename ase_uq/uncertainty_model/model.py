@@ -1,4 +1,4 @@
-"""The artefact: heads, calibrators, edges and provenance for one potential, in one safetensors file."""
+"""The uncertainty model: heads, calibrators, edges and provenance for one potential, in one safetensors file."""
 
 import hashlib
 import os
@@ -35,14 +35,13 @@ class UncertaintyModel:
         identity: The potential it belongs to.
         methods: Fitted methods by name.
         primary: Name of the method whose results stand under the plain keys, or `combined`.
-        combination: The estimator of forces made of all methods, where `primary` is `combined`. Its distance, and its
-            energies and stresses, are those of its anchor.
+        combination: The estimator of force uncertainties made of all methods, if `primary` is `combined`. The distance
+            and the uncertainties of energies and stresses are those of its anchor.
         edges: Distance at the edge of the calibration data, per element.
-        record: Readings of the calibration frames.
+        record: Uncertainties and errors of the calibration frames.
         provenance: Versions, counts, splits and digests; JSON values.
-        perturbed: What deliberately bad frames read, where some were given: `MissRate` is made of them too. Nothing was
-            calibrated on them.
-        reference: Runs that false alarms are counted on, where some were made.
+        perturbed: Uncertainties and errors of the perturbed frames, if some were given; only `MissRate` uses them.
+        reference: Reference runs, on which false alarms are counted, if some were made.
     """
 
     identity: Identity
@@ -58,25 +57,25 @@ class UncertaintyModel:
     def apply(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
 
-        The plain keys are those of the primary method; with several methods `<key>_<method>` stands beside.
+        Plain keys hold the results of the primary method; with several methods there is `<key>_<method>` for each.
         """
         results: dict[str, Tensor] = {}
         with torch.no_grad():
             raws = {name: fitted.head(forward_pass) for name, fitted in self.methods.items()}
             for name, fitted in self.methods.items():
-                found = fitted.standard_deviations(raws[name], forward_pass.n_atoms_of_frame)
+                deviations = fitted.standard_deviations(raws[name], forward_pass.n_atoms_of_frame)
                 if name == self._leading:
-                    results |= found
+                    results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
                 if len(self.methods) > 1:
-                    results |= {f"{key}_{name}": value for key, value in found.items()}
+                    results |= {f"{key}_{name}": value for key, value in deviations.items()}
             if self.combination is not None:
                 results["forces_uncertainty"] = self.combination(forward_pass, raws).sqrt().expand(-1, 3)
         return results
 
     @property
     def _leading(self) -> str:
-        """The method that gives what the primary estimator does not."""
+        """The method that gives all results that the combination does not give; without one, the primary method."""
         return self.primary if self.combination is None else self.combination.inputs.anchor
 
     def to(self, device: torch.device) -> "UncertaintyModel":
@@ -88,17 +87,17 @@ class UncertaintyModel:
 
     @cached_property
     def digest(self) -> str:
-        """Of what it says of its calibration frames: another for another fit, the same with other reference runs."""
+        """Digest of the calibration uncertainties: it differs between fits, but not between sets of reference runs."""
         return hashlib.sha256(np.ascontiguousarray(self.record.uncertainty).tobytes()).hexdigest()
 
     @property
     def gradients(self) -> bool:
-        """Whether a head asks for `ForwardPass.gradients`, which cost passes beyond the potential's own."""
+        """Whether a head needs `ForwardPass.gradients`, which cost passes in addition to that of the potential."""
         return any(fitted.head.gradients for fitted in self.methods.values())
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Results keys that it gives."""
+        """Results keys that `apply` gives."""
         calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self._leading].calibrators]
         alone = [
             f"{quantity}_uncertainty_{name}"
@@ -113,14 +112,14 @@ class UncertaintyModel:
 
         Args:
             criterion: A number, returned as it is, or a criterion such as `Quantile(0.99)` or `MissRate(0.3, 0.1)`.
-            reduction: How a frame becomes a reading; the largest ε_i by default.
+            reduction: How a frame becomes a reading; by default the largest ε_i.
 
         Returns:
-            A float; of a criterion a `ResolvedThreshold`, which also says what it promises and how sure it is.
+            A float; for a criterion a `ResolvedThreshold`, which also says what it promises and how certain it is.
 
         Raises:
             ValueError: The calibration data or reference runs cannot support the criterion.
-            TypeError: It is neither a number nor a criterion.
+            TypeError: `criterion` is neither a number nor a criterion.
         """
         if isinstance(criterion, Real):
             return float(criterion)
@@ -131,23 +130,23 @@ class UncertaintyModel:
         return criterion.resolve(self.threshold_data(reduction))
 
     def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
-        """What thresholds are made of, with frames read by a reduction."""
+        """The data that thresholds are made from, with readings by a reduction."""
         reduction = reduction or Reduction()
         perturbed = None if self.perturbed is None else self.perturbed.threshold_data(reduction)
         return replace(self.record.threshold_data(reduction), runs=self.reference, perturbed=perturbed)
 
     def with_reference(self, runs: ReferenceRuns) -> "UncertaintyModel":
-        """A copy that carries reference runs, which `FalseAlarms` and `Cusum` count on; those before are replaced."""
+        """A copy with these reference runs, which `FalseAlarms` and `Cusum` use; earlier ones are replaced."""
         return replace(self, reference=runs)
 
     def intervals(self, confidence: float) -> "IntervalTable":
-        """What turns the uncertainty of an atom into a bound of its force error.
+        """The table that turns the uncertainty of an atom into a bound of its force error.
 
-        Split conformal and Mondrian: for an atom of each element, of a frame like those of the calibration,
-        P(‖F_ref - F‖ ≤ bound) ≥ confidence. Elements with too few units share the factor of all atoms together.
+        Split conformal and Mondrian: P(‖F_ref - F‖ ≤ bound) ≥ confidence for the atoms of each element, in frames like
+        the calibration frames. Elements with too few units use the factor of all atoms together.
 
         Args:
-            confidence: In (0, 1).
+            confidence: Confidence in (0, 1).
 
         Raises:
             ValueError: `confidence` is outside (0, 1), or there are fewer than 1/(1 - confidence) - 1 units.
@@ -161,13 +160,14 @@ class UncertaintyModel:
         if (n_units := len(np.unique(unit))) < needed:
             raise ValueError(
                 f"an interval of confidence {confidence:g} needs at least {needed} independent calibration frames or "
-                f"blocks, the uncertainty model has {n_units}. Calibrate on more, or ask for less confidence."
+                f"blocks, but the uncertainty model has {n_units}. Calibrate on more frames, or ask for less "
+                "confidence."
             )
         factors = torch.full((len(chemical_symbols),), conformal.conformal_quantile(scores, alpha, unit))
         for z in np.unique(record.numbers):
-            own = record.numbers == z
-            if len(np.unique(unit[own])) >= needed:
-                factors[z] = conformal.conformal_quantile(scores[own], alpha, unit[own])
+            of_element = record.numbers == z
+            if len(np.unique(unit[of_element])) >= needed:
+                factors[z] = conformal.conformal_quantile(scores[of_element], alpha, unit[of_element])
         return IntervalTable(factors.double(), frozenset(int(z) for z in np.unique(record.numbers)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -183,11 +183,11 @@ class UncertaintyModel:
         """The model in a file; nothing in it is executed.
 
         Raises:
-            ArtefactError: There is no such file, or it is not an uncertainty model, newer than this package,
+            ArtefactError: There is no such file, or it is not an uncertainty model, or it is newer than this package,
                 truncated or altered.
         """
         return cls(**read_model(path))
 
     def summary(self) -> str:
-        """What it was fitted on, what was found and how far it reaches, for people."""
+        """Text that says what the model was fitted on, how well it is calibrated and how far it reaches."""
         return summary_of(self)

@@ -1,4 +1,4 @@
-"""What an uncertainty model remembers of its calibration frames."""
+"""The data that an uncertainty model keeps of its calibration frames."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -12,14 +12,14 @@ from ase_uq.thresholds.reduction import Reduction, readings_of
 
 @dataclass(frozen=True)
 class CalibrationRecord:
-    """What the calibration frames read, atom by atom: thresholds are made of it.
+    """Uncertainties and errors of the calibration frames, atom by atom: thresholds are made from them.
 
     Args:
         uncertainty: (n_atoms,) ε_i, eV/Å.
         error: (n_atoms,) ‖F_ref - F‖, eV/Å.
         numbers: (n_atoms,) atomic numbers.
-        n_atoms_of_frame: (n_frames,).
-        run: (n_frames,) number of the run that a frame comes from.
+        n_atoms_of_frame: (n_frames,) number of atoms of each frame.
+        run: (n_frames,) number of the run that each frame comes from.
     """
 
     uncertainty: np.ndarray
@@ -29,7 +29,7 @@ class CalibrationRecord:
     run: np.ndarray
 
     def readings(self, reduction: Reduction) -> np.ndarray:
-        """(n_frames,) eV/Å."""
+        """(n_frames,) reading of each frame, eV/Å."""
         return readings_of(self.uncertainty, self.numbers, self.n_atoms_of_frame, reduction)
 
     def errors(self, reduction: Reduction) -> np.ndarray:
@@ -37,15 +37,16 @@ class CalibrationRecord:
         return readings_of(self.error, self.numbers, self.n_atoms_of_frame, replace(reduction, kind="max"))
 
     def threshold_data(self, reduction: Reduction) -> ThresholdData:
-        """Its frames as thresholds are made of them.
+        """The data that thresholds are made from.
 
         Raises:
-            ValueError: Chosen indices mean different atoms in different frames.
+            ValueError: The indices of the reduction mean different atoms in different frames.
         """
         if reduction.indices is not None and not self.is_one_system:
             raise ValueError(
                 "a criterion for chosen indices needs calibration frames of one system, in which an index is always "
-                "the same atom; these are several. Give the threshold in eV/Å, or choose atoms by their elements."
+                "the same atom, but these frames are of several systems. Give the threshold in eV/Å, or choose atoms "
+                "by their elements."
             )
         return ThresholdData(self.readings(reduction), self.errors(reduction), self.groups, reduction)
 
@@ -61,10 +62,10 @@ class CalibrationRecord:
 
     @cached_property
     def groups(self) -> np.ndarray:
-        """(n_frames,) exchangeable unit of each frame: itself, or a block where frames follow a trajectory.
+        """(n_frames,) exchangeable unit of each frame: the frame itself, or a block if frames follow a trajectory.
 
-        Blocks are as long as the largest reading or error of a frame remembers, and end where the run or the
-        composition changes. Frames of one run follow each other, also where those of others stand between them.
+        The length of a block comes from the correlation time of readings and largest errors; blocks end where the run
+        or the composition changes. Frames of one run count as consecutive, even if frames of other runs lie between.
         """
         order = np.argsort(self.run, kind="stable")
         numbers = self._frames_numbers

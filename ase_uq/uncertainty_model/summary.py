@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summary_of(model: "UncertaintyModel") -> str:
-    """What an `UncertaintyModel` was fitted on, what was found and how far it reaches, for people."""
+    """Text that says what an `UncertaintyModel` was fitted on, how well it is calibrated and how far it reaches."""
     provenance = model.provenance
     lines = [
         f"uncertainty model for a {model.identity.settings['package']} potential "
@@ -32,11 +32,11 @@ def summary_of(model: "UncertaintyModel") -> str:
         lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
     norms, errors = model.record.uncertainty, model.record.error
     lines.append(
-        f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å a component, "
+        f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å per component, "
         f"mean z² {np.mean(errors**2 / norms**2):.2f} (target 1)"
     )
     readings = model.record.readings(Reduction())
-    # Only those that `threshold` would give: a few frames know no high quantile.
+    # Only quantiles that `threshold` would give: few frames do not determine a high quantile.
     known = [q for q in (0.5, 0.9, 0.99) if Quantile(q).needed <= np.isfinite(readings).sum()]
     quantiles = ", ".join(f"{q:.0%} {np.quantile(readings, q):.3f}" for q in known)
     lines.append(f"  largest ε of a calibration frame, eV/Å: {quantiles}")
@@ -45,7 +45,7 @@ def summary_of(model: "UncertaintyModel") -> str:
         lines.append(f"  thresholds count {n_units} blocks, not {len(readings)} frames: neighbouring frames are alike")
     if model.perturbed is not None:
         lines.append(
-            f"  perturbed       {len(model.perturbed.run)} frames, largest force error of a frame: median "
+            f"  perturbed      {len(model.perturbed.run)} frames, largest force error of a frame: median "
             f"{np.median(model.perturbed.errors(Reduction())):.3f} eV/Å"
         )
     if model.reference is not None:

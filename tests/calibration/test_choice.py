@@ -83,7 +83,7 @@ def test_group_numbers_need_not_be_consecutive():
 
 def test_too_few_frames_are_refused():
     residuals, _ = simulated("affine", n_frames=4)
-    with pytest.raises(ValueError, match="calibration needs at least 5 frames, 4 were given"):
+    with pytest.raises(ValueError, match="calibration needs at least 5 frames, but 4 were given"):
         fit_calibrator(residuals)
 
 

@@ -178,6 +178,6 @@ def test_perturbed_frames_are_kept_for_thresholds(run, files, tmp_path):
     found = UncertaintyModel.load(tmp_path / "a.st").perturbed
     assert found is not None
     assert len(found.run) == len(read(files.test, ":"))
-    assert f"perturbed       {len(found.run)} frames" in result.stdout
+    assert f"perturbed      {len(found.run)} frames" in result.stdout
     missing = run(*words, "--perturbed", "no.xyz", "--out", "b.st")
     assert (missing.exit_code, missing.stderr) == (1, "error: perturbed frames: there is no file no.xyz.\n")

@@ -51,27 +51,27 @@ def test_a_word_is_a_number_or_a_meaning(text, level):
 @pytest.mark.parametrize(
     ("text", "what"),
     [
-        ("hot", "'hot' is no number"),
-        ("", "'' is no number"),
-        ("qq", "'q' is no number"),
+        ("hot", "'hot' is not a number"),
+        ("", "'' is not a number"),
+        ("qq", "'q' is not a number"),
         ("q1.5", "a quantile lies between 0 and 1, not at 1.5"),
         ("q99", "a quantile lies between 0 and 1, not at 99.0"),
-        ("miss=0.1", "it has none of their forms"),
-        ("miss=0.1@0.3@0.9", "it has none of their forms"),
-        ("0.1@0.3", "it has none of their forms"),
-        ("missing=0.1@0.3", "it has none of their forms"),
-        ("miss=0.1@far", "'far' is no number"),
+        ("miss=0.1", "it has none of the known forms"),
+        ("miss=0.1@0.3@0.9", "it has none of the known forms"),
+        ("0.1@0.3", "it has none of the known forms"),
+        ("missing=0.1@0.3", "it has none of the known forms"),
+        ("miss=0.1@far", "'far' is not a number"),
         ("miss=10@0.3", "at_most lies between 0 and 1, not at 10.0"),
-        ("miss=0.1@-1", "a tolerated force error is a positive number in eV/Å, not -1.0"),
+        ("miss=0.1@-1", "a tolerated force error must be a positive number in eV/Å, not -1.0"),
         ("miss=0.1@0.3/2", "confidence lies between 0 and 1, not at 2.0"),
         ("bound=95@0.3", "confidence lies between 0 and 1, not at 95.0"),
-        ("bound=0.95@", "'' is no number"),
-        ("bound=0.95@0.3/0.9", "it has none of their forms"),
+        ("bound=0.95@", "'' is not a number"),
+        ("bound=0.95@0.3/0.9", "it has none of the known forms"),
         ("alarms=0.05@100fs", "'100fs' is neither a time like 100ps nor a number of readings like 20000"),
         ("alarms=0.05@2e4", "'2e4' is neither a time like 100ps nor a number of readings like 20000"),
         ("alarms=5@100ps", "per_run lies between 0 and 1, not at 5.0"),
-        ("alarms=0.05@0", "the length of a run is positive, not 0"),
-        ("alarms=0.05@-1ps", "the length of a run is positive, not -1.0"),
+        ("alarms=0.05@0", "the length of a run must be positive, not 0"),
+        ("alarms=0.05@-1ps", "the length of a run must be positive, not -1.0"),
     ],
 )
 def test_another_word_is_refused_with_what_is_wrong_and_all_forms(text, what):
@@ -101,7 +101,7 @@ def test_a_reduction(text, kind):
 
 @pytest.mark.parametrize("text", ["median", "0", "0.x", "1", ""])
 def test_what_is_no_reduction(text):
-    with pytest.raises(typer.BadParameter, match=f"'{text}' is none of max, mean and top3, nor a quantile"):
+    with pytest.raises(typer.BadParameter, match=f"'{text}' is not a reduction. Give max, mean, top3 or a quantile"):
         reduction(text)
 
 
@@ -125,7 +125,7 @@ def test_meanings_are_had_for_each_element():
 
 def test_a_number_is_the_same_for_all_elements():
     with pytest.raises(
-        typer.BadParameter, match=r"with --per-element it is a criterion.*0.5 eV/Å would be the same"
+        typer.BadParameter, match=r"--per-element needs a criterion.*0.5 eV/Å would be the same"
     ) as caught:
         per_element(0.5, "--halt")
     assert caught.value.param_hint == "'--halt'"

@@ -44,7 +44,7 @@ def test_all_kinds_with_a_potential(stress, files):
     for atoms in made:
         assert atoms.calc is None
         assert set(atoms.arrays) == {"numbers", "positions"}
-    assert "stress: 100%" in result.stderr
+    assert "perturb: 100%" in result.stderr
 
 
 def test_the_table_says_what_was_made_and_what_is_next(stress):
@@ -89,21 +89,26 @@ def test_a_kind_that_no_frame_allows_is_a_line(stress):
     write("si.xyz", bulk("Si", cubic=True))
     result = stress("--kinds", COLD, "--per-kind", 2, frames="si.xyz")
     assert result.exit_code == 0
-    assert "warning: left out, since no frame allows it: swapped ones want two elements" in result.stderr
+    assert "warning: kinds left out, since no frame allows them: swapped needs two elements" in result.stderr
     assert len(read("perturbed.xyz", ":")) == 6
 
 
 @pytest.mark.parametrize(
     ("words", "options", "code", "part"),
     [
-        ([], {}, 2, "hot frames are run with your potential: give it, or leave hot out of --kinds."),
-        (["--kinds", "shaken"], {}, 1, "error: there is no kind of stress 'shaken'. There are rattled, strained"),
+        ([], {}, 2, "hot frames come from runs with your potential: give it, or leave hot out of --kinds."),
+        (
+            ["--kinds", "shaken"],
+            {},
+            1,
+            "error: there is no kind of perturbed frames 'shaken'. There are rattled, strained",
+        ),
         (["--kinds", COLD], {"frames": "no.xyz"}, 1, "error: there is no file no.xyz."),
         (["--kinds", COLD], {"frames": "empty.xyz"}, 1, "empty.xyz is empty"),
         (["--kinds", COLD], {"out": "no/out.xyz"}, 1, "error: cannot write no/out.xyz"),
         (["--kinds", COLD], {"out": "out.traj"}, 2, "ends in .xyz"),
         (["--kinds", COLD, "--per-kind", 0], {}, 2, "--per-kind"),
-        (["--model", "toy:", "--temperature-max", -5], {}, 1, "error: temperature_max is a positive temperature"),
+        (["--model", "toy:", "--temperature-max", -5], {}, 1, "error: temperature_max must be a positive temperature"),
     ],
 )
 def test_bad_input(stress, tmp_path, words, options, code, part):

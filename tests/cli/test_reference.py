@@ -41,7 +41,7 @@ def test_a_length_that_is_none_is_a_line(run, files):
     words = ["reference", files.start, "--model", "toy:", "--uq", files.uq, "--out", "a.st"]
     result = run(*words, "--temperature", 300, "--ps", 0)
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "error: ps of reference runs is a positive number, not 0.0.\n"
+    assert result.stderr == "error: ps of reference runs must be a positive number, not 0.0.\n"
 
 
 def test_a_folder_that_is_not_there_is_told_before_the_runs(run, files):

@@ -179,7 +179,9 @@ def test_bad_files(tell, tmp_path):
         assert part in result.stderr
     missing = tell(uq=())
     assert missing.exit_code == 2
-    assert "give what the frames were scored with" in " ".join(missing.stderr.replace("│", " ").split())
+    assert "give the uncertainty model that the frames were scored with" in " ".join(
+        missing.stderr.replace("│", " ").split()
+    )
 
 
 def test_another_potential_is_refused(tell):

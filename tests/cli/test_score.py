@@ -79,7 +79,8 @@ def test_what_was_interrupted_goes_on_with_the_same_command(score, tmp_path, mon
     result = score("--batch-atoms", 27)
     assert result.exit_code != 0
     assert (
-        "stopped early: what was scored is in out.xyz.part, and the same command goes on from there." in result.stderr
+        "stopped early: the frames scored so far are in out.xyz.part; the same command goes on from there."
+        in result.stderr
     )
     assert not (tmp_path / "out.xyz").exists()
     monkeypatch.undo()

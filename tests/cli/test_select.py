@@ -59,8 +59,8 @@ def test_the_table_says_what_was_chosen_and_why(select, files):
         assert reason[:2] == ["farthest", "around"]
     assert unit == "distance: to the nearest training or chosen frame; 1 is typical of two frames of the pool"
     assert last == (
-        "4 of 25 frames written to chosen.xyz by lcmd in the features of bll; 0 near-duplicates left out; next: label "
-        "them with your reference (REF_energy, REF_forces)"
+        "4 of 25 frames written to chosen.xyz, chosen by lcmd in the features of bll; 0 near-duplicates left out; "
+        "next: label them with your reference (REF_energy, REF_forces)"
     )
 
 
@@ -147,7 +147,7 @@ def test_an_element_that_was_not_fitted_is_one_warning(select, files):
         ([], {"pool": "gold.xyz"}, 1, "contains Au, which the potential does not know"),
         ([], {"out": "chosen.traj"}, 2, "ends in .xyz"),
         ([], {"out": "no/chosen.xyz"}, 1, "error: cannot write no/chosen.xyz"),
-        (["--overwrite"], {"pool": "gold.xyz", "out": "gold.xyz"}, 2, "gold.xyz is read from: give another name"),
+        (["--overwrite"], {"pool": "gold.xyz", "out": "gold.xyz"}, 2, "gold.xyz is also an input: give another name"),
         (["--strategy", "best"], {}, 1, "error: strategy is one of 'lcmd', 'maxdet', 'maxdist'"),
         (["--strategy", "bands", "--flag", 0.1], {}, 1, "error: the strategy 'bands' chooses between two thresholds"),
         (["--per", "atom"], {}, 1, "error: per is one of 'structure', 'environment', not 'atom'."),

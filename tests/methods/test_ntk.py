@@ -205,7 +205,7 @@ class TestRefusals:
     def test_another_potential(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(NTK(tangents=1), conservative, frames)
         other = load_backend(ToyCalculator(("H", "C", "O", "Si")))
-        with pytest.raises(ValueError, match="fitted for a potential of 57 parameters, this one has 94"):
+        with pytest.raises(ValueError, match="fitted for a potential with 57 parameters, but this one has 94"):
             head(forward_pass_of(other, frames, gradients=True))
 
     @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ class TestFolds:
         assert folds_of(torch.arange(n_groups), 5).unique().tolist() == [0, 1, 2, 3, 4]
 
     def test_too_few_are_refused_with_the_number_needed(self):
-        with pytest.raises(LabelError, match="needs 10 labelled training frames, there are 9"):
+        with pytest.raises(LabelError, match="needs 10 labelled training frames, but there are 9"):
             folds_of(torch.arange(9).repeat(4), 5)
         with pytest.raises(ValueError, match="2 folds or more"):
             folds_of(torch.arange(9), 1)

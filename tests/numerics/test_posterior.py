@@ -264,5 +264,5 @@ class TestSketch:
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
 
     def test_vectors_of_another_length_are_refused(self):
-        with pytest.raises(ValueError, match="fitted for a potential of 3000 parameters, this one has 2999"):
+        with pytest.raises(ValueError, match="fitted for a potential with 3000 parameters, but this one has 2999"):
             Sketch(3000, 64, seed=0)(torch.zeros(2999))

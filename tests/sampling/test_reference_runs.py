@@ -77,9 +77,12 @@ def test_runs_are_added_to_those_made_before_and_none_is_repeated():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"interval": 2}, r"a reading every \(fs\) was 2.0 then, is 4.0 now"),
-        ({"temperature": 400}, r"conditions was AlCu3, Langevin 300 K then, is AlCu3, Langevin 400 K now"),
-        ({"reduction": Reduction("mean")}, r"the reduction was .*'max'.* then, is .*'mean'.* now"),
+        ({"interval": 2}, r"the time between readings \(fs\) was 2.0 then and is 4.0 now"),
+        (
+            {"temperature": 400},
+            r"conditions was AlCu3, Langevin 300 K then and is AlCu3, Langevin 400 K now",
+        ),
+        ({"reduction": Reduction("mean")}, r"the reduction was .*'max'.* then and is .*'mean'.* now"),
     ],
 )
 def test_runs_made_otherwise_are_not_added(change, message):
@@ -98,7 +101,7 @@ def test_an_interruption_keeps_the_runs_that_are_whole(monkeypatch):
         calculate(*arguments, **options)
 
     monkeypatch.setattr(atoms.calc, "calculate", interrupted)
-    with pytest.warns(UQWarning, match=r"interrupted: 1 of 2 reference runs are whole, and are kept"):
+    with pytest.warns(UQWarning, match=r"interrupted: 1 of 2 reference runs are complete and are kept"):
         found = reference_runs(atoms, **SHORT)
     assert len(found.readings) == 1
     np.testing.assert_array_equal(found.readings[0], reference_runs(crystal(), **SHORT).readings[0])
@@ -117,7 +120,7 @@ def test_an_interruption_before_there_is_anything_is_one(monkeypatch):
 
 @pytest.mark.parametrize("name", ["temperature", "n_runs", "ps", "timestep", "interval"])
 def test_numbers_that_are_not_positive_are_refused(name):
-    with pytest.raises(ValueError, match=rf"{name} of reference runs is a positive number, not 0"):
+    with pytest.raises(ValueError, match=rf"{name} of reference runs must be a positive number, not 0"):
         reference_runs(crystal(), **{**SHORT, name: 0})
 
 
@@ -140,11 +143,11 @@ def test_a_run_that_left_the_realm_of_finite_uncertainties_is_no_reference():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"equilibration": -0.01}, "equilibration of reference runs is a number of 0 or more, not -0.01"),
-        ({"friction": -1}, "friction of reference runs is a number of 0 or more, not -1"),
-        ({"friction": np.nan}, "friction of reference runs is a number of 0 or more, not nan"),
-        ({"interval": 0.5}, "interval of reference runs is a whole number, not 0.5"),
-        ({"n_runs": 1.5}, "n_runs of reference runs is a whole number, not 1.5"),
+        ({"equilibration": -0.01}, "equilibration of reference runs must be 0 or more, not -0.01"),
+        ({"friction": -1}, "friction of reference runs must be 0 or more, not -1"),
+        ({"friction": np.nan}, "friction of reference runs must be 0 or more, not nan"),
+        ({"interval": 0.5}, "interval of reference runs must be a whole number, not 0.5"),
+        ({"n_runs": 1.5}, "n_runs of reference runs must be a whole number, not 1.5"),
         ({"ps": 0.0001}, "0.0001 ps are shorter than the 2 fs from one reading to the next"),
         ({"interval": 11}, "0.02 ps are shorter than the 22 fs from one reading to the next"),
     ],

@@ -650,7 +650,7 @@ def test_nothing_to_score(uq: Path, out: Path, frames: list[Atoms] | str, messag
     ("arguments", "options", "error", "message"),
     [
         (["toy:"], {}, TypeError, "toy: is a bare potential: give the uncertainty_model"),
-        ([None, "again"], {}, TypeError, "has an uncertainty model of its own, and another was given"),
+        ([None, "again"], {}, TypeError, "already has an uncertainty model, and another was given"),
         ([None], {"batch_atoms": 0}, ValueError, "batch_atoms is 0; 1 or more was expected"),
         ([None], {"out": "no/such/folder/out.xyz"}, ArtefactError, "cannot write no/such/folder/out.xyz"),
     ],

@@ -224,7 +224,7 @@ def test_short_runs_are_extrapolated_by_their_tail_and_say_so():
 
 @pytest.mark.parametrize("steps", [0.5, 10.7])
 def test_a_share_of_a_reading_is_no_length_of_a_run(steps):
-    with pytest.raises(ValueError, match=rf"steps is a whole number of readings, not {steps}. Give a time as ps"):
+    with pytest.raises(ValueError, match=rf"steps must be a whole number of readings, not {steps}. Give a time as ps"):
         FalseAlarms(per_run=0.05, steps=steps)
 
 
@@ -250,7 +250,7 @@ def test_a_run_shorter_than_a_reading_is_refused():
 
 def test_runs_too_short_to_extrapolate_from_are_refused():
     runs = reference(correlated(np.random.default_rng(7), 5, 400))
-    with pytest.raises(ValueError, match=r"one alarm in 3\.9e\+06 readings, the reference runs have 2000: too few"):
+    with pytest.raises(ValueError, match=r"one alarm in 3\.9e\+06 readings, but the reference runs have 2000;"):
         FalseAlarms(per_run=0.05, steps=200_000).resolve(threshold_data([1.0], runs=runs))
     with pytest.raises(ValueError, match=r"at least 30 independent excursions .* Make more .* 19 of 1000 readings"):
         FalseAlarms(per_run=0.05, steps=1000).resolve(threshold_data([1.0], runs=runs))
@@ -273,7 +273,7 @@ def test_reference_runs_read_otherwise_are_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ErrorBound(0), r"a tolerated force error is a positive number in eV/Å, not 0"),
+        (lambda: ErrorBound(0), r"a tolerated force error must be a positive number in eV/Å, not 0"),
         (lambda: ErrorBound(math.nan), r"a tolerated force error .* not nan"),
         (lambda: ErrorBound(0.3, confidence=1), r"confidence lies between 0 and 1, not at 1"),
         (lambda: MissRate(-1), r"a tolerated force error .* not -1"),
@@ -282,7 +282,7 @@ def test_reference_runs_read_otherwise_are_refused():
         (lambda: FalseAlarms(per_run=5, steps=10), r"per_run lies between 0 and 1, not at 5"),
         (lambda: FalseAlarms(per_run=0.1), r"give steps or ps, not None and None"),
         (lambda: FalseAlarms(per_run=0.1, steps=10, ps=1), r"give steps or ps, not 10 and 1"),
-        (lambda: FalseAlarms(per_run=0.1, ps=-1), r"the length of a run is positive, not -1"),
+        (lambda: FalseAlarms(per_run=0.1, ps=-1), r"the length of a run must be positive, not -1"),
         (lambda: ReferenceRuns((), 1.0), r"there is no reference run"),
         (lambda: ReferenceRuns((np.ones(3),), 0.0), r"a positive time in fs, not 0\.0"),
         (lambda: ReferenceRuns((np.ones(3), np.ones((2, 2))), 1.0), r"reference run 1 has readings of shape \(2, 2\)"),
@@ -297,7 +297,7 @@ def test_arguments_that_mean_nothing_are_refused(make, message):
 
 @pytest.mark.parametrize("criterion", [0.3, FalseAlarms(per_run=0.1, steps=10), None])
 def test_per_element_takes_what_calibration_frames_resolve(criterion):
-    with pytest.raises(TypeError, match=r"PerElement takes Quantile, ErrorBound or MissRate"):
+    with pytest.raises(TypeError, match=r"PerElement takes a criterion that calibration frames can resolve"):
         PerElement(criterion)
 
 
@@ -322,7 +322,7 @@ def test_a_threshold_is_a_float_that_remembers():
     assert isinstance(found, float)
     assert found * 2 == float(found) * 2
     text = found.describe()
-    assert text.startswith("89.1 eV/Å by Quantile(0.9): 0.9 of frames like those of the calibration stay below")
+    assert text.startswith("89.1 eV/Å by Quantile(0.9): 0.9 of frames like the calibration frames stay below")
     assert "(100 units, 10 needed; 90 % band " in text
     for again in (pickle.loads(pickle.dumps(found)), copy.deepcopy(found)):
         assert isinstance(again, ResolvedThreshold)

@@ -93,7 +93,7 @@ def test_other_reductions_are_refused(kind):
 
 
 def test_elements_and_indices_that_do_not_exist_are_refused():
-    with pytest.raises(ValueError, match=r"'Xq' is no chemical symbol"):
+    with pytest.raises(ValueError, match=r"'Xq' is not a chemical symbol"):
         Reduction(elements=("C", "Xq"))
     with pytest.raises(IndexError, match=r"atom index 9 is beyond the frame's 5 atoms"):
         Reduction(indices=(0, 9))(NORMS, NUMBERS)

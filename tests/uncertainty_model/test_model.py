@@ -553,7 +553,7 @@ class TestPerturbed:
             np.testing.assert_array_equal(
                 getattr(again.perturbed, field.name), getattr(perturbed.perturbed, field.name)
             )
-        assert "perturbed       30 frames" in again.summary()
+        assert "perturbed      30 frames" in again.summary()
 
     def test_they_need_forces(self, calculator: ToyCalculator):
         bad = labelled_frames(12, seed=5)

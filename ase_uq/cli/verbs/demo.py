@@ -19,16 +19,16 @@ class Potential(StrEnum):
 
 def demo(
     out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for its files; those of an earlier demo go.")
+        Path, typer.Option("--out", metavar="DIR", help="Folder for its files; those of an earlier demo are replaced.")
     ] = Path("ase_uq_demo"),
     potential: Annotated[Potential, typer.Option("--potential", help="Embedded potential to heat.")] = Potential.mace,
     seed: Seed = 0,
 ) -> None:
     """Heat a small molecule until its potential no longer knows, then ask the reference who was right.
 
-    A potential trained at 300 K is driven towards 2000 K. The run halts itself; the frames it flagged are labelled
-    with GFN2-xTB, and predicted uncertainties stand beside true errors, in a table and in DIR/demo.png. Offline,
-    about half a minute.
+    A potential trained at 300 K is heated towards 2000 K. The run halts itself. The frames it flagged are labelled with
+    GFN2-xTB, and a table and DIR/demo.png show the predicted uncertainties beside the true errors. The demo runs
+    offline and takes about half a minute.
 
     [dim]ase-uq demo --potential orb-conservative[/]
     """

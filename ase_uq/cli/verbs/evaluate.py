@@ -1,4 +1,4 @@
-"""`ase-uq evaluate`: labelled test frames in, how good the uncertainties are out."""
+"""`ase-uq evaluate`: takes labelled test frames and prints how good the uncertainties are."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,16 +17,19 @@ def evaluate(
     model: Model,
     uq: UQ = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", help="Force errors above it are bad, eV/Å: for AUROC and AUPRC.")
+        float, typer.Option("--tolerance", help="Force errors above this count as bad, eV/Å; for AUROC and AUPRC.")
     ] = 0.3,
     block: Annotated[
-        int, typer.Option("--block", min=1, help="Consecutive frames resampled together: as many as are correlated.")
+        int,
+        typer.Option(
+            "--block", min=1, help="Number of consecutive frames resampled together: as many as are correlated."
+        ),
     ] = 1,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Write every number; replaced if it exists.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Where to write every number; replaced if it exists.")
     ] = None,
     plots: Annotated[
-        Path | None, typer.Option("--plots", metavar="FOLDER", help="Draw PNG figures there; made if it is missing.")
+        Path | None, typer.Option("--plots", metavar="FOLDER", help="Folder for PNG figures; created if missing.")
     ] = None,
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
@@ -36,10 +39,10 @@ def evaluate(
     batch_atoms: BatchAtoms = 1000,
     seed: Seed = 0,
 ) -> None:
-    """Judge uncertainties on labelled test frames: are they calibrated, are the large errors where they say?
+    """Judge uncertainties on labelled test frames: are they calibrated, and are they large where the errors are?
 
     Test frames should be neither training nor calibration frames. Neighbouring frames of a run are not independent:
-    say with --block how many belong together, or the intervals come out too narrow.
+    give with --block how many belong together, or the intervals come out too narrow.
 
     [dim]ase-uq evaluate --model mace:my.model --uq my.uq.safetensors test.xyz --csv scores.csv --plots figures[/]
     """
@@ -71,16 +74,16 @@ def _check_outputs(csv: Path | None, plots: Path | None) -> None:
     """Everything that can be refused before seconds are spent on importing a potential."""
     check_outputs(csv)
     if plots is not None:
-        from ase_uq.report import plots as _  # noqa: F401  (told now if matplotlib is missing)
+        from ase_uq.report import plots as _  # noqa: F401  (reports a missing matplotlib now)
 
         if plots.exists() and not plots.is_dir():
-            raise FileExistsError(f"{plots} is a file. Give --plots a folder, which is made if it is missing.")
+            raise FileExistsError(f"{plots} is a file. Give --plots a folder, which is created if it is missing.")
         plots.mkdir(parents=True, exist_ok=True)
         check_outputs(plots / "forces_reliability.png")
 
 
 def _draw(assessment: "Assessment", folder: Path) -> list[Path]:
-    """Two figures a quantity, all methods in each; returns their files."""
+    """Draws two figures per quantity, each with all methods; returns their files."""
     from matplotlib import pyplot as plt
 
     from ase_uq.diagnostics.table import UNITS

@@ -1,4 +1,4 @@
-"""`ase-uq fit`: labelled frames in, uncertainty model out."""
+"""`ase-uq fit`: takes labelled frames and writes an uncertainty model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -23,14 +23,15 @@ from ase_uq.cli.outputs import check_outputs
 def fit(
     model: Model,
     train: Annotated[
-        Path, typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or like them.")
+        Path,
+        typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or frames like them."),
     ],
     calibration: Annotated[
         Path,
         typer.Option(
             "--calibration",
             metavar="FILE",
-            help="Labelled frames that it has never seen, from runs of their own: they set the scale.",
+            help="Labelled frames that the potential has never seen, from separate runs: they set the scale.",
         ),
     ],
     out: Annotated[
@@ -44,7 +45,7 @@ def fit(
         typer.Option(
             "--perturbed",
             metavar="FILE",
-            help="Labelled bad frames, as `ase-uq perturb-frames` makes them, for thresholds such as miss=0.1@0.3.",
+            help="Labelled bad frames, made with `ase-uq perturb-frames`, for thresholds such as miss=0.1@0.3.",
         ),
     ] = None,
     methods: Methods = "bll,pdrum,kernel",
@@ -66,10 +67,10 @@ def fit(
     batch_atoms: BatchAtoms = 1000,
     seed: Seed = 0,
 ) -> None:
-    """Fit what a potential does not know, once, into one small file.
+    """Fit the uncertainty model of a potential, once, and write it to one small file.
 
-    Training frames say what it has seen; calibration frames, which it has not, turn that into eV and eV/Å. A few
-    hundred of each are good. Energies and stresses are calibrated where the frames have them.
+    Training frames show what the potential has seen; calibration frames, which it has not seen, turn that into eV and
+    eV/Å. A few hundred of each are good. Energies and stresses are calibrated if the frames have them.
 
     [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
     """

@@ -1,4 +1,4 @@
-"""`ase-uq info`: what is in an uncertainty model."""
+"""`ase-uq info`: prints what is in an uncertainty model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ def info(
     """Show what an uncertainty model was fitted on, how well it is calibrated, and how far it reaches.
 
     The potential is not needed. Quantiles of the calibration frames are good first thresholds for
-    [bold]ase-uq md[/], which also takes them by name, as in --halt q0.99.
+    [bold]ase-uq md[/], which also takes them directly, as in --halt q0.99.
 
     [dim]ase-uq info my.uq.safetensors[/]
     """

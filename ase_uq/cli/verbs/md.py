@@ -56,9 +56,12 @@ def md(
     ],
     model: Model,
     temperature: Annotated[
-        float, typer.Option("--temperature", min=0, help="K; of the velocities alone where START has none and in nve.")
+        float,
+        typer.Option(
+            "--temperature", min=0, help="Temperature, K. In nve: only for initial velocities, if START has none."
+        ),
     ],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Steps to run.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps to run.")],
     uq: UQ = None,
     ensemble: Annotated[
         MDEnsemble,
@@ -67,26 +70,27 @@ def md(
     temperature_end: Annotated[
         float | None,
         typer.Option(
-            "--temperature-end", min=0, help="K at the last step of this command: heat or cool evenly, in NVT."
+            "--temperature-end", min=0, help="Temperature at the last step, K: heat or cool evenly (NVT only)."
         ),
     ] = None,
-    timestep: Annotated[float, typer.Option("--timestep", help="fs.")] = 0.5,
+    timestep: Annotated[float, typer.Option("--timestep", help="Time step, fs.")] = 0.5,
     friction: Annotated[
-        float | None, typer.Option("--friction", show_default=f"{FRICTION:g}", help="Of langevin, 1/fs.")
+        float | None, typer.Option("--friction", show_default=f"{FRICTION:g}", help="Friction of langevin, 1/fs.")
     ] = None,
     thermostat_time: Annotated[
         float | None,
-        typer.Option("--thermostat-time", show_default=f"{THERMOSTAT_TIME:g}", help="Of bussi and npt, fs."),
+        typer.Option(
+            "--thermostat-time", show_default=f"{THERMOSTAT_TIME:g}", help="Time constant of bussi and npt, fs."
+        ),
     ] = None,
     barostat_time: Annotated[
-        float | None, typer.Option("--barostat-time", show_default=f"{BAROSTAT_TIME:g}", help="Of npt, fs.")
+        float | None,
+        typer.Option("--barostat-time", show_default=f"{BAROSTAT_TIME:g}", help="Time constant of npt, fs."),
     ] = None,
     pressure: Annotated[
-        float | None, typer.Option("--pressure", show_default="0", help="Of npt, GPa; 1 bar is 0.0001 GPa.")
+        float | None, typer.Option("--pressure", show_default="0", help="Pressure of npt, GPa; 1 bar is 0.0001 GPa.")
     ] = None,
-    every: Annotated[
-        int, typer.Option("--every", min=1, help="Calculate uncertainties at each so many-th step only.")
-    ] = 1,
+    every: Annotated[int, typer.Option("--every", min=1, help="Calculate uncertainties only every so many steps.")] = 1,
     flag: Flag = None,
     halt: Halt = None,
     patience: Annotated[
@@ -95,33 +99,38 @@ def md(
     at_once: Annotated[
         Any,
         typer.Option(
-            "--at-once", metavar="LEVEL", parser=threshold, help="Halt here without --patience; above --halt."
+            "--at-once",
+            metavar="LEVEL",
+            parser=threshold,
+            help="Halt at this uncertainty without --patience; above --halt.",
         ),
     ] = None,
     refractory: Annotated[
-        float | None, typer.Option("--refractory", help="After a flagged frame keep none for this long, fs.")
+        float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
     ] = None,
     element: EachElement = False,
     reduce: Reduce = "max",
     max_temperature: Annotated[
-        float | None, typer.Option("--max-temperature", help="Halt where the atoms are hotter, K.")
+        float | None, typer.Option("--max-temperature", help="Halt if the atoms are hotter than this, K.")
     ] = None,
     bonds: Bonds = False,
     frames: FlaggedFrames = None,
     before: Before = 0,
     trajectory: Annotated[
-        Path | None, typer.Option("--trajectory", metavar="FILE", help=".xyz file of the run, with its last frame.")
+        Path | None,
+        typer.Option("--trajectory", metavar="FILE", help="Extended XYZ file for the run, including its last frame."),
     ] = None,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between frames of --trajectory.")] = 100,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="CSV file: step, time, reading and level of each step.")
+        Path | None,
+        typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
     ] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add to --trajectory and --log where they exist.")] = False,
+    append: Annotated[bool, typer.Option("--append", help="Add to --trajectory and --log if they exist.")] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
 ) -> None:
-    """Run dynamics that flag and halt themselves by the uncertainty of the forces.
+    """Run molecular dynamics that saves frames, and halts, when the uncertainty of the forces is too large.
 
     At each step the largest force uncertainty of an atom is compared with --flag and --halt. LEVEL is a number in eV/Å
     or a criterion that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
@@ -130,11 +139,11 @@ def md(
     alarms=0.05@20000, which disturbs at most 0.05 of good runs of 100 ps or of 20000 readings
     ([bold]ase-uq reference[/] makes the runs for it).
 
-    Frames above --flag go to --frames at once, ready to be labelled. A halted run exits with code 3; its last frame,
-    with velocities, ends --trajectory. To go on from there, give that file as START and as --trajectory, with
-    --append: steps and times count on, and the frame it starts from is neither judged nor written again. Raise --halt
-    or lower --temperature, or the next step is likely to halt as well. In npt the inner variables of thermostat and
-    barostat begin anew, so let it equilibrate again.
+    Frames that reach --flag are added to --frames at once, ready to be labelled. A halted run exits with code 3; the
+    last frame of --trajectory is then the frame that halted it, with its velocities. To go on from there, give that
+    file as START and as --trajectory, with --append: the count of steps and time continues, and the first frame is
+    neither judged nor written again. Raise --halt or lower --temperature, or the next step is likely to halt as well.
+    In npt the inner variables of thermostat and barostat start anew, so let the run equilibrate again.
 
     [dim]ase-uq md --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --temperature-end 1500
     --steps 20000 --flag q0.99 --halt 0.5 --frames flagged.xyz --trajectory run.xyz[/]
@@ -248,13 +257,13 @@ def _check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
 def _check_positive(numbers: dict[str, float | None]) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < math.inf:
-            raise typer.BadParameter(f"{value} is no positive number.", param_hint=f"'{name}'")
+            raise typer.BadParameter(f"{value} is not a positive number.", param_hint=f"'{name}'")
 
 
 def _check_finite(temperatures: dict[str, float | None]) -> None:
     for name, value in temperatures.items():
         if value == math.inf:
-            raise typer.BadParameter("inf is no temperature.", param_hint=f"'{name}'")
+            raise typer.BadParameter("inf is not a temperature.", param_hint=f"'{name}'")
 
 
 def _progress(
@@ -270,7 +279,7 @@ def _progress(
         nonlocal reading
         days = (perf_counter() - started) / 86400
         speed = dynamics.get_time() / (1000 * 1000 * units.fs) / days
-        if monitor.last and not math.isnan(monitor.last.reading):  # as it is at a step that --every skips
+        if monitor.last and not math.isnan(monitor.last.reading):  # NaN at a step that --every skips
             reading = monitor.last.reading
         kelvin = dynamics.atoms.get_temperature()
         bar.set_postfix_str(f"{reading:.3f} eV/Å, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)

@@ -20,29 +20,32 @@ def perturb_frames(
         typer.Option(
             "--kinds",
             metavar="NAMES",
-            help="With commas between: rattled, strained, compressed, hot, swapped, substituted.",
+            help="Kinds, separated by commas: rattled, strained, compressed, hot, swapped, substituted.",
         ),
     ] = "rattled,strained,compressed,hot,swapped",
-    per_kind: Annotated[int, typer.Option("--per-kind", min=1, help="Frames of each kind.")] = 20,
+    per_kind: Annotated[int, typer.Option("--per-kind", min=1, help="Number of frames of each kind.")] = 20,
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", metavar="SPEC", help="The potential that hot frames are run with, as in the other verbs."
+            "--model", metavar="SPEC", help="The potential for the runs of hot frames; a SPEC as in the other verbs."
         ),
     ] = None,
     temperature_max: Annotated[
-        float, typer.Option("--temperature-max", help="Of hot frames, K: they are run at a quarter of it to all of it.")
+        float,
+        typer.Option(
+            "--temperature-max", help="Highest temperature of hot frames, K; they are run at a quarter of it and above."
+        ),
     ] = 2000.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
 ) -> None:
-    """Make deliberately bad frames from yours, so that missed errors can be counted.
+    """Make perturbed (deliberately bad) frames from yours, so that missed errors can be counted.
 
-    Frames like the training frames have hardly any large errors, and a threshold such as miss=0.1@0.3 needs some.
-    Label OUT with your reference method, then hand it to fit as --perturbed; OUT carries no labels of FRAMES. Variants
-    of one frame have one name in info: they do not count as independent where they behave alike.
+    Frames like the training frames have hardly any large errors, but a threshold such as miss=0.1@0.3 needs some. Label
+    OUT with your reference method, then give it to `ase-uq fit` as --perturbed; OUT has no labels of FRAMES. All
+    variants of one frame have the same name in info: they do not count as independent if they behave alike.
 
     [dim]ase-uq perturb-frames train.xyz --model mace:my.model --out perturbed.xyz[/]
     """
@@ -60,7 +63,7 @@ def perturb_frames(
 
     seed_all(seed)
     parents = read_frames(frames, name="FRAMES")
-    # No other kind asks for a potential, and loading one takes seconds.
+    # No other kind needs a potential, and loading one takes seconds.
     calculator = load_potential(model, device, dtype).calculator if "hot" in names and model else None
     made = make(
         parents,
@@ -84,7 +87,7 @@ def _table(made: "list[Atoms]") -> str:
 
     lines = [f"{'kind':<12}{'frames':>8}{'of parents':>12}{'shortest distance (Å)':>24}"]
     for kind in dict.fromkeys(atoms.info["perturbed"] for atoms in made):
-        own = [atoms for atoms in made if atoms.info["perturbed"] == kind]
-        parents = len({atoms.info["run"] for atoms in own})
-        lines.append(f"{kind:<12}{len(own):>8}{parents:>12}{min(map(shortest_distance, own)):>24.2f}")
+        variants = [atoms for atoms in made if atoms.info["perturbed"] == kind]
+        parents = len({atoms.info["run"] for atoms in variants})
+        lines.append(f"{kind:<12}{len(variants):>8}{parents:>12}{min(map(shortest_distance, variants)):>24.2f}")
     return "\n".join(lines)

@@ -14,28 +14,38 @@ def reference(
     model: Model,
     temperature: Annotated[float, typer.Option("--temperature", min=0, help="K at which the potential is trusted.")],
     out: Annotated[
-        Path, typer.Option("--out", metavar="FILE", help="Uncertainty model with these runs; may be the one of --uq.")
+        Path,
+        typer.Option(
+            "--out",
+            metavar="FILE",
+            help="Where to write the uncertainty model with these runs; may be the file of --uq.",
+        ),
     ],
     uq: UQ = None,
     runs: Annotated[
-        int, typer.Option("--runs", min=1, help="Independent runs; 19 guarantee 5 %, 9 guarantee 10 %.")
+        int,
+        typer.Option(
+            "--runs", min=1, help="Number of independent runs; 19 can guarantee 5 % false alarms, 9 can guarantee 10 %."
+        ),
     ] = 20,
-    ps: Annotated[float, typer.Option("--ps", help="Length of each run.")] = 5.0,
-    timestep: Annotated[float, typer.Option("--timestep", help="fs.")] = 0.5,
-    friction: Annotated[float, typer.Option("--friction", help="Of the Langevin thermostat, 1/fs.")] = 0.01,
-    equilibration: Annotated[float, typer.Option("--equilibration", min=0, help="Before each run, ps.")] = 1.0,
+    ps: Annotated[float, typer.Option("--ps", help="Length of each run, ps.")] = 5.0,
+    timestep: Annotated[float, typer.Option("--timestep", help="Time step, fs.")] = 0.5,
+    friction: Annotated[float, typer.Option("--friction", help="Friction of the Langevin thermostat, 1/fs.")] = 0.01,
+    equilibration: Annotated[
+        float, typer.Option("--equilibration", min=0, help="Equilibration before each run, ps.")
+    ] = 1.0,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between readings.")] = 1,
     reduce: Reduce = "max",
-    add: Annotated[bool, typer.Option("--add", help="Add to the runs that --uq carries already.")] = False,
+    add: Annotated[bool, typer.Option("--add", help="Add to the runs that --uq already contains.")] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
 ) -> None:
     """Watch the uncertainty in runs where the potential is trusted, so that false alarms can be counted.
 
-    Independent Langevin runs from START; no labels are needed. Their readings go into the uncertainty model, and then
-    --halt alarms=0.05@100ps of `ase-uq md` is a threshold that at most 5 % of such runs of 100 ps reach. Ctrl-C keeps
-    the runs that are whole; --add makes more.
+    Makes independent Langevin runs from START; no labels are needed. Their readings are stored in the uncertainty
+    model. With --halt alarms=0.05@100ps, `ase-uq md` then has a threshold that at most 5 % of such runs of 100 ps
+    reach. Ctrl-C keeps the runs that are complete; --add makes more.
 
     [dim]ase-uq reference --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --out
     my.uq.safetensors[/]
@@ -50,7 +60,7 @@ def reference(
     seed_all(seed)
     atoms = read_frames(start, name="START")[-1]
     atoms.calc = calculator = load_calculator(model, uq, device, dtype)
-    found = reference_runs(
+    made = reference_runs(
         atoms,
         temperature=temperature,
         n_runs=runs,
@@ -63,12 +73,12 @@ def reference(
         before=calculator.uncertainty_model.reference if add else None,
         seed=seed,
     )
-    fitted = calculator.uncertainty_model.with_reference(found)
+    fitted = calculator.uncertainty_model.with_reference(made)
     fitted.save(out)
-    typer.echo(f"{len(found.readings)} runs of {len(found.readings[0])} readings, {found.conditions}; written to {out}")
+    typer.echo(f"{len(made.readings)} runs of {len(made.readings[0])} readings, {made.conditions}; written to {out}")
     for share in (0.05, 0.1):
         criterion = FalseAlarms(per_run=share, ps=ps)
         try:
-            typer.echo(criterion.resolve(fitted.threshold_data(found.reduction)).describe())
+            typer.echo(criterion.resolve(fitted.threshold_data(made.reduction)).describe())
         except ValueError as error:
             typer.echo(str(error))

@@ -1,4 +1,4 @@
-"""`ase-uq relax`: a relaxation that stops where the potential no longer knows, and says how far to trust its end."""
+"""`ase-uq relax`: a relaxation that stops where the potential no longer knows, and rates its result."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -40,9 +40,9 @@ def relax(
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file for the last structure.")],
     uq: UQ = None,
-    fmax: Annotated[float, typer.Option("--fmax", help="Converged where no force is larger, eV/Å.")] = 0.05,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Most steps.")] = 500,
-    optimizer: Annotated[Optimizer, typer.Option("--optimizer", help="Of ASE.")] = Optimizer.bfgs,
+    fmax: Annotated[float, typer.Option("--fmax", help="Converged if no force is larger than this, eV/Å.")] = 0.05,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Largest number of steps.")] = 500,
+    optimizer: Annotated[Optimizer, typer.Option("--optimizer", help="Optimiser of ASE.")] = Optimizer.bfgs,
     cell: Annotated[bool, typer.Option("--cell", help="Relax the cell of a crystal too.")] = False,
     flag: Flag = None,
     halt: Halt = None,
@@ -52,13 +52,13 @@ def relax(
     frames: FlaggedFrames = None,
     before: Before = 0,
     trajectory: Annotated[
-        Path | None, typer.Option("--trajectory", metavar="FILE", help=".xyz file of all steps.")
+        Path | None, typer.Option("--trajectory", metavar="FILE", help="Extended XYZ file for all steps.")
     ] = None,
     log: Annotated[
-        Path | None, typer.Option("--log", metavar="FILE", help="CSV file: step, reading and level of each step.")
+        Path | None, typer.Option("--log", metavar="FILE", help="CSV file for step, reading and level of each step.")
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace OUT, --trajectory and --log where they exist.")
+        bool, typer.Option("--overwrite", help="Replace OUT, --trajectory and --log if they exist.")
     ] = False,
     device: Device = "",
     dtype: DType = "",
@@ -66,9 +66,9 @@ def relax(
 ) -> None:
     """Relax a structure until its forces are small, or until the potential no longer knows.
 
-    Exits with code 0 where it converged, 3 where the uncertainty reached --halt and 1 where it ran out of steps. In all
-    three OUT has the last structure, from which to go on, and what is printed says how far to trust it: a minimum is
-    located only as well as its forces are known.
+    Exits with code 0 if it converged, 3 if the uncertainty reached --halt and 1 if it ran out of steps. In all three
+    cases OUT has the last structure, from which you can go on, and the printed text says how far to trust it: a minimum
+    is located only as well as its forces are known.
 
     LEVEL of --flag and --halt is a number in eV/Å or a criterion, as for [bold]ase-uq md[/]; neither is needed.
 

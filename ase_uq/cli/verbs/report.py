@@ -1,4 +1,4 @@
-"""`ase-uq report`: scored frames in, one page for people out."""
+"""`ase-uq report`: takes scored frames and writes one page for people."""
 
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,7 @@ def report(
     reduce: Reduce = "max",
     model: Annotated[
         str | None,
-        typer.Option("--model", metavar="SPEC", help="The potential, for the latent map; as in `ase-uq score`."),
+        typer.Option("--model", metavar="SPEC", help="The potential, for the latent map; a SPEC as in `ase-uq score`."),
     ] = None,
     train: Annotated[
         Path | None, typer.Option("--train", metavar="FILE", help="Training frames, for the latent map.")
@@ -33,7 +33,7 @@ def report(
     plots: Annotated[
         Path | None,
         typer.Option(
-            "--plots", metavar="FOLDER", show_default="OUT_figures", help="PNG figures; made if it is missing."
+            "--plots", metavar="FOLDER", show_default="OUT_figures", help="Folder for PNG figures; created if missing."
         ),
     ] = None,
     energy_key: EnergyKey = None,
@@ -45,9 +45,9 @@ def report(
 ) -> None:
     """Show at a glance where a potential can be trusted: one page that opens without a network, and its pictures.
 
-    Uncertainty along the frames with thresholds, calibration where the frames carry reference labels, a table by
-    element, the most uncertain frames as structures that turn, and where it all comes from. With --model, --train and
-    --calibration also a map of where the frames lie among those that are known.
+    The page shows the uncertainty along the frames with thresholds, the calibration if the frames have reference
+    labels, a table by element, the most uncertain frames as structures that can be turned, and the provenance. With
+    --model, --train and --calibration it also maps where the frames lie among the known frames.
 
     [dim]ase-uq report scored.xyz --uq my.uq.safetensors --flag q0.99 --halt 0.5 --out report.html[/]
     """
@@ -95,16 +95,14 @@ def _check_arguments(
     known: tuple[Path | None, Path | None],
     plots: Path | None,
 ) -> Path:
-    """Everything that can be refused before seconds are spent on importing a potential; returns the folder."""
+    """Checks all that can be checked before seconds are spent on importing a potential; returns the folder."""
     if out.suffix not in (".html", ".htm"):
-        raise typer.BadParameter(f"{out} is a page: give a name that ends in .html.", param_hint="'--out'")
+        raise typer.BadParameter(f"{out} is an HTML page: give a name that ends in .html.", param_hint="'--out'")
     if uq is None and model is None:
-        raise typer.BadParameter("give what the frames were scored with.", param_hint="'--uq'")
+        raise typer.BadParameter("give the uncertainty model that the frames were scored with.", param_hint="'--uq'")
     for option, file in zip(("--train", "--calibration"), known, strict=True):
         if file is not None and model is None:
-            raise typer.BadParameter(
-                "is for the latent map, which needs the potential: give --model too.", param_hint=f"'{option}'"
-            )
+            raise typer.BadParameter("the latent map needs the potential: give --model too.", param_hint=f"'{option}'")
     check_levels(flag, halt)  # type: ignore[arg-type]
     check_inputs(frames)
     from ase_uq.report.output import check_outputs

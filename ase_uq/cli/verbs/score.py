@@ -1,4 +1,4 @@
-"""`ase-uq score`: finished frames in, the same frames with results and uncertainties out."""
+"""`ase-uq score`: takes finished frames and writes them with results and uncertainties."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,9 +16,9 @@ def score(
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
     uq: UQ = None,
     csv: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers of each frame, a row each.")
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers, one row per frame.")
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
     batch_atoms: Annotated[
@@ -27,7 +27,7 @@ def score(
             "--batch-atoms",
             min=1,
             show_default="300 on a CPU, else 8000",
-            help="Most atoms evaluated together; fewer where memory runs out.",
+            help="Largest number of atoms evaluated together; reduced if memory runs out.",
         ),
     ] = None,
     workers: Annotated[
@@ -36,17 +36,17 @@ def score(
             "--workers",
             min=0,
             show_default="0 on a CPU, else up to 8",
-            help="Processes that parse frames and make neighbour lists beside the device.",
+            help="Processes that parse frames and make neighbour lists while the device works.",
         ),
     ] = None,
     seed: Seed = 0,
 ) -> None:
     """Score finished frames: every energy and force with its calibrated standard deviation.
 
-    OUT has the frames of IN with the potential's results, forces_uncertainty and gamma of every atom in arrays, and
-    energy_uncertainty and source_frame, the number of the frame in IN, in info. Memory does not grow with the file.
-    OUT appears when all of it is there; what was interrupted goes on where it was with the same command. Frames that
-    cannot be read or evaluated are named and left out.
+    OUT has the frames of IN with the results of the potential, with forces_uncertainty and gamma of every atom in
+    arrays, and with energy_uncertainty and source_frame (the number of the frame in IN) in info. Memory use does not
+    grow with the file. OUT appears when it is complete; after an interruption the same command goes on where it
+    stopped. Frames that cannot be read or evaluated are reported and left out.
 
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
@@ -69,7 +69,7 @@ def score(
     except KeyboardInterrupt:
         if part.exists():
             typer.echo(
-                f"stopped early: what was scored is in {part}, and the same command goes on from there.", err=True
+                f"stopped early: the frames scored so far are in {part}; the same command goes on from there.", err=True
             )
         raise
     typer.echo(scored.summary())

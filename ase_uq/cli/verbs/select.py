@@ -1,4 +1,4 @@
-"""`ase-uq select`: a pool of frames in, those worth labelling out."""
+"""`ase-uq select`: takes a pool of frames and writes those worth labelling."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,11 +19,13 @@ def select(
     pool: Annotated[Path, typer.Argument(metavar="POOL", help="Frames to choose from, in any format that ASE reads.")],
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
-    n: Annotated[int, typer.Option("--n", min=1, help="Frames to choose.")] = 100,
+    n: Annotated[int, typer.Option("--n", min=1, help="Number of frames to choose.")] = 100,
     uq: UQ = None,
     train: Annotated[
         Path | None,
-        typer.Option("--train", metavar="FILE", help="Frames that are labelled already; what is like them is left."),
+        typer.Option(
+            "--train", metavar="FILE", help="Frames that are already labelled; frames like them are not chosen."
+        ),
     ] = None,
     strategy: Annotated[
         str, typer.Option("--strategy", metavar="NAME", help="lcmd, maxdet, maxdist, top, bands or random.")
@@ -34,7 +36,7 @@ def select(
             "--method",
             metavar="NAME",
             help="Fitted method whose features are compared: bll or kernel.",
-            show_default="the first that has some",
+            show_default="the first with features",
         ),
     ] = None,
     per: Annotated[
@@ -42,26 +44,26 @@ def select(
         typer.Option(
             "--per",
             metavar="structure|environment",
-            help="Compare structures, or each atom with others of its element and take the frame of the one chosen.",
+            help="Compare structures, or compare each atom with others of its element and take its frame.",
         ),
     ] = "structure",
     flag: Annotated[
         Any,
         typer.Option(
-            "--flag", metavar="LEVEL", parser=threshold, help="Leave frames below this uncertainty: accurate."
+            "--flag", metavar="LEVEL", parser=threshold, help="Leave out frames below this uncertainty: accurate."
         ),
     ] = None,
     halt: Annotated[
         Any,
         typer.Option(
-            "--halt", metavar="LEVEL", parser=threshold, help="Leave frames from this uncertainty on: failed."
+            "--halt", metavar="LEVEL", parser=threshold, help="Leave out frames with this uncertainty or more: failed."
         ),
     ] = None,
     duplicates: Annotated[
         float,
         typer.Option("--duplicates", help="Share of the typical distance in POOL below which two frames are the same."),
     ] = 1e-3,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT where it exists.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
     batch_atoms: BatchAtoms = 1000,
@@ -69,10 +71,10 @@ def select(
 ) -> None:
     """Choose the frames that are worth labelling.
 
-    By default those that cover what the training frames do not, dense regions as well as outliers (lcmd). The most
-    uncertain ones (top) are often all alike, and outliers (maxdist) may be of no interest. OUT has the chosen frames in
-    the order of choice, without the potential's own energies and forces, which would pass for labels, and with
-    selected_rank and source_index in info: label as many as you can afford, from the top.
+    By default it chooses frames that cover what the training frames do not, in dense regions as well as outliers
+    (lcmd). The most uncertain frames (top) are often all alike, and outliers (maxdist) may be of no interest. OUT has
+    the chosen frames in the order of choice, with selected_rank and source_index in info, and without the energies and
+    forces of the potential, which could be mistaken for labels. Label as many as you can afford, from the top.
 
     [dim]ase-uq select run.xyz --n 100 --model mace:my.model --uq my.uq.safetensors --train train.xyz --out new.xyz[/]
     """
@@ -87,7 +89,7 @@ def select(
     from ase_uq.selection.select import select as choose
 
     seed_all(seed)
-    found = choose(
+    selection = choose(
         pool,
         n,
         calculator=load_calculator(model, uq, device, dtype).predictor,
@@ -101,16 +103,16 @@ def select(
         batch_atoms=batch_atoms,
         seed=seed,
     )
-    if found.bands is not None:
-        typer.echo(found.bands.describe())
-    if not found.chosen:
+    if selection.bands is not None:
+        typer.echo(selection.bands.describe())
+    if not selection.chosen:
         raise InputError(f"no frame of {pool} was chosen, and {out} is not written.")
-    write_frames(out, found.frames(pool))
-    typer.echo(_table(found, out))
+    write_frames(out, selection.frames(pool))
+    typer.echo(_table(selection, out))
     typer.echo(
-        f"{len(found.chosen)} of {found.n_pool} frames written to {out} by {found.strategy} in the features of "
-        f"{found.method}; {found.near_duplicates} near-duplicates left out; next: label them with your reference "
-        "(REF_energy, REF_forces)"
+        f"{len(selection.chosen)} of {selection.n_pool} frames written to {out}, chosen by {selection.strategy} in the "
+        f"features of {selection.method}; {selection.near_duplicates} near-duplicates left out; next: label them with "
+        "your reference (REF_energy, REF_forces)"
     )
 
 
@@ -121,10 +123,10 @@ def _table(found: "Selection", out: Path) -> str:
         + (f"{'atom':>6}" if by_atom else "")
         + f"{'uncertainty (eV/Å)':>20}{'distance':>10}  reason"
     ]
-    for rank, one in enumerate(found.chosen[:_SHOWN], 1):
+    for rank, one in enumerate(selection.chosen[:_SHOWN], 1):
         atom = f"{one.atom:>6}" if by_atom else ""
         lines.append(f"{rank:>5}{one.frame:>8}{atom}{one.uncertainty:>20.3g}{one.distance:>10.2f}  {one.reason}")
-    if len(found.chosen) > _SHOWN:
-        lines.append(f"{'...':>5}  {len(found.chosen) - _SHOWN} more in {out}")
+    if len(selection.chosen) > _SHOWN:
+        lines.append(f"{'...':>5}  {len(selection.chosen) - _SHOWN} more in {out}")
     lines.append("distance: to the nearest training or chosen frame; 1 is typical of two frames of the pool")
     return "\n".join(lines)
