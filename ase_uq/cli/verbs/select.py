@@ -116,8 +116,8 @@ def select(
     )
 
 
-def _table(found: "Selection", out: Path) -> str:
-    by_atom = any(one.atom is not None for one in found.chosen)
+def _table(selection: "Selection", out: Path) -> str:
+    by_atom = any(one.atom is not None for one in selection.chosen)
     lines = [
         f"{'rank':>5}{'frame':>8}"
         + (f"{'atom':>6}" if by_atom else "")
