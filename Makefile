@@ -10,8 +10,9 @@ PYTHON ?= $(shell for python in python3.12 python3; do \
 	$$python -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null && echo $$python && break; done)
 
 # uv installs in a fraction of pip's time; pip does it where uv cannot be had or does not reach the package index.
+# Compiled as pip does it: the tests start a hundred processes, each of which may import 5 000 modules.
 REQUIREMENTS = -c constraints.txt -e ".[$(EXTRAS)]"
-INSTALL = if ! $(BIN)/uv pip install --python $(BIN)/python $(REQUIREMENTS); then \
+INSTALL = if ! $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(REQUIREMENTS); then \
 	$(BIN)/python -m pip install $(REQUIREMENTS); fi
 
 help:

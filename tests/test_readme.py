@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
+# More frames take longer and show nothing else.
+FRAMES = {"train*.xyz": 60, "calibration*.xyz": 100, "test*.xyz": 40, "finished.xyz": 40}
 READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
@@ -75,15 +77,20 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     first = tmp_path_factory.mktemp("page")
     for name, source in READERS_FILES.items():
         shutil.copy(embedded.path(source), first / name)
+    shorten(first)
     run(["python", "-c", MAKE_MODEL], first)
     (first / "orb").mkdir()
     (first / "orb" / "sitecustomize.py").write_text(ORB_LOADERS)
     made = {page.stem: tmp_path_factory.mktemp(page.stem) for page in PAGES}
     for folder in made.values():
         shutil.copytree(first, folder, dirs_exist_ok=True)
-    for name, count in (("train.xyz", 40), ("calibration.xyz", 100)):  # five fits on this page
-        write(made["quick_start"] / name, read(first / name, f":{count}"))
     return made
+
+
+def shorten(folder: Path) -> None:
+    for pattern, count in FRAMES.items():
+        for file in folder.glob(pattern):
+            write(file, read(file, f":{count}"))
 
 
 def run(command: list[str], folder: Path, **variables: str) -> None:
@@ -105,6 +112,7 @@ def test_block_runs(name: str, folders: dict[str, Path]):
         stand_ins["PYTHONPATH"] = str(folder / "orb")
     command = ["python", "-c", text] if language == "python" else ["bash", "-euo", "pipefail", "-c", text]
     run(command, folder, **stand_ins)
+    shorten(folder)
 
 
 def test_readme_has_blocks_to_run():

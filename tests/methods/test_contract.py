@@ -172,6 +172,9 @@ class TestNTKSketched(TestNTK):
 class TestNTKDirect(TestNTK):
     direct = True
 
+    def make_method(self):
+        return NTK(tangents=2, size=48)  # the direct head has more parameters than the default keeps
+
 
 class TestPDRUM(MethodContract):
     """Training multiplies rounding: what may differ is whether the rows, which are kept in float32, are the same."""

@@ -20,12 +20,13 @@ from ase_uq.methods import make_method
 from ase_uq.methods.base import Head
 from ase_uq.methods.pdrum.conservative import force_features, forces_of, functions_of
 from ase_uq.methods.pdrum.directions import WIDTH, directions, mixing_of
-from ase_uq.methods.pdrum.head import PDRUMHead, magnitude_of_unit
+from ase_uq.methods.pdrum.head import PDRUMHead, Variant, magnitude_of_unit
 from ase_uq.methods.pdrum.method import PDRUM
 from ase_uq.numerics.networks import Training
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
+VARIANTS: tuple[Variant, ...] = ("norm", "diff", "diff_conservative")
 SHORT = Training(hidden=(16,), max_epochs=15)
 FULL = Training(hidden=(32,), patience=20)
 ROTATION = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0]
@@ -41,6 +42,11 @@ def backend() -> Backend:
 @pytest.fixture(scope="module")
 def frames() -> list[Atoms]:
     return labelled_frames(40, seed=1)
+
+
+@pytest.fixture(scope="module")
+def heads(backend: Backend, frames: list[Atoms]) -> dict[str, Head]:
+    return {name: fit_head(PDRUM(name, training=SHORT), backend, frames) for name in VARIANTS}
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +82,11 @@ def expected(head: Head, forward_pass: ForwardPass) -> Tensor:
 
 
 class TestSymmetries:
-    @pytest.mark.parametrize("variant", ["norm", "diff", "diff_conservative"])
-    def test_order_of_atoms_does_not_matter(self, backend: Backend, frames: list[Atoms], variant: str):
-        head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_order_of_atoms_does_not_matter(
+        self, heads: dict[str, Head], backend: Backend, frames: list[Atoms], variant: str
+    ):
+        head = heads[variant]
         atoms = frames[0]
         order = np.random.default_rng(0).permutation(len(atoms))
         one, other = (head(forward_pass_of(backend, [a], gradients=True)) for a in (atoms, atoms[order]))
@@ -86,17 +94,17 @@ class TestSymmetries:
         torch.testing.assert_close(other.energies, one.energies[order], rtol=1e-8, atol=1e-12)
         torch.testing.assert_close(other.energy, one.energy, rtol=1e-8, atol=1e-12)
 
-    @pytest.mark.parametrize("variant", ["norm", "diff", "diff_conservative"])
-    def test_scores_do_not_turn(self, backend: Backend, frames: list[Atoms], variant: str):
-        head = fit_head(PDRUM(variant, training=SHORT), backend, frames)
+    @pytest.mark.parametrize("variant", VARIANTS)
+    def test_scores_do_not_turn(self, heads: dict[str, Head], backend: Backend, frames: list[Atoms], variant: str):
+        head = heads[variant]
         one, other = (
             head(forward_pass_of(backend, some, gradients=True)) for some in (frames, turned(frames, ROTATION))
         )
         torch.testing.assert_close(other.forces, one.forces, rtol=1e-7, atol=1e-12)
         torch.testing.assert_close(other.energy, one.energy, rtol=1e-7, atol=1e-12)
 
-    @pytest.mark.parametrize("built", [False, True])
-    @pytest.mark.parametrize("variant", ["diff", "diff_conservative"])
+    # The conservative one takes no vectors, built or not.
+    @pytest.mark.parametrize(("variant", "built"), [("diff", False), ("diff", True), ("diff_conservative", False)])
     def test_expected_forces_turn(self, backend: Backend, frames: list[Atoms], variant: str, built: bool):
         def prepared(frames: list[Atoms]) -> ForwardPass:
             forward_pass = forward_pass_of(backend, frames, gradients=True)
@@ -111,9 +119,11 @@ class TestSymmetries:
             other, one @ torch.from_numpy(ROTATION).T, rtol=1e-7, atol=1e-7 * float(one.abs().max())
         )
 
-    def test_expected_forces_of_the_conservative_variant_are_a_gradient(self, backend: Backend, frames: list[Atoms]):
+    def test_expected_forces_of_the_conservative_variant_are_a_gradient(
+        self, heads: dict[str, Head], backend: Backend, frames: list[Atoms]
+    ):
         """The derivative of a gradient is symmetric (no curl), and a structure does not pull itself along."""
-        head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames)
+        head = heads["diff_conservative"]
         atoms = molecule("H2O")
         atoms.rattle(0.1, seed=2)
 
@@ -128,9 +138,9 @@ class TestSymmetries:
         assert np.abs(jacobian).max() > 0.01
         np.testing.assert_allclose(jacobian, jacobian.T, atol=1e-5 * np.abs(jacobian).max())
 
-    def test_the_equivariant_one_is_none(self, backend: Backend, frames: list[Atoms]):
+    def test_the_equivariant_one_is_none(self, heads: dict[str, Head], backend: Backend, frames: list[Atoms]):
         """What the conservative variant is for: gates and vectors alone have a curl and a net force."""
-        head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
+        head = heads["diff"]
         assert float(expected(head, forward_pass_of(backend, [frames[0]])).sum(0).norm()) > 1e-4
 
 
@@ -211,15 +221,17 @@ class TestScales:
         assert magnitude_of_unit("magnitude", 0.5, 3) == pytest.approx(1.5958, abs=1e-4)
         assert magnitude_of_unit("magnitude", 0.5, 1) == pytest.approx(0.7979, abs=1e-4)
 
-    def test_the_score_of_a_diff_is_the_mean_square_of_what_it_expects(self, backend: Backend, frames: list[Atoms]):
-        head = fit_head(PDRUM("diff", training=SHORT), backend, frames)
+    def test_the_score_of_a_diff_is_the_mean_square_of_what_it_expects(
+        self, heads: dict[str, Head], backend: Backend, frames: list[Atoms]
+    ):
+        head = heads["diff"]
         forward_pass = forward_pass_of(backend, frames)
         mean_square = expected(head, forward_pass).square().mean(1)
         torch.testing.assert_close(head(forward_pass).forces[:, 0, 0], mean_square)
 
-    def test_energy_is_a_sum_over_atoms(self, backend: Backend, frames: list[Atoms]):
+    def test_energy_is_a_sum_over_atoms(self, heads: dict[str, Head], backend: Backend, frames: list[Atoms]):
         """Twice the structure, twice the predicted error, the same per atom."""
-        head = fit_head(PDRUM(training=SHORT), backend, frames)
+        head = heads["norm"]
         atoms = frames[0]
         far = atoms.copy()
         far.positions += 100
@@ -244,15 +256,14 @@ class TestConservative:
         truth = forces_of(new, functions, weights)
         assert float((expected(head, new) - truth).norm()) < 0.01 * float(truth.norm())
 
-    def test_asks_for_gradients_and_no_other_does(self, backend: Backend, frames: list[Atoms]):
-        for variant in ("norm", "diff", "diff_conservative"):
+    def test_asks_for_gradients_and_no_other_does(self, heads: dict[str, Head]):
+        for variant in VARIANTS:
             wanted = variant == "diff_conservative"
-            method = PDRUM(variant, training=SHORT)
-            assert method.gradients == wanted
-            assert fit_head(method, backend, frames).gradients == wanted
+            assert PDRUM(variant).gradients == wanted
+            assert heads[variant].gradients == wanted
 
-    def test_without_them_says_what_to_do(self, backend: Backend, frames: list[Atoms]):
-        head = fit_head(PDRUM("diff_conservative", training=SHORT), backend, frames)
+    def test_without_them_says_what_to_do(self, heads: dict[str, Head], backend: Backend, frames: list[Atoms]):
+        head = heads["diff_conservative"]
         with pytest.raises(ValueError, match="gradients=True"):
             head(forward_pass_of(backend, frames))
 

@@ -202,7 +202,7 @@ def test_structures_are_bounded(write):
     rng = np.random.default_rng(0)
     frames = []
     for _ in range(9):
-        atoms = bulk("Si", cubic=True) * (6, 6, 6)
+        atoms = bulk("Si", cubic=True) * (4, 4, 4)
         std = rng.lognormal(size=(len(atoms), 1)) * np.ones(3)
         std[0] = 99
         frames.append(annotated(atoms, {"forces_uncertainty": std}))

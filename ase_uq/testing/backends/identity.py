@@ -1,41 +1,44 @@
 """Laws of identity: the same weights are the same potential in any precision, and no others are."""
 
+from collections.abc import Sequence
+
 import pytest
-import torch
 from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.backends.identity import Identity
 from ase_uq.errors import PotentialMismatch
+from ase_uq.testing.backends.observing import changed
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
 class IdentityLaws(BackendUnderTest):
     """Of the identity that binds an uncertainty model to its potential."""
 
-    def test_fingerprint_is_that_of_the_weights(self, backend: Backend):
+    def test_fingerprint_is_that_of_the_weights(self, backend: Backend, spare: BaseCalculator):
         own = backend.identity.fingerprint
         for dtype in self.dtypes:
-            assert load_backend(self.make_calculator(dtype)).identity.fingerprint == own, dtype
-        assert load_backend(self._with_other_weights()).identity.fingerprint != own
+            calculator = spare if dtype == self.dtype else self.make_calculator(dtype)
+            assert load_backend(calculator).identity.fingerprint == own, dtype
+        assert _with_larger(_all_weights(spare), spare).fingerprint != own
 
-    def test_identity_accepts_itself_and_no_other(self, backend: Backend):
-        assert backend.check_identity(load_backend(self.make_calculator(self.dtype)).identity) is None
+    def test_identity_accepts_itself_and_no_other(self, backend: Backend, spare: BaseCalculator):
+        assert backend.check_identity(load_backend(spare).identity) is None
         with pytest.raises(PotentialMismatch, match="fitted on other weights"):
-            backend.check_identity(load_backend(self._with_other_weights()).identity)
+            backend.check_identity(_with_larger(_all_weights(spare), spare))
 
-    def test_identity_depends_on_the_last_layer(self, backend: Backend):
-        calculator = self.make_calculator(self.dtype)
-        with torch.no_grad():
-            for weight in self.last_layer(calculator):
-                weight *= 1.1
+    def test_identity_depends_on_the_last_layer(self, backend: Backend, spare: BaseCalculator):
         with pytest.raises(PotentialMismatch, match="fitted on other weights"):
-            backend.check_identity(load_backend(calculator).identity)
+            backend.check_identity(_with_larger(self.last_layer(spare), spare))
 
-    def _with_other_weights(self) -> BaseCalculator:
-        calculator = self.make_calculator(self.dtype)
-        with torch.no_grad():
-            for module in load_backend(calculator)._modules():
-                for weight in module.parameters():
-                    weight *= 1.1
-        return calculator
+
+def _all_weights(calculator: BaseCalculator) -> list[Tensor]:
+    return [weight for module in load_backend(calculator)._modules() for weight in module.parameters()]
+
+
+def _with_larger(weights: Sequence[Tensor], calculator: BaseCalculator) -> Identity:
+    """The identity of the calculator where these of its weights are larger."""
+    with changed(weights, [1.1 * weight.detach() for weight in weights]):
+        return load_backend(calculator).identity

@@ -3,12 +3,14 @@
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.forward_pass import ForceLayer, ForwardPass
 from ase_uq.testing.backends.comparing import assert_close, forward
+from ase_uq.testing.backends.observing import changed
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
@@ -29,28 +31,28 @@ class LastLayerLaws(BackendUnderTest):
         projected = _project(layer.features.double() @ layer.weights.double(), layer, e)
         assert_close(projected + layer.base, e.forces, backend, "P(φB) + base")
 
-    def test_last_layers_are_linear_in_the_trained_weights(self, backend: Backend, frames: list[Atoms]):
+    def test_last_layers_are_linear_in_the_trained_weights(
+        self, backend: Backend, spare: BaseCalculator, frames: list[Atoms]
+    ):
         """Other last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
-        calculator = self.make_calculator(self.dtype)
+        weights = [weight.detach() for weight in self.last_layer(spare)]
         generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for weight in self.last_layer(calculator):
-                noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
-                weight += 0.1 * noise.to(weight) * weight.abs().mean()
-        other = forward(load_backend(calculator), frames)
-        own = forward(backend, frames)
-        change = (other.energy_layer.weights - own.energy_layer.weights).double()
-        assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
-        assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
-        moved = own.sum_over_atoms(own.energy_layer.features.double() @ change)
-        size = torch.cat([own.energy, other.energy]).abs().max().double()
-        assert_close(other.energy - own.energy, moved, backend, "change of the energy", size)
-        if own.force_layer is not None and other.force_layer is not None:
-            layer = own.force_layer
-            moved = layer.features.double() @ (other.force_layer.weights - layer.weights).double()
-            assert own.forces is not None
-            assert other.forces is not None
-            assert_close(other.forces - own.forces, _project(moved, layer, own), backend, "change of the forces")
+        noise = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in weights]
+        with changed(weights, [w + 0.1 * n.to(w) * w.abs().mean() for w, n in zip(weights, noise, strict=True)]):
+            other = forward(load_backend(spare), frames)
+            own = forward(backend, frames)
+            change = (other.energy_layer.weights - own.energy_layer.weights).double()
+            assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
+            assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
+            moved = own.sum_over_atoms(own.energy_layer.features.double() @ change)
+            size = torch.cat([own.energy, other.energy]).abs().max().double()
+            assert_close(other.energy - own.energy, moved, backend, "change of the energy", size)
+            if own.force_layer is not None and other.force_layer is not None:
+                layer = own.force_layer
+                moved = layer.features.double() @ (other.force_layer.weights - layer.weights).double()
+                assert own.forces is not None
+                assert other.forces is not None
+                assert_close(other.forces - own.forces, _project(moved, layer, own), backend, "change of the forces")
 
 
 def _project(forces: Tensor, layer: ForceLayer, e: ForwardPass) -> Tensor:

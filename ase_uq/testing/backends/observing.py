@@ -1,4 +1,4 @@
-"""What is counted and remembered around a forward pass."""
+"""What is counted, remembered and changed around a forward pass."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from ase.calculators import calculator as ase_calculator
 from ase.calculators.calculator import BaseCalculator
+from torch import Tensor
 
 
 @contextmanager
@@ -46,6 +47,23 @@ def process_state() -> dict[str, Any]:
         "ASE's all_properties": list(ase_calculator.all_properties),
         "ASE's implemented_properties": list(BaseCalculator.implemented_properties),
     }
+
+
+@contextmanager
+def changed(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
+    """Weights of a potential that have other values for the length of the context."""
+    before = [weight.detach().clone() for weight in weights]
+
+    def write(values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for weight, value in zip(weights, values, strict=True):
+                weight.copy_(value)
+
+    try:
+        write(values)
+        yield
+    finally:
+        write(before)
 
 
 @contextmanager

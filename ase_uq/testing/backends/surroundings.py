@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
@@ -61,10 +62,9 @@ class SurroundingsLaws(BackendUnderTest):
                 assert not module._forward_hooks
                 assert not module._forward_pre_hooks
 
-    def test_the_process_stays_as_it_was(self, frames: list[Atoms]):
-        calculator = self.make_calculator(self.dtype)
+    def test_the_process_stays_as_it_was(self, spare: BaseCalculator, frames: list[Atoms]):
         before = process_state()
-        backend = load_backend(calculator)
+        backend = load_backend(spare)
         forward(backend, frames)
         assert backend.identity.fingerprint
         assert process_state() == before

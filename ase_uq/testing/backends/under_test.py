@@ -63,3 +63,9 @@ class BackendUnderTest:
     @classmethod
     def backend(cls) -> Backend:
         return load_backend(cls().make_calculator(cls.dtype))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def spare(cls) -> BaseCalculator:
+        """The calculator once more, whose weights a law may change within `changed`."""
+        return cls().make_calculator(cls.dtype)
