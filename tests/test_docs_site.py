@@ -1,5 +1,6 @@
 """The pages as a site: built without a warning, every link and anchor of it leads somewhere."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,24 +8,42 @@ from mkdocs.commands.build import build
 from mkdocs.config import load_config
 from mkdocs.exceptions import Abort
 
+import ase_uq
+from ase_uq import available_methods
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_site_is_built_without_a_warning(tmp_path: Path):
-    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(tmp_path)))
-    for page in (*(path.stem for path in (ROOT / "docs").glob("[!_]*.md")), "about", "changes", "benchmarks/results"):
-        name = "index.html" if page == "index" else f"{page}/index.html"
-        assert "<h1" in (tmp_path / name).read_text(encoding="utf-8"), page
-    assert (tmp_path / "benchmarks/results/quality_acac.png").stat().st_size
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the site; a warning would have ended the test."""
+    folder = tmp_path_factory.mktemp("site")
+    build(load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    return folder
 
 
-def test_a_link_to_nowhere_is_told(tmp_path: Path):
+def test_every_page_is_there(site: Path):
+    docs = ROOT / "docs"
+    written = [path.relative_to(docs).with_suffix("").as_posix() for path in docs.rglob("*.md")]
+    for page in (*written, "about", "changes", "benchmarks/results/index"):
+        folder = site / page.removesuffix("index") if page.endswith("index") else site / page
+        assert "<h1" in (folder / "index.html").read_text(encoding="utf-8"), page
+    assert (site / "benchmarks/results/quality_acac.png").stat().st_size
+
+
+def test_the_reference_has_every_public_name_and_every_plugin(site: Path):
+    reference = "".join(page.read_text(encoding="utf-8") for page in site.glob("api/*/index.html"))
+    wanted = [f"{home}.{name}" if home else name for name, home in ase_uq._HOMES.items()]
+    wanted += [f"methods.{name}" for name in available_methods()]
+    wanted += [f"backends.{name}" for name in ("mace", "orb", "summed", "toy")]
+    assert [name for name in wanted if f'id="ase_uq.{name}' not in reference] == []
+
+
+def test_a_link_to_nowhere_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     for source in ("mkdocs.yml", "README.md", "CHANGELOG.md"):
-        (tmp_path / source).write_bytes((ROOT / source).read_bytes())
-    (tmp_path / "benchmarks/results").mkdir(parents=True)
-    (tmp_path / "docs").mkdir()
-    for source in (ROOT / "docs").iterdir():
-        if source.is_file():
-            (tmp_path / "docs" / source.name).write_bytes(source.read_bytes())
-    with pytest.raises(Abort, match="in strict mode"):  # no results: the pages that show them lack their targets
+        shutil.copy(ROOT / source, tmp_path)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
+    (tmp_path / "benchmarks/results").mkdir(parents=True)  # no results: the pages that show them lack their targets
+    with pytest.raises(Abort, match="in strict mode"):
         build(load_config(str(tmp_path / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
+    assert any("'benchmarks/results/quality_acac.md'" in message for message in caplog.messages)

@@ -188,7 +188,6 @@ class _Several(Rule):
         return [own for own, _ in judged], [triggered for _, triggered in judged]
 
 
-@dataclass(frozen=True, init=False)
 class AnyOf(_Several):
     """Triggers when any of its rules does; its threshold is the lowest of theirs.
 
@@ -229,7 +228,6 @@ class AnyOf(_Several):
         return states, any(triggered) or math.isnan(reading)
 
 
-@dataclass(frozen=True, init=False)
 class AllOf(_Several):
     """Triggers when all of its rules do at the same step; its threshold is the highest of theirs.
 

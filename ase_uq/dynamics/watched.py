@@ -21,7 +21,7 @@ from ase_uq.properties import known_to_ase
 class Record(NamedTuple):
     """One judged calculation.
 
-    Args:
+    Attributes:
         step: Its number, from 0 on.
         reading: Reduced force uncertainty, eV/Å; NaN where there was none.
         level: `"ok"`, `"flag"` or `"halt"`.
