@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ase_uq import UncertainCalculator, fit, read_frames
 from ase_uq.methods import make_method
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 from ase_uq.sampling.reference_runs import reference_runs
 
 FOLDER = Path("ase_uq/embedded")

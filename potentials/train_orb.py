@@ -120,7 +120,7 @@ def train(kind: str) -> torch.nn.Module:
 def main(kind: str) -> None:
     torch.set_default_dtype(torch.float32)
     model = train(kind)
-    from ase_uq.backends.orb import save_potential
+    from ase_uq.backends.orb.loading import save_potential
 
     description = {"architecture": f"orb_v3_{kind}_architecture", "arguments": ARCHITECTURE, "adapter": ADAPTER}
     save_potential(model, Path(f"ase_uq/embedded/orb_{kind}.safetensors"), description)

@@ -165,7 +165,7 @@ def told(policy: "WatchPolicy", calculator: "UncertainCalculator", symbols: "Seq
     """
     from ase_uq.dynamics.policy import WatchPolicy
     from ase_uq.dynamics.rules import Threshold
-    from ase_uq.thresholds.criteria import ResolvedThreshold
+    from ase_uq.thresholds.resolved import ResolvedThreshold
 
     for name, level in {"flag": policy.flag, "halt": policy.halt, "at once": policy.at_once}.items():
         if level is None:

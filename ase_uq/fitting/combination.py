@@ -14,7 +14,8 @@ from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import UQWarning
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
-from ase_uq.numerics.networks import MLPEnsemble, Training, cross_fit, folds_of, out_of_fold
+from ase_uq.numerics.networks import MLPEnsemble, folds_of, out_of_fold
+from ase_uq.numerics.training import Training, cross_fit
 from ase_uq.uncertainty_model.combination import (
     RESIDUAL,
     Combination,

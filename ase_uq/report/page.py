@@ -33,8 +33,9 @@ from ase_uq.report import plots
 from ase_uq.report.output import PICTURE_METADATA, check_outputs, publish
 from ase_uq.report.survey import ScoredFrame, Survey, survey
 from ase_uq.report.viewer import cut_out, drawing, packed, plotly_script
-from ase_uq.thresholds.criteria import Criterion, ResolvedThreshold
+from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
+from ase_uq.thresholds.resolved import ResolvedThreshold
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 if TYPE_CHECKING:  # whether matplotlib is installed, `plots` tells

@@ -13,13 +13,8 @@ from orb_models.forcefield.inference.d3_model import AlchemiDFTD3
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.orb import (
-    D3SumModel,
-    ForcefieldAtomsAdapter,
-    ORBCalculator,
-    pretrained,
-    save_potential,
-)
+from ase_uq.backends.orb.backend import D3SumModel, ForcefieldAtomsAdapter, ORBCalculator, pretrained
+from ase_uq.backends.orb.loading import save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames

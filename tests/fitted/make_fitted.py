@@ -21,7 +21,7 @@ from ase_uq import fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.methods import make_method
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 from ase_uq.thresholds.data import ReferenceRuns
 
 FOLDER = Path(__file__).parent

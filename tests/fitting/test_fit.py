@@ -23,7 +23,7 @@ from ase_uq.fitting import combination
 from ase_uq.methods.base import Head
 from ase_uq.methods.bll import BLL
 from ase_uq.methods.mahalanobis import Mahalanobis, MahalanobisAccumulator
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames, on_ranks, with_labels
 from ase_uq.uncertainty_model.combination import RESIDUAL

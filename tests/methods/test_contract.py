@@ -14,7 +14,7 @@ from ase_uq.methods.mahalanobis import Mahalanobis
 from ase_uq.methods.ntk import NTK
 from ase_uq.methods.pdrum import PDRUM
 from ase_uq.methods.pops import POPS
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import MethodContract, labelled_frames, on_ranks
 
 from .builders import ToyCommittee, ToyWithConfidence

@@ -10,7 +10,7 @@ from ase_uq.methods.bll import BLL
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.options import make_methods
 from ase_uq.methods.pdrum import PDRUM
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 
 PLUGIN = """
 from dataclasses import dataclass, field

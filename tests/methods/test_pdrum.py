@@ -22,7 +22,7 @@ from ase_uq.methods.pdrum.conservative import force_features, forces_of, functio
 from ase_uq.methods.pdrum.directions import WIDTH, directions, mixing_of
 from ase_uq.methods.pdrum.head import PDRUMHead, Variant, magnitude_of_unit
 from ase_uq.methods.pdrum.method import PDRUM
-from ase_uq.numerics.networks import Training
+from ase_uq.numerics.training import Training
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 

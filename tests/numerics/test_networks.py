@@ -7,17 +7,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.errors import LabelError
-from ase_uq.numerics.networks import (
-    MLPEnsemble,
-    Training,
-    _Descent,
-    cross_fit,
-    folds_of,
-    out_of_fold,
-    pinball,
-    squared_error,
-    squared_log_error,
-)
+from ase_uq.numerics.networks import MLPEnsemble, folds_of, out_of_fold, pinball, squared_error, squared_log_error
+from ase_uq.numerics.training import Training, _Descent, cross_fit
 
 SHORT = Training(hidden=(16,), max_epochs=20)
 

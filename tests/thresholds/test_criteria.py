@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from scipy.signal import lfilter
 
 from ase_uq.thresholds.conformal import binomial_band
-from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile, ResolvedThreshold
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction
+from ase_uq.thresholds.resolved import ResolvedThreshold
 
 
 def threshold_data(readings, errors=None, groups=None, **more):

@@ -17,8 +17,9 @@ from ase_uq.calibration import AffineCalibrator, PowerCalibrator
 from ase_uq.fitting import combination as fitting
 from ase_uq.fitting.combination import Fitted, fit_combination
 from ase_uq.methods.base import Raw
-from ase_uq.numerics.networks import Training, folds_of
+from ase_uq.numerics.networks import folds_of
 from ase_uq.numerics.sites import RADII, around, sum_over_sites
+from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import (

@@ -22,7 +22,8 @@ from ase_uq.fitting import combination as combined
 from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass
 from ase_uq.io.tensor_file import write_tensor_file
 from ase_uq.methods.bll import BLL
-from ase_uq.numerics.networks import MLPEnsemble, Training
+from ase_uq.numerics.networks import MLPEnsemble
+from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate

@@ -35,17 +35,8 @@ from ase_uq.methods.pdrum.conservative import force_features, functions_of, ridg
 from ase_uq.methods.pdrum.directions import directions, mixing_of
 from ase_uq.methods.pdrum.head import PDRUMHead, Target, Variant
 from ase_uq.methods.pdrum.rows import Rows, RowStore
-from ase_uq.numerics.networks import (
-    Loss,
-    MLPEnsemble,
-    Training,
-    cross_fit,
-    folds_of,
-    out_of_fold,
-    pinball,
-    squared_error,
-    squared_log_error,
-)
+from ase_uq.numerics.networks import Loss, MLPEnsemble, folds_of, out_of_fold, pinball, squared_error, squared_log_error
+from ase_uq.numerics.training import Training, cross_fit
 
 _EVALUATED_TOGETHER = 4096  # atoms
 _SMALLEST = 1e-300  # so that nothing is divided by zero
