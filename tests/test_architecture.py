@@ -4,6 +4,7 @@ import ast
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -233,3 +234,15 @@ def test_the_wheel_has_the_mark_of_typed_packages():
     configuration = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())
     assert configuration["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["ase_uq"]}
     assert (REPOSITORY / "ase_uq" / "py.typed").read_bytes() == b""
+
+
+def test_the_page_of_the_house_agrees_with_it():
+    page = (REPOSITORY / "docs" / "house.md").read_text(encoding="utf-8")
+    package = REPOSITORY / "ase_uq"
+    named = set(re.findall(r"`([a-z_0-9/]+(?:/|\.(?:md|py|toml)))`", page))
+    assert {name for name in named if not (package / name).exists() and not (REPOSITORY / name).exists()} == set()
+    modules = {path.relative_to(package) for path in package.rglob("*.py")}
+    rooms = {f"{module.parent.as_posix()}/" for module in modules if module.parts[1:]}
+    at_the_top = {module.name for module in modules if not module.parts[1:]}
+    assert rooms | at_the_top <= named
+    assert "\n".join(contracts()["imports point down"]["layers"]) in page
