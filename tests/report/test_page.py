@@ -328,7 +328,7 @@ def test_time_is_shown_where_it_is_known(write, scored):
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({"flag": 0.5, "halt": 0.4}, ValueError, "flag is 0.5 eV/Å and halt 0.4 eV/Å: no frame lies between"),
+        ({"flag": 0.5, "halt": 0.4}, ValueError, "flag is 0.5 eV/Å and halt is 0.4 eV/Å, so no frame lies between"),
         ({"halt": -1.0}, ValueError, "halt is -1 eV/Å; a positive force uncertainty"),
         ({"train": []}, ValueError, "the latent map, which needs the potential"),
     ],
