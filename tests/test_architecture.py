@@ -166,9 +166,7 @@ def _plugins(family: str) -> list[str]:
         source = path / "__init__.py" if path.is_dir() else path
         if path.name.startswith("_") or path.stem == "base" or source.suffix != ".py" or not source.is_file():
             continue
-        marks = (
-            ("def accepts(", "import MACEBackend, accepts") if family == "backends" else ("(Method)", "method import")
-        )
+        marks = ("def accepts(", "Backend, accepts") if family == "backends" else ("(Method)", "method import")
         if any(mark in source.read_text() for mark in marks):
             found.append(path.stem)
     assert len(found) > 3
