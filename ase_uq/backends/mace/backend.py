@@ -301,12 +301,10 @@ class MACEBackend(Backend):
                 )
                 scaled = self._readout.scale if hasattr(model, "scale_shift") else 1.0
                 base = base + scaled * repulsion[: len(base)].double()
-            node_energies = self._model_outputs(self.calculator.models[0], self._inputs(batch.data, model), False)[
-                "node_energy"
-            ]
+            outputs = self._model_outputs(self.calculator.models[0], self._inputs(batch.data, model), False)
         layer = forward_pass.energy_layer
         predicted = (layer.features @ layer.weights).double() + base * unit
-        deviation = float((predicted - node_energies.detach()[: len(base)].double() * unit).abs().max())
+        deviation = float((predicted - outputs["node_energy"].detach()[: len(base)].double() * unit).abs().max())
         if not deviation < _IDENTITY_TOLERANCE[self.dtype] * max(1.0, abs(unit)):
             raise PotentialMismatch(
                 f"the last layer of this MACE model is not understood: w·φ + base differs from its node energies by "
