@@ -1,9 +1,9 @@
-"""Potentials, wrapped: `load_backend` finds the backend of a calculator, or builds the calculator a SPEC names.
+"""Wrapped potentials: `load_backend` finds the backend of a calculator, or builds the calculator that a SPEC names.
 
-Importing this module imports no potential's package, nor torch. A calculator is recognised by the packages its
-classes come from; a SPEC by its prefix. Third parties add backends through the entry-point group `ase_uq.backends`:
-the name is the SPEC prefix, the value a module with the same three functions as `toy.py` has: `accepts`, `wrap` and
-`load`.
+Importing this module imports neither torch nor the package of any potential. A calculator is recognised by the packages
+that define its classes, a SPEC by its prefix. Third parties add backends through the entry-point group
+`ase_uq.backends`: the name is the SPEC prefix, and the value is a module with the same three functions as `toy.py`:
+`accepts`, `wrap` and `load`.
 """
 
 from typing import TYPE_CHECKING
@@ -23,9 +23,9 @@ def load_backend(calculator: "BaseCalculator | str | Backend", *, device: str = 
 
     Args:
         calculator: An ASE calculator (`MACECalculator`, `ORBCalculator`, a `SumCalculator` of one of them and
-            corrections, or one that an installed plugin knows), a SPEC, or a backend, which is returned as it is.
-        device: For a SPEC: where to run, for example `cpu` or `cuda:1`; empty takes a GPU if there is one.
-        dtype: For a SPEC: `float32` or `float64`; empty takes the package's own default.
+            corrections, or one that an installed plugin knows), a SPEC, or a backend, which is returned unchanged.
+        device: Device for a SPEC, for example `cpu` or `cuda:1`; if empty, a GPU if there is one.
+        dtype: Precision for a SPEC, `float32` or `float64`; if empty, the default of the package.
 
     Raises:
         TypeError: No backend knows the calculator.

@@ -1,4 +1,4 @@
-"""Derivatives of a forward pass whose graph is kept: the same for every potential that torch differentiates."""
+"""Derivatives of a forward pass whose graph is kept, for every potential that torch can differentiate."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from torch import Tensor
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import Gradients
 
-# Threads may share a potential: flags that one has set must not be put back by another.
+# Threads may share a potential: flags that one thread has set must not be restored by another.
 _FLAGS = threading.RLock()
 
 
 @contextmanager
 def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Lets parameters take part in the graph of what is computed inside; their flags are put back on leaving."""
+    """Includes parameters in the graph of everything computed inside; their flags are restored on leaving."""
     with _FLAGS:
         flags = [parameter.requires_grad for parameter in parameters]
         try:
@@ -30,18 +30,18 @@ def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
 
 
 class GraphGradients(Gradients):
-    """Derivatives taken from the graph of the forward pass that gave the values; no further forward.
+    """Derivatives taken from the graph of the forward pass that gave the values, without a further forward pass.
 
-    The graph, and its memory, live as long as this object. To be made inside `in_the_graph`.
+    The graph and its memory live as long as this object, which must be created inside `in_the_graph`.
 
     Args:
         parameters: θ, in the order of `named_parameters`.
         positions: (n_rows, 3) leaf of the graph; rows beyond n_atoms are padding.
-        features: (n_atoms, n_features).
-        energy_features: (n_atoms, n_last) of the energy's last layer, with a graph; None where there is none.
-        energy: (n_frames,) eV.
-        forces: (n_atoms, 3) eV/Å, with a graph of their own; None where they are to be taken from the energy.
-        frame_of_atom: (n_atoms,).
+        features: (n_atoms, n_features) features, with a graph.
+        energy_features: (n_atoms, n_last) features of the energy's last layer, with a graph; None without a graph.
+        energy: (n_frames,) energies, eV.
+        forces: (n_atoms, 3) forces, eV/Å, with a graph of their own; None to derive them from the energy.
+        frame_of_atom: (n_atoms,) index of the frame of each atom.
         length_unit: Å in one unit of `positions`.
     """
 
@@ -58,7 +58,7 @@ class GraphGradients(Gradients):
         length_unit: float = 1.0,
     ) -> None:
         self._parameters = parameters
-        # The ends of the graph: they serve when the parameters' own flags are long put back.
+        # The ends of the graph remain usable after the parameters' own flags have been restored.
         self._edges = [torch.autograd.graph.get_gradient_edge(parameter) for parameter in parameters]
         self._positions, self._features, self._energy = positions, features, energy
         self._energy_features = energy_features
@@ -84,15 +84,15 @@ class GraphGradients(Gradients):
     def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
         tangents = tangents.to(self._forces)
         for frame in range(len(self._energy)):
-            own = (self._frame_of_atom == frame)[:, None]
-            yield self._of_parameters(self._forces, torch.where(own, tangents, 0))
+            in_frame = (self._frame_of_atom == frame)[:, None]
+            yield self._of_parameters(self._forces, torch.where(in_frame, tangents, 0))
 
     @cached_property
     def _forces(self) -> Tensor:
-        """(n_atoms, 3) -∂E/∂R as a graph; the backward pass for it is made once."""
+        """(n_atoms, 3) -∂E/∂R with a graph; its backward pass runs only once."""
         if self._given_forces is not None:
             return self._given_forces
-        # Whatever the caller has switched off; and weights that were frozen again would be constants of this graph.
+        # Gradients may be switched off by the caller, and weights frozen again would be constants of this graph.
         with torch.enable_grad(), in_the_graph(self._parameters):
             (slope,) = torch.autograd.grad(
                 self._energy.sum(), self._positions, create_graph=True, materialize_grads=True
@@ -100,9 +100,9 @@ class GraphGradients(Gradients):
             return -slope[: len(self._features)] / self._length_unit
 
     def _of_parameters(self, output: Tensor, cotangent: Tensor) -> Tensor:
-        """(n_parameters,) cotangent · ∂output/∂θ; 0 for the parameters it does not depend on."""
+        """(n_parameters,) cotangent · ∂output/∂θ; 0 for parameters that the output does not depend on."""
         if not output.requires_grad:
-            gradients = [None] * len(self._edges)  # atoms that nothing in the potential reaches
+            gradients = [None] * len(self._edges)  # an output that depends on no parameter
         else:
             gradients = torch.autograd.grad(output, self._edges, cotangent, retain_graph=True, allow_unused=True)
         parts = [

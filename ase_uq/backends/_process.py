@@ -1,4 +1,4 @@
-"""The process as it was before a potential's package was imported or built something."""
+"""Keeps the process unchanged while a potential's package is imported or builds a model."""
 
 import os
 import warnings
@@ -13,14 +13,14 @@ _SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 @contextmanager
 def preserved_process(silenced: str = "") -> Iterator[None]:
-    """Undoes what potentials' packages do to the whole process.
+    """Undoes the changes that potentials' packages make to the whole process.
 
-    Those are torch's default dtype, random state, precision of float32 products and safe loading, and the list of
+    Restored are torch's default dtype, random state, precision of float32 products and safe loading, and the list of
     properties of ASE's base class.
 
     Args:
-        silenced: Regular expression for the beginning of warnings that speak to the authors of these packages, not to
-            our users; by default all of them.
+        silenced: Regular expression for the beginning of the warnings to silence, which are meant for the authors of
+            these packages, not for our users; by default all warnings.
     """
     switch = os.environ.get(_SWITCH)
     properties = list(BaseCalculator.implemented_properties)
@@ -34,7 +34,7 @@ def preserved_process(silenced: str = "") -> Iterator[None]:
     finally:
         BaseCalculator.implemented_properties[:] = properties
         torch.set_default_dtype(default_dtype)
-        torch.random.set_rng_state(random_state)  # of which new weights, soon overwritten, have taken
+        torch.random.set_rng_state(random_state)  # new weights, which are soon overwritten, have drawn from it
         torch.set_float32_matmul_precision(precision)
         if switch is None:
             os.environ.pop(_SWITCH, None)

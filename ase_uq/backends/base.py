@@ -1,4 +1,4 @@
-"""The protocol of a backend: structures in; mean, features and exact last-layer features out, in one forward."""
+"""The protocol of a backend: one forward pass turns structures into mean, features and exact last-layer features."""
 
 import json
 from abc import ABC, abstractmethod
@@ -21,8 +21,8 @@ class Batch:
     """Structures in the form a backend evaluates.
 
     Args:
-        frames: The structures, untouched.
-        data: What the potential's package makes of them.
+        frames: The structures, unchanged.
+        data: The structures as the potential's package represents them.
     """
 
     frames: tuple[Atoms, ...]
@@ -31,12 +31,12 @@ class Batch:
 
 @dataclass(frozen=True)
 class Collator:
-    """Builds what a batch consists of in another process: picklable, without the weights, on the CPU.
+    """Builds the data of a batch in another process: it can be pickled, needs no weights and runs on the CPU.
 
     Args:
-        elements: Atomic numbers the potential knows.
+        elements: Atomic numbers that the potential knows.
         required_info_keys: Entries of `atoms.info` without which it cannot run.
-        build: Structures that were checked → what the potential's package makes of them, also picklable.
+        build: Turns checked structures into the data of the potential's package, which can also be pickled.
     """
 
     elements: frozenset[int]
@@ -44,33 +44,33 @@ class Collator:
     build: Callable[[Sequence[Atoms]], Any]
 
     def __call__(self, frames: Sequence[Atoms]) -> Any:
-        """What `Backend.received` wants.
+        """The data that `Backend.received` takes.
 
         Raises:
-            InputError: Those of `Backend.collate`.
+            InputError: In the same cases as `Backend.collate`.
         """
         check_structures(frames, self.elements, self.required_info_keys)
         return self.build(frames)
 
 
 class Backend(ABC):
-    """A potential, wrapped: one forward pass gives means and features.
+    """A wrapped potential: one forward pass gives means and features.
 
-    A subclass is final and lives in one file, `backends/<name>.py`, beside three functions that
+    A subclass is final and lives in one file, `backends/<name>.py`, together with three functions that
     `ase_uq.backends` calls: `accepts(calculator)`, `wrap(calculator)` and `load(prefix, target, ...)`.
 
     Attributes:
         name: Name of the backend.
         calculator: The user's own ASE calculator.
         info_keys: Entries of `atoms.info` that the potential reads.
-        required_info_keys: Those of them without which it cannot run.
-        elements: Atomic numbers the potential knows.
-        results: ASE's standard results that it gives.
-        direct: Whether forces come from a head of their own, whose fit needs reference forces.
+        required_info_keys: Those of the `info_keys` without which it cannot run.
+        elements: Atomic numbers that the potential knows.
+        results: The standard results of ASE that it gives.
+        direct: Whether forces come from a separate head, whose fit needs reference forces.
     """
 
     name: str
-    calculator: Any  # of the package's own class
+    calculator: Any  # an instance of the package's own class
     info_keys: tuple[str, ...] = ()
     required_info_keys: tuple[str, ...] = ()
     elements: frozenset[int]
@@ -79,37 +79,37 @@ class Backend(ABC):
 
     @abstractmethod
     def _collate(self, frames: Sequence[Atoms]) -> Any:
-        """The structures as the potential's package wants them; `frames` have been checked."""
+        """The structures in the form that the potential's package needs; `frames` have been checked."""
 
     @abstractmethod
     def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
-        """One forward pass, one a member where the wrapped calculator is a committee."""
+        """One forward pass, or one per member if the wrapped calculator is a committee."""
 
     @abstractmethod
     def _settings(self) -> dict[str, Any]:
-        """What the weights do not hold and predictions or features depend on; JSON values."""
+        """Everything outside the weights on which predictions or features depend, as JSON values."""
 
     @abstractmethod
     def _modules(self) -> Sequence[torch.nn.Module]:
-        """The modules whose weights are the potential."""
+        """The modules that hold the weights of the potential."""
 
     def _build(self) -> Callable[[Sequence[Atoms]], Any] | None:
-        """What `Collator` wants, for a potential whose neighbour lists are made on the CPU; None for others."""
+        """The `build` function of `Collator`, if neighbour lists are made on the CPU; None for other potentials."""
         return None
 
     def _placed(self, data: Any) -> Any:
-        """What `_build` made, on the device of the potential."""
+        """The data that `_build` made, moved to the device of the potential."""
         raise NotImplementedError("a backend that has _build says in _placed how its data gets to the device")
 
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where it runs."""
+        """Device on which the potential runs."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """Its precision."""
+        """Precision of the potential."""
 
     @final
     def collate(self, frames: Sequence[Atoms], *, first: int = 0) -> Batch:
@@ -120,8 +120,9 @@ class Backend(ABC):
             first: Number of the first structure, for messages.
 
         Raises:
-            InputError: No structure, no atoms, positions or cell that are not finite, a periodic cell
-                without extent, an element the potential does not know, or a missing entry of `atoms.info`.
+            InputError: There is no structure, or a structure has no atoms, positions or a cell that are not finite, a
+                periodic cell without extent, an element that the potential does not know, or a missing entry in
+                `atoms.info`.
         """
         self.check(frames, first=first)
         return Batch(tuple(frames), self._collate(frames))
@@ -129,23 +130,23 @@ class Backend(ABC):
     @property
     @final
     def collator(self) -> Collator | None:
-        """Collates in another process; None where only this one can, or its device does it faster."""
+        """Collates in another process; None if only this process can collate, or if the device does it faster."""
         build = self._build()
         return None if build is None else Collator(self.elements, self.required_info_keys, build)
 
     @final
     def received(self, frames: Sequence[Atoms], data: Any) -> Batch:
-        """The batch of structures that `collator` has collated."""
+        """The batch, on the device, of structures that `collator` has collated."""
         return Batch(tuple(frames), self._placed(data))
 
     @final
     def check(self, frames: Sequence[Atoms], *, first: int = 0, name: str = "structure") -> None:
-        """Raises the `InputError` that `collate` would, without building a batch.
+        """Raises the `InputError` that `collate` would raise, without building a batch.
 
         Args:
             frames: Structures.
             first: Number of the first structure, for messages.
-            name: What messages call a structure.
+            name: Word for a structure in messages.
         """
         check_structures(frames, self.elements, self.required_info_keys, first=first, name=name)
 
@@ -154,26 +155,25 @@ class Backend(ABC):
         """One forward pass over a batch.
 
         Args:
-            batch: From `collate` of this backend.
-            forces: Whether forces and stress are wanted; without them a conservative potential saves
-                its backward pass.
-            gradients: Whether `ForwardPass.gradients` are wanted: the graph of the pass is kept for them.
+            batch: Batch from `collate` of this backend.
+            forces: Whether to give forces and stress; without them a conservative potential saves its backward pass.
+            gradients: Whether to give `ForwardPass.gradients`, for which the graph of the pass is kept.
 
         Raises:
-            InputError: Gradients were asked for, and this potential cannot give them as it was loaded.
+            InputError: Gradients were requested, but the potential cannot give them in the form in which it was loaded.
         """
-        # A conservative potential takes gradients, whatever the caller has switched off.
+        # A conservative potential needs gradients even if the caller has switched them off.
         with torch.enable_grad():
             return self._forward(batch, forces, gradients)
 
     @property
     def identity(self) -> Identity:
-        """What an uncertainty model is bound to. The first call evaluates the probe structure."""
+        """Identity to which an uncertainty model is bound. The first call evaluates the probe structure."""
         return self._probed[0]
 
     @property
     def cutoff(self) -> float:
-        """Distance in Å beyond which no neighbour is listed. The first call evaluates the probe structure."""
+        """Largest distance of neighbours in Å. The first call evaluates the probe structure."""
         return self._probed[1]
 
     @cached_property
@@ -181,7 +181,7 @@ class Backend(ABC):
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
         forward_pass = self.forward(batch)
         columns = [forward_pass.features]
-        # The features do not change with the last layers, the predictions do.
+        # The features do not depend on the last layers, but the predictions do.
         for layer in (forward_pass.energy_layer, forward_pass.force_layer):
             if layer is not None:
                 columns.append((layer.features @ layer.weights).reshape(len(columns[0]), -1))
@@ -193,11 +193,11 @@ class Backend(ABC):
         """Compares the potential with the one an uncertainty model was fitted on.
 
         Returns:
-            None where they are the same; a warning where the weights are stored differently but the
-            probe structure has the same features (other kernels, converted layouts).
+            None if both are the same; a warning if the weights are stored differently but the probe structure has the
+            same features (other kernels, converted layouts).
 
         Raises:
-            PotentialMismatch: They differ; the message names the setting, or the deviation of the probe.
+            PotentialMismatch: The potentials differ; the message names the setting, or the deviation of the probe.
         """
         here = self.identity
         advice = "Load the potential it was fitted on, or fit again with `ase-uq fit`."

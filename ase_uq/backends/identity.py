@@ -1,4 +1,4 @@
-"""What binds an uncertainty model to a potential."""
+"""The identity of a potential, to which an uncertainty model is bound."""
 
 import hashlib
 import json
@@ -10,20 +10,20 @@ import numpy as np
 import torch
 from ase import Atoms
 
-# Two evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ
-# by about 1e-7; one with another neighbour normalisation by 1e-2.
+# Evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ by about
+# 1e-7; a potential with another neighbour normalisation differs by 1e-2.
 PROBE_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Identity:
-    """What binds an uncertainty model to a potential.
+    """The identity of a potential, to which an uncertainty model is bound.
 
     Args:
-        settings: Everything outside the weights that changes predictions or features; JSON values.
+        settings: Everything outside the weights that changes predictions or features, as JSON values.
         weights: sha256 of the weights, cast to float32 so that precision does not matter.
-        probe: Features of a fixed structure and what the last layers make of them: tells whether other weights
-            are the same potential rewritten.
+        probe: Features of a fixed structure, and their products with the last layers, which show whether different
+            weights are the same potential in another form.
     """
 
     settings: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Which backends there are, and their modules, imported when they are asked for; importing this imports no torch."""
+"""The available backends and their modules, which are imported on demand; importing this module imports no torch."""
 
 import importlib
 import importlib.util
@@ -17,7 +17,7 @@ GROUP = "ase_uq.backends"
 
 @dataclass(frozen=True)
 class _BuiltIn:
-    """A backend of this package: its module here, where its calculators' classes live, how its SPECs are written."""
+    """A backend of this package: its module, the package of its calculators' classes, and the forms of its SPECs."""
 
     name: str
     package: str
@@ -25,7 +25,7 @@ class _BuiltIn:
 
     @property
     def prefixes(self) -> set[str]:
-        """What its SPECs begin with."""
+        """Prefixes of its SPECs."""
         return {spec.partition(":")[0] for spec in self.specs}
 
 
@@ -36,7 +36,7 @@ _BUILT_IN = (
     _BuiltIn("summed", "ase.calculators.mixing", ()),
 )
 
-# Potentials shipped with the package: SPEC name → (prefix that loads it, file).
+# Potentials shipped with the package: name in the SPEC → (prefix that loads it, file).
 EMBEDDED = {
     "mace": ("mace", "mace.safetensors"),
     "orb-direct": ("orb", "orb_direct.safetensors"),
@@ -51,14 +51,14 @@ def available_backends() -> tuple[str, ...]:
 
 
 def spec_forms() -> tuple[str, ...]:
-    """How the SPECs of all backends are written, plugins included, and those of the embedded potentials."""
+    """Forms of the SPECs of all backends, plugins included, and of the embedded potentials."""
     built_in = [spec for entry in _BUILT_IN for spec in entry.specs]
     plugins = [f"{plugin.name}:TARGET" for plugin in entry_points(group=GROUP)]
     return (*built_in, *plugins, *(f"embedded:{name}" for name in EMBEDDED))
 
 
 def find_module(calculator: "BaseCalculator") -> ModuleType | None:
-    """The backend module that accepts a calculator, or None. Imports only what the calculator's classes need."""
+    """The backend module that accepts a calculator, or None. Imports only the backends that its classes suggest."""
     origins = {cls.__module__ for cls in type(calculator).__mro__}
     for entry in _BUILT_IN:
         if any(origin == entry.package or origin.startswith(entry.package + ".") for origin in origins):
@@ -69,14 +69,14 @@ def find_module(calculator: "BaseCalculator") -> ModuleType | None:
         try:
             module = import_backend(plugin)
         except MissingDependency:
-            continue  # named by the error of load_backend if no other plugin takes the calculator
+            continue  # the error of load_backend names it if no other plugin takes the calculator
         if module.accepts(calculator):
             return module
     return None
 
 
 def loaders() -> dict[str, _BuiltIn | EntryPoint]:
-    """SPEC prefix → where its module is; a plugin cannot take the prefix of a built-in backend."""
+    """Sources of the backend modules by SPEC prefix; a plugin cannot take the prefix of a built-in backend."""
     plugins = {plugin.name: plugin for plugin in entry_points(group=GROUP)}
     return plugins | {prefix: entry for entry in _BUILT_IN for prefix in entry.prefixes}
 
@@ -92,7 +92,7 @@ def import_backend(entry: _BuiltIn | EntryPoint) -> ModuleType:
         return importlib.import_module(f"ase_uq.backends.{entry.name}") if built_in else entry.load()
     except ImportError as error:
         if built_in and not isinstance(error, ModuleNotFoundError):
-            raise  # installed but broken: its own message says more
+            raise  # installed but broken: the original message is more informative
         distribution = "" if built_in or entry.dist is None else entry.dist.name
         line = f'pip install "ase-uq[{entry.name}]"' if built_in else f"pip install --upgrade {distribution}"
         raise MissingDependency(
@@ -101,7 +101,7 @@ def import_backend(entry: _BuiltIn | EntryPoint) -> ModuleType:
 
 
 def broken_plugins() -> str:
-    """Why plugins could not be asked, for the end of an error; empty where all could."""
+    """The reasons why plugins could not be asked, to end an error message; empty if all could be asked."""
     broken = []
     for plugin in entry_points(group=GROUP):
         try:
@@ -115,5 +115,5 @@ def is_importable(name: str) -> bool:
     """Whether there is a module of this name; it is not imported."""
     try:
         return importlib.util.find_spec(name) is not None
-    except (ImportError, ValueError):  # a missing parent package, or a name that is no module name
+    except (ImportError, ValueError):  # a missing parent package, or not a valid module name
         return False

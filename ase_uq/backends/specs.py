@@ -1,4 +1,4 @@
-"""From a SPEC, such as `mace:my.model`, to the ASE calculator that it names."""
+"""Builds the ASE calculator that a SPEC names, such as `mace:my.model`."""
 
 import importlib
 import importlib.util
@@ -22,11 +22,11 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         spec: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`, `orb:FUNCTION[@WEIGHTS]`,
             `orb:PATH.safetensors`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`, or `FILE.py:FUNCTION` or
             `package.module:FUNCTION`, a function that returns an ASE calculator.
-        device: As in `load_backend`.
-        dtype: As in `load_backend`.
+        device: Device, as in `load_backend`.
+        dtype: Precision, as in `load_backend`.
 
     Raises:
-        ValueError: The SPEC names nothing that exists, or device or dtype cannot be used.
+        ValueError: The SPEC names something that does not exist, or device or dtype cannot be used.
         FileNotFoundError: A file in the SPEC does not exist.
         TypeError: The function of the SPEC does not return a calculator.
         MissingDependency: The package of the potential is not installed.
@@ -106,13 +106,13 @@ def _run_file(path: Path) -> ModuleType:
     assert description is not None
     assert description.loader is not None
     module = importlib.util.module_from_spec(description)
-    sys.modules[name] = module  # dataclasses and pickles in the file look themselves up there
+    sys.modules[name] = module  # dataclasses and pickles in the file look up their module there
     description.loader.exec_module(module)
     return module
 
 
 def _call(module: ModuleType, name: str, spec: str, asked: dict[str, str]) -> BaseCalculator:
-    """Calls the function of a SPEC; a device and dtype that were asked for go to parameters of these names."""
+    """Calls the function of a SPEC; a requested device or dtype is passed to the parameter of that name."""
     function = getattr(module, name, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -1,4 +1,4 @@
-"""Structures that no potential, or not this one, can evaluate, refused before they reach it."""
+"""Checks that refuse structures which no potential, or not this one, can evaluate."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from ase.data import chemical_symbols
 
 from ase_uq.errors import InputError
 
-_THINNEST = 1e-2  # Å, the smallest singular value of periodic cell vectors; atoms are a hundred times larger
+_THINNEST = 1e-2  # Å, lower limit on the singular values of the periodic cell vectors; atoms are a hundred times larger
 
 
 def check_structures(
@@ -19,17 +19,17 @@ def check_structures(
     first: int = 0,
     name: str = "structure",
 ) -> None:
-    """Refuses what no potential, or not this one, can evaluate.
+    """Refuses structures that no potential, or not this one, can evaluate.
 
     Args:
         frames: Structures.
-        elements: Atomic numbers the potential knows.
+        elements: Atomic numbers that the potential knows.
         required_info_keys: Entries of `atoms.info` without which it cannot run.
         first: Number of the first structure, for messages.
-        name: What messages call a structure.
+        name: Word for a structure in messages.
 
     Raises:
-        InputError: Those of `Backend.collate`.
+        InputError: In the same cases as `Backend.collate`.
     """
     if not frames:
         raise InputError("there is no structure to evaluate.")
@@ -59,7 +59,7 @@ def check_structures(
 
 
 def _check_cell(which: str, atoms: Atoms) -> None:
-    """Neighbours cannot be counted where periodic images lie on one another."""
+    """Refuses cells in which periodic images coincide, so that neighbours cannot be listed."""
     if not atoms.pbc.any():
         return
     vectors = atoms.cell.array[atoms.pbc]

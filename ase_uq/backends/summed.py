@@ -1,7 +1,7 @@
-"""ASE's `SumCalculator` and its kin: a potential that has a backend, plus corrections that have none.
+"""ASE's `SumCalculator` and similar classes: a potential that has a backend, plus corrections that have none.
 
-`mace_mp(dispersion=True)` returns such a sum. The corrections (D3, a pair potential, a delta calculator) are exact
-as far as uncertainty goes: what they add goes into the mean and into the `base` of the last layers.
+`mace_mp(dispersion=True)` returns such a sum. The corrections (D3, a pair potential, a delta calculator) count as
+exact for the uncertainty: their contributions are added to the mean and to the `base` of the last layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -31,7 +31,7 @@ class SummedBackend(Backend):
         calculator: A `SumCalculator`, or another calculator of `ase.calculators.mixing`.
 
     Raises:
-        TypeError: None of the calculators has a backend, or several have, or they share no energy.
+        TypeError: None of the calculators has a backend, several have one, or not all of them give an energy.
     """
 
     name = "summed"
@@ -69,9 +69,9 @@ class SummedBackend(Backend):
 
     @cached_property
     def _probed(self) -> tuple[Identity, float]:
-        # The corrections need not bear the probe: their names and parameters stand in the settings.
-        own = self._inner.identity
-        return Identity(self._settings(), own.weights, own.probe), self._inner.cutoff
+        # The corrections may fail on the probe structure: their names and parameters are in the settings instead.
+        inner = self._inner.identity
+        return Identity(self._settings(), inner.weights, inner.probe), self._inner.cutoff
 
     def _modules(self) -> Sequence[torch.nn.Module]:
         return self._inner._modules()
@@ -102,18 +102,18 @@ class SummedBackend(Backend):
         return self._inner._placed(data)
 
     def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
-        own = self._inner._forward(batch, forces, gradients)
-        added = {key: self._added(key, own, batch) for key in self.results if forces or key in ("energy", "energies")}
+        inner = self._inner._forward(batch, forces, gradients)
+        added = {key: self._added(key, inner, batch) for key in self.results if forces or key in ("energy", "energies")}
         weight = self._weight
 
         def total(key: str) -> Tensor | None:
-            value = getattr(own, key)
+            value = getattr(inner, key)
             return None if value is None or key not in added else weight * value + added[key]
 
-        energy, energy_layer = total("energy"), own.energy_layer
+        energy, energy_layer = total("energy"), inner.energy_layer
         assert energy is not None
         return replace(
-            own,
+            inner,
             energy=energy,
             energies=total("energies"),
             forces=total("forces"),
@@ -121,40 +121,40 @@ class SummedBackend(Backend):
             energy_layer=EnergyLayer(
                 weight * energy_layer.features, energy_layer.weights, weight * energy_layer.base + added["energy"]
             ),
-            force_layer=_shifted(own.force_layer, weight, added.get("forces")),
-            members=_members(own.members, weight, added),
-            confidence=_scaled(own.confidence, weight),
-            gradients=None if own.gradients is None else _ScaledGradients(own.gradients, weight),
+            force_layer=_shifted(inner.force_layer, weight, added.get("forces")),
+            members=_members(inner.members, weight, added),
+            confidence=_scaled(inner.confidence, weight),
+            gradients=None if inner.gradients is None else _ScaledGradients(inner.gradients, weight),
         )
 
-    def _added(self, key: str, own: ForwardPass, batch: Batch) -> Tensor:
-        """What the corrections add to one result of the batch."""
+    def _added(self, key: str, inner: ForwardPass, batch: Batch) -> Tensor:
+        """Contribution of the corrections to one result of the batch."""
         rows = []
         for atoms in batch.frames:
-            copy = atoms.copy()  # a calculator may keep or change what it is given
+            copy = atoms.copy()  # a calculator may keep or change the structure that it is given
             rows.append(sum(w * _plain(key, member.get_property(key, copy)) for w, member in self._corrections()))
         joined = np.concatenate(rows) if key in ("energies", "forces") else np.stack(rows)
-        # Energies of many atoms need double precision, as the potentials' own reference energies do.
-        dtype = own.energy.dtype if key == "energy" else self.dtype
+        # Energies of many atoms need double precision, as in the potentials' own reference energies.
+        dtype = inner.energy.dtype if key == "energy" else self.dtype
         return torch.as_tensor(joined, dtype=dtype, device=self.device)
 
 
 class _ScaledGradients(Gradients):
-    """Of the potential in the sum: the corrections have no features and no parameters."""
+    """Gradients of the potential in the sum: the corrections have no features and no parameters."""
 
-    def __init__(self, own: Gradients, weight: float) -> None:
-        self._own, self._weight = own, weight
+    def __init__(self, inner: Gradients, weight: float) -> None:
+        self._inner, self._weight = inner, weight
 
     def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
-        # Of the last layer's features the sum has the weight times the potential's.
-        own = None if energy_cotangent is None else self._weight * energy_cotangent
-        return self._own.of_features(cotangent, own)
+        # The last layer's features of the sum are those of the potential times the weight.
+        scaled = None if energy_cotangent is None else self._weight * energy_cotangent
+        return self._inner.of_features(cotangent, scaled)
 
     def of_energies(self) -> Iterator[Tensor]:
-        return (self._weight * gradient for gradient in self._own.of_energies())
+        return (self._weight * gradient for gradient in self._inner.of_energies())
 
     def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
-        return (self._weight * gradient for gradient in self._own.of_forces(tangents))
+        return (self._weight * gradient for gradient in self._inner.of_forces(tangents))
 
 
 def accepts(calculator: BaseCalculator) -> bool:
@@ -169,7 +169,7 @@ def wrap(calculator: BaseCalculator) -> SummedBackend:
 
 
 def _plain_parameters(calculator: BaseCalculator) -> dict[str, Any]:
-    """The parameters that JSON holds as they are; arrays, devices and other objects are left out."""
+    """The parameters that are JSON values; arrays, devices and other objects are left out."""
     parameters = getattr(calculator, "parameters", None) or {}
     plain = {key: value for key, value in sorted(parameters.items()) if isinstance(value, int | float | str)}
     # 1 and 1.0 are the same parameter, but not the same JSON.
@@ -188,17 +188,19 @@ def _shifted(layer: ForceLayer | None, weight: float, added: Tensor | None) -> F
     return replace(layer, features=weight * layer.features, base=base if added is None else base + added)
 
 
-def _members(own: Members | None, weight: float, added: dict[str, Tensor]) -> Members | None:
-    if own is None:
+def _members(members: Members | None, weight: float, added: dict[str, Tensor]) -> Members | None:
+    if members is None:
         return None
 
     def each(key: str) -> Tensor | None:
-        value = getattr(own, key)
+        value = getattr(members, key)
         return None if value is None or key not in added else weight * value + added[key]
 
-    return Members(weight * own.energy + added["energy"], each("forces"), each("stress"))
+    return Members(weight * members.energy + added["energy"], each("forces"), each("stress"))
 
 
-def _scaled(own: ConfidenceBins | None, weight: float) -> ConfidenceBins | None:
-    """The corrections are exact: the error of the sum is that of the potential, times its weight."""
-    return None if own is None else ConfidenceBins(own.probabilities, abs(weight) * own.edges)
+def _scaled(confidence: ConfidenceBins | None, weight: float) -> ConfidenceBins | None:
+    """The corrections count as exact: the error of the sum is the error of the potential times its weight."""
+    if confidence is None:
+        return None
+    return ConfidenceBins(confidence.probabilities, abs(weight) * confidence.edges)

@@ -1,12 +1,12 @@
-"""A closed-form potential: the smallest complete backend, for tests and for authors of new ones to copy.
+"""A closed-form potential: the smallest complete backend, for tests and as a template for new backends.
 
-The energy of an atom is linear in the Gaussians of its distances to its neighbours, one set a pair of elements:
+The energy of an atom is linear in Gaussians of the distances to its neighbours, one set per pair of elements:
 
     e_i = base_{Z_i} + w·φ_i,    φ_i[p, k] = Σ_j δ(p, {Z_i, Z_j}) exp(-(r_ij - μ_k)² / 2σ²) · f_c(r_ij),
 
-with the weights of a Morse bond for every pair of elements and a little noise, so that molecules hold together.
-The direct variant has a force head of the form of orb's: F = P(φ^F B), with φ^F_i[p, k] = Σ_j (the same) r̂_ij
-and P taking out the net force and, without a cell, the net torque.
+with weights that give a Morse bond for every pair of elements, plus a little noise, so that molecules hold together.
+The direct variant has a force head like orb's: F = P(φ^F B), with φ^F_i[p, k] = Σ_j (the same) r̂_ij, where P removes
+the net force and, without a cell, the net torque.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass, Gra
 
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å
-_DEPTH, _STIFFNESS = 0.5, 2.0  # of the Morse bonds: eV, 1/Å
+_DEPTH, _STIFFNESS = 0.5, 2.0  # depth and stiffness of the Morse bonds: eV, 1/Å
 
 
 @dataclass(frozen=True)
@@ -41,16 +41,16 @@ class Graph:
     frame_of_atom: Tensor  # (n_atoms,)
     n_atoms_of_frame: Tensor  # (n_frames,)
     source: Tensor  # (n_edges,) the neighbour
-    target: Tensor  # (n_edges,) the atom whose neighbour it is
+    target: Tensor  # (n_edges,) the atom that has this neighbour
     shift: Tensor  # (n_edges, 3) lattice vector to the neighbour's image, Å
 
     def to(self, device: torch.device) -> "Graph":
-        """The same on another device."""
+        """The same graph on another device."""
         return Graph(**{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
 def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Graph:
-    """Structures as one graph, with the neighbour lists."""
+    """Several structures as one graph, with their neighbour lists."""
     sources, targets, shifts, offset = [], [], [], 0
     for atoms in frames:
         i, j, lattice = neighbor_list("ijS", atoms, cutoff)
@@ -76,12 +76,12 @@ def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Grap
 
 
 class ToyPotential(torch.nn.Module):
-    """The potential as a module: `forward` gives everything the calculator and the backend need.
+    """The potential as a module: `forward` gives everything that the calculator and the backend need.
 
     Args:
-        elements: Symbols of the elements it knows.
-        direct: Whether forces come from a force head of their own instead of the energy's gradient.
-        seed: Of the noise on the weights.
+        elements: Symbols of the elements that it knows.
+        direct: Whether forces come from a separate force head instead of the energy's gradient.
+        seed: Seed of the noise on the weights.
     """
 
     cutoff = 4.0
@@ -106,22 +106,22 @@ class ToyPotential(torch.nn.Module):
         def noise(*shape: int) -> Tensor:
             return 0.02 * torch.randn(shape, generator=generator, dtype=torch.float64)
 
-        # Half a bond for each of its two atoms; 0.53 = spacing / (σ √2π) makes the Gaussians add up to the curve.
+        # Each of the two atoms gets half of a bond; 0.53 = spacing / (σ √2π) makes the Gaussians add up to the curve.
         weights = 0.53 * 0.5 * morse
         self.weights = torch.nn.Parameter((weights + noise(*weights.shape)).flatten(), requires_grad=False)
         base = -torch.tensor(self.numbers, dtype=torch.float64)
         self.base = torch.nn.Parameter(base, requires_grad=False)
         if direct:
-            # Along r̂ the slope of the bond; the noise makes the head as little equivariant as orb's.
+            # The slope of the bond along r̂; the noise makes the head as little equivariant as orb's.
             forces = torch.kron(0.53 * slope.reshape(-1, 1), torch.eye(3, dtype=torch.float64))
             self.force_weights = torch.nn.Parameter(forces + noise(*forces.shape), requires_grad=False)
 
     def collate(self, frames: Sequence[Atoms]) -> Graph:
-        """Structures as one graph on the device."""
+        """Several structures as one graph on the device."""
         return graph_of(frames, self.cutoff, self.weights.dtype).to(self.weights.device)
 
     def forward(self, graph: Graph, forces: bool = True, keep_graph: bool = False) -> dict[str, Tensor]:
-        """Energies, forces, stress, features and the leaf `positions`; detached, but where the graph is kept."""
+        """Energies, forces, stress, features and the leaf `positions`; detached unless the graph is kept."""
         n_frames = len(graph.n_atoms_of_frame)
         conservative = forces and not self.direct
         strain = torch.zeros(n_frames, 3, 3, dtype=graph.positions.dtype, device=graph.positions.device)
@@ -140,7 +140,7 @@ class ToyPotential(torch.nn.Module):
         base = torch.zeros_like(energy).index_add(0, graph.frame_of_atom, isolated)
         with torch.set_grad_enabled(keep_graph):
             arrows = self._sum_over_neighbours(graph, distance, vectors / distance[:, None])
-            # The norm of what the neighbours' directions add up to: 0 at the centre of a symmetric surrounding.
+            # The norm of the sum of the neighbours' directions: 0 at the centre of symmetric surroundings.
             features = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
             out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "features": features}
             out |= {"positions": positions, "vectors": vectors, "arrows": arrows}
@@ -157,7 +157,7 @@ class ToyPotential(torch.nn.Module):
         return out if keep_graph else {name: value.detach() for name, value in out.items()}
 
     def _sum_over_neighbours(self, graph: Graph, distance: Tensor, values: Tensor) -> Tensor:
-        """(n_edges, m) → (n_atoms, n_pairs * n_centres, m): Σ_j of the Gaussians times the values."""
+        """(n_edges, m) → (n_atoms, n_pairs * n_centres, m): sum over neighbours j of Gaussians times values."""
         centres = _CENTRES.to(distance)
         envelope = 0.5 * (1 + torch.cos(torch.pi * (distance / self.cutoff).clamp(max=1)))
         gaussians = torch.exp(-((distance[:, None] - centres) ** 2) / (2 * _WIDTH**2)) * envelope[:, None]
@@ -174,11 +174,11 @@ class ToyCalculator(Calculator):
     """ASE calculator of a `ToyPotential`.
 
     Args:
-        elements: As in `ToyPotential`.
-        direct: As in `ToyPotential`. A direct model has no stress.
-        seed: As in `ToyPotential`.
-        device: Where to run.
-        dtype: `float64` or `float32`.
+        elements: Symbols of elements, as in `ToyPotential`.
+        direct: Whether there is a force head, as in `ToyPotential`. A direct model has no stress.
+        seed: Seed, as in `ToyPotential`.
+        device: Device to run on.
+        dtype: Precision, `float64` or `float32`.
     """
 
     def __init__(
@@ -320,16 +320,16 @@ def _without_cell(graph: Graph) -> Tensor:
 
 
 def _without_rigid_motion(forces: Tensor, graph: Graph) -> Tensor:
-    """P: takes out the net force of every structure and the net torque of those without a cell."""
+    """The projection P: removes the net force of every structure, and the net torque if it has no cell."""
     forces = forces.clone()
     for frame, no_cell in enumerate(_without_cell(graph).tolist()):
-        own = graph.frame_of_atom == frame
-        forces[own] -= forces[own].mean(0)
+        in_frame = graph.frame_of_atom == frame
+        forces[in_frame] -= forces[in_frame].mean(0)
         if no_cell:
-            arms = graph.positions[own] - graph.positions[own].mean(0)
+            arms = graph.positions[in_frame] - graph.positions[in_frame].mean(0)
             inertia = (arms**2).sum() * torch.eye(3).to(arms) - arms.T @ arms
-            torque = torch.linalg.cross(arms, forces[own]).sum(0)
-            # Pseudo-inverse: a linear molecule does not turn about its axis, an atom not at all.
+            torque = torch.linalg.cross(arms, forces[in_frame]).sum(0)
+            # Pseudo-inverse: a linear molecule cannot rotate about its axis, and a single atom not at all.
             rotation = torch.linalg.pinv(inertia, rtol=1e-6, hermitian=True) @ torque
-            forces[own] -= torch.linalg.cross(rotation.expand_as(arms), arms)
+            forces[in_frame] -= torch.linalg.cross(rotation.expand_as(arms), arms)
     return forces

@@ -1,4 +1,4 @@
-"""Methods: how uncertainty is fitted. Found by name, also through the entry points `ase_uq.methods`.
+"""Methods: ways to fit uncertainty, found by name, also through the entry points `ase_uq.methods`.
 
 A file or folder of this package defines one `Method`; `make_method("bll", features="last_layer")` builds it. Importing
 this module imports no torch.
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["available_methods", "make_method", "method_class"]
 
 _GROUP = "ase_uq.methods"
-_NO_METHODS = ("base", "options")  # modules here that define none
+_NO_METHODS = ("base", "options")  # modules of this package that define no method
 
 
 def available_methods() -> tuple[str, ...]:
     """Names that `fit(..., methods=...)` takes."""
-    own = [m.name for m in pkgutil.iter_modules(__path__) if m.name not in _NO_METHODS and not m.name.startswith("_")]
-    return tuple(sorted({*own, *(point.name for point in entry_points(group=_GROUP))}))
+    modules = [module.name for module in pkgutil.iter_modules(__path__)]
+    built_in = [name for name in modules if name not in _NO_METHODS and not name.startswith("_")]
+    return tuple(sorted({*built_in, *(point.name for point in entry_points(group=_GROUP))}))
 
 
 def method_class(name: str) -> "type[Method]":
@@ -40,8 +41,9 @@ def method_class(name: str) -> "type[Method]":
         raise ValueError(f"there is no method {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}.")
     points = {point.name: point for point in entry_points(group=_GROUP)}
     module = points[name].load() if name in points else importlib.import_module(f"{__name__}.{name}")
-    (found,) = {c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method) and _is_named(c, name)}
-    return found
+    classes = {c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)}
+    (method,) = {c for c in classes if _is_named(c, name)}
+    return method
 
 
 def make_method(name: str, **hyper_parameters: Any) -> "Method":

@@ -1,4 +1,4 @@
-"""What methods share that know one distance of each atom from the fitted ones, and nothing else."""
+"""Shared parts of the methods whose only score is one distance of each atom from the fitted atoms."""
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
@@ -12,28 +12,28 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
 from ase_uq.numerics.sites import RADII, around
 
-# A feature that never varied in training gets this share of the largest spread as its unit: a change in it is
-# then far from anything seen, without making the distance overflow.
+# A feature that never varied in training gets this share of the largest spread as its unit: any change in it then
+# counts as far from anything seen, but the distance does not overflow.
 _SMALLEST_SPREAD = 1e-6
 _LARGEST_NUMBER = 118
 
-# How much the mean over the receptive field counts beside the sites within a radius. Between 0.2 and 1 the errors at
-# silicon surfaces are covered as well, and without it, five times worse; on molecules it changes little.
+# Weight of the mean over the receptive field beside the sites within a radius. Between 0.2 and 1 the errors at silicon
+# surfaces are covered equally well, without this term five times worse; on molecules it changes little.
 REACH = 0.3
 
 
 def raw_of_atoms(distance: Tensor, forward_pass: ForwardPass, radii: Sequence[float], reach: float = REACH) -> Raw:
-    """Forces read the distance and its sums over sites, energies per atom and stresses its mean over the structure.
+    """Scores forces by the distance and its sums over sites, energies per atom and stresses by its mean.
 
-    Scores of forces are s_k + reach · n_k · m: s_k the sum within radius k, n_k that of ones, and m the mean over the
-    receptive field. Far sites bear on a force little, but where the potential knows them a thousand times less than
-    the near ones, as around the centre of a slab, the error is theirs.
+    The scores of forces are s_k + reach · n_k · m, with s_k the sum of the distances within radius k, n_k the same sum
+    of ones, and m the mean over the receptive field. Far sites hardly affect a force, but where the potential knows
+    them a thousand times less well than the near ones, as around the centre of a slab, they cause the error.
 
     Args:
-        distance: (n_atoms,) variance-like, mean 1 over the fitted atoms.
+        distance: (n_atoms,) variance-like, with mean 1 over the fitted atoms.
         forward_pass: The batch.
-        radii: Å, of the sums.
-        reach: Share of the receptive field.
+        radii: Radii of the sums, Å.
+        reach: Weight of the mean over the receptive field.
     """
     sites = around(distance, forward_pass.edges, radii)
     counts = forward_pass.n_atoms_of_frame.double()[:, None]
@@ -48,13 +48,14 @@ def raw_of_atoms(distance: Tensor, forward_pass: ForwardPass, radii: Sequence[fl
 
 
 class DistanceHead(Head):
-    """A fitted method that gives every atom a distance; forces read it and its sums over the sites around an atom.
+    """A fitted method that gives every atom a distance; forces use it and its sums over nearby sites.
 
     A subclass annotates its buffers and defines `distance`.
 
     Args:
-        settings: Hyper-parameters and what the fit found, JSON values; `radii` and `reach` of `raw_of_atoms` are added.
-        tensors: Buffers.
+        settings: Hyper-parameters and results of the fit, as JSON values; `radii` and `reach` of `raw_of_atoms` are
+            added.
+        tensors: Buffers, by name.
     """
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -62,7 +63,7 @@ class DistanceHead(Head):
 
     @abstractmethod
     def distance(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms,) float64, variance-like, mean 1 over the fitted atoms."""
+        """(n_atoms,) float64 distance, variance-like, with mean 1 over the fitted atoms."""
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         return raw_of_atoms(self.distance(forward_pass), forward_pass, self._settings["radii"], self._settings["reach"])
@@ -79,25 +80,25 @@ class MeanOverAtoms:
         self._total += torch.stack([values.sum(), values.new_tensor(len(values))]).cpu()
 
     def finish(self, communicator: Communicator) -> float:
-        """The mean; there was an atom."""
+        """The mean; at least one atom must have been added."""
         total, count = communicator.sum({"total": self._total})["total"].tolist()
         return total / count
 
 
 def units_of(mean_squares: Tensor) -> Tensor:
-    """(n_features,) the unit of each feature: its spread, or the smallest that is allowed."""
+    """(n_features,) unit of each feature: its spread, or the smallest unit that is allowed."""
     spread = mean_squares.clamp(min=0).sqrt()
     return spread.clamp(min=_SMALLEST_SPREAD * float(spread.max().clamp(min=1e-300)))
 
 
-def elements_of_all(own: Iterable[int], communicator: Communicator) -> list[int]:
-    """Atomic numbers, ascending, that any rank has."""
+def elements_of_all(numbers: Iterable[int], communicator: Communicator) -> list[int]:
+    """Atomic numbers, ascending, of the elements that any rank has."""
     present = torch.zeros(_LARGEST_NUMBER + 1, dtype=torch.float64)
-    present[list(own)] = 1.0
+    present[list(numbers)] = 1.0
     return torch.nonzero(communicator.sum({"present": present})["present"]).flatten().tolist()
 
 
 def rows_of(numbers: Tensor, elements: Tensor) -> Tensor:
-    """(n_atoms,) place of each atom's element among the ascending `elements`; their count for any other element."""
+    """(n_atoms,) index of each atom's element in the ascending `elements`, or `len(elements)` for any other element."""
     place = torch.searchsorted(elements, numbers.to(elements)).clamp(max=len(elements) - 1)
     return torch.where(elements[place] == numbers, place, len(elements))

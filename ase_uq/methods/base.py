@@ -1,4 +1,4 @@
-"""The protocol of a method: labelled, evaluated batches in; a fitted head out; and what a head gives."""
+"""The protocol of a method: labelled, evaluated batches go in, a fitted head comes out, and the head gives `Raw`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -20,14 +20,14 @@ Batches = Iterable[tuple[ForwardPass, Targets]]
 class Raw:
     """Uncalibrated, variance-like scores of a batch: non-negative, larger means less certain.
 
-    Several scores of the same quantity stand in the last axis; a calibrator combines them.
+    Several scores of the same quantity lie along the last axis; a calibrator combines them.
 
     Args:
         forces: (n_atoms, n_components, n_scores) with one component for an isotropic method, three otherwise.
-        energy: (n_frames, n_scores) of the energy per atom of a structure.
-        energies: (n_atoms,) of the energy of each atom, on the scale of the first score of `energy`.
-        stress: (n_frames, n_scores).
-        distance: (n_atoms,) scale-free distance from the fitted atoms, mean 1 over them.
+        energy: (n_frames, n_scores) scores of the energy per atom of each structure.
+        energies: (n_atoms,) scores of the energy of each atom, on the scale of the first score of `energy`.
+        stress: (n_frames, n_scores) scores of the stress of each structure.
+        distance: (n_atoms,) scale-free distance from the fitted atoms, with mean 1 over them.
     """
 
     forces: Tensor
@@ -41,14 +41,14 @@ class Head(Fitted, ABC):
     """A fitted method.
 
     Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
+        settings: Hyper-parameters and results of the fit, as JSON values.
         tensors: Buffers, by name.
 
     Attributes:
-        gradients: Whether it asks for `ForwardPass.gradients`, which cost passes beyond the potential's own.
-        grows: Whether its scores grow with the distance from the training frames, however far. What learns the errors
-            of frames, or asks a committee, may say anything out there.
-        measures: Whether it has `features`.
+        gradients: Whether the head needs `ForwardPass.gradients`, which cost passes beyond the potential's own.
+        grows: Whether its scores keep growing with the distance from the training frames. A head that learns errors, or
+            that asks a committee, may say anything far from them.
+        measures: Whether the head has `features`.
     """
 
     gradients: bool = False
@@ -57,28 +57,28 @@ class Head(Fitted, ABC):
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
-        """Raw uncertainties of a batch, from what one forward pass of the potential gave."""
+        """Raw uncertainties of a batch, from the results of one forward pass of the potential."""
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms, width) float64 the space that it measures in, before the training frames made a posterior of it.
+        """(n_atoms, width) float64 coordinates in the space that the head measures in, before any posterior.
 
-        A head that has one, in which the distance between two atoms means something, defines this and `measures`.
+        A head with such a space, where the distance between two atoms is meaningful, defines this and `measures`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no features to measure distances in")
 
 
 class Accumulator(ABC):
-    """What a method keeps of the training frames, batch by batch. A subclass defines `_add` and `_finish`.
+    """Collects what a method keeps of the training frames, batch by batch. A subclass defines `_add` and `_finish`.
 
     Attributes:
-        progress: Whether to show bars for what takes long.
+        progress: Whether to show progress bars for long steps.
     """
 
     progress: bool = False
     _batches: int = 0
 
     def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
-        """Takes what it needs of a batch."""
+        """Takes what the method needs from a batch."""
         self._batches += 1
         self._add(forward_pass, targets)
 
@@ -95,21 +95,21 @@ class Accumulator(ABC):
 
     @abstractmethod
     def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
-        """Takes what it needs of a batch."""
+        """Takes what the method needs from a batch."""
 
     @abstractmethod
     def _finish(self, communicator: Communicator) -> Head:
-        """The head fitted on the batches of all ranks; this one may have had none, but not all."""
+        """The head fitted on the batches of all ranks; at least one rank has had a batch, not necessarily this one."""
 
 
 class Method(ABC):
-    """How to fit. A subclass is a frozen dataclass of hyper-parameters, each with a default, in `methods/<name>.py`.
+    """A way to fit uncertainties: a frozen dataclass of hyper-parameters, each with a default, in `methods/<name>.py`.
 
     Attributes:
-        name: What users call it, and the suffix of its results keys.
-        head: The class that its settings and tensors make again.
-        forces: Whether the fit looks at the potential's forces, which cost a backward pass of conservative ones.
-        gradients: Whether it asks for `ForwardPass.gradients`.
+        name: The name that users give, and the suffix of the method's results keys.
+        head: The class of head that is rebuilt from saved settings and tensors.
+        forces: Whether the fit needs the potential's forces, which cost a backward pass if they are conservative.
+        gradients: Whether the fit needs `ForwardPass.gradients`.
     """
 
     name: str

@@ -1,11 +1,11 @@
-"""Spread of a committee: how far potentials trained on the same data from other starts differ.
+"""Spread of a committee: how far potentials differ that were trained on the same data from different starts.
 
     σ_i² = Σ_m ‖F_i^(m) - F̄_i‖² / (3 (M - 1))        of a force component
-    σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; stresses likewise
+    σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; a stress has the same form
 
-The members are the calculator's own, and each costs a forward pass. Nothing is fitted but the mean of σ_i², the unit
-of the distance; the calibrator adds the scale and the floor that a committee of few members needs (its spread is
-that of the training, not of the error). Source: Seung, Opper and Sompolinsky 1992; for forces, DP-GEN (Zhang et al.
+The members are those of the calculator, and each costs a forward pass. The only thing fitted is the mean of σ_i², the
+unit of the distance; the calibrator adds the scale and the floor that a committee of few members needs (its spread
+reflects the training, not the error). Source: Seung, Opper and Sompolinsky 1992; for forces, DP-GEN (Zhang et al.
 2020), whose model deviation is the same sum over M instead of M - 1.
 """
 
@@ -33,7 +33,7 @@ class CommitteeHead(Head):
         members = _members_of(forward_pass)
         forces = force_variance(members)
         energy = (members.energy.double() / forward_pass.n_atoms_of_frame).var(0)
-        # Without a stress the forces are all there is to tell a strained structure by.
+        # Without stresses, only the forces reveal a strained structure.
         counts = forward_pass.n_atoms_of_frame
         stress = forward_pass.sum_over_atoms(forces) / counts
         if members.stress is not None:
@@ -41,7 +41,7 @@ class CommitteeHead(Head):
         return Raw(
             forces=forces[:, None, None],
             energy=energy[:, None],
-            # No member need have energies of its atoms.
+            # The members may have no energies of single atoms.
             energies=energy[forward_pass.frame_of_atom],
             stress=stress[:, None],
             distance=forces / self._settings["mean_square"],
@@ -50,7 +50,7 @@ class CommitteeHead(Head):
 
 @dataclass(frozen=True)
 class Committee(Method):
-    """Takes the spread over the members of a committee; there is nothing to choose."""
+    """Takes the spread over the members of a committee; it has no hyper-parameters."""
 
     name = "committee"
     head = CommitteeHead
@@ -61,13 +61,13 @@ class Committee(Method):
 
 
 def force_variance(members: Members) -> Tensor:
-    """(n_atoms,) variance of a force component over the members, mean of the three, (eV/Å)²; float64."""
+    """(n_atoms,) variance of the forces over the members, averaged over the three components, (eV/Å)²; float64."""
     assert members.forces is not None, "the committee was evaluated without forces"
     return members.forces.double().var(0).mean(1)
 
 
 class CommitteeAccumulator(Accumulator):
-    """The mean variance of the atoms."""
+    """Accumulates the mean variance over the atoms."""
 
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()

@@ -1,14 +1,14 @@
-"""The confidence head of a potential, as orb-v3 models have one, turned into eV/Å.
+"""Uncertainties in eV/Å from the confidence head of a potential, such as orb-v3 models have.
 
-The head was trained to say in which bin the mean absolute error of an atom's force components lies. With the
-probabilities p_b and the centres c_b of the bins, and normal errors, for which σ = √(π/2) E|e|,
+The head was trained to tell in which bin the mean absolute error of an atom's force components lies. With the
+probabilities p_b and the centres c_b of the bins, and for normal errors, where σ = √(π/2) E|e|,
 
     σ_i = √(π/2) Σ_b p_b c_b.
 
-It saturates at the last edge (0.3 or 0.4 eV/Å): larger errors were left out of its training, so it cannot tell a
-bad atom from a hopeless one. The probability of the last bin stands beside σ² as a second score, an alarm that goes
-on rising when σ does no more; it is no bound of the error. Source: Rhodes et al. 2025 (orb-v3) and the code of
-orb-models; the conversion to a standard deviation is own.
+The estimate saturates at the last edge (0.3 or 0.4 eV/Å): larger errors were left out of the head's training, so it
+cannot tell a bad atom from a hopeless one. The probability of the last bin is a second score beside σ², an alarm that
+keeps rising after σ has levelled off; it is not a bound on the error. Source: Rhodes et al. 2025 (orb-v3) and the code
+of orb-models; the conversion to a standard deviation is our own.
 """
 
 import math
@@ -23,12 +23,12 @@ from ase_uq.forward_pass import ConfidenceBins, ForwardPass, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Method, Raw
 
-# Added to the probability of the last bin: below it, a softmax says nothing more.
+# Added to the probability of the last bin: smaller probabilities from a softmax carry no information.
 _SMALLEST_TAIL = 1e-3
 
 
 class ConfidenceHead(Head):
-    """The expected squared error of each atom, with the tail mass beside it.
+    """The expected squared error of each atom, and the probability of the last bin as a second score.
 
     Args:
         settings: `mean_square`, the mean σ² over the fitted atoms, (eV/Å)².
@@ -53,7 +53,7 @@ class ConfidenceHead(Head):
 
 @dataclass(frozen=True)
 class Confidence(Method):
-    """Reads the potential's own confidence head; there is nothing to choose."""
+    """Reads the potential's own confidence head; it has no hyper-parameters."""
 
     name = "confidence"
     head = ConfidenceHead
@@ -70,7 +70,7 @@ def expected_variance(confidence: ConfidenceBins) -> Tensor:
 
 
 class ConfidenceAccumulator(Accumulator):
-    """The mean variance of the atoms."""
+    """Accumulates the mean variance over the atoms."""
 
     def __init__(self) -> None:
         self.mean = MeanOverAtoms()

@@ -1,11 +1,12 @@
 """A Gaussian mixture over the features of the training atoms.
 
-    p(x) = Σ_k π_k N(x; μ_k, Σ_k),    score = 2 [max_k log p(μ_k) - log p(x)], not below zero
+    p(x) = Σ_k π_k N(x; μ_k, Σ_k),    score = max(0, 2 [max_k log p(μ_k) - log p(x)])
 
-With one component the score is the squared Mahalanobis distance; with several it is the drop of the log density from
-its highest peak, in the same units. The features are standardised and reduced to their leading principal components,
-in which a full covariance has few enough entries to be known; what is unusual only in the others is not seen.
-The number of components is that of the lowest BIC (Schwarz 1978). Source: Zhu, Batzner, Musaelian and Kozinsky 2023.
+With one mixture component the score is the squared Mahalanobis distance; with several it is the drop of the log density
+from its highest peak, in the same units. The features are standardised and reduced to their leading principal
+components, where a full covariance has few enough entries to be determined; an atom that is unusual only in the
+discarded ones is not detected. The number of mixture components is the one with the lowest BIC (Schwarz 1978).
+Source: Zhu, Batzner, Musaelian and Kozinsky 2023.
 """
 
 import math
@@ -20,21 +21,21 @@ from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
-# Added to the variances of a component, relative to the unit variance of the whitened features: atoms that are all
-# alike, such as those of a rare kind, would make a component of no width and unbounded likelihood.
+# Added to the variances of a component, relative to the unit variance of the whitened features: without it, atoms that
+# are all alike, such as those of a rare kind, would form a component of zero width and unbounded likelihood.
 _SMALLEST_VARIANCE = 1e-3
-_SMALLEST_SHARE = 1e-6  # of the largest variance, below which a principal component is rounding
-_FLAT = 1e-7  # nats an atom: a mixture that gains less in a step has converged
+_SMALLEST_SHARE = 1e-6  # share of the largest variance below which a principal component is rounding error
+_FLAT = 1e-7  # nats per atom: a mixture that gains less in one step has converged
 _STEPS = 300
-_PATIENCE = 2  # component counts without a lower BIC, after which more are not tried
+_PATIENCE = 2  # number of successive component counts without a lower BIC after which the search stops
 
 
 class GMMHead(DistanceHead):
-    """The mixture, with what brings features into its space.
+    """The mixture, and the projection of the features into its space.
 
     Args:
-        settings: `peak`, the highest log density at a mean, and `scale` that the score is divided by.
-        tensors: `centre` (n_features,), `projection` (n_features, d), and those of the `Mixture`.
+        settings: `peak`, the highest log density at a mean, and `scale`, by which the score is divided.
+        tensors: `centre` (n_features,), `projection` (n_features, d), and the tensors of the `Mixture`.
     """
 
     centre: Tensor
@@ -54,11 +55,12 @@ class GMM(Method):
     """Fits a mixture of normal distributions with full covariances.
 
     Args:
-        dimensions: Most principal components of the features that are looked at. Of 8, 16 and 32, more ranked force
-            errors better on acetylacetone.
-        components: Most components of the mixture.
-        rows: Most atoms it is fitted on, a pseudo-random sample where there are more. The head does not hold them.
-        seed: Of the random start.
+        dimensions: Maximum number of principal components of the features to use. Of 8, 16 and 32, larger numbers
+            ranked force errors better on acetylacetone.
+        components: Maximum number of components of the mixture.
+        rows: Maximum number of atoms in the fit; if there are more, a pseudo-random sample of them. The head does not
+            hold them.
+        seed: Seed of the random start.
     """
 
     name = "gmm"
@@ -94,7 +96,7 @@ class Mixture:
     def log_parts(self, rows: Tensor) -> Tensor:
         """(n, d) → (n, k): log π_k N(x; μ_k, Σ_k)."""
         constant = self.means.shape[1] * math.log(2 * math.pi)
-        # A component after the other: together, all differences would fill the memory.
+        # One component at a time: all differences at once would fill the memory.
         squares = torch.stack(
             [((rows - mean) @ root.T).square().sum(1) for mean, root in zip(self.means, self.roots, strict=True)], 1
         )
@@ -107,25 +109,25 @@ class Mixture:
 
     @property
     def n_parameters(self) -> int:
-        """Free numbers: weights that sum to one, means, symmetric covariances."""
+        """Number of free parameters: weights that sum to one, means, and symmetric covariances."""
         k, d = self.means.shape
         return k - 1 + k * d + k * d * (d + 1) // 2
 
 
 def depth(mixture: Mixture, rows: Tensor, peak: float) -> Tensor:
-    """(n,) twice the drop of the log density from a peak; a mixture may be a little higher between its means."""
+    """(n,) twice the drop of the log density from the peak, or 0 where a mixture is higher between its means."""
     return 2 * (peak - mixture.log_density(rows)).clamp(min=0)
 
 
 def fit_mixture(rows: Tensor, components: int, seed: int) -> tuple[Mixture, float]:
-    """The mixture that EM finds from a k-means++ start, and its mean log-likelihood a row.
+    """The mixture that EM finds from a k-means++ start, and its mean log-likelihood per row.
 
     Source: Dempster, Laird and Rubin 1977; the start of Arthur and Vassilvitskii 2007.
 
     Args:
         rows: (n, d).
-        components: Not more than there are rows.
-        seed: Of the start.
+        components: Number of components, at most the number of rows.
+        seed: Seed of the start.
     """
     nearest = torch.cdist(rows, _far_apart(rows, components, seed)).argmin(1)
     mixture = _mixture_of(rows, torch.nn.functional.one_hot(nearest, components).to(rows))
@@ -141,7 +143,7 @@ def fit_mixture(rows: Tensor, components: int, seed: int) -> tuple[Mixture, floa
 
 
 def fit_mixture_by_bic(rows: Tensor, most: int, seed: int) -> tuple[Mixture, dict[int, float]]:
-    """The mixture of lowest BIC, and the BIC a row of every number of components that was tried."""
+    """The mixture with the lowest BIC, and the BIC per row for every number of components that was tried."""
     tried: dict[int, float] = {}
     best, mixture = 0, None
     for components in range(1, min(most, len(rows)) + 1):
@@ -152,12 +154,12 @@ def fit_mixture_by_bic(rows: Tensor, most: int, seed: int) -> tuple[Mixture, dic
             best, mixture = components, candidate
         if components - best >= _PATIENCE:
             break
-    assert mixture is not None  # there is a row at least
+    assert mixture is not None  # there is at least one row
     return mixture, tried
 
 
 class GMMAccumulator(Accumulator):
-    """A bounded sample of the atoms' features."""
+    """Collects a bounded sample of the atoms' features."""
 
     def __init__(self, method: GMM) -> None:
         self.method = method
@@ -169,7 +171,7 @@ class GMMAccumulator(Accumulator):
     def _finish(self, communicator: Communicator) -> GMMHead:
         method = self.method
         features = self.sample.finish(communicator)
-        assert features is not None  # a rank has had a batch
+        assert features is not None  # at least one rank has had a batch
         centre = features.mean(0)
         units = units_of((features - centre).square().mean(0))
         standardised = (features - centre) / units
@@ -177,7 +179,7 @@ class GMMAccumulator(Accumulator):
         kept = min(method.dimensions, int((values > _SMALLEST_SHARE * values[-1]).sum()))
         whitening = vectors[:, -kept:] / values[-kept:].sqrt()
         rows = standardised @ whitening
-        # The random start looks at the rows in an order that is theirs, not that of the frames.
+        # The random start depends on the order of the rows: sorted, it does not depend on the order of the frames.
         rows = rows[rows.norm(dim=1).argsort()]
         mixture, tried = fit_mixture_by_bic(rows, method.components, method.seed)
         peak = float(mixture.log_density(mixture.means).max())
@@ -193,7 +195,7 @@ class GMMAccumulator(Accumulator):
 
 
 def _mixture_of(rows: Tensor, shares: Tensor) -> Mixture:
-    """The mixture of largest likelihood for (n, k) shares of every row in the components."""
+    """The mixture of largest likelihood, given the (n, k) shares of the components in each row."""
     counts = shares.sum(0).clamp(min=1e-10)  # a start may leave a component without rows
     means = (shares.T @ rows) / counts[:, None]
     eye = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -206,7 +208,7 @@ def _mixture_of(rows: Tensor, shares: Tensor) -> Mixture:
 
 
 def _far_apart(rows: Tensor, count: int, seed: int) -> Tensor:
-    """(count, d) rows, drawn one after the other with probabilities of their squared distance from those before."""
+    """(count, d) rows, drawn one by one with probability proportional to the squared distance from earlier draws."""
     draws = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).tolist()
     squares = torch.ones_like(rows[:, 0])
     centres: list[Tensor] = []

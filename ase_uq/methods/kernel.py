@@ -1,16 +1,17 @@
-"""Kernel on the potential's hidden features: the variance that a Gaussian process still has at an atom or a structure.
+"""Kernel on the potential's hidden features: the posterior variance of a Gaussian process at an atom or a structure.
 
     k(x, y) = Φ(x)·Φ(y)                      linear: an isotropic prior on the features' weights
     k(x, y) = exp(-‖Φ(x) - Φ(y)‖²/2ℓ²)       rbf, through landmarks
 
-Labels do not enter: the residual variance asks where the training frames are, not what their errors were. It is part
-of the potential's own forward pass. The linear form needs the Gram matrix of the features alone and is exact for any
-number of frames; on the exact features of the last layer it is last-layer rigidity with an isotropic prior. The rbf
-form keeps a fixed number of rows.
+Labels do not enter: the residual variance depends on where the training frames are, not on their errors. It needs only
+the potential's own forward pass. The linear form needs only the Gram matrix of the features and is exact for any number
+of frames; on the exact features of the last layer it is last-layer rigidity with an isotropic prior. The rbf form keeps
+a fixed number of rows.
 
-Of each atom for forces, also summed over the sites around it; of the pooled features of a structure for energy and
-stress. Sources: Holzmüller et al. 2023 (posterior features, bmdal), Zaverkin et al. 2022 (latent kernels of
-potentials), Quiñonero-Candela and Rasmussen 2005 (landmarks), Garreau et al. 2017 (median heuristic).
+Forces use the variance of each atom, also summed over the sites around it; energy and stress use the variance of the
+pooled features of a structure. Sources: Holzmüller et al. 2023 (posterior features, bmdal), Zaverkin et al. 2022
+(latent kernels of potentials), Quiñonero-Candela and Rasmussen 2005 (landmarks), Garreau et al. 2017 (median
+heuristic).
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -31,19 +32,19 @@ from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 from ase_uq.numerics.sites import RADII
 
-# Rows kept for each landmark: they choose the landmarks and stand for all rows in their Gram matrix.
+# Rows kept per landmark: landmarks are chosen from them, and they represent all rows in the Gram matrix.
 _ROWS_A_LANDMARK = 8
-# The square root of a pivot is divided by: below this one, rounding would be what is left of a row.
+# Rows are divided by the square root of a pivot: below this pivot only rounding error is left of a row.
 _SMALLEST_PIVOT = 1e-10
-_MEDIAN_ROWS = 1000  # the pairs among so many rows settle the median distance
+_MEDIAN_ROWS = 1000  # the pairs among this many rows determine the median distance
 
 
 class KernelHead(Head):
     """A fitted kernel.
 
     Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: Those of the variance of atoms, their names after `atoms.`, and of structures, after `frames.`.
+        settings: Hyper-parameters and results of the fit, as JSON values.
+        tensors: Tensors of the variance of atoms, named `atoms.…`, and of structures, named `frames.…`.
     """
 
     measures = True
@@ -52,7 +53,7 @@ class KernelHead(Head):
         super().__init__(settings, {})
         variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
         self.atoms, self.frames = (variance(tensors_of(part, tensors)) for part in ("atoms", "frames"))
-        # Both have a largest value, however far an atom is.
+        # The variances of the rbf and the cosine kernel are bounded, however far an atom is.
         self.grows = settings["kernel"] == "linear" and settings["normalisation"] != "cosine"
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -64,9 +65,9 @@ class KernelHead(Head):
         return replace(raw, energy=torch.cat([raw.energy, structure], 1), stress=torch.cat([raw.stress, structure], 1))
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; of the rbf kernel, what its landmarks represent.
+        """(n_atoms, d) Φ with k(x, y) = Φ(x)·Φ(y), up to a unit; for rbf, the part that the landmarks represent.
 
-        The latter are bounded: atoms far from all landmarks have no features and are alike.
+        The features of the rbf kernel are bounded: far from all landmarks they vanish, so that atoms there are alike.
         """
         return self.atoms.features(_rows(forward_pass, self._settings)[0])
 
@@ -76,19 +77,20 @@ class Kernel(Method):
     """Fits the residual variance of a kernel on hidden features in one streaming pass.
 
     Args:
-        features: Features it looks at: `"latent"`, invariants of all layers and norms of the equivariant channels, or
-            `"last_layer"`, the exact features of the energy's last layer.
-        kernel: `"linear"`, or `"rbf"`, which sees bends in a cloud of features that a linear one takes for inside.
+        features: Features that the kernel compares: `"latent"`, invariants of all layers and norms of the equivariant
+            channels, or `"last_layer"`, the exact features of the energy's last layer.
+        kernel: `"linear"`, or `"rbf"`, which follows a bent cloud of features, while a linear kernel takes its hollow
+            for inside.
         normalisation: `"centred"`, about the mean of the training rows and in units of their spread; `"global"`, the
-            same about zero, where whatever has no features (an atom torn off) counts as known; `"cosine"`, rows of
-            length 1, for kernels of directions only. The rbf kernel does not tell the first two apart.
-        pooling: Features of a structure: `"mean"`, for the kernel of energies per atom, or `"sum"`, for that of
+            same about zero, so that an atom without features (one torn off) counts as known; `"cosine"`, rows of
+            length 1, for kernels of directions only. The rbf kernel does not distinguish the first two.
+        pooling: Features of a structure: `"mean"`, for a kernel of energies per atom, or `"sum"`, for a kernel of
             total energies.
-        noise: σ² relative to the mean square of the normalised features. So small a default asks how far the
-            training frames could interpolate. On acetylacetone 1e-2 to 1e-8 rank alike with the linear kernel.
-        length: ℓ of the rbf kernel in units of the median distance between training rows.
-        landmarks: Most training rows that the rbf kernel compares with.
-        radii: Å; the variance is summed over the sites within each of them, beside the atom's own.
+        noise: Noise variance σ², relative to the mean square of the normalised features. The small default asks how far
+            the training frames could interpolate. On acetylacetone 1e-2 to 1e-8 rank alike with the linear kernel.
+        length: Length scale ℓ of the rbf kernel, in units of the median distance between training rows.
+        landmarks: Maximum number of training rows that the rbf kernel compares with.
+        radii: Radii in Å; the variance is summed over the sites within each of them, in addition to the atom's own.
     """
 
     name = "kernel"
@@ -125,7 +127,7 @@ class Kernel(Method):
 
 
 class LinearVariance(Buffers):
-    """(n, d) → (n,): ‖(x - centre) root‖², mean 1 over the fitted rows."""
+    """(n, d) → (n,): ‖(x - centre) root‖², with mean 1 over the fitted rows."""
 
     centre: Tensor
     root: Tensor
@@ -134,23 +136,23 @@ class LinearVariance(Buffers):
         return ((rows - self.centre) @ self.root).square().sum(1)
 
     def features(self, rows: Tensor) -> Tensor:
-        """(n, d) → (n, d): about the centre."""
+        """(n, d) → (n, d): rows relative to the centre."""
         return rows - self.centre
 
 
 class LandmarkVariance(Buffers):
-    """(n, d) → (n,): variance of the rbf kernel given landmarks, mean 1 over the fitted rows.
+    """(n, d) → (n,): variance of the rbf kernel given landmarks, with mean 1 over the fitted rows.
 
     v(x) = k(x, x) - ‖Φ‖² + σ² Φᵀ(Φ_TᵀΦ_T + σ²I)⁻¹Φ = 1 - ‖k_xm root‖²,  Φ = k_xm K_mm^{-1/2}
 
-    The first two terms are what the landmarks cannot represent: without them the variance would vanish far away. With
-    every training row a landmark it is the posterior variance of the Gaussian process.
+    The first two terms are the variance that the landmarks cannot represent: without them v would vanish far away. If
+    every training row is a landmark, v is the posterior variance of the Gaussian process.
     """
 
     landmarks: Tensor  # (m, d) in units of ℓ
     root: Tensor  # (m, m)
     length: Tensor  # () ℓ
-    mean: Tensor  # () of v over the fitted rows
+    mean: Tensor  # () mean of v over the fitted rows
 
     def forward(self, rows: Tensor) -> Tensor:
         known = (_rbf(rows / self.length, self.landmarks) @ self.root).square().sum(1)
@@ -163,19 +165,19 @@ class LandmarkVariance(Buffers):
 
 
 class Sums(Protocol):
-    """What is kept of the rows of atoms or of structures."""
+    """What a fit keeps of the rows of atoms or of structures."""
 
     def add(self, rows: Tensor, labels: Tensor) -> None:
         """Takes (n, d) rows; their labels (n, 2) decide which may be landmarks."""
         ...
 
     def finish(self, communicator: Communicator) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the variance, and what the fit found; one rank has had rows."""
+        """The tensors of the variance, and a record of the fit; at least one rank has had rows."""
         ...
 
 
 class KernelAccumulator(Accumulator):
-    """What is kept of all atoms and of all structures."""
+    """Collects what the fit keeps of all atoms and of all structures."""
 
     def __init__(self, method: Kernel) -> None:
         self.settings = asdict(method) | {"radii": list(method.radii)}
@@ -190,9 +192,9 @@ class KernelAccumulator(Accumulator):
 
     def _finish(self, communicator: Communicator) -> KernelHead:
         settings, tensors = dict(self.settings), {}
-        for of, sums in (("atoms", self.atoms), ("frames", self.frames)):
-            found, settings[of] = sums.finish(communicator)
-            tensors |= {f"{of}.{name}": tensor for name, tensor in found.items()}
+        for part, sums in (("atoms", self.atoms), ("frames", self.frames)):
+            of_part, settings[part] = sums.finish(communicator)
+            tensors |= {f"{part}.{name}": tensor for name, tensor in of_part.items()}
         return KernelHead(settings, tensors)
 
 
@@ -215,9 +217,9 @@ class LinearSums:
         else:
             gram, centre = moments.about_zero(), torch.zeros_like(moments.mean)
         square = mean_square(gram, moments.count, offset=float(centre.square().sum()))
-        found = residual(gram / square, moments.count, self.method.noise)
-        root = found.root / (square * found.mean) ** 0.5
-        record = {"rows": int(moments.count), "effective": found.effective, "jitter": found.jitter}
+        rest = residual(gram / square, moments.count, self.method.noise)
+        root = rest.root / (square * rest.mean) ** 0.5
+        record = {"rows": int(moments.count), "effective": rest.effective, "jitter": rest.jitter}
         return {"centre": centre, "root": root}, record
 
 
@@ -237,7 +239,7 @@ class LandmarkSums:
         rows = self.sample.finish(communicator)
         seen = int(communicator.sum({"seen": torch.tensor([self.seen], dtype=torch.float64)})["seen"])
         assert rows is not None
-        # To an rbf kernel all rows are alike before the first is taken: it is to be the same in any order of frames.
+        # For an rbf kernel all rows are alike before the first pivot: sorted, it is the same for any order of frames.
         rows = rows[rows.norm(dim=1).argsort(descending=True)]
         length = self.method.length * _median_distance(rows[:: -(-len(rows) // _MEDIAN_ROWS)])
         rows = rows / length
@@ -249,13 +251,13 @@ class LandmarkSums:
         )
         factor = pivots.factor[pivots.indices]
         eye = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
-        # Landmarks stand for themselves, the others of the sample also for the rows that were not kept.
+        # Landmarks represent themselves; the other rows of the sample also represent the rows that were not kept.
         weights = torch.full_like(rows[:, 0], (seen - len(factor)) / max(len(rows) - len(factor), 1))
         weights[pivots.indices] = 1.0
-        found = residual(pivots.factor.T @ (weights[:, None] * pivots.factor), seen, self.method.noise)
+        rest = residual(pivots.factor.T @ (weights[:, None] * pivots.factor), seen, self.method.noise)
         whitening = torch.linalg.solve_triangular(factor, eye, upper=False).T
-        # Of every direction among the landmarks, the share that the training rows have settled.
-        shares, directions = torch.linalg.eigh(eye - found.root @ found.root.T)
+        # For every direction among the landmarks, the share that the training rows determine.
+        shares, directions = torch.linalg.eigh(eye - rest.root @ rest.root.T)
         tensors = {
             "landmarks": rows[pivots.indices],
             "root": whitening @ (directions * shares.clamp(min=0).sqrt()),
@@ -264,7 +266,7 @@ class LandmarkSums:
         }
         mean = (weights * LandmarkVariance(tensors)(rows * length)).sum() / seen
         record = {"rows": seen, "sample": len(rows), "landmarks": len(factor), "length": length}
-        return tensors | {"mean": mean}, record | {"effective": found.effective, "jitter": found.jitter}
+        return tensors | {"mean": mean}, record | {"effective": rest.effective, "jitter": rest.jitter}
 
 
 def _rows(forward_pass: ForwardPass, settings: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -281,8 +283,8 @@ def _rows(forward_pass: ForwardPass, settings: dict[str, Any]) -> tuple[Tensor, 
 
 def _rbf(rows: Tensor, landmarks: Tensor) -> Tensor:
     """(n, d), (m, d) → (n, m): exp(-‖x - y‖²/2) of rows in units of ℓ."""
-    # About the landmarks' centre the square of a difference can be multiplied out: features are much longer than
-    # neighbours are apart, but not than they are from it.
+    # The square of a difference may be expanded relative to the landmarks' centre: features are much longer than the
+    # distances between neighbours, but they are not much farther than that from the centre.
     centre = landmarks.mean(0)
     rows, landmarks = rows - centre, landmarks - centre
     squares = rows.square().sum(1)[:, None] + landmarks.square().sum(1) - 2 * rows @ landmarks.T
@@ -290,10 +292,10 @@ def _rbf(rows: Tensor, landmarks: Tensor) -> Tensor:
 
 
 def _median_distance(rows: Tensor) -> float:
-    """Median of the distances between rows, without those of the same row twice, as in perfect crystals.
+    """Median of the distances between rows; pairs of equal rows, as in perfect crystals, are left out.
 
     Raises:
-        LabelError: All are the same row.
+        LabelError: All rows are equal.
     """
     distances = torch.nn.functional.pdist(rows)
     distances = distances[distances > 1e-8 * rows.square().sum(1).mean().sqrt()]

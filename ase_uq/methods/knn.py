@@ -2,7 +2,8 @@
 
     d_i = mean over the k nearest training atoms j of ‖(x_i - x_j)/s‖,    s the spread of each feature in training
 
-The score is d², as variances go. No shape of the density is assumed; the price is that training atoms are kept.
+The score is d², since scores are variances. No shape of the density is assumed; the price is that training atoms are
+kept.
 Source: the latent distance of Hu, Musielewicz, Ulissi and Medford 2022, per element.
 """
 
@@ -17,14 +18,14 @@ from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, uni
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
-_CHUNK = 2**24  # distances at once: 128 MiB
+_CHUNK = 2**24  # distances computed at once: 128 MiB
 
 
 class KNNHead(DistanceHead):
-    """The training atoms, standardised, one element after the other.
+    """The standardised training atoms, sorted by element.
 
     Args:
-        settings: `neighbours`, `scale` that the squares are divided by, and `atoms`, how many are kept of each element.
+        settings: `neighbours`, `scale`, by which the squares are divided, and `atoms`, the number kept per element.
         tensors: `elements` (n_elements,) ascending atomic numbers; `units` (d,) of the features; `rows`
             (n_rows, d) the training atoms in these units.
     """
@@ -36,12 +37,12 @@ class KNNHead(DistanceHead):
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         queries = forward_pass.features.double() / self.units
         places = rows_of(forward_pass.numbers, self.elements)
-        # The last piece is for elements that were not fitted.
+        # The last piece, all rows, serves elements that were not fitted.
         pieces = [*self.rows.split(self._settings["atoms"]), self.rows]
         distance = torch.zeros_like(queries[:, 0])
         for place in places.unique().tolist():
-            own = places == place
-            distance[own] = mean_distance(queries[own], pieces[place], self._settings["neighbours"])
+            same = places == place
+            distance[same] = mean_distance(queries[same], pieces[place], self._settings["neighbours"])
         return distance.square() / self._settings["scale"]
 
 
@@ -49,13 +50,13 @@ class KNNHead(DistanceHead):
 class KNN(Method):
     """Keeps training atoms to measure distances from.
 
-    The spread of a feature is that within the elements. A training atom finds itself among its neighbours. An element
-    that was not fitted is measured from the atoms of all others.
+    The spread of a feature is its spread within the elements. A training atom counts among its own neighbours. The
+    atoms of an element that was not fitted are measured from the training atoms of all elements.
 
     Args:
-        neighbours: k; an element with fewer atoms has as many as it has atoms.
-        rows: Most atoms kept of an element, a pseudo-random sample where there are more. The head holds
-            elements * rows * features numbers of 8 bytes.
+        neighbours: Number of neighbours k, or the number of atoms of an element if it has fewer.
+        rows: Maximum number of atoms kept per element; if there are more, a pseudo-random sample of them. The head
+            holds elements * rows * features numbers of 8 bytes.
     """
 
     name = "knn"
@@ -78,16 +79,16 @@ class KNN(Method):
 def mean_distance(queries: Tensor, rows: Tensor, neighbours: int) -> Tensor:
     """(n, d), (n_rows, d) → (n,) mean Euclidean distance to the nearest rows, in chunks of bounded memory."""
     count = min(neighbours, len(rows))
-    found = []
+    means = []
     for some in queries.split(max(1, _CHUNK // len(rows))):
         nearest = torch.cdist(some, rows).topk(count, largest=False).indices
-        # cdist takes the difference of large squares, which loses half of the digits: those of atoms that are close.
-        found.append((some[:, None] - rows[nearest]).norm(dim=2).mean(1))
-    return torch.cat(found)
+        # cdist subtracts large squares, which loses half of the digits where atoms are close: distances are recomputed.
+        means.append((some[:, None] - rows[nearest]).norm(dim=2).mean(1))
+    return torch.cat(means)
 
 
 class KNNAccumulator(Accumulator):
-    """A bounded sample of the atoms of each element."""
+    """Collects a bounded sample of the atoms of each element."""
 
     def __init__(self, method: KNN) -> None:
         self.method = method
@@ -98,15 +99,15 @@ class KNNAccumulator(Accumulator):
         self.device = forward_pass.features.device
         labels = labels_of_atoms(forward_pass, targets)
         for z in forward_pass.numbers.unique().tolist():
-            own = forward_pass.numbers == z
-            self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[own], forward_pass.features[own])
+            same = forward_pass.numbers == z
+            self.samples.setdefault(z, RowSample(self.method.rows)).add(labels[same], forward_pass.features[same])
 
     def _finish(self, communicator: Communicator) -> KNNHead:
         elements = elements_of_all(self.samples, communicator)
         empty = RowSample(self.method.rows)
-        found = [self.samples.get(z, empty).finish(communicator) for z in elements]
-        # A rank may have none of an element that others have; it gets theirs on the CPU.
-        pieces = [piece.to(self.device) for piece in found if piece is not None]
+        samples = [self.samples.get(z, empty).finish(communicator) for z in elements]
+        # A rank may lack an element that other ranks have; it gets their rows on the CPU.
+        pieces = [piece.to(self.device) for piece in samples if piece is not None]
         units = units_of(torch.cat([piece - piece.mean(0) for piece in pieces]).square().mean(0))
         pieces = [piece / units for piece in pieces]
         squares = torch.cat([mean_distance(piece, piece, self.method.neighbours).square() for piece in pieces])

@@ -2,9 +2,9 @@
 
     d_i² = (x_i - μ_z)ᵀ Σ_z⁻¹ (x_i - μ_z)
 
-with one normal distribution of the features per element: a density in one streaming pass, without labels, and
-exact for any number of atoms. Unlike the leverage of a Bayesian last layer, which has one covariance for all atoms,
-it knows that the surroundings usual for one element may be unheard of for another.
+The features of each element have one normal distribution, fitted in one streaming pass, without labels, and exactly
+for any number of atoms. Unlike the leverage of a Bayesian last layer, which has one covariance for all atoms, this
+distance knows that surroundings usual for one element may be unheard of for another.
 Source: Mahalanobis 1936; as an out-of-distribution score per class, Lee et al. 2018.
 """
 
@@ -23,7 +23,7 @@ from ase_uq.numerics.moments import Moments, reduced
 
 
 class MahalanobisHead(DistanceHead):
-    """Means and whiteners, one row an element and a last one for any other.
+    """Means and whiteners: one row per element, and a last row for all elements that were not fitted.
 
     Args:
         settings: JSON values.
@@ -40,8 +40,8 @@ class MahalanobisHead(DistanceHead):
         centred = forward_pass.features.double() - self.centres[rows]
         distance = torch.zeros_like(centred[:, 0])
         for row in rows.unique().tolist():
-            own = rows == row
-            distance[own] = (centred[own] @ self.roots[row]).square().sum(1)
+            same = rows == row
+            distance[same] = (centred[same] @ self.roots[row]).square().sum(1)
         return distance
 
 
@@ -49,10 +49,10 @@ class MahalanobisHead(DistanceHead):
 class Mahalanobis(Method):
     """Fits a normal distribution of the features per element.
 
-    The covariance of an element is shrunk to that within the elements, as if as many atoms of it had been seen as
-    there are features: Σ_z = (S_z + d·Σ_within)/(n_z + d), with S_z the scatter of its n_z atoms. It matters for
-    elements with few atoms, which know their own covariance badly or not at all. An element that was not fitted has
-    the mean and covariance of all atoms.
+    The covariance of each element is shrunk towards the pooled covariance within the elements, which counts as much
+    as d atoms, one per feature: Σ_z = (S_z + d·Σ_within)/(n_z + d), with S_z the scatter of the element's n_z atoms.
+    Shrinkage matters for elements with few atoms, whose own covariance is known badly or not at all. An element that
+    was not fitted gets the mean and covariance of all atoms.
 
     Args:
         ridge: Added to the variance of every feature, relative to its variance within the elements.
@@ -71,7 +71,7 @@ class Mahalanobis(Method):
 
 
 class MahalanobisAccumulator(Accumulator):
-    """Moments of the features, one set an element."""
+    """Moments of the features, one set per element."""
 
     def __init__(self, method: Mahalanobis) -> None:
         self.method = method
@@ -86,13 +86,13 @@ class MahalanobisAccumulator(Accumulator):
 
     def _finish(self, communicator: Communicator) -> MahalanobisHead:
         elements = elements_of_all(self.moments, communicator)
-        # A rank may have none of an element that others have; its sums are on the device all the same.
+        # A rank may lack an element that other ranks have; its empty sums must still be on the device.
         none = Moments.empty(0, self.device)
-        found = {z: reduced(self.moments.get(z, none), communicator) for z in elements}
-        moments = {z: own for z, own in found.items() if own is not None}
+        totals = {z: reduced(self.moments.get(z, none), communicator) for z in elements}
+        moments = {z: total for z, total in totals.items() if total is not None}
         every = reduce(Moments.__add__, moments.values())
         width = len(every.mean)
-        within = sum((own.scatter for own in moments.values()), torch.zeros_like(every.scatter)) / every.count
+        within = sum((m.scatter for m in moments.values()), torch.zeros_like(every.scatter)) / every.count
         units = units_of(within.diagonal())
         eye = torch.eye(width, dtype=units.dtype, device=units.device)
 
@@ -100,22 +100,22 @@ class MahalanobisAccumulator(Accumulator):
             root, jitter = whitener(covariance / torch.outer(units, units) + self.method.ridge * eye)
             return root / units[:, None], jitter
 
-        shrunk = [(own.scatter + width * within) / (own.count + width) for own in moments.values()]
+        shrunk = [(m.scatter + width * within) / (m.count + width) for m in moments.values()]
         roots, jitters = zip(*(root_of(c) for c in (*shrunk, every.scatter / every.count)), strict=True)
-        # Σ_i d_i² over the atoms of an element is tr(Wᵀ S_z W).
+        # The sum of d_i² over the atoms of an element is tr(Wᵀ S_z W).
         pairs = zip(roots, moments.values(), strict=False)
-        total = sum(float((root.T @ own.scatter @ root).trace()) for root, own in pairs)
+        total = sum(float((root.T @ m.scatter @ root).trace()) for root, m in pairs)
         scale = (every.count / max(total, 1e-300)) ** 0.5
         return MahalanobisHead(
             {
                 "ridge": self.method.ridge,
-                "atoms": {str(z): int(own.count) for z, own in moments.items()},
+                "atoms": {str(z): int(m.count) for z, m in moments.items()},
                 "mean_square": total / every.count,
                 "jitter": max(jitters),
             },
             {
                 "elements": torch.tensor(elements, device=units.device),
-                "centres": torch.stack([*(own.mean for own in moments.values()), every.mean]),
+                "centres": torch.stack([*(m.mean for m in moments.values()), every.mean]),
                 "roots": torch.stack(roots) * scale,
             },
         )

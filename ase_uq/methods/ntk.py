@@ -1,15 +1,15 @@
-"""Neural tangent kernel of the finite network: the variance left if every weight of the potential were free.
+"""Neural tangent kernel of the finite network: the residual variance if every weight of the potential were free.
 
     energy    Φ_s = ∂E_s/∂θ / N
-    forces    Φ_sm = ∂(Σ_j δ_mj·F_j)/∂θ / √(3N), random signs δ_m: the sum over all 3N force components with equal
-              signs would be 0 by translation; over random ones its square is on average the mean of theirs
+    forces    Φ_sm = ∂(Σ_j δ_mj·F_j)/∂θ / √(3N), random signs δ_m: with equal signs the sum over all 3N force
+              components would be 0 by translation; with random signs its square is on average the mean of their squares
 
-Millions of parameters are sketched to a few hundred numbers; the residual variance of the sketches ranks frames as that
-of the gradients does, and calibration gives it its size.
+The gradients by millions of parameters are sketched to a few hundred numbers; the residual variance of the sketches
+ranks frames as that of the full gradients does, and calibration sets its scale.
 
-Costs one backward pass through the potential a frame and, a tangent, one through its forces: far more than the
-forward pass. It suits the screening of pools, not molecular dynamics. It tells frames apart, not the atoms of a frame,
-which all get their frame's score.
+The method costs one backward pass through the potential per frame and one through its forces per frame and tangent:
+far more than the forward pass. It suits the screening of pools, not molecular dynamics. It distinguishes frames, but
+not the atoms of a frame, which all get the score of their frame.
 
 Sources: Holzmüller et al. 2023 (finite-width tangent kernel, sketched, bmdal), arXiv:2605.13788 (forces).
 """
@@ -32,7 +32,7 @@ class NTKHead(Head):
     """A fitted neural tangent kernel.
 
     Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
+        settings: Hyper-parameters and results of the fit, as JSON values.
         tensors: Roots R with v = ‖ΦR‖² of a sketch Φ: `energy_root`, mean 1 over the fitted frames, and `force_root`,
             mean 1 over the fitted atoms; float64.
     """
@@ -49,7 +49,7 @@ class NTKHead(Head):
         energy = (energy_rows(forward_pass, self.sketch) @ self.energy_root).square().sum(1)
         rows = force_rows(forward_pass, self.sketch, self._settings["tangents"], self._settings["seed"])
         forces = (rows @ self.force_root).square().sum(2).mean(1)
-        # Each says something of the other's errors.
+        # Each score is informative about the other's errors too.
         scores = torch.stack([forces, energy], 1)
         atoms = scores[forward_pass.frame_of_atom]
         return Raw(
@@ -66,11 +66,11 @@ class NTK(Method):
     """Fits the residual variance of the neural tangent kernel in one streaming pass.
 
     Args:
-        size: Numbers that a gradient is sketched to; 512 or more keep the ranking of hundreds of frames.
-        tangents: Random directions in which the forces of a frame are looked at; each costs a backward pass through
-            the forces. On acetylacetone 4 ranked frames as well as 8, and better than 1 or 2.
-        noise: σ² relative to the mean square of the gradients.
-        seed: Of the sketch and of the directions.
+        size: Length of the sketch of a gradient; 512 or more preserve the ranking of hundreds of frames.
+        tangents: Number of random directions along which the forces of a frame are projected; each costs a backward
+            pass through the forces. On acetylacetone 4 ranked frames as well as 8, and better than 1 or 2.
+        noise: Noise variance σ², relative to the mean square of the gradients.
+        seed: Seed of the sketch and of the directions.
     """
 
     name = "ntk"
@@ -107,20 +107,20 @@ class NTKAccumulator(Accumulator):
             self.sketch = Sketch.like(first, self.method.size, self.method.seed)
         energy = energy_rows(forward_pass, self.sketch)
         forces = force_rows(forward_pass, self.sketch, self.method.tangents, self.method.seed)
-        # The sum over the force components of a frame, not their mean: a larger frame says more.
+        # A sum over the force components of a frame, not a mean: a larger frame carries more information.
         counts = forward_pass.n_atoms_of_frame.double()
         forces = (forces * (counts / self.method.tangents).sqrt()[:, None, None]).flatten(0, 1)
-        own = {
+        of_batch = {
             "energy": energy.T @ energy,
             "forces": forces.T @ forces,
             "counts": torch.stack([torch.ones_like(counts), counts], 1).sum(0),
         }
-        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in own.items()}
+        self.sums = {name: value + self.sums[name] if self.sums else value for name, value in of_batch.items()}
 
     def _finish(self, communicator: Communicator) -> NTKHead:
         parameters = self._parameters(communicator)
         size = min(self.method.size, parameters)
-        # A rank without frames takes part with zeros.
+        # A rank without frames contributes zeros.
         shapes = {"energy": (size, size), "forces": (size, size), "counts": (2,)}
         sums = self.sums or {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
         sums = communicator.sum(sums)
@@ -129,15 +129,15 @@ class NTKAccumulator(Accumulator):
         tensors = {}
         for name, root, count in (("energy", "energy_root", frames), ("forces", "force_root", atoms)):
             square = mean_square(sums[name], count)
-            found = residual(sums[name] / square, count, self.method.noise)
-            tensors[root] = found.root / (square * found.mean) ** 0.5
-            settings[name] = {"rows": int(count), "effective": found.effective, "jitter": found.jitter}
+            rest = residual(sums[name] / square, count, self.method.noise)
+            tensors[root] = rest.root / (square * rest.mean) ** 0.5
+            settings[name] = {"rows": int(count), "effective": rest.effective, "jitter": rest.jitter}
         return NTKHead(settings, tensors)
 
     def _parameters(self, communicator: Communicator) -> int:
-        own = None if self.sketch is None else torch.tensor([[self.sketch.length]], dtype=torch.float64)
-        lengths = gather(own, communicator)
-        assert lengths is not None  # a rank has had a batch
+        length = None if self.sketch is None else torch.tensor([[self.sketch.length]], dtype=torch.float64)
+        lengths = gather(length, communicator)
+        assert lengths is not None  # at least one rank has had a batch
         return int(lengths[0])
 
 
@@ -158,10 +158,10 @@ def force_rows(forward_pass: ForwardPass, sketch: Sketch, tangents: int, seed: i
 
 
 def directions(forward_pass: ForwardPass, number: int, seed: int) -> Tensor:
-    """(n_atoms, 3) random signs, the number-th tangent δ.
+    """(n_atoms, 3) random signs of the tangent δ with this number.
 
-    They belong to the place of an atom in its frame: the same in every batch, and steady along a trajectory, as those
-    drawn for each frame would not be. Atoms in another order get a somewhat different score.
+    The signs depend on the index of an atom in its frame: they are the same in every batch and along a trajectory,
+    unlike signs drawn anew for each frame. Reordering the atoms changes the score somewhat.
     """
     first = forward_pass.n_atoms_of_frame.cumsum(0) - forward_pass.n_atoms_of_frame
     place = torch.arange(len(forward_pass.numbers), device=first.device) - first[forward_pass.frame_of_atom]

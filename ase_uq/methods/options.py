@@ -1,8 +1,8 @@
-"""Hyper-parameters as words: `kernel.landmarks=512` sets one of any method, whoever wrote it.
+"""Hyper-parameters set by strings: `kernel.landmarks=512` sets an option of any method, plugins included.
 
     make_methods(["bll", "pdrum"], ["bll.radii=2.5,5", "pdrum.training.max_epochs=50"])
 
-The fields of a method's dataclass say what there is to set, their annotations how a word is read.
+The fields of a method's dataclass are its options, and their annotations determine how a value is read.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,13 +26,13 @@ def make_methods(names: Iterable[str], assignments: Iterable[str] = ()) -> list[
     """Methods with their hyper-parameters.
 
     Args:
-        names: Of the methods.
-        assignments: `METHOD.OPTION=VALUE`, or `METHOD.OPTION.OPTION=VALUE` where the option is a dataclass itself;
-            values of a tuple have commas between. If an option is set twice, the later counts.
+        names: Names of the methods.
+        assignments: `METHOD.OPTION=VALUE`, or `METHOD.OPTION.OPTION=VALUE` where the option is itself a dataclass;
+            the values of a tuple are separated by commas. If an option is set twice, the later value counts.
 
     Raises:
-        ValueError: There is no such method or option, the method is not among the names, or the option does not take
-            the value.
+        ValueError: A method or option does not exist, the method is not among the names, or the option does not
+            take the value.
     """
     names = list(names)
     methods = {name: make_method(name) for name in names}
@@ -54,20 +54,20 @@ def make_methods(names: Iterable[str], assignments: Iterable[str] = ()) -> list[
 
 
 def _options_of(part: Any, prefix: str = "") -> dict[str, _Option]:
-    """What there is to set of a dataclass, by name; of those inside it, by names with dots."""
+    """The options of a dataclass by name; options of dataclasses inside it have names with dots."""
     annotations = get_type_hints(type(part))
-    found = {}
+    options = {}
     for field in fields(part):
         name, value = prefix + field.name, getattr(part, field.name)
         if is_dataclass(value):
-            found |= _options_of(value, f"{name}.")
+            options |= _options_of(value, f"{name}.")
         else:
-            found[name] = _Option(annotations[field.name], value)
-    return found
+            options[name] = _Option(annotations[field.name], value)
+    return options
 
 
 def _replaced(part: Any, values: Mapping[str, Any]) -> Any:
-    """The dataclass with these values, all at once: some are allowed only together."""
+    """The dataclass with these values, set all at once, because some are allowed only together."""
     changes = {}
     for field in fields(part):
         prefix = f"{field.name}."
@@ -91,7 +91,7 @@ def _value(path: str, word: str, annotation: Any) -> Any:
 
 
 def _reader(annotation: Any) -> tuple[str, Callable[[str], Any]]:
-    """What the values of a type are called, and what reads one; that fails on words for others.
+    """The words for the values of a type, and a function that reads one; it fails on words that are no such value.
 
     Raises:
         TypeError: No word stands for a value of this type.
@@ -110,7 +110,7 @@ def _reader(annotation: Any) -> tuple[str, Callable[[str], Any]]:
 
 
 def _listed(name: str, options: Mapping[str, _Option]) -> str:
-    """The options of a method with their defaults, as they would be set."""
+    """The options of a method with their defaults, in the form in which they are set."""
     if not options:
         return f"{name} has no options."
     return f"Options of {name} and their defaults: {' '.join(f'{k}={_written(o.default)}' for k, o in options.items())}"

@@ -1,19 +1,19 @@
-"""POPS: the covariance of a linear model that is wrong rather than unsure.
+"""POPS: the covariance of a linear model whose errors come from its form, not from a lack of data.
 
-The posterior of a linear model shrinks with every row it is fitted on, though the errors of a model that cannot fit
-them do not. POPS asks instead how far the weights would have to move to fit a row exactly. The smallest such move, in
-the metric of the precision Λ = ΦᵀΦ + Λ_0, is
+The posterior of a linear model shrinks with every row that it is fitted on, but if the model cannot fit the rows, its
+errors do not shrink. POPS asks instead how far the weights would have to move to fit one row exactly. The smallest
+such move, in the metric of the precision Λ = ΦᵀΦ + Λ_0, is
 
     δθ_i = S φ_i e_i/h_i,    S = Λ⁻¹,  h_i = φ_iᵀ S φ_i,    so that φ_iᵀ δθ_i = e_i,
 
 and the covariance of the moves of all rows, Σ = (1/n) Σ_i δθ_i δθ_iᵀ = S [(1/n) Σ_i φ_i φ_iᵀ (e_i/h_i)²] S, does not
-shrink with n. The score of an atom is φᵀΣφ: large where a training atom with a large error had similar features, and
-where there was none.
+shrink with n. The score of an atom is φᵀΣφ: large where a training atom with similar features had a large error,
+and where no training atom was similar.
 
-Here φ are the latent features of an atom, standardised, with a constant beside them (it bounds h_i from below, or an
-atom at the mean of all would have to move the weights without end), and e_i² is the mean square over the components
-of its force residual: what a scale of the force errors, linear in the features, would have to fit.
-Source: Swinburne and Perez 2025; the application to atoms of a trained potential is own.
+Here φ are the latent features of an atom, standardised, and a constant (it bounds h_i from below; otherwise an atom at
+the mean of all atoms would move the weights without bound). e_i² is the mean square over the components of the force
+residual of the atom, which a scale of the force errors, linear in the features, would have to fit.
+Source: Swinburne and Perez 2025; the application to atoms of a trained potential is our own.
 """
 
 from dataclasses import dataclass
@@ -50,9 +50,9 @@ class POPS(Method):
     """Fits the POPS covariance of the force residuals.
 
     Args:
-        ridge: Prior precision, relative to the unit variance of the standardised features.
-        rows: Most atoms it is fitted on, a pseudo-random sample where there are more: leverages are known only when
-            all atoms have been seen, so the atoms are kept until then. The head does not hold them.
+        ridge: Prior precision of the weights, relative to the unit variance of the standardised features.
+        rows: Maximum number of atoms in the fit; if there are more, a pseudo-random sample of them. Leverages are known
+            only when all atoms have been seen, so the atoms are kept until then. The head does not hold them.
     """
 
     name = "pops"
@@ -72,12 +72,12 @@ class POPS(Method):
 
 
 def with_constant(rows: Tensor) -> Tensor:
-    """(n, d) → (n, d + 1): a one before the features of every row."""
+    """(n, d) → (n, d + 1): every row of features with a one in front."""
     return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
 
 
 def pops_root(features: Tensor, squares: Tensor, precision: Tensor) -> tuple[Tensor, float]:
-    """(d, d) R with RRᵀ = Σ_POPS, and the relative jitter that the precision took.
+    """(d, d) R with RRᵀ = Σ_POPS, and the relative jitter that was added to the precision.
 
     Args:
         features: (n, d) φ.
@@ -86,14 +86,14 @@ def pops_root(features: Tensor, squares: Tensor, precision: Tensor) -> tuple[Ten
     """
     whitening, jitter = whitener(precision)
     rows = features @ whitening
-    # Between the whiteners stands a well-conditioned matrix, whatever the precision: its root loses no digits.
+    # The matrix between the whiteners is well conditioned, whatever the precision, so its root loses no digits.
     weighted = rows * (squares.sqrt() / rows.square().sum(1))[:, None]
     values, vectors = torch.linalg.eigh(weighted.T @ weighted / len(rows))
     return whitening @ (vectors * values.clamp(min=0).sqrt()), jitter
 
 
 class POPSAccumulator(Accumulator):
-    """A bounded sample of atoms: features and e²."""
+    """Collects a bounded sample of atoms: their features and e²."""
 
     def __init__(self, method: POPS) -> None:
         self.method = method
@@ -102,7 +102,7 @@ class POPSAccumulator(Accumulator):
     def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         if targets.forces is None:
             return
-        assert forward_pass.forces is not None  # `forces` above asks for them
+        assert forward_pass.forces is not None  # guaranteed by `forces = True` of the method
         squares = (targets.forces.double() - forward_pass.forces.double()).square().mean(1, keepdim=True)
         rows = torch.cat([squares, forward_pass.features.double()], 1)
         labelled = squares[:, 0].isfinite()
@@ -117,7 +117,7 @@ class POPSAccumulator(Accumulator):
         units = units_of((features - centre).square().mean(0))
         rows = with_constant((features - centre) / units)
         prior = self.method.ridge * torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-        # Of the mean over rows instead of their sum: S and h change by the same factor, and Σ does not.
+        # This precision is a mean over rows instead of a sum: S and h change by the same factor, and Σ does not change.
         root, jitter = pops_root(rows, squares, rows.T @ rows / len(rows) + prior)
         mean_square = float((rows @ root).square().sum(1).mean())
         root = root / torch.cat([torch.ones_like(units[:1]), units])[:, None] / max(mean_square, 1e-300) ** 0.5

@@ -1,9 +1,9 @@
-"""Laws that every plugin must pass, as classes for pytest: inherit one, say how the plugin is made, run.
+"""Laws that every plugin must pass, as pytest classes: inherit from one, define how the plugin is made, and run pytest.
 
-pytest is needed to import this package, and nothing else in `ase_uq` imports it.
+Importing this package needs pytest; nothing else in `ase_uq` imports this package.
 """
 
 import pytest
 
-# So that failing asserts in the contracts show their values, as those in test files do.
+# Failing asserts in the contracts then show their values, as in test files.
 pytest.register_assert_rewrite("ase_uq.testing.backends", "ase_uq.testing.methods")

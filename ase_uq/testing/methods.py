@@ -1,4 +1,4 @@
-"""`MethodContract`: what a method must do, whoever wrote it. With the frames and ranks that its tests need."""
+"""`MethodContract`: laws that every method must obey, with the frames and ranks that its tests need."""
 
 import copy
 import json
@@ -36,7 +36,7 @@ RAW_FIELDS = ("forces", "energy", "energies", "stress", "distance")
 class MethodContract:
     """Laws of a method.
 
-    Subclass it in a test file and say how the method is made:
+    Subclass it in a test file and define how the method is made:
 
         class TestMyMethod(MethodContract):
             def make_method(self):
@@ -44,22 +44,22 @@ class MethodContract:
 
     Attributes:
         direct: Whether the potential has a direct force head.
-        tolerance: By how much, relative to the largest value, raw uncertainties may depend on how the training
-            frames were batched, ordered and shared between ranks. A fit that solves a linear system of condition
+        tolerance: Largest change of raw uncertainties, relative to the largest value, when the training frames are
+            batched, ordered or shared between ranks differently. A fit that solves a linear system of condition
             number κ cannot do better than about κ times 1e-16.
     """
 
     direct: bool = False
     tolerance: float = 1e-10
 
-    # What a subclass says.
+    # What a subclass defines.
 
     def make_method(self) -> Method:
         """The method under test, with hyper-parameters that suit a hundred small molecules."""
         raise NotImplementedError("say in make_method how the method under test is made")
 
     def make_calculator(self) -> BaseCalculator:
-        """The potential it is fitted for; it knows H, C and O."""
+        """The potential that the method is fitted for; it must know H, C and O."""
         return ToyCalculator(ELEMENTS, direct=self.direct)
 
     def make_frames(self) -> list[Atoms]:
@@ -111,7 +111,7 @@ class MethodContract:
 
     def test_distance_is_one_on_average_over_the_fitted_atoms(self, head: Head, backend: Backend, frames: list[Atoms]):
         distance = head(self._forward(backend, frames)).distance
-        # Rounding of a solve in which features that hardly vary are scaled up.
+        # The tolerance allows for rounding in a solve that scales up features that hardly vary.
         assert float(distance.mean()) == pytest.approx(1.0, rel=1e-5)
 
     def test_uncertainty_is_larger_far_from_the_training_frames(
@@ -132,7 +132,7 @@ class MethodContract:
         alone = [head(self._forward(backend, [atoms])) for atoms in some]
         for name in RAW_FIELDS:
             joined = torch.cat([getattr(raw, name) for raw in alone])
-            # Other orders of summation in the features and in the matrix products.
+            # Features and matrix products are summed in a different order.
             _assert_close(getattr(together, name), joined, 1e-8, name)
 
     @pytest.mark.parametrize("batch_atoms", [1, 17, 10_000])
@@ -200,35 +200,35 @@ class MethodContract:
         for name in RAW_FIELDS:
             assert torch.equal(getattr(first, name), getattr(second, name)), name
 
-    @pytest.mark.filterwarnings("ignore:.*tells nothing about:ase_uq.errors.UQWarning")  # so few frames may not
+    @pytest.mark.filterwarnings("ignore:.*tells nothing about:ase_uq.errors.UQWarning")  # there may be too few frames
     def test_a_saved_model_gives_the_same_bits(self, frames: list[Atoms], unseen: ForwardPass, tmp_path: Path):
         calibration = labelled_frames(20, seed=4)
         model = fit(self.make_calculator(), frames, calibration, methods=[self.make_method()], progress=False)
         model.save(tmp_path / "a.uq.safetensors")
         again = UncertaintyModel.load(tmp_path / "a.uq.safetensors")
-        found, expected = again.apply(unseen), model.apply(unseen)
-        assert set(found) == set(expected) == set(model.results)
+        loaded, expected = again.apply(unseen), model.apply(unseen)
+        assert set(loaded) == set(expected) == set(model.results)
         for key, value in expected.items():
-            assert torch.equal(found[key], value), key
+            assert torch.equal(loaded[key], value), key
 
     def _forward(self, backend: Backend, frames: Sequence[Atoms]) -> ForwardPass:
         return forward_pass_of(backend, frames, gradients=self.make_method().gradients)
 
-    def _assert_same(self, found: Raw, expected: Raw) -> None:
+    def _assert_same(self, actual: Raw, expected: Raw) -> None:
         for name in RAW_FIELDS:
-            _assert_close(getattr(found, name), getattr(expected, name), self.tolerance, name)
+            _assert_close(getattr(actual, name), getattr(expected, name), self.tolerance, name)
 
 
 def labelled_frames(
     count: int, *, seed: int = 0, cell: float | None = None, spread: tuple[float, float] = (0.02, 0.12)
 ) -> list[Atoms]:
-    """Small molecules of H, C and O off their equilibrium, labelled; errors grow with the displacements.
+    """Labelled small molecules of H, C and O, displaced from equilibrium; errors grow with the displacements.
 
     Args:
-        count: How many.
-        seed: Of the choice of molecules, of their displacements and of the noise on their labels.
+        count: Number of frames.
+        seed: Seed of the choice of molecules, of their displacements and of the noise on their labels.
         cell: Edge of a periodic cubic cell in Å, for labels with a stress; None for free molecules.
-        spread: Å; every frame draws the standard deviation of its displacements from this range.
+        spread: Range in Å from which every frame draws the standard deviation of its displacements.
 
     Returns:
         Frames with `REF_energy`, `REF_forces` and, in a cell, `REF_stress`.
@@ -249,15 +249,15 @@ def labelled_frames(
 
 
 def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1, seed: int = 0) -> list[Atoms]:
-    """The frames themselves, with labels of a toy potential of other weights and noise.
+    """The same frame objects, with labels from a toy potential with other weights, plus noise.
 
-    Without the noise, labels would be exactly linear in the last layer's features, as those of no reference are.
+    Without noise the labels would be exactly linear in the last layer's features, which no real reference is.
 
     Args:
         frames: Structures of H, C and O.
-        noise: eV/Å; standard deviation on a force component, for each frame or for all. A tenth of it, in eV, is
-            that on the energy per atom, and a hundredth, in eV/Å³, that on the stress.
-        seed: Of the noise.
+        noise: Standard deviation of the noise on a force component in eV/Å, one per frame or one for all. The energy
+            per atom gets a tenth of it, in eV, and the stress a hundredth, in eV/Å³.
+        seed: Seed of the noise.
     """
     random = np.random.default_rng(seed)
     forward_pass = forward_pass_of(load_backend(ToyCalculator(ELEMENTS, seed=1)), list(frames))
@@ -265,9 +265,9 @@ def with_labels(frames: Sequence[Atoms], *, noise: Sequence[float] | float = 0.1
     assert forward_pass.stress is not None
     energies, forces, stresses = (x.numpy() for x in (forward_pass.energy, forward_pass.forces, forward_pass.stress))
     for index, (atoms, scale) in enumerate(zip(frames, np.broadcast_to(noise, len(frames)), strict=True)):
-        own = forces[forward_pass.frame_of_atom == index]
+        exact = forces[forward_pass.frame_of_atom == index]
         atoms.info["REF_energy"] = float(energies[index] + random.normal(scale=0.1 * scale * len(atoms)))
-        atoms.set_array("REF_forces", own + random.normal(scale=scale, size=own.shape))
+        atoms.set_array("REF_forces", exact + random.normal(scale=scale, size=exact.shape))
         if atoms.cell.rank == 3:
             atoms.info["REF_stress"] = stresses[index] + random.normal(scale=0.01 * scale, size=6)
     return list(frames)
@@ -295,7 +295,7 @@ def fit_head(
 
 
 class ThreadRank:
-    """A communicator whose ranks are threads of one process; made by `on_ranks`."""
+    """A communicator whose ranks are threads of one process; created by `on_ranks`."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, messages: list[Mapping[str, Tensor]]) -> None:
         self.rank = rank
@@ -304,10 +304,10 @@ class ThreadRank:
         self._messages = messages
 
     def sum(self, statistics: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The sum over all ranks; every rank must call it equally often, with tensors of the same names and shapes.
+        """The sum over all ranks; every rank must call it equally often, with the same names and shapes of tensors.
 
         Raises:
-            ValueError: The ranks sent other names or shapes.
+            ValueError: The ranks sent different names or shapes.
         """
         self._messages[self.rank] = statistics
         self._barrier.wait()
@@ -320,7 +320,7 @@ class ThreadRank:
 
 
 def on_ranks[T](size: int, run: Callable[[Communicator], T]) -> list[T]:
-    """What a function returns on each of several ranks that run as threads and can sum over each other."""
+    """The values that a function returns on each of several ranks, which run as threads and can sum over all ranks."""
     barrier = threading.Barrier(size, timeout=60)
     messages: list[Mapping[str, Tensor]] = [{} for _ in range(size)]
 
@@ -328,7 +328,7 @@ def on_ranks[T](size: int, run: Callable[[Communicator], T]) -> list[T]:
         try:
             return run(ThreadRank(rank, barrier, messages))
         except BaseException:
-            barrier.abort()  # the others would wait for ever
+            barrier.abort()  # otherwise the other ranks would wait for ever
             raise
 
     with ThreadPoolExecutor(size) as pool:
@@ -341,26 +341,26 @@ def on_ranks[T](size: int, run: Callable[[Communicator], T]) -> list[T]:
 
 
 def _torn(atoms: Atoms) -> Atoms:
-    """Far outside: atoms half an Å off their places."""
+    """A copy far outside the training frames: all atoms are displaced by about half an Å."""
     torn = atoms.copy()
     torn.positions += np.random.default_rng(0).normal(scale=0.5, size=torn.positions.shape)
     return torn
 
 
-def _assert_close(found: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
-    assert found.shape == expected.shape, what
-    deviation = float((found - expected).abs().max())
+def _assert_close(actual: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    assert actual.shape == expected.shape, what
+    deviation = float((actual - expected).abs().max())
     largest = float(expected.abs().max())
     assert deviation <= tolerance * largest, f"{what} differ by {deviation}, {deviation / largest:.0e} of the largest"
 
 
 def _tensors(value: Any, prefix: str = "") -> list[tuple[str, Tensor]]:
     """Every tensor of a forward pass with its dotted name."""
-    found = []
+    named = []
     for entry in fields(value):
         inner = getattr(value, entry.name)
         if isinstance(inner, Tensor):
-            found.append((prefix + entry.name, inner))
+            named.append((prefix + entry.name, inner))
         elif is_dataclass(inner):
-            found += _tensors(inner, f"{prefix}{entry.name}.")
-    return found
+            named += _tensors(inner, f"{prefix}{entry.name}.")
+    return named

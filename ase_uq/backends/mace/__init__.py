@@ -1,9 +1,9 @@
-"""MACE potentials (mace-torch 0.3). Importing this package imports mace, and leaves the process as it was."""
+"""MACE potentials (mace-torch 0.3). Importing this package imports mace and leaves the process unchanged."""
 
 from ase_uq.backends._process import preserved_process
 
 with preserved_process():
-    # All that the modules here import of mace: after this, their imports do nothing to the process.
+    # Everything that the modules here import from mace: later imports of it no longer change the process.
     import mace
     import mace.calculators
     import mace.tools.scripts_utils  # noqa: F401

@@ -1,13 +1,13 @@
 """MACE potentials (mace-torch 0.3): any `MACECalculator`, single or committee, any head, plain or compiled.
 
-The forward is the one `MACECalculator.calculate` makes, called from here because that method drops the node
-features it gets. Nothing is hooked: the features stand in the model's own output, compiled or not, and the exact
-last-layer features of atom i are recomputed from them by one small matrix product,
+The forward pass is the same as in `MACECalculator.calculate`, but is called from here because that method drops the
+node features. No hooks are needed: the model's output, compiled or not, contains the features, and the exact last-layer
+features of atom i are recomputed from them by one small matrix product,
 
     φ_i = scale · [h_i^(1)|l=0, ..., h_i^(L-1)|l=0, act(linear_1 h_i^(L))],      w·φ_i + base_i = e_i,
 
-with h^(t) the output of layer t. Source: the readout blocks of MACE (Batatia et al. 2022); checked numerically
-for every model that is wrapped.
+with h^(t) the output of layer t. Source: the readout blocks of MACE (Batatia et al. 2022); the identity
+is checked numerically for every model that is wrapped.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,7 +32,7 @@ from ase_uq.backends.mace.readout import hidden_activations, plain_module, resol
 from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import Edges, EnergyLayer, ForwardPass, Gradients, Members
 
-# Σ of float32 node energies of a probe of a few atoms; a wrong readout is off by tenths of an eV.
+# eV, for float32 node energies of a probe with a few atoms; a wrong readout is off by tenths of an eV.
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 
 
@@ -41,12 +41,12 @@ class MACEBackend(Backend):
 
     Args:
         calculator: The user's calculator. Its models, dtype, device, head, padding and compilation are used
-            as they are. For a committee the mean is the committee's, features and gradients are the first
-            member's.
+            unchanged. For a committee, the mean is that of all members; features and gradients are those of the first
+            member.
 
     Raises:
         TypeError: The calculator's model has no energy readout (dipole models) or is a TorchScript archive.
-        PotentialMismatch: `w·φ_i + base_i` does not give the model's own node energies.
+        PotentialMismatch: `w·φ_i + base_i` differs from the model's own node energies.
     """
 
     name = "mace"
@@ -67,10 +67,10 @@ class MACEBackend(Backend):
             self.required_info_keys = tuple(key for key in ("charge", "spin") if key in self.info_keys)
         self._readout = resolve_readout(plain_module(calculator.models[0]), str(calculator.head))
         if calculator.use_compile:
-            # The probe structure must not be compiled for, nor set the size that real structures are padded to.
+            # The probe structure must neither trigger compilation nor set the size to which structures are padded.
             with self._uncompiled():
                 self._check_last_layer()
-                _ = self.identity  # kept from here on
+                _ = self.identity  # cached from here on
         else:
             self._check_last_layer()
 
@@ -105,7 +105,7 @@ class MACEBackend(Backend):
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         if len(frames) == 1:
             _check_heads(frames, self.calculator.available_heads)
-            # The calculator's own road: keeps its padding, hence one compiled graph along a run.
+            # The calculator's own method keeps its padding, hence a single compiled graph along a run.
             return self.calculator._atoms_to_batch(frames[0])
         return self._placed(self._graphs()(frames))
 
@@ -144,14 +144,14 @@ class MACEBackend(Backend):
         with in_the_graph(parameters):
             for model in self.calculator.models:
                 data = self._inputs(batch.data, model)
-                leaves.append(data["positions"])  # in whose place the model puts deformed ones
+                leaves.append(data["positions"])  # the model replaces them by deformed positions
                 outputs.append(self._model_outputs(model, data, forces, keep_graph=gradients and not outputs))
             kept = self._gradients(batch, outputs[0], leaves[0], data["batch"], parameters) if gradients else None
         energy_unit = self.calculator.energy_units_to_eV
         length_unit = self.calculator.length_units_to_A
 
         def every(key: str, rows: int) -> Tensor:
-            # Rows beyond the real ones are padding, which a compiled calculator adds.
+            # Any further rows are padding, which a compiled calculator adds.
             return torch.stack([out[key].detach()[:rows] for out in outputs])
 
         def mean(key: str, rows: int, unit: float) -> Tensor:
@@ -197,7 +197,7 @@ class MACEBackend(Backend):
         frame_of_row: Tensor,
         parameters: list[torch.nn.Parameter],
     ) -> Gradients:
-        """Of the first member, in eV and Å; `leaf` are the positions in the model's own unit."""
+        """Gradients of the first member, in eV and Å; `leaf` holds the positions in the model's own unit."""
         n_frames, n_atoms = len(batch.frames), sum(len(atoms) for atoms in batch.frames)
         energy_unit, length_unit = self.calculator.energy_units_to_eV, self.calculator.length_units_to_A
         forces = out["forces"]
@@ -242,7 +242,7 @@ class MACEBackend(Backend):
                 return model(data, compute_force=False)
         outside = calculator.use_compile and calculator._enable_oeq
         if outside:
-            # As MACECalculator does: the strain must be a leaf outside the compiled graph.
+            # As in MACECalculator, the strain must be a leaf outside the compiled graph.
             positions = data["positions"]
             strain = torch.zeros((int(data["ptr"].numel() - 1), 3, 3), dtype=positions.dtype, device=positions.device)
             data["displacement"] = strain + positions.sum() * 0.0
@@ -250,7 +250,7 @@ class MACEBackend(Backend):
         return model(data, compute_stress=True, training=keep_graph)
 
     def _latent(self, features: Tensor) -> Tensor:
-        """Invariants of all layers, then the norms of the equivariant channels of each."""
+        """Invariants of all layers, then norms of the equivariant channels of all layers."""
         scalars, norms = [], []
         for block in torch.split(features, self._readout.layer_dims, -1):
             n_scalars = min(self._readout.n_scalars, block.shape[1])
@@ -267,7 +267,7 @@ class MACEBackend(Backend):
         return torch.cat([*scalars, *norms], 1)
 
     def _vectors(self, features: Tensor) -> Tensor | None:
-        """(n_atoms, 3, n_vectors) channels of order 1 of the first layer; e3nn orders their components x, y, z."""
+        """(n_atoms, 3, n_vectors) channels of order 1 in the first layer; e3nn orders their components x, y, z."""
         if self._readout.vectors is None:
             return None
         channels = features[:, self._readout.vectors]
@@ -284,7 +284,7 @@ class MACEBackend(Backend):
         return torch.cat(parts, 1) * readout.scale
 
     def _check_last_layer(self) -> None:
-        """w·φ_i + base_i = e_i on a structure with every element, with the base computed on its own."""
+        """Checks w·φ_i + base_i = e_i on a structure with many elements, with an independently computed base."""
         batch = self.collate([probe_structure(self.elements, self.required_info_keys)])
         forward_pass = self.forward(batch, forces=False)
         model = plain_module(self.calculator.models[0])
@@ -301,10 +301,10 @@ class MACEBackend(Backend):
                 )
                 scaled = self._readout.scale if hasattr(model, "scale_shift") else 1.0
                 base = base + scaled * repulsion[: len(base)].double()
-            own = self._model_outputs(self.calculator.models[0], self._inputs(batch.data, model), False)["node_energy"]
+            outputs = self._model_outputs(self.calculator.models[0], self._inputs(batch.data, model), False)
         layer = forward_pass.energy_layer
         predicted = (layer.features @ layer.weights).double() + base * unit
-        deviation = float((predicted - own.detach()[: len(base)].double() * unit).abs().max())
+        deviation = float((predicted - outputs["node_energy"].detach()[: len(base)].double() * unit).abs().max())
         if not deviation < _IDENTITY_TOLERANCE[self.dtype] * max(1.0, abs(unit)):
             raise PotentialMismatch(
                 f"the last layer of this MACE model is not understood: w·φ + base differs from its node energies by "
@@ -334,7 +334,7 @@ def _check_heads(frames: Sequence[Atoms], heads: Sequence[str]) -> None:
 def _graphs_of(
     frames: Sequence[Atoms], *, keys: Any, z_table: Any, cutoff: float, heads: list[str], head: str, dtype: str
 ) -> Any:
-    """The batch that mace makes of structures, on the CPU."""
+    """The batch that mace builds from structures, on the CPU."""
     _check_heads(frames, heads)
     with torch_tools.default_dtype(dtype):
         graphs = [
@@ -350,7 +350,7 @@ def _graphs_of(
 
 
 def _voigt(stress: Tensor) -> Tensor:
-    """(..., 3, 3) → (..., 6), as ASE does it, on the device."""
+    """(..., 3, 3) → (..., 6), in ASE's order, on the device."""
     xx, yy, zz = stress.diagonal(dim1=-2, dim2=-1).unbind(-1)
     twice = stress + stress.mT
     return torch.stack([xx, yy, zz, twice[..., 1, 2] / 2, twice[..., 0, 2] / 2, twice[..., 0, 1] / 2], -1)

@@ -1,4 +1,4 @@
-"""MACE calculators from a SPEC, and models stored without pickles."""
+"""Builds MACE calculators from a SPEC, and stores models without pickle."""
 
 import os
 import sys
@@ -25,20 +25,20 @@ _KIND, _SCHEMA = "MACE potential", 1
 def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
     """The calculator that a SPEC names: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`.
 
-    PATH is a `.model` file as MACE trains it, several of them as `committee_*.model`, or a `.safetensors` file of
-    `save_potential`. A `.model` file is a pickle: loading one runs code, so load only your own or those you trust.
-    NAME is one of the loader's own, an `https:` address, or a `.model` file.
+    PATH is a `.model` file that MACE training writes, a pattern such as `committee_*.model` for several of them, or a
+    `.safetensors` file from `save_potential`. A `.model` file is a pickle: loading it runs code, so load only files
+    that you trust. NAME is a model name that MACE's loader knows, an `https:` address, or a `.model` file.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: MACE has no pretrained model of that name.
+        FileNotFoundError: The file does not exist.
+        ValueError: MACE has no pretrained model of this name.
     """
     with preserved_process():
-        # mace.torch.load carries no weights_only: its files are pickled modules.
+        # MACE calls torch.load without weights_only, since its files are pickled modules.
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         if prefix == "mace":
             dtype = dtype or "float64"
-            # Sorted: the first member of a committee gives the features.
+            # Sorted, because the first member of a committee gives the features.
             paths = [target] if Path(target).is_file() else sorted(glob(target))
             if not paths:
                 raise FileNotFoundError(f"there is no MACE model file {target}.")
@@ -50,10 +50,10 @@ def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
             _check_pretrained(prefix, target)
             loader = getattr(foundations_models, prefix.replace("-", "_"))
             options = {"default_dtype": dtype} if dtype else {}
-            # What MACE prints about its licences belongs beside our results, not into them.
+            # MACE prints its licences, which belong on stderr, not among our results.
             with redirect_stdout(sys.stderr):
                 calculator = loader(model=target or None, device=device, **options)
-        # MACE appends to the list of ASE's base class, which is put back on leaving: give it a list of its own.
+        # MACE appends to the list of ASE's base class, which is restored on leaving, so the calculator gets a copy.
         calculator.implemented_properties = list(dict.fromkeys(calculator.implemented_properties))
         return calculator
 
@@ -72,7 +72,7 @@ def _check_pretrained(prefix: str, target: str) -> None:
 
 
 def save_potential(model: torch.nn.Module, path: str | Path) -> None:
-    """Stores a ScaleShiftMACE as safetensors with its architecture in the JSON header (no pickle).
+    """Stores a ScaleShiftMACE as safetensors, with its architecture in the JSON header (no pickle).
 
     Weights are stored in float32, which changes forces by about 1e-6 eV/Å.
     """
@@ -80,7 +80,7 @@ def save_potential(model: torch.nn.Module, path: str | Path) -> None:
     if "error" in config:
         raise TypeError(f"only ScaleShiftMACE models can be stored: {config['error']}")
     header = {key: _to_json(value) for key, value in config.items() if key != "cueq_config"}
-    # Buffers (coupling coefficients, constants) follow from the architecture and would treble the file.
+    # Buffers (coupling coefficients, constants) follow from the architecture and would triple the file size.
     tensors = {name: weight.detach().clone().float() for name, weight in model.named_parameters()}
     write_tensor_file(path, _KIND, _SCHEMA, header, tensors)
 

@@ -1,4 +1,4 @@
-"""Which columns and weights make the last layer of a MACE model."""
+"""The columns and weights that form the last layer of a MACE model."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,15 +11,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Readout:
-    """How the last-layer features follow from the node features: slices and modules, resolved once.
+    """How to compute the last-layer features from the node features: slices and modules, resolved once.
 
-    Plain integers, no e3nn objects: nothing here trips over a compiled model.
+    It holds plain integers instead of e3nn objects, so that it also works with compiled models.
     """
 
     layer_dims: list[int]
     n_scalars: int
     vectors: slice | None  # columns of the polar vectors (1o) in the first layer
-    hidden: tuple[tuple[torch.nn.Module, int], ...]  # non-linear readouts and the layer each one reads
+    hidden: tuple[tuple[torch.nn.Module, int], ...]  # non-linear readouts, each with the layer that it reads
     linear: tuple[int, ...]  # layers read by a linear readout
     kept: tuple[slice, ...]  # columns of each non-linear readout that belong to the head
     weights: Tensor
@@ -37,7 +37,7 @@ def plain_module(model: Any) -> Any:
 
 
 def rounded(value: float) -> float:
-    """A number as float32 holds it, the same in every precision of the model."""
+    """The number rounded to float32, so that it is the same in every precision of the model."""
     return float(np.float32(value))
 
 
@@ -65,7 +65,7 @@ def _head_columns(width: int, head: int, n_heads: int) -> slice:
 
 
 def resolve_readout(model: Any, head_name: str) -> Readout:
-    """How the last-layer features of one head follow from the node features of a model."""
+    """Resolves how the last-layer features of one head follow from the node features of a model."""
     heads = list(getattr(model, "heads", None) or ["Default"])
     head = heads.index(head_name) if head_name in heads else 0
     dims = [product.linear.irreps_out.dim for product in model.products]
@@ -108,7 +108,7 @@ def resolve_readout(model: Any, head_name: str) -> Readout:
 
 
 def vector_columns(irreps: Any) -> slice | None:
-    """Columns of the polar vectors in the features of a layer; None where it has none."""
+    """Columns of the polar vectors in the features of a layer; None if it has none."""
     start = 0
     for multiplicity, kind in irreps:
         width = multiplicity * kind.dim
@@ -119,7 +119,7 @@ def vector_columns(irreps: Any) -> slice | None:
 
 
 def _effective_weights(linear: Any) -> tuple[Tensor, Tensor]:
-    """(n_in, n_out) matrix and offset of a linear map, with the path normalisation that its weights lack."""
+    """(n_in, n_out) matrix and offset of a linear map, including the path normalisation, which its weights lack."""
     weight = next(linear.parameters())
     width = linear.irreps_in.dim
     with torch.no_grad():

@@ -1,14 +1,14 @@
 """orb-v3 potentials (orb-models 0.7): any `ORBCalculator`, direct or conservative, with D3, charge and spin.
 
 Direct models: F = P(std·(φ_i B + b) + mean) + F_ZBL with φ_i the input of the last linear map of the force head and
-P the projection that takes out the net force and, without a cell, the net torque.
+P the projection that removes the net force and, without a cell, the net torque.
 
 The energy head of orb-v3 acts on the *mean* node feature x̄, so orb's energy is not a sum of atomic energies. The
 per-atom features here are its exact tangent decomposition at x̄,
 
     φ_i = std·[h(x̄) + J_h(x̄)(x_i - x̄); 1],     Σ_i φ_i = N·std·[h(x̄); 1] = ψ,     w·ψ + base = energy,
 
-a linearised attribution, not a physical energy of an atom. Heads that sum over atoms (orbmol-v2) need none of it.
+a linearised attribution, not a physical energy of an atom. Heads that sum over atoms (orbmol-v2) do not need it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +35,7 @@ from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForceLayer, ForwardPass, Gradients
 
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
-# The one-hot code has 118 places, the first for no element; orb never refuses what fits in.
+# The one-hot code has 118 places, the first for no element; orb accepts every number that fits in.
 _ALL_ELEMENTS = frozenset(range(1, 118))
 
 
@@ -43,11 +43,11 @@ class OrbBackend(Backend):
     """An `ORBCalculator` whose node features are kept.
 
     Args:
-        calculator: The user's calculator. Model, adapter, edge method, device and compilation are used as
-            they are: a compiled backbone stays compiled, and a conservative model is called, not taken apart.
+        calculator: The user's calculator. Its model, adapter, edge method, device and compilation are used
+            unchanged: a compiled backbone stays compiled, and a conservative model is called as a whole.
 
     Raises:
-        PotentialMismatch: `w·ψ + base` does not give the model's energy, or `P(φB) + base` not its forces.
+        PotentialMismatch: `w·ψ + base` differs from the model's energy, or `P(φB) + base` from its forces.
     """
 
     name = "orb"
@@ -108,20 +108,20 @@ class OrbBackend(Backend):
             "max_num_neighbors": calculator.max_num_neighbors,
             "edge_method": calculator.edge_method,
             "device": self.device,
-            # Left out, both would follow torch's global default dtype and clash with the model's.
+            # By default both would follow torch's global default dtype and clash with the model's dtype.
             "output_dtype": self.dtype,
             "graph_construction_dtype": self.dtype,
         }
         readable = [self._readable(atoms) for atoms in frames]
         if len({tuple(atoms.pbc) for atoms in frames}) == 1 and len(frames) > 1:
             return calculator.adapter.from_ase_atoms_list(readable, **options)
-        # The list form refuses batches that mix periodic and isolated structures.
+        # from_ase_atoms_list refuses batches that mix periodic and isolated structures.
         options["half_supercell"] = calculator.half_supercell
         graphs = [calculator.adapter.from_ase_atoms(atoms, **options) for atoms in readable]
         return graphs[0] if len(graphs) == 1 else AtomGraphs.batch(graphs)
 
     def _readable(self, atoms: Atoms) -> Atoms:
-        """A copy with what orb reads: charge and spin as plain numbers, which extxyz does not give back."""
+        """A copy with the inputs that orb reads; charge and spin become plain numbers, which extxyz does not return."""
         copy = Atoms(
             numbers=atoms.numbers, positions=atoms.positions, cell=atoms.cell, pbc=atoms.pbc, tags=atoms.get_tags()
         )
@@ -160,7 +160,7 @@ class OrbBackend(Backend):
             edges=Edges(
                 graph.senders,
                 graph.receivers,
-                -graph.edge_features["vectors"].detach(),  # orb's point from the sender to the receiver
+                -graph.edge_features["vectors"].detach(),  # orb's vectors point from the sender to the receiver
                 float(self.calculator.adapter.radius),
             ),
             confidence=self._confidence(out),
@@ -196,14 +196,14 @@ class OrbBackend(Backend):
             )
 
     def _direct_pass(self, graph: Any, keep_graph: bool) -> dict[str, Tensor]:
-        """What `DirectForcefieldRegressor.predict` computes, with the node features it drops."""
+        """The results of `DirectForcefieldRegressor.predict`, and the node features that it drops."""
         model = self._model
         positions, moving = graph.positions, graph
         if keep_graph:
             moving = graph.clone()
             positions = graph.positions.detach().clone().requires_grad_(True)
             between = positions[graph.receivers] - positions[graph.senders]
-            # Adds 0 to the last bit, and the derivative by the positions, of which orb keeps none here.
+            # Adds exactly 0, but makes the vectors differentiable by the positions, which orb does not do here.
             moving.edge_features["vectors"] = graph.edge_features["vectors"] + (between - between.detach())
         nodes = model.model(moving)["node_features"]
         out = {name: head.predict(nodes, graph) for name, head in model.heads.items() if self._wanted(name)}
@@ -218,7 +218,7 @@ class OrbBackend(Backend):
         return {"node_features": nodes, "positions": positions} | out
 
     def _conservative_pass(self, graph: Any, keep_graph: bool) -> dict[str, Tensor]:
-        """What `ConservativeForcefieldRegressor.predict` computes, under ASE's names."""
+        """The results of `ConservativeForcefieldRegressor.predict`, under ASE's names."""
         model = self._model
         copy = graph.clone()
         with _forces_with_a_graph(model) if keep_graph else nullcontext():
@@ -260,7 +260,7 @@ class OrbBackend(Backend):
         return EnergyLayer(features, weights, energy.double() - summed)
 
     def _energy_features(self, nodes: Tensor, graph: Any, frame_of_atom: Tensor) -> Tensor:
-        """(n_atoms, n_last) φ_i, of node features with or without a graph."""
+        """(n_atoms, n_last) φ_i, from node features with or without a graph."""
         head = self._model.heads["energy"]
         hidden, _ = _penultimate(head.mlp)
         std, _ = _scale(head.normalizer)
@@ -292,7 +292,7 @@ class OrbBackend(Backend):
         )
 
     def _check_last_layer(self) -> None:
-        """w·ψ + base = energy, P(φB) + base = forces, on a small structure, with the base computed on its own."""
+        """Checks w·ψ + base = energy and P(φB) + base = forces on a small structure, with an independent base."""
         graph_source = probe_structure(frozenset({1, 6, 7, 8, 14}), self.required_info_keys)
         batch = self.collate([graph_source])
         forward_pass = self.forward(batch)
@@ -317,7 +317,7 @@ class OrbBackend(Backend):
                 graph, raw, force_layer.force_free, bool(force_layer.torque_free.any())
             )
             deviation = max(deviation, float((projected + force_layer.base - forward_pass.forces).abs().max()))
-        # Random weights and normalisers make energies of any size; the identity holds relative to it.
+        # Random weights and normalisers make energies of any size, so the check is relative to that size.
         size = max(1.0, float(forward_pass.energy.abs().max()), float(psi.abs().max()))
         if not deviation < _IDENTITY_TOLERANCE[self.dtype] * size:
             raise PotentialMismatch(
@@ -327,7 +327,7 @@ class OrbBackend(Backend):
 
 
 class _EnergiesOnly(GraphGradients):
-    """Of a model whose Ewald sum orb-models differentiates only once: its part in the forces has no graph."""
+    """Gradients of a model whose Ewald sum orb-models differentiates only once: its forces have no graph."""
 
     def of_forces(self, tangents: Tensor) -> Iterator[Tensor]:
         raise InputError(
@@ -338,9 +338,9 @@ class _EnergiesOnly(GraphGradients):
 
 @contextmanager
 def _forces_with_a_graph(model: torch.nn.Module) -> Iterator[None]:
-    """Lets the forces that the model takes from its energy be differentiated once more."""
+    """Makes the forces that the model derives from its energy differentiable once more."""
     before = model.training
-    model.training = True  # the outermost module alone: what is inside stays as it is at inference
+    model.training = True  # only the outermost module: the modules inside stay in inference mode
     try:
         yield
     finally:
@@ -349,7 +349,7 @@ def _forces_with_a_graph(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Torch's default dtype, in which orb makes some of its constants: the model's, as orb's loaders leave it."""
+    """Sets torch's default dtype, which orb uses for some constants, to the model's, as orb's loaders leave it."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -370,7 +370,7 @@ def wrap(calculator: BaseCalculator) -> OrbBackend:
 
 
 def _penultimate(mlp: torch.nn.Sequential) -> tuple[torch.nn.Sequential, torch.nn.Linear]:
-    """Everything before the last linear map, and that map."""
+    """The layers before the last linear map, and that map."""
     layers = list(mlp.children())
     last = max(index for index, layer in enumerate(layers) if isinstance(layer, torch.nn.Linear))
     linear = layers[last]

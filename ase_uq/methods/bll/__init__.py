@@ -1,4 +1,4 @@
-"""Bayesian last layer: how far the last layer's weights are fixed by the training frames where an atom is."""
+"""Bayesian last layer: how well the training frames determine the last layer's weights for each atom."""
 
 from ase_uq.methods.bll.method import BLL
 

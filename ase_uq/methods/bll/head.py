@@ -10,16 +10,16 @@ from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Head, Raw
 from ase_uq.methods.bll.projection import projected_leverage
 
-_SMALLEST_UNIT = 1e-2  # of `BLLHead.features`, relative to the largest
+_SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
 
 
 class BLLHead(Head):
     """A fitted Bayesian last layer.
 
     Args:
-        settings: Hyper-parameters and what the fit found, JSON values.
-        tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; where energies were labelled `energy_root` about
-            `energy_centre`; for direct heads `force_root`; float64.
+        settings: Hyper-parameters and results of the fit, as JSON values.
+        tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; `energy_root` about `energy_centre` if energies
+            were labelled; `force_root` for direct heads; float64.
     """
 
     measures = True
@@ -32,7 +32,7 @@ class BLLHead(Head):
     def forward(self, forward_pass: ForwardPass) -> Raw:
         features = atom_features(forward_pass, self._settings["features"])
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
-        # Heads fitted before 0.2 had no reach.
+        # Heads fitted before version 0.2 have no `reach`.
         raw = raw_of_atoms(distance, forward_pass, self._settings["radii"], self._settings.get("reach", 0.0))
         if forward_pass.force_layer is not None:
             exact = projected_leverage(forward_pass.force_layer, self.force_root, forward_pass)
@@ -46,9 +46,9 @@ class BLLHead(Head):
         return raw
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms, d) standardised: about the training mean, in units of each one's spread there.
+        """(n_atoms, d) standardised features: about the training mean, in units of their spread in training.
 
-        The unit is not below a hundredth of the largest: what hardly varied in training would be all that counts.
+        No unit is below a hundredth of the largest: otherwise features that hardly varied in training would dominate.
         """
         rows = atom_features(forward_pass, self._settings["features"]).double() - self.centre
         # The root R is triangular and holds the units s: (RRᵀ)⁻¹ = effective · s(C + ridge)s, where C has ones on its
@@ -60,11 +60,11 @@ class BLLHead(Head):
         return rows / units.clamp(min=_SMALLEST_UNIT * float(units.max()))
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
-        """(n, n_last) → (n,): ũ of energies per atom, that of the intercept included."""
+        """(n, n_last) → (n,): ũ of energies per atom, including the contribution of the intercept."""
         squares = ((rows - self.energy_centre) @ self.energy_root).square().sum(1)
         return squares + 1 / self._settings["energy"]["effective"]
 
 
 def atom_features(forward_pass: ForwardPass, features: str) -> Tensor:
-    """(n_atoms, n_features) that leverages are taken in."""
+    """(n_atoms, n_features) features from which leverages are computed."""
     return forward_pass.features if features == "latent" else forward_pass.energy_layer.features

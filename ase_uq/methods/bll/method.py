@@ -1,19 +1,19 @@
-"""Bayesian last layer: what the weights of the last layer are not told by the training frames.
+"""Bayesian last layer: how far the training frames leave the weights of the last layer undetermined.
 
 The leverage of an atom, u_i = φ_i Λ_n⁻¹ φ_iᵀ, is the posterior variance of a linear layer in units of its noise.
-It needs features only, no backward pass. Stored and returned is the scale-free ũ = u·N/γ, with mean 1 over the N
-training rows (Σ u = γ, the effective number of parameters): it does not depend on the size of the data set.
+It needs only features, no backward pass. The fit stores and returns the scale-free ũ = u·N/γ, with mean 1 over the N
+training rows (Σ u = γ, the effective number of parameters), which does not depend on the size of the data set.
 
-    direct force heads    exact: matrix-normal posterior of the force head, prior by closed-form evidence, its
-                          variance taken through the projection that removes net force and torque
+    direct force heads    exact: matrix-normal posterior of the force head, with the prior from closed-form evidence
+                          and the variance taken through the projection that removes net force and torque
     conservative forces   zero-backward: F_j = -Σ_i ∂e_i/∂R_j belongs to the sites around the atom, so ũ is summed
                           over them with cosine weights at several radii; the calibrator combines the radii
-    energy                exact posterior of the energy layer from structure energies, with an intercept for what
-                          the base is wrong by: without it the variance would vanish with the features, as they
-                          do when a structure falls apart
+    energy                exact posterior of the energy layer from structure energies, with an intercept for the
+                          error of the base: without it the variance would vanish with the features, as it would
+                          when a structure falls apart
 
 The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Chong et al. 2023 (prediction
-rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); site sums and projection are own derivations.
+rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); the site sums and the projection are our own derivations.
 """
 
 from dataclasses import dataclass
@@ -39,13 +39,13 @@ class BLL(Method):
     """Fits a Bayesian last layer in one streaming pass.
 
     Args:
-        features: What the leverage of an atom looks at: `"latent"`, invariants of all layers and norms of the
+        features: Features that give the leverage of an atom: `"latent"`, invariants of all layers and norms of the
             equivariant channels, or `"last_layer"`, the exact features of the energy's last layer.
         ridge: Prior precision of the leverage, relative to the unit variance of the standardised features.
-            Of 1e-3 to 1e-11, smaller ones ranked force errors better on acetylacetone. The priors of the last
-            layers, which the evidence sets, are not smaller either.
-        radii: Å; leverage is summed over the sites within each of them, beside the atom's own.
-        reach: How much the mean over the receptive field counts beside these sums.
+            Between 1e-3 and 1e-11, smaller values ranked force errors better on acetylacetone. It also bounds from
+            below the priors of the last layers, which the evidence sets.
+        radii: Radii in Å; leverage is summed over the sites within each of them, in addition to the atom's own.
+        reach: Weight of the mean over the receptive field beside these sums.
     """
 
     name = "bll"
@@ -70,7 +70,7 @@ class BLL(Method):
 
 
 class BLLAccumulator(Accumulator):
-    """Moments of features and targets, all that the posteriors need; None where there was nothing to add."""
+    """Collects moments of features and targets, all that the posteriors need; None if nothing was added."""
 
     def __init__(self, method: BLL) -> None:
         self.method = method
@@ -93,7 +93,7 @@ class BLLAccumulator(Accumulator):
     def _finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
         atoms = reduced(self.atoms, communicator)
-        assert atoms is not None  # a rank has had a batch
+        assert atoms is not None  # at least one rank has had a batch
         settings: dict[str, Any] = {
             "features": method.features,
             "ridge": method.ridge,
@@ -109,11 +109,11 @@ class BLLAccumulator(Accumulator):
         tensors["centre"] = atoms.mean
         tensors["atom_root"] = root / scale[:, None] / effective**0.5
         settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
-        for name, own in (("energy", self.energy), ("force", self.force)):
-            moments = reduced(own, communicator)
+        for name, of_rank in (("energy", self.energy), ("force", self.force)):
+            moments = reduced(of_rank, communicator)
             if moments is not None:
-                found, settings[name] = _posterior(moments, name, method.ridge)
-                tensors |= found
+                roots, settings[name] = _posterior(moments, name, method.ridge)
+                tensors |= roots
         return BLLHead(settings, tensors)
 
 
@@ -122,15 +122,15 @@ def _added(moments: Moments | None, rows: Tensor) -> Moments:
 
 
 def _labelled(features: Tensor, target: Tensor) -> Tensor:
-    """Features beside their targets, without the rows of frames that have no label."""
+    """Features followed by their targets, without the rows of frames that have no label."""
     return torch.cat([features, target], 1)[target.isfinite().all(1)]
 
 
 def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Root of the scale-free posterior covariance, with the prior of largest evidence, and what it took.
+    """Root of the scale-free posterior covariance, with the prior of largest evidence, and a record of the fit.
 
-    Energies have an intercept with a flat prior: their features and targets are taken about their means, and it
-    adds one effective parameter. Direct forces have none, since the projection takes it out.
+    Energies have an intercept with a flat prior: their features and targets are centred on their means, and the
+    intercept adds one effective parameter. Direct forces have none, since the projection removes it.
     """
     outputs = 3 if name == "force" else 1
     width = len(moments.mean) - outputs
@@ -146,7 +146,7 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     effective = evidence.effective + (1 if name == "energy" else 0)
     eye = torch.eye(width, dtype=scale.dtype, device=scale.device)
     root, jitter = whitener((statistics.gram + evidence.prior_precision * eye) / moments.count)
-    found = {
+    record = {
         "rows": int(moments.count),
         "effective": effective,
         "prior_precision": evidence.prior_precision,
@@ -154,8 +154,8 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
         "boundary": evidence.boundary,
         "jitter": jitter,
     }
-    # ũ = u·N/γ with u from Λ_n = N·Λ̄: the root of Λ̄ carries the N already.
+    # ũ = u·N/γ with u from Λ_n = N·Λ̄: the root of Λ̄ already contains N.
     tensors = {f"{name}_root": root / scale[:, None] / max(effective, 1e-300) ** 0.5}
     if name == "energy":
         tensors["energy_centre"] = moments.mean[:width]
-    return tensors, found
+    return tensors, record

@@ -10,11 +10,11 @@ def projected_leverage(layer: ForceLayer, root: Tensor, forward_pass: ForwardPas
     """(n_atoms, 3) leverage of each force component through the potential's own projection.
 
     F = P(φB) with independent columns of B gives Var F_ia ∝ Σ_b ‖Σ_j P_(ia),(jb) φ_j R‖². With P = I - UUᵀ, U the
-    orthonormal rigid modes, and a_i = φ_i R less its mean over the structure (which takes the translations out),
+    orthonormal rigid modes, and a_i = φ_i R minus its mean over the structure (which removes the translations),
 
         u_ia = ‖a_i‖² - 2 Σ_m U_iam c_ma·a_i + Σ_mn U_iam U_ian Σ_b c_mb·c_nb,    c_mb = Σ_j U_jbm a_j.
 
-    Leaving P out overestimates 30 to 50 times where the features have a large common part.
+    Without P the leverage is overestimated by a factor of 30 to 50 if the features have a large common part.
 
     Args:
         layer: Last layer of the direct force head.
@@ -34,9 +34,9 @@ def projected_leverage(layer: ForceLayer, root: Tensor, forward_pass: ForwardPas
 
 
 def removed_mean(layer: ForceLayer, forward_pass: ForwardPass) -> Tensor:
-    """Features less their mean over the structure, where the head removes the net force; float64.
+    """Features minus their mean over the structure, where the head removes the net force; float64.
 
-    Mean removal is linear over atoms, so these are the exact features; the bias drops out.
+    Mean removal is linear over atoms, so these features are exact; the bias drops out.
     """
     features = layer.features.double()
     if not layer.force_free:
@@ -46,7 +46,7 @@ def removed_mean(layer: ForceLayer, forward_pass: ForwardPass) -> Tensor:
 
 
 def _rotations(forward_pass: ForwardPass, torque_free: Tensor) -> Tensor:
-    """(n_atoms, 3 components, 3 modes) orthonormal infinitesimal rotations of each structure; zero where kept."""
+    """(n_atoms, 3 components, 3 modes) orthonormal rotations of each structure; zero where torque is kept."""
     positions = forward_pass.positions.double()
     counts = forward_pass.n_atoms_of_frame.double()[:, None]
     centre = forward_pass.sum_over_atoms(positions) / counts

@@ -1,8 +1,8 @@
-"""Matrix-normal Bayesian linear regression from its sufficient statistics: closed forms, no data and no epochs.
+"""Matrix-normal Bayesian linear regression from its sufficient statistics: in closed form, without data or epochs.
 
     Y | B ~ MN(ΦB, I, Σ_e),   B ~ MN(0, Λ_0⁻¹, Σ_e),   Λ_n = ΦᵀΦ + Λ_0,   B_n = Λ_n⁻¹ΦᵀY
 
-With frozen features everything depends on A = ΦᵀΦ, C = ΦᵀY, T = YᵀY and the number of rows N alone.
+With frozen features everything depends only on A = ΦᵀΦ, C = ΦᵀY, T = YᵀY and the number of rows N.
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ase_uq.numerics.linalg import cholesky
 
-# The evidence may be largest at no prior or at a prior that forbids everything; neither is an error.
+# The evidence may be largest without a prior or with a prior that forbids everything; neither is an error.
 _LOG_PRECISION = (-30.0, 30.0)
-# Nats a row: evidences that differ by less are the same, far out where a larger prior changes nothing any more.
+# Nats per row: evidences that differ by less count as equal, as happens far out, where the prior has no effect.
 _FLAT = 1e-9
 
 
@@ -53,7 +53,7 @@ class Posterior:
         mean: (d, k) B_n.
         precision: (d, d) Λ_n.
         factor: (d, d) lower Cholesky factor of the precision.
-        jitter: Relative jitter that the factor took.
+        jitter: Relative jitter that was added for the factorisation.
     """
 
     mean: Tensor
@@ -97,7 +97,7 @@ class Evidence:
 
     Args:
         prior_precision: λ of Λ_0 = λI.
-        noise: σ² of Σ_e = σ²I, the only form compatible with rotation.
+        noise: σ² of Σ_e = σ²I, the only form compatible with rotations.
         effective: γ = Σ_d s_d/(s_d + λ), the effective number of parameters.
         boundary: `"prior"` or `"data"` where no prior precision has more evidence than the largest or the
             smallest that was allowed, else empty.
@@ -110,7 +110,7 @@ class Evidence:
 
 
 def maximise_evidence(statistics: Statistics, smallest: float = 0.0) -> Evidence:
-    """Largest evidence over a scalar prior precision, noise profiled out: one eigendecomposition, then O(d) a step.
+    """Largest evidence over a scalar prior precision, noise profiled out: one eigendecomposition, then O(d) per step.
 
     L(λ) = NK/2·log σ²(λ) + K/2·Σ_d log((s_d + λ)/λ),   σ²(λ) = tr M(λ)/(NK),   s = eig(A)
     2 dL/dlog λ = λ·tr(BᵀB)/σ² - K·γ
@@ -118,9 +118,9 @@ def maximise_evidence(statistics: Statistics, smallest: float = 0.0) -> Evidence
     Source: the evidence framework of MacKay (1992), in the form of `Statistics`.
 
     Args:
-        statistics: Of the regression.
-        smallest: Bound on λ from below. Data without noise have the largest evidence without a prior, and the
-            posterior is then as good as the rounding of the gram matrix in directions without data.
+        statistics: Statistics of the regression.
+        smallest: Lower bound on λ. For data without noise the evidence is largest without a prior, and the posterior
+            in directions without data is then only as good as the rounding of the gram matrix.
     """
     eigenvalues, vectors = torch.linalg.eigh((statistics.gram + statistics.gram.T) / 2)
     s = eigenvalues.clamp(min=0).cpu().numpy()
@@ -146,12 +146,12 @@ def maximise_evidence(statistics: Statistics, smallest: float = 0.0) -> Evidence
     grid = np.linspace(lowest, highest, 121)
     best = int(np.argmin([loss(x) for x in grid]))
     left, right = grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)]
-    # The root of the slope is known to rounding; the minimum of the loss only to the root of it, and then the order
+    # The zero of the slope is known to rounding error, the minimum of the loss only to its square root: then the order
     # in which frames are summed would show in the sixth digit.
     inside = slope(left) < 0 < slope(right)
-    found = float(root_scalar(slope, bracket=(left, right), xtol=1e-13).root if inside else grid[best])
-    flat = loss(found) + _FLAT * rows
+    log_precision = float(root_scalar(slope, bracket=(left, right), xtol=1e-13).root if inside else grid[best])
+    flat = loss(log_precision) + _FLAT * rows
     boundary = "prior" if loss(highest) <= flat else "data" if loss(lowest) <= flat else ""
-    found = {"prior": highest, "data": lowest}.get(boundary, found)
-    precision = float(np.exp(found))
+    log_precision = {"prior": highest, "data": lowest}.get(boundary, log_precision)
+    precision = float(np.exp(log_precision))
     return Evidence(precision, noise(precision), float((s / (s + precision)).sum()), boundary)

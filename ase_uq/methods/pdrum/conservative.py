@@ -2,9 +2,9 @@
 
     r(D) = Σ_h w_h s_h(D),    s_h(D) = tanh(a_h · D √d / ‖D‖),    ΔF_j = -∂/∂R_j Σ_i r(D_i) = Σ_h w_h G_jh
 
-The force features G take one backward pass for each h, in the fit only: ΔF is linear in w, a ridge regression, and
-then a single pass gives it for any w. The functions are fixed before the data are seen, so that they can be streamed;
-the length of D is taken out because its scale is then not known.
+The force features G take one backward pass for each h, but only in the fit: ΔF is linear in w, which is fitted by ridge
+regression, and afterwards a single pass gives ΔF for any w. The functions are fixed before any data are seen, so that
+the data can be streamed; because the scale of D is not known by then, D is divided by its length.
 """
 
 import torch
@@ -17,17 +17,17 @@ RIDGES = tuple(10.0**power for power in range(-10, 1))  # relative to the mean s
 
 
 def functions_of(n_features: int, seed: int) -> Tensor:
-    """(n_features, WIDTH) a, columns of unit length; float64, the same on every rank."""
+    """(n_features, WIDTH) vectors a_h, columns of unit length; float64, the same on every rank."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(n_features, WIDTH, generator=generator, dtype=torch.float64)
     return drawn / drawn.norm(dim=0)
 
 
 def force_features(forward_pass: ForwardPass, functions: Tensor) -> Tensor:
-    """(n_atoms, 3, WIDTH) G; one backward pass each."""
+    """(n_atoms, 3, WIDTH) G; one backward pass for each function."""
     gradients = _gradients(forward_pass)
     eye = torch.eye(functions.shape[1], dtype=functions.dtype, device=functions.device)
-    parts = [gradients.of_features(_cotangent(forward_pass.features, functions, own)) for own in eye]
+    parts = [gradients.of_features(_cotangent(forward_pass.features, functions, one)) for one in eye]
     return torch.stack(parts, 2).double()
 
 
@@ -37,12 +37,12 @@ def forces_of(forward_pass: ForwardPass, functions: Tensor, weights: Tensor) -> 
 
 
 def ridge_regression(force_features: Tensor, forces: Tensor, fold: Tensor) -> Tensor:
-    """(n_folds, WIDTH) w, each without one fold; the ridge is the one that does best on the folds left out.
+    """(n_folds, WIDTH) w, each row fitted without one fold; the ridge is the one that does best on the folds left out.
 
     Args:
         force_features: (n_atoms, 3, WIDTH) G.
         forces: (n_atoms, 3) ΔF.
-        fold: (n_atoms,).
+        fold: (n_atoms,) fold that each atom belongs to.
     """
     grams, crosses, squares = [], [], []
     for member in range(int(fold.max()) + 1):
@@ -55,10 +55,10 @@ def ridge_regression(force_features: Tensor, forces: Tensor, fold: Tensor) -> Te
     others, mean_square = gram.sum(0) - gram, gram.sum(0).diagonal().mean()
     best, least = torch.zeros_like(cross), torch.inf
     for ridge in RIDGES:
-        found = torch.linalg.solve(others + ridge * mean_square * eye, cross.sum(0) - cross)
-        error = square - 2 * (found * cross).sum(1) + torch.einsum("kh,khl,kl->k", found, gram, found)
+        weights = torch.linalg.solve(others + ridge * mean_square * eye, cross.sum(0) - cross)
+        error = square - 2 * (weights * cross).sum(1) + torch.einsum("kh,khl,kl->k", weights, gram, weights)
         if float(error.sum()) < least:
-            best, least = found, float(error.sum())
+            best, least = weights, float(error.sum())
     return best
 
 

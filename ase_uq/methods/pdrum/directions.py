@@ -1,25 +1,25 @@
-"""Vectors around an atom that turn with the structure: what an equivariant model of a force is built of."""
+"""Vectors at an atom that rotate with the structure, from which an equivariant model of a force is built."""
 
 import torch
 from torch import Tensor
 
 from ase_uq.forward_pass import Edges, ForwardPass
 
-WIDTH = 32  # vectors an atom; a potential with more has them mixed
+WIDTH = 32  # vectors per atom; if a potential has more, they are mixed
 _RADIAL = 8
 _REACH = 6.0  # Å
 _LARGEST_NUMBER = 118
 
 
 def mixing_of(n_vectors: int, seed: int) -> Tensor:
-    """What `directions` makes vectors with; float64, the same on every rank.
+    """The weights from which `directions` makes vectors; float64, the same on every rank.
 
     Args:
-        n_vectors: l = 1 channels of the potential; 0 where it has none.
-        seed: Of the random numbers.
+        n_vectors: Number of l = 1 channels of the potential; 0 where it has none.
+        seed: Seed of the random weights.
 
     Returns:
-        (n_vectors, at most WIDTH): which combinations of its channels are taken; where it has none,
+        (n_vectors, at most WIDTH): the combinations of the channels that are taken; for a potential without channels,
         (119, WIDTH / _RADIAL): random weights of the elements.
     """
     if 0 < n_vectors <= WIDTH:
@@ -32,8 +32,8 @@ def mixing_of(n_vectors: int, seed: int) -> Tensor:
 def directions(forward_pass: ForwardPass, mixing: Tensor) -> Tensor:
     """(n_atoms, 3, width) float64: the potential's own l = 1 channels, or v_ic = Σ_j f_c(r_ij) a_c(z_j) r̂_ij.
 
-    f are Gaussians under an envelope that falls smoothly to zero, a random weights of the elements. All vanish at a
-    centre of symmetry, as the force does.
+    The f_c are Gaussians under an envelope that falls smoothly to zero, the a_c random weights of the elements. All
+    vectors vanish at a centre of symmetry, as the force does.
     """
     if forward_pass.vectors is not None:
         return forward_pass.vectors.double() @ mixing
@@ -45,7 +45,7 @@ def directions(forward_pass: ForwardPass, mixing: Tensor) -> Tensor:
 
 
 def _radial(edges: Edges) -> Tensor:
-    """(n_edges, _RADIAL) Gaussians of the distance, from 0.8 Å to where the envelope ends."""
+    """(n_edges, _RADIAL) Gaussians of the distance, centred from 0.8 Å to the end of the envelope."""
     reach = min(_REACH, edges.cutoff)
     distance = edges.distance.double()[:, None]
     centres = torch.linspace(0.8, reach, _RADIAL, dtype=torch.float64, device=distance.device)

@@ -19,10 +19,10 @@ Target = Literal["magnitude", "log", "quantile"]
 
 
 def magnitude_of_unit(target: Target, quantile: float, components: int) -> float:
-    """What a target predicts of the norm of a Gaussian vector with a standard deviation of 1 in each component.
+    """The target's value for the norm of a Gaussian vector with a standard deviation of 1 in each component.
 
-    The mean of its chi distribution, √(8/π) for 3 components and √(2/π) for 1; the exponential of the mean of its
-    logarithm; or its quantile. A prediction divided by it is a standard deviation.
+    This is the mean of the chi distribution, √(8/π) for 3 components and √(2/π) for 1, the exponential of the mean of
+    its logarithm, or its quantile. A prediction divided by this value is a standard deviation.
     """
     half = components / 2
     if target == "magnitude":
@@ -36,12 +36,12 @@ class PDRUMHead(Head):
     """Fitted residual networks.
 
     Args:
-        settings: Hyper-parameters; `forces` and, where energies were labelled, `energy`: those of the ensembles, with
-            `out_of_fold`, the mean square of the residuals of the training frames over their mean score, each by the
-            network that has not seen it; `mean_score`, eV²/Å², of the training atoms.
-        tensors: Those of the ensembles as `forces.…` and `energy.…`; for the equivariant and the conservative `diff`
-            the `mixing` that their vectors are made with, `vector_units`, and the `force_unit`, eV/Å; for the latter
-            `weights` of the vectors instead of an ensemble.
+        settings: Hyper-parameters; `forces` and, where energies were labelled, `energy`: settings of the ensembles,
+            with `out_of_fold`, the mean squared residual of the training frames over their mean score, each scored by
+            the network that has not seen it; `mean_score`, eV²/Å², over the training atoms.
+        tensors: Tensors of the ensembles as `forces.…` and `energy.…`; for the equivariant and the conservative
+            `diff` also the `mixing` that makes their vectors, `vector_units`, and `force_unit`, eV/Å; the conservative
+            `diff` has `weights` of the vectors instead of an ensemble.
     """
 
     mixing: Tensor
@@ -54,8 +54,8 @@ class PDRUMHead(Head):
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__(settings, {name: tensor for name, tensor in tensors.items() if "." not in name})
         for part in ("forces", "energy"):
-            if own := tensors_of(part, tensors):
-                self.add_module(part, MLPEnsemble(settings[part], own))
+            if buffers := tensors_of(part, tensors):
+                self.add_module(part, MLPEnsemble(settings[part], buffers))
         self.gradients = settings["variant"] == "diff_conservative"
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -79,7 +79,7 @@ class PDRUMHead(Head):
         )
 
     def expected_forces(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_atoms, 3) eV/Å: the residuals that a `diff` expects. Adding them to the forces is not its purpose."""
+        """(n_atoms, 3) eV/Å: residuals that a `diff` expects. They are not meant to be added to the forces."""
         if self.gradients:
             weights = self.force_unit * self.weights / self.vector_units
             return forces_of(forward_pass, self.mixing, weights)
@@ -87,19 +87,19 @@ class PDRUMHead(Head):
         return self.combined(self.get_submodule("forces")(forward_pass.features), vectors)
 
     def combined(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
-        """(n_atoms, 3) eV/Å: outputs that are forces, or the sum of (n_atoms, 3, width) vectors that they weigh."""
+        """(n_atoms, 3) eV/Å: the outputs themselves if they are forces, else the sum of the vectors that they weigh."""
         if vectors is None:
             return outputs
         return self.force_unit * torch.einsum("ic,iac->ia", outputs, vectors / self.vector_units)
 
     def force_score(self, outputs: Tensor, vectors: Tensor | None) -> Tensor:
-        """(n_atoms,) eV²/Å², the variance of a force component, from magnitudes or from what `combined` takes."""
+        """(n_atoms,) eV²/Å², the variance of a force component, from magnitudes or from the inputs of `combined`."""
         if self._settings["variant"] == "norm":
             return (outputs[:, 0] / self._unit(3)).square()
         return self.combined(outputs, vectors).square().mean(1)
 
     def energy_score(self, outputs: Tensor) -> Tensor:
-        """eV², the variance of an energy, from what the networks say of it."""
+        """eV², the variance of an energy, from the outputs of the networks."""
         return (outputs / (self._unit(1) if self._settings["variant"] == "norm" else 1.0)).square()
 
     def _unit(self, components: int) -> float:

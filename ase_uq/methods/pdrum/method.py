@@ -1,23 +1,24 @@
 """P-DRUM: networks that predict the residual of a potential from its own features.
 
-With D_i the features of an atom, r a network, ΔE and ΔF_i label less prediction:
+With D_i the features of an atom, r a network, and ΔE and ΔF_i the residuals (label minus prediction):
 
     norm               Σ_i r(D_i) → |ΔE|      r(D_i) → ‖ΔF_i‖                  r > 0
-    diff               Σ_i r(D_i) → ΔE        Σ_c g_c(D_i) v_ic → ΔF_i         v_ic vectors that turn with the structure
+    diff               Σ_i r(D_i) → ΔE        Σ_c g_c(D_i) v_ic → ΔF_i         v_ic rotate with the structure
     diff_invariant     Σ_i r(D_i) → ΔE        r(D_i) → ΔF_i                    as published
-    diff_conservative  Σ_i r(D_i) → ΔE        -∂/∂R_i Σ_j r(D_j) → ΔF_i        one backward pass more
+    diff_conservative  Σ_i r(D_i) → ΔE        -∂/∂R_i Σ_j r(D_j) → ΔF_i        one more backward pass
 
-norm learns how large errors are, the others what they are on average; |prediction| is the score. The published
-F-diff, `diff_invariant`, cannot be equivariant: the features do not turn with the structure, ΔF_i does. Over all
-orientations Q of the same structure the best prediction is the mean of QΔF_i, which is zero: trained on structures in
-random orientation, it predicts that there is no error. It has a meaning for crystals in one orientation only.
+norm learns how large the errors are, the other variants learn the average error; |prediction| is the score. The
+published F-diff, `diff_invariant`, cannot be equivariant: the features do not rotate with the structure, but ΔF_i does.
+Over all orientations Q of the same structure the best prediction is the mean of QΔF_i, which is zero: trained on
+structures in random orientations, it predicts that there is no error. It is meaningful only for crystals in one
+orientation.
 
-Every network is one of several, each trained without one fold of the frames; a structure is given the mean of all.
-The residuals of frames that the potential itself was trained on are smaller than others: the calibration, on frames
-that it was not trained on, sets the scale.
+Several networks are trained, each without one fold of the frames; a new structure gets the mean of their predictions.
+The residuals of frames that the potential itself was trained on are smaller than those of other frames: the
+calibration, on frames that it was not trained on, sets the scale.
 
 Source: P-DRUM (arXiv 2509.02927), E-norm, E-diff, F-norm and F-diff; the quantile is that of Ho, Ortner and Wang 2025;
-the logarithm, the equivariant and the conservative F-diff are own derivations.
+the logarithm, the equivariant F-diff and the conservative F-diff are our own derivations.
 """
 
 import warnings
@@ -39,23 +40,23 @@ from ase_uq.numerics.networks import Loss, MLPEnsemble, folds_of, out_of_fold, p
 from ase_uq.numerics.training import Training, cross_fit
 
 _EVALUATED_TOGETHER = 4096  # atoms
-_SMALLEST = 1e-300  # so that nothing is divided by zero
+_SMALLEST = 1e-300  # avoids division by zero
 
 
 @dataclass(frozen=True)
 class PDRUM(Method):
     """Trains networks on force and energy residuals.
 
-    Energies have a network of their own where enough training frames are labelled with them; else their uncertainty
-    is the mean of that of the forces, as that of the stress always is.
+    Energies get a network of their own if enough training frames have energy labels; otherwise their uncertainty is
+    the mean of the forces' uncertainty. The uncertainty of the stress is always this mean.
 
     Args:
-        variant: What is predicted of the residuals, as the module says.
-        target: What `norm` predicts of their magnitudes: the mean, as published, the mean of the logarithm, which few
-            large errors do not dominate, or a quantile.
-        quantile: Which one.
-        folds: Networks; each is trained without one fold of the frames.
-        training: Of the networks.
+        variant: Property of the residuals that is predicted; the module docstring lists the variants.
+        target: Statistic of the magnitudes that `norm` predicts: the mean, as published; the mean of the logarithm,
+            which a few large errors do not dominate; or a quantile.
+        quantile: Quantile to predict, where `target` is a quantile.
+        folds: Number of networks; each is trained without one fold of the frames.
+        training: Training settings of the networks.
     """
 
     name = "pdrum"
@@ -87,7 +88,7 @@ class PDRUM(Method):
 
 
 class PDRUMAccumulator(Accumulator):
-    """Rows of all training atoms."""
+    """Collects the rows of all training atoms."""
 
     def __init__(self, method: PDRUM) -> None:
         self.method = method
@@ -125,7 +126,7 @@ class PDRUMAccumulator(Accumulator):
         title = "pdrum" if communicator.rank == 0 and self.progress else ""
         settings: dict[str, Any] = asdict(method)
         tensors: dict[str, Tensor] = {}
-        # The first rank has frames if any has.
+        # If any rank has frames, the first one does.
         mixing = gather(self.mixing if communicator.rank == 0 else None, communicator)
         if mixing is not None:
             tensors["mixing"] = mixing
@@ -134,7 +135,7 @@ class PDRUMAccumulator(Accumulator):
 
 
 def _fit_energy(method: PDRUM, rows: Rows, settings: dict[str, Any], tensors: dict[str, Tensor], title: str) -> None:
-    """Adds an ensemble for the energy, where enough frames are labelled."""
+    """Adds an ensemble for the energy, if enough frames have energy labels."""
     if len(rows.frames) < 2 * method.folds:
         return
     targets, segments = rows.energy[:, None], rows.place_of_frame
@@ -161,7 +162,7 @@ def _fit_energy(method: PDRUM, rows: Rows, settings: dict[str, Any], tensors: di
 def _fit_forces(
     method: PDRUM, rows: Rows, settings: dict[str, Any], tensors: dict[str, Tensor], title: str
 ) -> PDRUMHead:
-    """The head, with what predicts the forces."""
+    """The head, including the networks or weights that predict the forces."""
     fold = folds_of(rows.frame_of_atom, method.folds)
     vectors = rows.vectors if "mixing" in tensors else None
     if vectors is not None:
@@ -185,7 +186,7 @@ def _fit_forces(
 
 
 def _force_ensemble(method: PDRUM, rows: Rows, tensors: dict[str, Tensor], title: str) -> MLPEnsemble:
-    """Networks for magnitudes, for forces, or for the weights of vectors."""
+    """Networks that predict magnitudes, forces, or weights of vectors."""
     targets, loss, width = rows.residuals, _loss(method), None
     if method.variant == "norm":
         targets = targets.norm(dim=1, keepdim=True)
@@ -219,11 +220,11 @@ def _error_of_combination(weights: Tensor, targets: Tensor) -> Tensor:
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
-    """Over the first dimension; 1 where all is zero."""
-    found = values.square().mean(0).sqrt()
-    return torch.where(found > 0, found, 1.0)
+    """Root mean square over the first dimension; 1 where all values are zero."""
+    root = values.square().mean(0).sqrt()
+    return torch.where(root > 0, root, 1.0)
 
 
 def _ratio(squares: Tensor, variances: Tensor) -> float:
-    """Mean square over mean predicted variance, 1 for honest ones."""
+    """Mean square over mean predicted variance; 1 if the variances are honest."""
     return float(squares.mean() / variances.mean().clamp(min=_SMALLEST))

@@ -1,4 +1,4 @@
-"""Features and residuals of all training atoms, in the order of the data set whatever the batches and ranks were."""
+"""Features and residuals of all training atoms, in the order of the data set, whatever the batches and ranks."""
 
 from dataclasses import dataclass, replace
 
@@ -11,13 +11,13 @@ from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 
 @dataclass(frozen=True)
 class Rows:
-    """Training atoms and frames; residuals are label less prediction, NaN without a label.
+    """Training atoms and frames; residuals are label minus prediction, and NaN without a label.
 
     Args:
         frame_of_atom: (n_atoms,) number of the frame in the data set, ascending.
         residuals: (n_atoms, 3) ΔF, eV/Å.
         features: (n_atoms, n_features).
-        vectors: (n_atoms, 3, width) what the method wants of each atom beside them; width may be 0.
+        vectors: (n_atoms, 3, width) further vectors of each atom that the method needs; width may be 0.
         frames: (n_frames,) numbers in the data set, ascending.
         energy: (n_frames,) ΔE, eV.
     """
@@ -30,18 +30,18 @@ class Rows:
     energy: Tensor
 
     def with_forces(self) -> "Rows":
-        """Those of the atoms that have a force label."""
+        """Rows of the atoms that have a force label."""
         return self._of_atoms(self.residuals.isfinite().all(1))
 
     def with_energy(self) -> "Rows":
-        """Those of the frames that have an energy label."""
+        """Rows of the frames that have an energy label."""
         labelled = self.energy.isfinite()
         rows = self._of_atoms(torch.isin(self.frame_of_atom, self.frames[labelled]))
         return replace(rows, frames=self.frames[labelled], energy=self.energy[labelled])
 
     @property
     def place_of_frame(self) -> Tensor:
-        """(n_atoms,) which of `frames` each atom belongs to."""
+        """(n_atoms,) index into `frames` of the frame that each atom belongs to."""
         return torch.searchsorted(self.frames, self.frame_of_atom)
 
     def _of_atoms(self, chosen: Tensor) -> "Rows":
@@ -50,7 +50,7 @@ class Rows:
 
 
 class RowStore:
-    """Takes batches; atoms are kept in float32."""
+    """Collects batches; atoms are kept in float32."""
 
     def __init__(self) -> None:
         self._atoms: list[Tensor] = []
@@ -58,7 +58,7 @@ class RowStore:
         self._n_features = 0
 
     def add(self, forward_pass: ForwardPass, targets: Targets, vectors: Tensor | None = None) -> None:
-        """Takes a batch with its forces, and (n_atoms, 3, width) vectors of the method's own."""
+        """Takes a batch with its forces, and the method's (n_atoms, 3, width) vectors if it has any."""
         if forward_pass.forces is None:
             raise ValueError("residuals of forces need the potential's forces: evaluate the training frames with them.")
         columns = [residuals_of(targets.forces, forward_pass.forces), forward_pass.features]
@@ -71,17 +71,17 @@ class RowStore:
         self._n_features = forward_pass.features.shape[1]
 
     def finish(self, communicator: Communicator) -> Rows:
-        """The rows of all ranks, of which one has had a batch."""
+        """The rows of all ranks; at least one rank has had a batch."""
         # A rank without frames learns the widths from the others.
-        own = torch.tensor([float(bool(self._atoms)), self._n_features], dtype=torch.float64)
-        ranks, widths = communicator.sum({"widths": own})["widths"].tolist()
+        width = torch.tensor([float(bool(self._atoms)), self._n_features], dtype=torch.float64)
+        ranks, widths = communicator.sum({"widths": width})["widths"].tolist()
         frames = gather(torch.cat(self._frames) if self._frames else None, communicator)
         atoms = gather(torch.cat(self._atoms) if self._atoms else None, communicator)
         assert atoms is not None
         assert frames is not None
         numbers, counts, energy = frames.T
         frame_of_atom = torch.repeat_interleave(numbers, counts.long())
-        # Frames are never split between batches: atoms stay in their order.
+        # Frames are never split between batches, so a stable sort keeps the order of their atoms.
         order, frame_order = torch.argsort(frame_of_atom, stable=True), torch.argsort(numbers, stable=True)
         first, last = 3, 3 + round(widths / ranks)
         atoms = atoms[order]

@@ -1,4 +1,4 @@
-"""`BackendContract`: what a backend must do, whoever wrote it."""
+"""`BackendContract`: laws that every backend must obey."""
 
 from ase_uq.testing.backends.geometry import GeometryLaws
 from ase_uq.testing.backends.gradients import GradientLaws
@@ -15,7 +15,7 @@ __all__ = ["BackendContract", "count_forwards", "process_state", "standard_frame
 class BackendContract(MeanLaws, LastLayerLaws, GeometryLaws, GradientLaws, IdentityLaws, SurroundingsLaws):
     """Laws of a backend.
 
-    Subclass it in a test file and say how the calculator is made:
+    Subclass it in a test file and define how the calculator is made:
 
         class TestMyBackend(BackendContract):
             def make_calculator(self, dtype="float64"):
@@ -24,5 +24,5 @@ class BackendContract(MeanLaws, LastLayerLaws, GeometryLaws, GradientLaws, Ident
             def last_layer(self, calculator):
                 return [calculator.model.readout.weight]
 
-    What else may be said is in `BackendUnderTest`; a law that does not apply skips.
+    `BackendUnderTest` lists what else may be defined; laws that do not apply are skipped.
     """

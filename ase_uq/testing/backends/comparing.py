@@ -1,4 +1,4 @@
-"""Forward passes beside each other, up to rounding."""
+"""Comparison of forward passes, up to rounding."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,7 +12,7 @@ from torch import Tensor
 from ase_uq.backends.base import Backend
 from ase_uq.forward_pass import ForwardPass
 
-# Rounding of one forward pass in another order of summation, relative to the largest value.
+# Rounding error of a forward pass with another order of summation, relative to the largest value.
 ROUNDING = {torch.float32: 2e-4, torch.float64: 1e-9}
 
 
@@ -22,18 +22,18 @@ def forward(backend: Backend, frames: Sequence[Atoms]) -> ForwardPass:
 
 
 def array(value: Tensor | None) -> np.ndarray:
-    """A tensor that must be there, as numpy has it."""
+    """A tensor as a numpy array; it must not be None."""
     assert value is not None
     return value.cpu().numpy()
 
 
 def scale(*values: Any) -> float:
-    """Largest absolute value, and never zero."""
+    """Largest absolute value, but never zero."""
     return max(float(np.abs(value).max()) for value in values) + 1e-12
 
 
 def rounding(energies: np.ndarray, backend: Backend) -> float:
-    """Rounding of an energy, eV."""
+    """Rounding error of an energy, eV."""
     return 2 * torch.finfo(backend.dtype).eps * scale(energies)
 
 
@@ -50,7 +50,7 @@ def tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def meaningful(e: ForwardPass, frames: Sequence[Atoms]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor with its name, without the stress of structures that have no volume: packages give anything."""
+    """Every tensor with its name, except stresses of structures without a volume, which packages leave undefined."""
     with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
     for name, value in tensors(e):
         rows = with_volume.to(value.device)
@@ -58,8 +58,8 @@ def meaningful(e: ForwardPass, frames: Sequence[Atoms]) -> Iterator[tuple[str, T
 
 
 def of_frame(e: ForwardPass, index: int, atoms: Atoms) -> dict[str, Any]:
-    """What a batch says about one of its structures, as float64 arrays; None for what it has not."""
-    own = (e.frame_of_atom == index).cpu()
+    """The results of a batch for one of its structures, as float64 arrays; None for results that it lacks."""
+    in_frame = (e.frame_of_atom == index).cpu()
     per_atom = {
         "numbers": e.numbers,
         "forces": e.forces,
@@ -77,31 +77,33 @@ def of_frame(e: ForwardPass, index: int, atoms: Atoms) -> dict[str, Any]:
         "torque_free": None if e.force_layer is None else e.force_layer.torque_free,
         "members": None if e.members is None else e.members.energy.T,
     }
-    edges = own[e.edges.target.cpu()]
-    found = {key: None if value is None else value.cpu()[own].double().numpy() for key, value in per_atom.items()}
-    found |= {key: None if value is None else value[index].cpu().double().numpy() for key, value in per_frame.items()}
-    return found | {"distances": np.sort(e.edges.distance.cpu()[edges].double().numpy())}
+    edges = in_frame[e.edges.target.cpu()]
+    results = {
+        key: None if value is None else value.cpu()[in_frame].double().numpy() for key, value in per_atom.items()
+    }
+    results |= {key: None if value is None else value[index].cpu().double().numpy() for key, value in per_frame.items()}
+    return results | {"distances": np.sort(e.edges.distance.cpu()[edges].double().numpy())}
 
 
-def assert_same(found: dict[str, Any], expected: dict[str, Any], backend: Backend) -> None:
-    """Asserts that what `of_frame` found of a structure is the same up to rounding."""
+def assert_same(actual: dict[str, Any], expected: dict[str, Any], backend: Backend) -> None:
+    """Asserts that two results of `of_frame` are the same up to rounding."""
     for key, value in expected.items():
         if value is None:
-            assert found[key] is None, key
+            assert actual[key] is None, key
             continue
-        assert found[key].shape == value.shape, key
+        assert actual[key].shape == value.shape, key
         if value.size:
             atol = ROUNDING[backend.dtype] * max(1.0, scale(value))
-            np.testing.assert_allclose(found[key], value, rtol=0, atol=atol, err_msg=key)
+            np.testing.assert_allclose(actual[key], value, rtol=0, atol=atol, err_msg=key)
 
 
 def assert_close(
-    found: Tensor, expected: Tensor | None, backend: Backend, what: str, size: Tensor | None = None
+    actual: Tensor, expected: Tensor | None, backend: Backend, what: str, size: Tensor | None = None
 ) -> None:
-    """Asserts that a tensor is another up to rounding, relative to the largest of `size` (that of `expected`)."""
+    """Asserts that two tensors agree up to rounding, relative to the largest value of `size`, else of `expected`."""
     assert expected is not None
-    assert found.shape == expected.shape, what
+    assert actual.shape == expected.shape, what
     if expected.numel():
         largest = float((expected if size is None else size).double().abs().max())
-        deviation = float((found.double() - expected.double()).abs().max())
+        deviation = float((actual.double() - expected.double()).abs().max())
         assert deviation <= ROUNDING[backend.dtype] * max(1.0, largest), f"{what} is off by {deviation}"

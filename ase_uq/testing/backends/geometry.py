@@ -1,4 +1,4 @@
-"""Laws of space: neighbours, and what moving, reordering, turning and inverting a structure does."""
+"""Laws of geometry: neighbours, and the effects of moving, reordering, rotating and inverting a structure."""
 
 import numpy as np
 import pytest
@@ -9,12 +9,12 @@ from ase_uq.backends.base import Backend
 from ase_uq.testing.backends.comparing import array, assert_close, assert_same, forward, of_frame
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
-# Tensors of one structure that count its atoms; the others count structures.
+# Results of one structure with one row per atom; the others have one row per structure.
 PER_ATOM = ("numbers", "forces", "energies", "features", "phi", "force_phi", "vectors", "confidence")
 
 
 class GeometryLaws(BackendUnderTest):
-    """Of structures and their copies in another place, order or orientation."""
+    """Laws of structures and their copies in another place, order or orientation."""
 
     def test_edges_are_neighbours(self, backend: Backend, frames: list[Atoms]):
         e = forward(backend, frames)
@@ -31,14 +31,14 @@ class GeometryLaws(BackendUnderTest):
         for index, atoms in enumerate(frames):
             mine = frame[source] == index
             if mine.any():
-                # What is left between the end of a vector and its neighbour is a vector of the lattice.
+                # The difference between the end of a vector and its neighbour is a lattice vector.
                 gap = positions[target[mine]] + vector[mine] - positions[source[mine]]
                 lattice = atoms.cell.array * atoms.pbc[:, None]
                 steps = np.rint(gap @ np.linalg.pinv(lattice)) if atoms.pbc.any() else np.zeros_like(gap)
                 np.testing.assert_allclose(gap - steps @ lattice, 0, atol=1e-3, err_msg=str(atoms))
                 i, j, d = neighbor_list("ijD", atoms, float(distance[mine].max()) + 0.01)
-                for a, b, found in zip(target[mine] - start, source[mine] - start, vector[mine], strict=True):
-                    assert np.abs(d[(i == a) & (j == b)] - found).max(1).min() < 1e-3, (atoms, a, b, found)
+                for a, b, r in zip(target[mine] - start, source[mine] - start, vector[mine], strict=True):
+                    assert np.abs(d[(i == a) & (j == b)] - r).max(1).min() < 1e-3, (atoms, a, b, r)
             start += len(atoms)
 
     def test_moving_a_structure_changes_nothing(self, backend: Backend, frames: list[Atoms]):
@@ -78,7 +78,7 @@ class GeometryLaws(BackendUnderTest):
             assert_same(of_frame(after, index, atoms) | {"stress": None}, expected, backend)
 
     def test_vectors_are_polar(self, backend: Backend, frames: list[Atoms]):
-        """Inversion of a structure turns them about, whatever else the potential does not respect."""
+        """Inverting a structure reverses its vectors, even if the potential is not equivariant."""
         vectors = forward(backend, frames).vectors
         if vectors is None:
             pytest.skip("the features have no vectors")
@@ -87,6 +87,6 @@ class GeometryLaws(BackendUnderTest):
             atoms.set_cell(-atoms.cell.array)
             atoms.positions = -atoms.positions
         assert float(vectors.abs().max()) > 0
-        found = forward(backend, inverted).vectors
-        assert found is not None
-        assert_close(found, -vectors, backend, "vectors of inverted structures")
+        reversed_vectors = forward(backend, inverted).vectors
+        assert reversed_vectors is not None
+        assert_close(reversed_vectors, -vectors, backend, "vectors of inverted structures")

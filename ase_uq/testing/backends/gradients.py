@@ -18,12 +18,12 @@ from ase_uq.testing.backends.observing import changed, count_forwards
 from ase_uq.testing.backends.structures import displaced, periodic
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
-# Step in Å (and in strain) of finite differences, and how far they may be off, relative to the largest value.
+# Step of finite differences in Å (and in strain), and their tolerance relative to the largest value.
 DIFFERENCES = {torch.float32: (3e-3, 3e-2), torch.float64: (1e-4, 1e-5)}
 
 
 class GradientLaws(BackendUnderTest):
-    """Against finite differences."""
+    """Laws of derivatives, compared with finite differences."""
 
     def test_forces_are_the_gradient_of_the_energy(self, backend: Backend, frames: list[Atoms]):
         if not self.conservative or "forces" not in backend.results:
@@ -46,7 +46,7 @@ class GradientLaws(BackendUnderTest):
 
     def test_stress_is_the_derivative_by_strain(self, backend: Backend, frames: list[Atoms]):
         if not self.conservative or "stress" not in backend.results:
-            pytest.skip("there is no stress that is to be a derivative of the energy")
+            pytest.skip("there is no stress that must be a derivative of the energy")
         step, tolerance = DIFFERENCES[backend.dtype]
         atoms = periodic(frames)
         strains, moved = [], []
@@ -77,7 +77,7 @@ class GradientLaws(BackendUnderTest):
                 assert e.gradients is not None
                 assert count() == self.n_forwards
                 cotangent = torch.randn(e.features.shape, generator=random).to(e.features)
-                with torch.no_grad():  # whatever the caller has switched off
+                with torch.no_grad():  # gradients must work even if the caller has switched them off
                     rows = list(e.gradients.of_energies())
                     of_features = e.gradients.of_features(cotangent)
                 assert count() <= self.n_forwards + 1, "gradients took more than one further forward"
@@ -86,44 +86,47 @@ class GradientLaws(BackendUnderTest):
             for value in (*rows, of_features):
                 assert not value.requires_grad
                 assert bool(torch.isfinite(value).all())
-            found = dict(meaningful(e, frames))
+            with_gradients = dict(meaningful(e, frames))
             for name, value in meaningful(plain, frames):
-                assert not found[name].requires_grad, name
-                assert_close(found[name], value, backend, name)
+                assert not with_gradients[name].requires_grad, name
+                assert_close(with_gradients[name], value, backend, name)
             for now, then in zip(_parameters(backend), before, strict=True):
                 assert now.keys() == then.keys()
                 for key, value in then.items():
                     same = torch.equal(now[key], value) if isinstance(value, Tensor) else now[key] == value
-                    assert same, f"{key} of the potential is not what it was"
+                    assert same, f"{key} of the potential has changed"
             after = dict(meaningful(backend.forward(batch, forces=forces), frames))
             for name, value in meaningful(plain, frames):
-                assert torch.equal(after[name], value), f"{name} is another after gradients were taken"
+                assert torch.equal(after[name], value), f"{name} has changed after gradients were taken"
 
     def test_gradients_of_features(self, backend: Backend, frames: list[Atoms]):
         step, tolerance = DIFFERENCES[backend.dtype]
         random = np.random.default_rng(3)
-        # The norm of a vector that is 0 by symmetry has no derivative.
+        # The norm of a vector that is 0 by symmetry has no derivative, so symmetry is broken first.
         frames = displaced(frames, 0.05 * random.normal(size=(sum(map(len, frames)), 3)))
         e = backend.forward(backend.collate(frames), gradients=True)
         assert e.gradients is not None
         cotangent = torch.as_tensor(random.normal(size=tuple(e.features.shape))).to(e.features)
         last = e.energy_layer.features
-        own = (
+        energy_cotangent = (
             torch.as_tensor(random.normal(size=tuple(last.shape))).to(last)
             * scale(array(e.features))
             / scale(array(last))
         )
-        gradient = array(e.gradients.of_features(cotangent, own)).astype(float)
+        gradient = array(e.gradients.of_features(cotangent, energy_cotangent)).astype(float)
         direction = random.normal(size=gradient.shape)
         values = []
         for sign in (1, -1):
             moved = forward(backend, displaced(frames, sign * step * direction))
-            terms = [cotangent.double() * moved.features.double(), own.double() * moved.energy_layer.features.double()]
+            terms = [
+                cotangent.double() * moved.features.double(),
+                energy_cotangent.double() * moved.energy_layer.features.double(),
+            ]
             values.append(array(moved.sum_over_atoms(torch.cat(terms, 1))).sum(1))
         differences = -(values[0] - values[1]) / (2 * step)
         starts = np.cumsum([0, *map(len, frames[:-1])])
         expected = np.add.reduceat((direction * gradient).sum(1), starts)
-        size = scale(array(cotangent * e.features), array(own * last))
+        size = scale(array(cotangent * e.features), array(energy_cotangent * last))
         noise = 10 * torch.finfo(backend.dtype).eps * size * len(direction)
         atol = tolerance * scale(expected, gradient) + noise / step
         np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
@@ -164,7 +167,7 @@ class GradientLaws(BackendUnderTest):
 def _check_by_parameters(
     backend: Backend, frames: list[Atoms], rows: np.ndarray, values: Callable[[ForwardPass], np.ndarray]
 ) -> None:
-    """Compares with differences of the values, one a frame, of potentials whose parameters lie close by."""
+    """Compares rows with differences of the values, one per frame, between potentials with nearby parameters."""
     step, tolerance = DIFFERENCES[backend.dtype]
     generator = torch.Generator().manual_seed(5)
     parameters = list(backend._modules()[0].parameters())
@@ -172,23 +175,23 @@ def _check_by_parameters(
     for parameter in parameters:
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         directions.append(noise.to(parameter) * (parameter.detach().abs().mean() + 0.01))
-    found = []
+    both = []
     for sign in (1, -1):
         pairs = zip(parameters, directions, strict=True)
         with changed(parameters, [parameter.detach() + sign * step * direction for parameter, direction in pairs]):
-            found.append(values(forward(backend, frames)))
-    differences = (found[0] - found[1]) / (2 * step)
+            both.append(values(forward(backend, frames)))
+    differences = (both[0] - both[1]) / (2 * step)
     expected = rows @ torch.cat([direction.flatten() for direction in directions]).cpu().numpy()
-    atol = tolerance * scale(expected) + 10 * rounding(found[0], backend) / step
+    atol = tolerance * scale(expected) + 10 * rounding(both[0], backend) / step
     np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
 
 
 def _parameters(backend: Backend) -> list[dict[str, Any]]:
-    """What of each parameter, and of each module, is the user's."""
-    found: list[dict[str, Any]] = []
+    """The state of each parameter and module that belongs to the user."""
+    states: list[dict[str, Any]] = []
     for root in backend._modules():
         for name, parameter in root.named_parameters():
             has = {"gradient": parameter.grad is not None, "requires_grad": parameter.requires_grad}
-            found.append({"name": name, "values": parameter.detach().clone()} | has)
-        found += [{"name": name, "training": module.training} for name, module in root.named_modules()]
-    return found
+            states.append({"name": name, "values": parameter.detach().clone()} | has)
+        states += [{"name": name, "training": module.training} for name, module in root.named_modules()]
+    return states

@@ -1,4 +1,4 @@
-"""Laws of identity: the same weights are the same potential in any precision, and no others are."""
+"""Laws of identity: equal weights are the same potential in any precision, different weights are not."""
 
 from collections.abc import Sequence
 
@@ -15,14 +15,14 @@ from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
 class IdentityLaws(BackendUnderTest):
-    """Of the identity that binds an uncertainty model to its potential."""
+    """Laws of the identity that binds an uncertainty model to its potential."""
 
     def test_fingerprint_is_that_of_the_weights(self, backend: Backend, spare: BaseCalculator):
-        own = backend.identity.fingerprint
+        fingerprint = backend.identity.fingerprint
         for dtype in self.dtypes:
             calculator = spare if dtype == self.dtype else self.make_calculator(dtype)
-            assert load_backend(calculator).identity.fingerprint == own, dtype
-        assert _with_larger(_all_weights(spare), spare).fingerprint != own
+            assert load_backend(calculator).identity.fingerprint == fingerprint, dtype
+        assert _with_larger(_all_weights(spare), spare).fingerprint != fingerprint
 
     def test_identity_accepts_itself_and_no_other(self, backend: Backend, spare: BaseCalculator):
         assert backend.check_identity(load_backend(spare).identity) is None
@@ -39,6 +39,6 @@ def _all_weights(calculator: BaseCalculator) -> list[Tensor]:
 
 
 def _with_larger(weights: Sequence[Tensor], calculator: BaseCalculator) -> Identity:
-    """The identity of the calculator where these of its weights are larger."""
+    """The identity of the calculator after enlarging these of its weights."""
     with changed(weights, [1.1 * weight.detach() for weight in weights]):
         return load_backend(calculator).identity

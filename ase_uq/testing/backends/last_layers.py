@@ -1,4 +1,4 @@
-"""Laws of the last layers: what is linear in which weights, and is exactly the prediction."""
+"""Laws of the last layers: they are linear in their weights and give exactly the prediction."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
 class LastLayerLaws(BackendUnderTest):
-    """Of w·φ + base."""
+    """Laws of w·φ + base."""
 
     def test_energy_is_that_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
         e = forward(backend, frames)
@@ -34,33 +34,35 @@ class LastLayerLaws(BackendUnderTest):
     def test_last_layers_are_linear_in_the_trained_weights(
         self, backend: Backend, spare: BaseCalculator, frames: list[Atoms]
     ):
-        """Other last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
+        """Changed last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
         weights = [weight.detach() for weight in self.last_layer(spare)]
         generator = torch.Generator().manual_seed(0)
         noise = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in weights]
         with changed(weights, [w + 0.1 * n.to(w) * w.abs().mean() for w, n in zip(weights, noise, strict=True)]):
             other = forward(load_backend(spare), frames)
-            own = forward(backend, frames)
-            change = (other.energy_layer.weights - own.energy_layer.weights).double()
+            original = forward(backend, frames)
+            change = (other.energy_layer.weights - original.energy_layer.weights).double()
             assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
-            assert_close(other.energy_layer.features, own.energy_layer.features, backend, "features")
-            moved = own.sum_over_atoms(own.energy_layer.features.double() @ change)
-            size = torch.cat([own.energy, other.energy]).abs().max().double()
-            assert_close(other.energy - own.energy, moved, backend, "change of the energy", size)
-            if own.force_layer is not None and other.force_layer is not None:
-                layer = own.force_layer
+            assert_close(other.energy_layer.features, original.energy_layer.features, backend, "features")
+            moved = original.sum_over_atoms(original.energy_layer.features.double() @ change)
+            size = torch.cat([original.energy, other.energy]).abs().max().double()
+            assert_close(other.energy - original.energy, moved, backend, "change of the energy", size)
+            if original.force_layer is not None and other.force_layer is not None:
+                layer = original.force_layer
                 moved = layer.features.double() @ (other.force_layer.weights - layer.weights).double()
-                assert own.forces is not None
+                assert original.forces is not None
                 assert other.forces is not None
-                assert_close(other.forces - own.forces, _project(moved, layer, own), backend, "change of the forces")
+                assert_close(
+                    other.forces - original.forces, _project(moved, layer, original), backend, "change of the forces"
+                )
 
 
 def _project(forces: Tensor, layer: ForceLayer, e: ForwardPass) -> Tensor:
-    """P by its definition: the least-squares remainder after rigid motions."""
+    """P by its definition: the least-squares remainder after fitting rigid motions."""
     remainder = forces.clone()
     for index, torque_free in enumerate(layer.torque_free.tolist()):
-        own = e.frame_of_atom == index
-        x = e.positions[own].double()
+        in_frame = e.frame_of_atom == index
+        x = e.positions[in_frame].double()
         x = x - x.mean(0)
         n_atoms = len(x)
         shifts = torch.eye(3, dtype=x.dtype).repeat(n_atoms, 1)  # (3 n_atoms, 3)
@@ -69,7 +71,7 @@ def _project(forces: Tensor, layer: ForceLayer, e: ForwardPass) -> Tensor:
         if modes:
             span = torch.cat([mode.to(x) for mode in modes], 1)
             left, values, _ = torch.linalg.svd(span, full_matrices=False)
-            left = left[:, values > 1e-6 * values.max()]  # a linear molecule has one rotation less
-            flat = remainder[own].reshape(-1)
-            remainder[own] = (flat - left @ (left.T @ flat)).reshape(-1, 3)
+            left = left[:, values > 1e-6 * values.max()]  # a linear molecule has one rotation fewer
+            flat = remainder[in_frame].reshape(-1)
+            remainder[in_frame] = (flat - left @ (left.T @ flat)).reshape(-1, 3)
     return remainder

@@ -1,4 +1,4 @@
-"""Laws of what is predicted: the calculator's own mean, in any batch, from one forward pass."""
+"""Laws of the predictions: they are the calculator's own mean, in any batch, from one forward pass."""
 
 import pickle
 
@@ -15,7 +15,7 @@ from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
 class MeanLaws(BackendUnderTest):
-    """Of one forward pass and what it gave."""
+    """Laws of one forward pass and its results."""
 
     def test_mean_is_the_calculators_own(self, backend: Backend, frames: list[Atoms]):
         calculator = self.make_calculator(self.dtype)
@@ -23,10 +23,12 @@ class MeanLaws(BackendUnderTest):
         for atoms in frames:
             forward_pass = forward(backend, [atoms])
             for key in backend.results:
-                own = np.asarray(calculator.get_property(key, atoms.copy()))
-                found = getattr(forward_pass, "energy" if key == "free_energy" else key)
-                found = found.cpu().numpy().reshape(own.shape)
-                np.testing.assert_allclose(found, own, rtol=0, atol=self.mean_tolerance, err_msg=f"{key} of {atoms}")
+                expected = np.asarray(calculator.get_property(key, atoms.copy()))
+                mean = getattr(forward_pass, "energy" if key == "free_energy" else key)
+                mean = mean.cpu().numpy().reshape(expected.shape)
+                np.testing.assert_allclose(
+                    mean, expected, rtol=0, atol=self.mean_tolerance, err_msg=f"{key} of {atoms}"
+                )
 
     def test_results_are_those_it_claims(self, backend: Backend, frames: list[Atoms]):
         forward_pass = forward(backend, frames)
@@ -87,13 +89,13 @@ class MeanLaws(BackendUnderTest):
 
     def test_what_another_process_collates_is_the_same_batch(self, backend: Backend, frames: list[Atoms]):
         if backend.collator is None:
-            pytest.skip("structures are collated where the potential is")
+            pytest.skip("this backend collates structures only in the potential's process")
         for group in (frames, frames[:1]):
             collator, sent = pickle.loads(pickle.dumps((backend.collator, group)))
             data = pickle.loads(pickle.dumps(collator(sent)))
-            found = dict(meaningful(backend.forward(backend.received(group, data)), group))
+            received = dict(meaningful(backend.forward(backend.received(group, data)), group))
             for name, value in meaningful(forward(backend, group), group):
-                assert torch.equal(value, found[name]), name
+                assert torch.equal(value, received[name]), name
         with pytest.raises(InputError, match=r"structure 0 \(empty\) has no atoms"):
             collator([Atoms()])
 
@@ -109,7 +111,7 @@ class MeanLaws(BackendUnderTest):
             with count_forwards(modules) as count:
                 e = backend.forward(batch, forces=forces)
             assert count() == self.n_forwards
-            assert e.gradients is None, "their graph costs memory; it is kept where it was asked for"
+            assert e.gradients is None, "the graph costs memory; it must be kept only on request"
 
     def test_without_forces_the_rest_is_the_same(self, backend: Backend, frames: list[Atoms]):
         full = forward(backend, frames)
@@ -134,7 +136,7 @@ class MeanLaws(BackendUnderTest):
     def test_confidence_is_a_probability(self, backend: Backend, frames: list[Atoms]):
         confidence = forward(backend, frames).confidence
         if confidence is None:
-            pytest.skip("the potential has no head for its confidence")
+            pytest.skip("the potential has no confidence head")
         assert bool((confidence.probabilities >= 0).all())
         total = confidence.probabilities.sum(1)
         assert_close(total, torch.ones_like(total), backend, "sum of the probabilities")

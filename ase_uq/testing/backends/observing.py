@@ -1,4 +1,4 @@
-"""What is counted, remembered and changed around a forward pass."""
+"""Tools that count forward passes, record the state of the process, and change it temporarily."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 @contextmanager
 def count_forwards(modules: Sequence[torch.nn.Module]) -> Iterator[Callable[[], int]]:
-    """Counts the calls of the modules' forward; the context gives a function that returns the count so far."""
+    """Counts the calls of the modules' forward; the context manager gives a function that returns the count so far."""
     count = 0
 
     def counted(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -27,7 +27,7 @@ def count_forwards(modules: Sequence[torch.nn.Module]) -> Iterator[Callable[[], 
 
     try:
         for module in modules:
-            module.forward = counted(module.forward)  # shadows the class's, on this object only
+            module.forward = counted(module.forward)  # shadows the method of the class, on this object only
         yield lambda: count
     finally:
         for module in modules:
@@ -35,7 +35,7 @@ def count_forwards(modules: Sequence[torch.nn.Module]) -> Iterator[Callable[[], 
 
 
 def process_state() -> dict[str, Any]:
-    """What the whole process shares and a backend must leave alone."""
+    """The state shared by the whole process, which a backend must not change."""
     return {
         "default dtype": torch.get_default_dtype(),
         "matmul precision": torch.get_float32_matmul_precision(),
@@ -51,7 +51,7 @@ def process_state() -> dict[str, Any]:
 
 @contextmanager
 def changed(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[None]:
-    """Weights of a potential that have other values for the length of the context."""
+    """Gives weights of a potential other values within the context."""
     before = [weight.detach().clone() for weight in weights]
 
     def write(values: Sequence[Tensor]) -> None:
@@ -68,7 +68,7 @@ def changed(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[Non
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Torch's default dtype, for the length of the context."""
+    """Sets torch's default dtype within the context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

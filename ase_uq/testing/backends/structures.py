@@ -1,4 +1,4 @@
-"""Structures that the laws are tried on."""
+"""Structures on which the laws are tested."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from ase.build import molecule
 
 
 def standard_frames() -> list[Atoms]:
-    """A methanol molecule, a box of water, linear CO2, an oxygen atom and a periodic hydrogen; H, C and O."""
+    """A methanol molecule, a box of water, linear CO2, an oxygen atom and a periodic hydrogen atom."""
     methanol = molecule("CH3OH")
     methanol.rattle(0.05, seed=1)
     water = molecule("H2O", cell=[3.1] * 3, pbc=True)
@@ -21,14 +21,14 @@ def standard_frames() -> list[Atoms]:
 
 
 def displaced(frames: Sequence[Atoms], displacements: np.ndarray) -> list[Atoms]:
-    """Copies with (n_atoms, 3) displacements in Å."""
+    """Copies of the frames, with all their atoms displaced by the rows of (n_atoms, 3) displacements in Å."""
     copies = [atoms.copy() for atoms in frames]
     rows = np.split(displacements, np.cumsum([len(atoms) for atoms in copies])[:-1])
-    for atoms, own in zip(copies, rows, strict=True):
-        atoms.positions += own
+    for atoms, shifts in zip(copies, rows, strict=True):
+        atoms.positions += shifts
     return copies
 
 
 def periodic(frames: Sequence[Atoms]) -> Atoms:
-    """The first periodic structure of more than one atom."""
+    """The first periodic structure with more than one atom."""
     return next(atoms for atoms in frames if atoms.pbc.all() and len(atoms) > 1)

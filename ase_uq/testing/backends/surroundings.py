@@ -1,4 +1,4 @@
-"""Laws of what a backend leaves alone: structures, hooks and the process; and of what it refuses."""
+"""Laws of what a backend must leave unchanged (structures, hooks and the process) and what it must refuse."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ from ase_uq.testing.backends.under_test import BackendUnderTest
 
 
 class SurroundingsLaws(BackendUnderTest):
-    """Of everything around a forward pass."""
+    """Laws of everything around a forward pass."""
 
     def test_inputs_are_not_changed(self, backend: Backend, frames: list[Atoms]):
         for atoms in frames:
@@ -73,8 +73,8 @@ class SurroundingsLaws(BackendUnderTest):
         expected = dict(meaningful(forward(backend, frames), frames))
         for dtype in (torch.float32, torch.float64):
             with default_dtype(dtype):
-                found = forward(backend, frames)
-            for name, value in meaningful(found, frames):
+                forward_pass = forward(backend, frames)
+            for name, value in meaningful(forward_pass, frames):
                 assert value.dtype == expected[name].dtype, name
                 assert_close(value, expected[name], backend, name)
 

@@ -1,4 +1,4 @@
-"""What every law needs: how the backend under test is made."""
+"""The base of all laws: how the backend under test is made."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,16 +15,17 @@ from ase_uq.testing.backends.structures import standard_frames
 
 
 class BackendUnderTest:
-    """What a subclass of `BackendContract` says, and the fixtures that the laws take.
+    """What a subclass of `BackendContract` defines, and the fixtures that the laws use.
 
     Attributes:
         dtype: Precision of the calculator under test.
-        dtypes: Precisions that the potential can be had in; its fingerprint is the same in all.
-        mean_tolerance: By how much the mean may differ from the calculator's own (eV, eV/Å); 0 is bit equality.
+        dtypes: Precisions in which the potential is available; its fingerprint is the same in all of them.
+        mean_tolerance: Largest difference between the mean and the calculator's own results (eV, eV/Å); 0 is bit
+            equality.
         conservative: Whether forces are the gradient of the energy.
-        is_equivariant: Whether turning a structure leaves its features as they are and turns the forces.
+        is_equivariant: Whether rotating a structure rotates its forces and leaves its features unchanged.
         symmetric_edges: Whether the neighbour list holds every pair of neighbours in both directions.
-        n_forwards: Model forwards a call: one, or one a member of a committee.
+        n_forwards: Number of model forwards per call: one, or one per member of a committee.
     """
 
     dtype: str = "float64"
@@ -35,25 +36,25 @@ class BackendUnderTest:
     symmetric_edges: bool = True
     n_forwards: int = 1
 
-    # What a subclass says.
+    # What a subclass defines.
 
     def make_calculator(self, dtype: str = "float64") -> BaseCalculator:
-        """A new calculator, the same at every call, that shares no weights with an earlier one."""
+        """A new calculator, equal at every call, that shares no weights with earlier ones."""
         raise NotImplementedError("say in make_calculator how the calculator under test is made")
 
     def last_layer(self, calculator: Any) -> Sequence[Tensor]:
-        """The trained tensors of a calculator that enter `weights` of the last layers and nothing else."""
+        """The trained tensors of a calculator that determine `weights` of the last layers and nothing else."""
         raise NotImplementedError("say in last_layer which of the calculator's parameters the last layers hold")
 
     def make_frames(self) -> list[Atoms]:
-        """Structures to test with: a molecule first, of another size than the others, one of them periodic."""
+        """Structures to test with: first a molecule, of another size than the others; at least one is periodic."""
         return standard_frames()
 
     def forward_modules(self, backend: Backend) -> Sequence[torch.nn.Module]:
-        """The modules each of which is called once in a forward pass of the potential."""
+        """The modules that are called exactly once in each forward pass of the potential."""
         return backend._modules()
 
-    # What the laws take.
+    # Fixtures that the laws use.
 
     @pytest.fixture
     def frames(self) -> list[Atoms]:
@@ -67,5 +68,5 @@ class BackendUnderTest:
     @pytest.fixture(scope="class")
     @classmethod
     def spare(cls) -> BaseCalculator:
-        """The calculator once more, whose weights a law may change within `changed`."""
+        """A second copy of the calculator, whose weights a law may change within `changed`."""
         return cls().make_calculator(cls.dtype)
