@@ -17,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import ndtr, ndtri
+from scipy.stats import rankdata
 
 __all__ = [
     "attainable_spearman",
@@ -147,12 +148,9 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     residuals, std = _judged(y_true, y_pred, y_std)
     if not 1 <= n_bins <= residuals.size:
         raise ValueError(f"{n_bins} bins for {residuals.size} values: give between 1 and {residuals.size}.")
-    variances, squares = _levelled(residuals.ravel() ** 2, std.ravel() ** 2)
-    errors = []
-    for variance, square in zip(np.array_split(variances, n_bins), np.array_split(squares, n_bins), strict=True):
-        rmv = np.sqrt(variance.mean())
-        errors.append(abs(rmv - np.sqrt(square.mean())) / rmv)
-    return float(np.mean(errors))
+    levelled = _levelled(residuals.ravel() ** 2, std.ravel() ** 2)
+    rmv, rms = (np.sqrt([values.mean() for values in np.array_split(squares, n_bins)]) for squares in levelled)
+    return float(np.mean(np.abs(rmv - rms) / rmv))
 
 
 def sharpness(y_std: ArrayLike) -> float:
@@ -170,9 +168,8 @@ def spearman(errors: ArrayLike, y_std: ArrayLike) -> float:
         errors: Of any sign, or norms of vectors.
         y_std: σ of each, or any score that should grow with the error.
     """
-    errors, scores = _ranked(errors, y_std)
-    a, b = _ranks(errors), _ranks(scores)
-    a, b = a - a.mean(), b - b.mean()
+    ranks = rankdata(_ranked(errors, y_std), axis=1)
+    a, b = ranks - ranks.mean(axis=1, keepdims=True)
     norm = np.sqrt((a @ a) * (b @ b))
     return float(a @ b / norm) if norm > 0 else float("nan")
 
@@ -190,11 +187,12 @@ def auroc(errors: ArrayLike, y_std: ArrayLike, *, tolerance: float) -> float:
     """
     errors, scores = _ranked(errors, y_std)
     bad = errors > tolerance
-    n_bad = int(bad.sum())
-    n_good = bad.size - n_bad
-    if not n_bad or not n_good:
+    if bad.all() or not bad.any():
         return float("nan")
-    return float((_ranks(scores)[bad].sum() - n_bad * (n_bad + 1) / 2) / (n_bad * n_good))
+    of_good, of_bad = np.sort(scores[~bad]), np.sort(scores[bad])
+    # How many good ones each bad one surpasses, without ties and with them.
+    surpassed = [np.searchsorted(of_good, of_bad, side).mean() for side in ("left", "right")]
+    return float(np.mean(surpassed) / of_good.size)
 
 
 def auprc(errors: ArrayLike, y_std: ArrayLike, *, tolerance: float) -> float:
@@ -268,11 +266,8 @@ def attainable_spearman(
     groups = None if frames is None else _groups(frames, len(std), "frames")
     scores = _largest(np.linalg.norm(vectors, axis=1), groups)
     rng = np.random.default_rng(seed)
-    found = []
-    for _ in range(n_draws):
-        errors = np.linalg.norm(vectors * rng.standard_normal(vectors.shape), axis=1)
-        found.append(spearman(_largest(errors, groups), scores))
-    return float(np.mean(found))
+    draws = (np.linalg.norm(vectors * rng.standard_normal(vectors.shape), axis=1) for _ in range(n_draws))
+    return float(np.mean([spearman(_largest(errors, groups), scores) for errors in draws]))
 
 
 def bootstrap(
@@ -363,13 +358,6 @@ def _levelled(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndar
     return keys, np.repeat(np.add.reduceat(values, starts) / counts, counts)
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values with the mean of theirs."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[place]
-
-
 def _residuals(y_true: ArrayLike, y_pred: ArrayLike) -> np.ndarray:
     true, predicted = _array(y_true, "y_true"), _array(y_pred, "y_pred")
     if true.shape != predicted.shape:
@@ -389,10 +377,8 @@ def _judged(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> tuple[np.
 
 def _checked_std(y_std: ArrayLike) -> np.ndarray:
     std = _array(y_std, "y_std")
-    if not (std > 0).all():
-        raise ValueError(
-            f"y_std has {int((~(std > 0)).sum())} values that are not positive; each is a standard deviation."
-        )
+    if n_others := int((std <= 0).sum()):  # _array refuses NaN
+        raise ValueError(f"y_std has {n_others} values that are not positive; each is a standard deviation.")
     return std
 
 
