@@ -1,9 +1,10 @@
 # Everything is installed into .venv, from the versions in constraints.txt; nothing outside the checkout is touched.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format docs clean
+.PHONY: help demo test test-lowest lint format docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
 
 # The first of these that runs and is new enough: a name on the PATH may be an older Python, or a shim for none.
 PYTHON ?= $(shell for python in python3.12 python3; do \
@@ -15,9 +16,14 @@ REQUIREMENTS = -c constraints.txt -e ".[$(EXTRAS)]"
 INSTALL = if ! $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(REQUIREMENTS); then \
 	$(BIN)/python -m pip install $(REQUIREMENTS); fi
 
+# A file of tests stays in one process; tests/conftest.py has their order.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then lint, type checks, import contracts and tests"
+	@echo "make test-lowest"
+	@echo "             the same tests in part, with the lowest versions that pyproject.toml allows, in $(LOWEST)"
 	@echo "make lint    all checks but the tests"
 	@echo "make format  format and sort imports"
 	@echo "make docs    build the pages of docs/ into site/"
@@ -27,7 +33,14 @@ demo: $(VENV)/.installed
 	$(BIN)/ase-uq demo
 
 test: lint
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(BIN)/pytest $(PARALLEL)
+
+# Old packages beside new ones that they need warn of what will be gone one day; that is no fault of ours.
+test-lowest: $(VENV)/.installed-dev
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[all,dev]"
+	$(LOWEST)/bin/pytest $(PARALLEL) -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning \
+		tests/backends tests/cli/test_fit.py tests/cli/test_md.py tests/cli/test_score.py tests/io tests/test_predictor.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check
@@ -44,7 +57,7 @@ docs: $(VENV)/.installed-dev
 
 clean:
 	rm -rf dist site .pytest_cache .ruff_cache .import_linter_cache .hypothesis .coverage htmlcov
-	find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +
+	find . -name __pycache__ -type d -not -path "./$(VENV)*/*" -prune -exec rm -rf {} +
 
 # The stamps: each is written when its step has succeeded, so that a second make installs nothing.
 $(VENV)/.installed: EXTRAS := all
