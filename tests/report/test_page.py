@@ -375,13 +375,14 @@ def test_pictures_of_the_report_before_do_not_stay(write, scored):
         assert {name for name in found if name.startswith("frame")} == {f"frame_{i}.png" for i in numbers}
 
 
-def test_without_plotly_the_install_line_is_told(monkeypatch):
-    for name in [name for name in sys.modules if name.split(".")[0] == "plotly"]:
+@pytest.mark.parametrize(("package", "module"), [("plotly", "viewer"), ("jinja2", "page")])
+def test_without_what_it_needs_the_install_line_is_told(monkeypatch, package, module):
+    for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "plotly", None)
-    monkeypatch.delitem(sys.modules, "ase_uq.report.viewer")
-    with pytest.raises(MissingDependency, match=r'pip install "ase-uq\[report\]"'):
-        __import__("ase_uq.report.viewer")
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"ase_uq.report.{module}")
+    with pytest.raises(MissingDependency, match=rf'need.? {package}, .* pip install "ase-uq\[report\]"'):
+        __import__(f"ase_uq.report.{module}")
 
 
 # In a browser
