@@ -233,11 +233,6 @@ def test_against_scipy(sample):
     assert metrics.spearman(errors, std) == pytest.approx(stats.spearmanr(np.abs(errors), std).statistic)
 
 
-@given(values=arrays(float, st.integers(1, 30), elements=st.integers(-5, 5) | st.floats(allow_nan=False)))
-def test_ranks_are_those_of_scipy(values):
-    np.testing.assert_array_equal(metrics._ranks(values), stats.rankdata(values))
-
-
 def test_against_uncertainty_toolbox(sample):
     true, predicted, std = sample
     assert metrics.nll(*sample) == pytest.approx(toolbox.nll_gaussian(predicted, std, true))

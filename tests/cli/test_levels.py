@@ -154,7 +154,7 @@ def test_what_the_options_ask_to_watch_for():
 def test_options_that_ask_for_what_cannot_be_are_refused():
     with pytest.raises(typer.BadParameter, match=r"flag is 0.5 eV/Å and halt is 0.3 eV/Å"):
         watch_policy(0.5, 0.3, each_element=False, bonds=False)
-    with pytest.raises(typer.BadParameter, match="with --per-element it is a criterion"):
+    with pytest.raises(typer.BadParameter, match="--per-element needs a criterion"):
         watch_policy(0.3, None, each_element=True, bonds=False)
     with pytest.raises(ValueError, match="patience belongs to halt"):
         watch_policy(0.3, None, each_element=False, bonds=False, patience=2)

@@ -143,7 +143,7 @@ def test_the_embedded_potential_needs_no_model_of_its_own(run):
         (["--optimizer", "newton"], "newton"),
         (["--halt", "hot"], "'hot' is neither a number in eV/Å nor a criterion"),
         (["--halt", 0.2, "--flag", 0.3], "flag is 0.3 eV/Å and halt is 0.2 eV/Å, so no frame lies between"),
-        (["--halt", 0.2, "--per-element"], "with --per-element it is a criterion"),
+        (["--halt", 0.2, "--per-element"], "--per-element needs a criterion"),
         (["--flag", "alarms=0.1@9ps", "--per-element"], "counts alarms of whole runs, not of elements"),
         (["--flag", 1, "--before", 2], "the frames before a flagged one are saved to --frames: give it too"),
         (["--reduce", "median"], "'median' is not a reduction"),

@@ -147,7 +147,7 @@ def test_an_element_that_was_not_fitted_is_one_warning(select, files):
         ([], {"pool": "gold.xyz"}, 1, "contains Au, which the potential does not know"),
         ([], {"out": "chosen.traj"}, 2, "ends in .xyz"),
         ([], {"out": "no/chosen.xyz"}, 1, "error: cannot write no/chosen.xyz"),
-        (["--overwrite"], {"pool": "gold.xyz", "out": "gold.xyz"}, 2, "gold.xyz is also an input: give another name"),
+        (["--overwrite"], {"pool": "gold.xyz", "out": "gold.xyz"}, 2, "gold.xyz is read from: give another name"),
         (["--strategy", "best"], {}, 1, "error: strategy is one of 'lcmd', 'maxdet', 'maxdist'"),
         (["--strategy", "bands", "--flag", 0.1], {}, 1, "error: the strategy 'bands' chooses between two thresholds"),
         (["--per", "atom"], {}, 1, "error: per is one of 'structure', 'environment', not 'atom'."),

@@ -211,7 +211,7 @@ def test_a_model_too_few_or_too_many(calculator, model, predictor, frames):
     with pytest.raises(TypeError, match="toy: is a bare potential"):
         evaluate("toy:", frames)
     for owner in (predictor, UncertainCalculator(calculator, model)):
-        with pytest.raises(TypeError, match=f"{type(owner).__name__} has an uncertainty model of its own"):
+        with pytest.raises(TypeError, match=f"{type(owner).__name__} already has an uncertainty model"):
             evaluate(owner, frames, model)
 
 

@@ -367,7 +367,7 @@ class TestRefusals:
     def test_a_bare_potential_needs_a_model_and_an_uncertain_one_has_its_own(self, select, model, pool):
         with pytest.raises(TypeError, match="ToyCalculator is a bare potential: give the uncertainty_model"):
             select(pool, 1, uncertainty_model=None)
-        with pytest.raises(TypeError, match="UncertainCalculator has an uncertainty model of its own"):
+        with pytest.raises(TypeError, match="UncertainCalculator already has an uncertainty model"):
             select(pool, 1, calculator=UncertainCalculator(ToyCalculator(ELEMENTS), model))
 
 
