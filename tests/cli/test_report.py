@@ -194,7 +194,7 @@ def test_without_matplotlib_it_is_told_before_the_work(tell, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("plots", "page"):
+    for name in ("plots", "sections", "page"):
         monkeypatch.delitem(sys.modules, f"ase_uq.report.{name}", raising=False)
         monkeypatch.delattr(report, name, raising=False)
     result = tell()
