@@ -20,7 +20,8 @@ import numpy as np
 
 from ase_uq import fit, load_backend, metrics, read_frames
 from ase_uq.io.labels import labels_of
-from ase_uq.stream.limits import batches_of
+from ase_uq.io.source import Source
+from ase_uq.stream.passes import complete, passes
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 ACAC = SHARED / "data" / "acac"
@@ -50,17 +51,17 @@ head = fitted.methods["bll"].head
 def evaluated(frames):
     """Residuals, leverages and calibrated standard deviations, first of forces and then of energies per atom."""
     columns = []
-    for batch in batches_of(frames, 1000):
-        forward_pass = backend.forward(backend.collate(batch))
-        raw, after = head(forward_pass), fitted.apply(forward_pass)
-        labels = [labels_of(atoms) for atoms in batch]
-        counts = np.array([len(atoms) for atoms in batch])
+    events = passes(backend, Source(frames), lambda e: (e.forces, e.energy, head(e), fitted.apply(e)), batch_atoms=1000)
+    for batch in complete(events):
+        forces, energies, raw, after = batch.value
+        labels = [labels_of(atoms) for atoms in batch.frames]
+        counts = np.array([len(atoms) for atoms in batch.frames])
         columns.append(
             (
-                np.concatenate([label.forces for label in labels]) - forward_pass.forces.numpy(),
+                np.concatenate([label.forces for label in labels]) - forces.numpy(),
                 leverage("atoms", raw.distance.numpy()),
                 after["forces_uncertainty"].numpy(),
-                (np.array([label.energy for label in labels]) - forward_pass.energy.numpy()) / counts,
+                (np.array([label.energy for label in labels]) - energies.numpy()) / counts,
                 leverage("energy", raw.energy[:, 0].numpy()),
                 after["energy_uncertainty"].numpy() / counts,
                 counts,

@@ -9,11 +9,13 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 from ase.io import read, write
-from orb_models.forcefield.inference.d3_model import AlchemiDFTD3
+from orb_models.forcefield import pretrained
+from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
+from orb_models.forcefield.inference.calculator import ORBCalculator
+from orb_models.forcefield.inference.d3_model import AlchemiDFTD3, D3SumModel
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.orb.backend import D3SumModel, ForcefieldAtomsAdapter, ORBCalculator, pretrained
 from ase_uq.backends.orb.loading import save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
@@ -101,8 +103,8 @@ class TestElectrostatics(WithChargeAndSpin, TestConservative):
 
     arguments = {"has_electrostatics": True}  # noqa: RUF012
 
-    def test_gradients_of_forces(self, backend, frames):
-        super().test_gradients_of_forces(backend, [atoms for atoms in frames if not atoms.pbc.any()])
+    def test_gradients_of_forces(self, backend, spare, frames):
+        super().test_gradients_of_forces(backend, spare, [atoms for atoms in frames if not atoms.pbc.any()])
         e = backend.forward(backend.collate(frames), gradients=True)
         with pytest.raises(InputError, match=r"electrostatics of periodic structures .* Use the energies, or"):
             e.gradients.of_forces(e.forces)

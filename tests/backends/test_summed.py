@@ -103,7 +103,8 @@ class TestCommitteeAndDispersion(SumContract):
 
 
 def test_orb_and_dispersion():
-    from ase_uq.backends.orb.backend import ForcefieldAtomsAdapter, ORBCalculator
+    from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
+    from orb_models.forcefield.inference.calculator import ORBCalculator
 
     orb = ORBCalculator(make_orb("direct"), ForcefieldAtomsAdapter(radius=6.0, max_num_neighbors=120), device="cpu")
     total = SumCalculator([Dispersion(), orb])
@@ -114,7 +115,8 @@ def test_orb_and_dispersion():
 
 
 def test_confidence_is_of_the_potential_and_its_weight():
-    from ase_uq.backends.orb.backend import ForcefieldAtomsAdapter, ORBCalculator
+    from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
+    from orb_models.forcefield.inference.calculator import ORBCalculator
 
     orb = ORBCalculator(make_orb("direct"), ForcefieldAtomsAdapter(radius=6.0, max_num_neighbors=120), device="cpu")
     found = []

@@ -96,7 +96,7 @@ def test_a_kind_that_no_frame_allows_is_a_line(stress):
 @pytest.mark.parametrize(
     ("words", "options", "code", "part"),
     [
-        ([], {}, 2, "hot frames come from runs with your potential: give it, or leave hot out of --kinds."),
+        ([], {}, 2, "hot frames are run with your potential: give it, or leave hot out of --kinds."),
         (
             ["--kinds", "shaken"],
             {},

@@ -66,7 +66,7 @@ def test_the_levels_that_can_be_reached(options, levels):
         ({"halt": 0}, ValueError, r"positive number in eV/Å, not 0"),
         ({"flag": "0.5"}, TypeError, r"a number in eV/Å or a criterion"),
         ({"halt": 0.5, "reduce": "median"}, ValueError, r"a reduction is 'max', 'mean', 'top3' or a quantile"),
-        ({"halt": 0.5, "elements": ["Xx"]}, ValueError, r"'Xx' is no chemical symbol"),
+        ({"halt": 0.5, "elements": ["Xx"]}, ValueError, r"'Xx' is not a chemical symbol"),
         ({"halt": 0.5, "indices": [True, False]}, TypeError, r"indices are numbers of atoms, not a mask"),
         ({"halt": 0.5, "every": 0}, ValueError, r"every is a number of steps, 1 or more, not 0"),
         ({"halt": 0.5, "checks": ["bonds"]}, TypeError, r"checks are objects such as Finite\(\).*not 'bonds'"),
@@ -278,7 +278,7 @@ def test_each_element_has_a_watch_of_its_own():
     thresholds = [watch.rule.threshold for watch in found["halt"]]
     # Oxygen has one frame and nitrogen none: both get the number of all atoms.
     assert thresholds == pytest.approx([carbon, 2 * carbon, 2.5 * carbon, 2.5 * carbon])
-    shared = ["of all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
+    shared = ["from all atoms together" in watch.rule.rules[0].value.describe() for watch in found["halt"]]
     assert shared == [False, False, True, True]
     for watch in found["halt"]:
         assert watch.asked == AnyOf(Patience(rule, 20), Threshold(1.5))
@@ -305,7 +305,7 @@ def test_a_cusum_is_settled_by_reference_runs():
     assert watch.rule.h > 0
     with pytest.raises(ValueError, match=r"adds up over simulated time"):
         WatchPolicy(flag=Cusum(FalseAlarms(0.1, steps=500))).settled(calculator, SYMBOLS, None)
-    with pytest.raises(ValueError, match=r"counts alarms in reference runs, and the uncertainty model has none"):
+    with pytest.raises(ValueError, match=r"counts alarms in reference runs, but the uncertainty model has none"):
         WatchPolicy(flag=Cusum(FalseAlarms(0.1, steps=500))).settled(Calibrated(), SYMBOLS, 0.0)
 
 

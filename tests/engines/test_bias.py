@@ -1,6 +1,9 @@
+import gc
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +24,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.engines.ase.bias import UncertaintyBias
 from ase_uq.errors import InputError, UQWarning
+from ase_uq.forward_pass import ForwardPass
 
 # Å: the networks of pdrum and the neighbours of knn have kinks, and a longer step is likely to meet one. Rounding of a
 # bias of 1 eV makes 1e-11 eV/Å; differences of the second order were off by 3e-8 of the forces.
@@ -411,8 +415,17 @@ def test_a_potential_that_cannot_differentiate_its_last_layer_is_refused(toy, mo
         biased(toy).calculate(ethanol())
 
 
-def test_the_graph_goes_with_the_calculation(toy):
+def test_the_graph_goes_with_the_calculation(toy, monkeypatch):
+    graphs = []
+    forward = Backend.forward
+
+    def watched(backend: Backend, *arguments: Any, **options: Any) -> ForwardPass:
+        forward_pass = forward(backend, *arguments, **options)
+        graphs.append(weakref.ref(forward_pass.gradients))
+        return forward_pass
+
+    monkeypatch.setattr(Backend, "forward", watched)
     bias = biased(toy)
     bias.calculate(ethanol())
-    assert bias._backend._kept is None
-    assert isinstance(toy.predictor.backend, Backend)
+    gc.collect()
+    assert [graph() for graph in graphs] == [None]

@@ -37,7 +37,7 @@ from ase_uq import (
     write_frames,
 )
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
-from ase_uq.engines.ase import calculator as calculator_module
+from ase_uq.engines.ase import memory
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch, UQWarning
 from ase_uq.methods import make_method
 from ase_uq.properties import PROPERTIES
@@ -456,7 +456,7 @@ class TestMemory:
     def test_the_structure_not_used_for_the_longest_time_is_forgotten(
         self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(calculator_module, "_MOST_STRUCTURES", 2)
+        monkeypatch.setattr(memory, "_MOST_STRUCTURES", 2)
         a, b, c = (box(seed=seed) for seed in range(3))
         counts = []
         for atoms in (a, b, a, c, a, b):
@@ -467,7 +467,7 @@ class TestMemory:
     def test_large_structures_are_kept_up_to_a_number_of_atoms(
         self, calculator: UncertainCalculator, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(calculator_module, "_MOST_ATOMS", 2 * len(box()))
+        monkeypatch.setattr(memory, "_MOST_ATOMS", 2 * len(box()))
         a, b, large = box(seed=0), box(seed=1), box(seed=2).repeat((3, 1, 1))
         counts = []
         for atoms in (a, b, a, b, large, large, a, b, a, b):
@@ -620,7 +620,7 @@ class TestEvery:
     def test_a_structure_calculated_again_takes_no_second_place_in_memory(
         self, model: UncertaintyModel, evaluations: list[int], monkeypatch: pytest.MonkeyPatch
     ):
-        monkeypatch.setattr(calculator_module, "_MOST_ATOMS", 2 * len(box()))
+        monkeypatch.setattr(memory, "_MOST_ATOMS", 2 * len(box()))
         calculator = UncertainCalculator(ToyCalculator(ELEMENTS), model, every=2)
         calculator.calculate(box(seed=1))
         calculator.calculate(box(seed=2))
