@@ -18,7 +18,7 @@ from tqdm import tqdm
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
-from ase_uq.diagnostics.table import _TITLES, UNITS, MetricValue, _block
+from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
@@ -90,17 +90,7 @@ class Assessment:
 
     def table(self) -> str:
         """The most telling scores as aligned text: a block a quantity, a row a method."""
-        blocks = [_block(f"{_TITLES[q]} ({UNITS[q]})", self.select(quantity=q, element="all")) for q in self.quantities]
-        by_element = [score for score in self.scores if score.element != "all"]
-        if by_element:
-            blocks.insert(1, _block("forces by element (eV/Å)", by_element))
-        legend = (
-            f"{self.n_frames} frames. z²: mean squared z, 1 if calibrated; 68%, 90%, 95%: coverage; ECE: area of "
-            "miscalibration; RLL: 0 for a\nconstant uncertainty, 1 for an oracle; Spearman: with its 95 % interval, of "
-            "what calibrated uncertainties of this spread\nattain; AUROC, AUPRC: of force errors above "
-            f"{self.tolerance:g} eV/Å, undefined (-) where there are none."
-        )
-        return "\n\n".join([*blocks, legend])
+        return aligned_table(self.scores, self.n_frames, self.tolerance)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all scores, a row each, in full precision; the file appears whole or not at all.

@@ -59,6 +59,31 @@ _COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
 }
 
 
+def aligned_table(scores: Sequence[MetricValue], n_frames: int, tolerance: float) -> str:
+    """The most telling scores as aligned text: one block per quantity, one row per method, and a legend.
+
+    Args:
+        scores: The numbers of an assessment.
+        n_frames: Labelled frames that were evaluated.
+        tolerance: Force errors above it counted as bad, eV/Å.
+    """
+    of_all = [score for score in scores if score.element == "all"]
+    blocks = [
+        _block(f"{_TITLES[quantity]} ({UNITS[quantity]})", [score for score in of_all if score.quantity == quantity])
+        for quantity in dict.fromkeys(score.quantity for score in of_all)
+    ]
+    by_element = [score for score in scores if score.element != "all"]
+    if by_element:
+        blocks.insert(1, _block("forces by element (eV/Å)", by_element))
+    legend = (
+        f"{n_frames} frames. z²: mean squared z, 1 if calibrated; 68%, 90%, 95%: coverage; ECE: area of "
+        "miscalibration; RLL: 0 for a\nconstant uncertainty, 1 for an oracle; Spearman: with its 95 % interval, of "
+        "what calibrated uncertainties of this spread\nattain; AUROC, AUPRC: of force errors above "
+        f"{tolerance:g} eV/Å, undefined (-) where there are none."
+    )
+    return "\n\n".join([*blocks, legend])
+
+
 def _block(title: str, scores: Sequence[MetricValue]) -> str:
     """A title and aligned columns, a row a method and element."""
     rows: dict[tuple[str, str], dict[str, MetricValue]] = {}
