@@ -1,1 +1,1 @@
-"""How good uncertainties are on labelled frames, and where frames lie in a potential's features."""
+"""How good uncertainties are on labelled frames, and where frames lie in the feature space of a potential."""

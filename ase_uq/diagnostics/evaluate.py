@@ -30,10 +30,10 @@ from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-# By quantity: the name of its labels and results, its unit, its title. `forces_max` ranks frames by their largest force
-# error, since it is by their largest uncertainty that runs are stopped.
+# Name of the labels and results of each quantity. `forces_max` is derived from `forces`: it ranks frames by their
+# largest force error, because runs are stopped by their largest uncertainty.
 _STORED = {"forces": "forces", "energy_per_atom": "energy", "stress": "stress"}
-# Of residuals, zeros and standard deviations, component by component.
+# Metrics of residuals, zeros and standard deviations, component by component.
 _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
     "mae": lambda residuals, zeros, _: metrics.mae(residuals, zeros),
     "rmse": lambda residuals, zeros, _: metrics.rmse(residuals, zeros),
@@ -52,11 +52,11 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
 
 @dataclass(frozen=True)
 class Assessment:
-    """How good uncertainties are: scores for people and programs, and the samples behind them for figures.
+    """How good uncertainties are: scores for people and programs, and the samples they were computed from, for figures.
 
     Args:
-        scores: Every number, tidy: one a row.
-        samples: By (method, quantity).
+        scores: All numbers in tidy form, one per row.
+        samples: Residuals with finite, positive standard deviations, by (method, quantity).
         n_frames: Labelled frames that were evaluated.
         tolerance: Force errors above it counted as bad, eV/Å.
     """
@@ -73,6 +73,7 @@ class Assessment:
 
     @property
     def quantities(self) -> tuple[str, ...]:
+        """Names of the quantities, in the order of the table."""
         return tuple(dict.fromkeys(quantity for _, quantity in self.samples))
 
     def select(
@@ -83,17 +84,17 @@ class Assessment:
         element: str | None = None,
         metric: str | None = None,
     ) -> tuple[MetricValue, ...]:
-        """The scores that agree with all that is given."""
-        asked = {"method": method, "quantity": quantity, "element": element, "metric": metric}
-        wanted = {name: value for name, value in asked.items() if value is not None}
+        """The scores that match all given arguments."""
+        arguments = {"method": method, "quantity": quantity, "element": element, "metric": metric}
+        wanted = {name: value for name, value in arguments.items() if value is not None}
         return tuple(s for s in self.scores if all(getattr(s, name) == value for name, value in wanted.items()))
 
     def table(self) -> str:
-        """The most telling scores as aligned text: a block a quantity, a row a method."""
+        """The most telling scores as aligned text: one block per quantity, one row per method."""
         return aligned_table(self.scores, self.n_frames, self.tolerance)
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all scores, a row each, in full precision; the file appears whole or not at all.
+        """Writes all scores in full precision, one per row; the file appears complete or not at all.
 
         Raises:
             ArtefactError: The file cannot be written.
@@ -127,41 +128,44 @@ def evaluate(
 ) -> Assessment:
     """Scores the uncertainties of a potential on test frames with reference labels.
 
-    The frames should be neither training nor calibration frames. Forces are judged component by component where the
-    size of σ matters and by their norms where errors are ranked, over all atoms and for each element; the largest
-    force error of each frame is ranked as well. Energies are judged per atom of a frame.
+    The frames should be neither training nor calibration frames. Forces are judged over all atoms and for each element:
+    component by component where the size of σ matters, by their norms where errors are ranked. The largest force error
+    of each frame is ranked as well. Energies are judged per atom of a frame.
 
     Args:
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE or orb, or a SPEC string.
-        frames: Test frames: path or list. Those without forces count for what they have.
-        uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
+        frames: Path or list of test frames. Frames without forces are judged by their other labels.
+        uncertainty_model: Uncertainty model from `fit`, or the path of its file, for a bare potential.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces`,
             `REF_stress`, else the results of a calculator attached to the frames.
-        batch_atoms: Most atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together.
         tolerance: Force errors above it are bad, eV/Å.
-        block: Consecutive frames that are resampled together for the intervals: about as many as are correlated.
-        n_bootstrap: Resamples for the 95 % intervals; 0 for none.
-        seed: Of the resamples.
+        block: Number of consecutive frames that are resampled together for the intervals: about as many as are
+            correlated.
+        n_bootstrap: Number of resamples for the 95 % intervals; 0 for no intervals.
+        seed: Seed of the random resamples.
         progress: Whether to show progress bars.
 
     Raises:
-        LabelError: No frame has labels, a label is not finite or of another shape than its frame, or the labels are
-            the potential's own forces.
-        InputError: A frame that the potential cannot evaluate.
-        TypeError: A bare potential without an uncertainty model, or the other way round.
+        LabelError: No frame has labels, a label is not finite, the shape of a label does not fit its frame, or the
+            labels are the potential's own forces.
+        InputError: The potential cannot evaluate a frame.
+        TypeError: A bare potential was given without an uncertainty model, or a calculator that has one with another.
+        PotentialMismatch: The uncertainty model was fitted on another potential.
+        ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
     """
     if not tolerance > 0:
         raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
     predictor = as_predictor(calculator, uncertainty_model)
-    chosen, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
-    predictor.backend.check(chosen, name="labelled test frame")
-    _refuse_own_labels(predictor, chosen, labels, batch_atoms)
-    observed = _observe(predictor, chosen, labels, batch_atoms, progress)
+    labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
+    predictor.backend.check(labelled, name="labelled test frame")
+    _refuse_own_labels(predictor, labelled, labels, batch_atoms)
+    observed = _observe(predictor, labelled, labels, batch_atoms, progress)
     return assess(
-        observed, len(chosen), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
+        observed, len(labelled), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
     )
 
 
@@ -175,15 +179,16 @@ def assess(
     seed: int = 0,
     progress: bool = True,
 ) -> Assessment:
-    """Scores residuals and standard deviations from wherever they come, such as a committee beside our methods.
+    """Scores residuals and standard deviations from any source, such as a committee to compare with our methods.
 
     Args:
-        observed: By (method, quantity); rows without a finite, positive standard deviation are left out and counted.
-        n_frames: Frames they were observed on.
-        tolerance: As in `evaluate`, like the rest.
-        block: Likewise.
-        n_bootstrap: Likewise.
-        seed: Likewise.
+        observed: Samples by (method, quantity). Rows without finite residuals and finite, positive standard deviations
+            are left out and counted.
+        n_frames: Number of frames that the samples come from.
+        tolerance: As in `evaluate`.
+        block: As in `evaluate`.
+        n_bootstrap: As in `evaluate`.
+        seed: As in `evaluate`.
         progress: Whether to show a progress bar.
     """
     scores: list[MetricValue] = []
@@ -196,11 +201,11 @@ def assess(
             n = int((usable & among).sum())
             if n:
                 of_element = kept.only(among[usable])
-                found = judge.scores(of_element)
+                values_of = judge.scores(of_element)
                 ceiling = _ceiling(of_element, samples[method, "forces"] if quantity == "forces_max" else None)
-                found["attainable_spearman"] = (ceiling, np.nan, np.nan)
+                values_of["attainable_spearman"] = (ceiling, np.nan, np.nan)
                 scores += [
-                    MetricValue(method, quantity, element, metric, *values, n) for metric, values in found.items()
+                    MetricValue(method, quantity, element, metric, *values, n) for metric, values in values_of.items()
                 ]
             n_all = int(among.sum())
             scores.append(MetricValue(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))
@@ -209,7 +214,7 @@ def assess(
 
 @dataclass(frozen=True)
 class _Judge:
-    """Takes all metrics of a quantity at once, so that a resample is gathered once for all of them."""
+    """Computes all metrics of a quantity together, so that each resample is gathered only once."""
 
     quantity: str
     tolerance: float
@@ -218,11 +223,11 @@ class _Judge:
     seed: int
 
     def scores(self, sample: Sample) -> dict[str, tuple[float, float, float]]:
-        """Value, low and high by metric."""
+        """By metric: its value and the two ends of its 95 % interval."""
         arrays = (sample.residuals, sample.std, sample.errors, sample.uncertainties)
         values = self._values(*arrays)
         intervals = np.full((2, len(values)), np.nan)
-        # One block has nothing to be resampled with.
+        # With a single block there is nothing to resample.
         if self.n_bootstrap and len(np.unique(sample.frame)) > self.block:
             intervals = metrics.bootstrap(
                 lambda rows: list(self._values(*(array[rows] for array in arrays)).values()),
@@ -239,24 +244,25 @@ class _Judge:
     def _values(
         self, residuals: np.ndarray, std: np.ndarray, errors: np.ndarray, uncertainties: np.ndarray
     ) -> dict[str, float]:
-        found = {}
-        if self.quantity != "forces_max":  # largest errors are no components: they can be ranked only
+        values = {}
+        if self.quantity != "forces_max":  # largest errors are not components of a vector: they can only be ranked
             zeros = np.zeros_like(residuals)
-            found = {metric: judge(residuals, zeros, std) for metric, judge in _OF_COMPONENTS.items()}
-        found["spearman"] = metrics.spearman(errors, uncertainties)
-        found["ause"] = metrics.ause(errors, uncertainties)
-        if UNITS[self.quantity] == "eV/Å":  # the tolerance is a force
-            found["auroc"] = metrics.auroc(errors, uncertainties, tolerance=self.tolerance)
-            found["auprc"] = metrics.auprc(errors, uncertainties, tolerance=self.tolerance)
-        return found
+            values = {metric: judge(residuals, zeros, std) for metric, judge in _OF_COMPONENTS.items()}
+        values["spearman"] = metrics.spearman(errors, uncertainties)
+        values["ause"] = metrics.ause(errors, uncertainties)
+        if UNITS[self.quantity] == "eV/Å":  # the unit of the tolerance
+            values["auroc"] = metrics.auroc(errors, uncertainties, tolerance=self.tolerance)
+            values["auprc"] = metrics.auprc(errors, uncertainties, tolerance=self.tolerance)
+        return values
 
 
 def _ceiling(sample: Sample, atoms: Sample | None) -> float:
     """The Spearman correlation that these uncertainties could attain.
 
     Args:
-        sample: Of the quantity.
-        atoms: For `forces_max` the forces of the same method: largest errors are simulated through all atoms.
+        sample: Sample of the quantity.
+        atoms: For `forces_max`, the force sample of the same method: largest errors are simulated from those of all
+            atoms.
     """
     if atoms is None:
         return metrics.attainable_spearman(sample.std)
@@ -265,7 +271,7 @@ def _ceiling(sample: Sample, atoms: Sample | None) -> float:
 
 
 def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
-    """Which rows belong to what is reported on: all, then each element."""
+    """The groups that are reported, as a name and a mask of rows: all rows, then those of each element."""
     yield "all", np.full(len(sample.frame), True)
     if sample.numbers is not None:
         for number in np.unique(sample.numbers):
@@ -273,7 +279,7 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
 
 
 def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:
-    """The frames with labels, and these; one warning counts the others."""
+    """The frames that have labels, and their labels; one warning counts the other frames."""
     pairs = [(atoms, labels_of(atoms, keys)) for atoms in frames]
     for index, (atoms, labels) in enumerate(pairs):
         check_labels(f"test frame {index}", atoms, labels)
@@ -282,16 +288,16 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
         names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
         raise LabelError(
             f"none of the {len(frames)} test frames has reference energies or forces, so there is nothing to judge "
-            f"by. Looked for {names}; the info of the first has {sorted(frames[0].info)}, its arrays "
+            f"by. Looked for {names}; the info of the first frame has {sorted(frames[0].info)}, its arrays have "
             f"{sorted(frames[0].arrays)}. Label the frames with the reference that the potential was trained on, or "
-            "say how the labels are called (label_keys)."
+            "name the labels (label_keys)."
         )
     unlabelled = len(frames) - len(kept)
     without_forces = sum(labels.forces is None for _, labels in kept)
     if unlabelled or without_forces:
         warnings.warn(
             f"of {len(frames)} test frames {unlabelled} have no labels and were left out, {without_forces} have no "
-            "reference forces and are judged by the rest.",
+            "reference forces and are judged by their other labels.",
             UQWarning,
             stacklevel=3,
         )
@@ -301,7 +307,7 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
 def _refuse_own_labels(
     predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int
 ) -> None:
-    """Finds frames that were scored, not labelled: files of `ase-uq score` hold forces as well."""
+    """Refuses frames that were scored, not labelled: files written by `ase-uq score` contain forces as well."""
     with_forces = [
         (atoms, label.forces) for atoms, label in zip(frames, labels, strict=True) if label.forces is not None
     ]
@@ -359,20 +365,20 @@ def _observe(
 
 
 def _keys(predictor: Predictor) -> dict[tuple[str, str], str]:
-    """Results key of every (method, quantity), those of the primary method first."""
-    found: dict[tuple[str, str], str] = {}
+    """Results key of every (method, quantity), in the order of the predictor's results: the primary method first."""
+    keys: dict[tuple[str, str], str] = {}
     for result in predictor.results:
         entry = find_property(result)
         for quantity, key in _STORED.items():
             plain = f"{key}_uncertainty"
             if entry is not None and entry.name == plain:
                 method = result.removeprefix(plain).removeprefix("_") or predictor.uncertainty_model.primary
-                found.setdefault((method, quantity), result)
-    return found
+                keys.setdefault((method, quantity), result)
+    return keys
 
 
 def _rows(quantity: str, values: np.ndarray | float, n_atoms: int) -> np.ndarray:
-    """(n_rows, n_components) of one frame."""
+    """(n_rows, n_components) values of one frame; energies are divided by the number of atoms."""
     if quantity == "energy_per_atom":
         return np.array([[values / n_atoms]])
     return np.atleast_2d(np.asarray(values, float))

@@ -1,4 +1,4 @@
-"""Residuals beside standard deviations: what metrics are taken over and figures are made of."""
+"""Residuals and standard deviations, from which metrics are computed and figures are drawn."""
 
 from dataclasses import dataclass
 
@@ -9,14 +9,14 @@ from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
 @dataclass(frozen=True)
 class Sample:
-    """Residuals beside standard deviations of one quantity from one method: what figures are made of.
+    """Residuals and standard deviations of one quantity from one method.
 
     Args:
-        residuals: (n, n_components) reference - prediction of each atom or frame, in ASE's units. For `forces_max`
-            (n_frames, 1) the largest ‖F_ref - F‖ of each frame.
-        std: Of the same shape, finite and positive. For `forces_max` the largest ε of each frame.
-        frame: (n,) number of the frame each belongs to.
-        numbers: (n,) atomic numbers; None for what belongs to frames.
+        residuals: (n, n_components) reference - prediction of each atom or frame, in ASE's units. For `forces_max`,
+            the (n_frames, 1) largest ‖F_ref - F‖ of each frame.
+        std: Standard deviations of the same shape. For `forces_max`, the largest ε of each frame.
+        frame: (n,) number of the frame that each row belongs to.
+        numbers: (n,) atomic numbers; None for quantities of frames.
     """
 
     residuals: np.ndarray
@@ -35,13 +35,16 @@ class Sample:
         return np.linalg.norm(self.std, axis=1)
 
     def only(self, chosen: np.ndarray) -> "Sample":
-        """The chosen rows."""
+        """The sample with only the chosen rows, given as a mask or as indices."""
         numbers = None if self.numbers is None else self.numbers[chosen]
         return Sample(self.residuals[chosen], self.std[chosen], self.frame[chosen], numbers)
 
 
 def largest_of_frames(sample: Sample) -> Sample:
-    """`forces_max` of `forces`: largest error and uncertainty of each frame; NaN and inf of an atom are its frame's."""
+    """The `forces_max` sample of a `forces` sample: largest error and uncertainty of each frame.
+
+    NaN or inf of an atom becomes that of its frame.
+    """
     assert sample.numbers is not None
     frames, counts = np.unique(sample.frame, return_counts=True)
     errors, uncertainties = (

@@ -1,4 +1,4 @@
-"""The numbers of an assessment as a table for people."""
+"""The numbers of an assessment, as a table for people."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ class MetricValue:
         method: Name of the method.
         quantity: `forces`, `forces_max` (largest of each frame), `energy_per_atom` or `stress`.
         element: Chemical symbol, or `all`.
-        metric: Name in `metrics`, with the level for `coverage_68`; or `left_out`, the number of atoms or frames
-            without a finite, positive standard deviation, on which no metric is taken.
-        value: In ASE's units; NaN where it is not defined.
-        low: Of its 95 % interval; NaN where there is none.
-        high: Likewise.
-        n: Atoms or frames it was taken over.
+        metric: Name of a function in `metrics`, for coverage with the level (`coverage_68`); or `left_out`, the number
+            of atoms or frames without a finite, positive standard deviation, which no metric includes.
+        value: The number, in ASE's units; NaN if it is not defined.
+        low: Lower end of its 95 % interval; NaN if there is none.
+        high: Upper end of its 95 % interval; NaN if there is none.
+        n: Number of atoms or frames that it was computed from; for `left_out`, of all atoms or frames.
     """
 
     method: str
@@ -76,27 +76,27 @@ def aligned_table(scores: Sequence[MetricValue], n_frames: int, tolerance: float
     if by_element:
         blocks.insert(1, _block("forces by element (eV/Å)", by_element))
     legend = (
-        f"{n_frames} frames. z²: mean squared z, 1 if calibrated; 68%, 90%, 95%: coverage; ECE: area of "
-        "miscalibration; RLL: 0 for a\nconstant uncertainty, 1 for an oracle; Spearman: with its 95 % interval, of "
-        "what calibrated uncertainties of this spread\nattain; AUROC, AUPRC: of force errors above "
-        f"{tolerance:g} eV/Å, undefined (-) where there are none."
+        f"{n_frames} frames. z²: mean squared z, 1 if calibrated; 68%, 90%, 95%: coverage; ECE: miscalibration area; "
+        "RLL: 0 for a\nconstant uncertainty, 1 for an oracle; Spearman: with its 95 % interval; of: the Spearman that "
+        "calibrated\nuncertainties of this spread attain; AUROC, AUPRC: for force errors above "
+        f"{tolerance:g} eV/Å, undefined (-) if there are none."
     )
     return "\n\n".join([*blocks, legend])
 
 
 def _block(title: str, scores: Sequence[MetricValue]) -> str:
-    """A title and aligned columns, a row a method and element."""
+    """A title and aligned columns, one row per method and element."""
     rows: dict[tuple[str, str], dict[str, MetricValue]] = {}
     for score in scores:
         rows.setdefault((score.method, score.element), {})[score.metric] = score
-    shown = [metric for metric in _COLUMNS if any(metric in found for found in rows.values())]
+    shown = [metric for metric in _COLUMNS if any(metric in row for row in rows.values())]
     several = {element for _, element in rows} != {"all"}
     cells = [["method", *(["element"] if several else []), "n", *(_COLUMNS[metric][0] for metric in shown)]]
     notes = []
-    for (method, element), found in rows.items():
-        left_out = found["left_out"]
+    for (method, element), row in rows.items():
+        left_out = row["left_out"]
         names = [method, element] if several else [method]
-        cells.append([*names, f"{left_out.n - left_out.value:.0f}", *(_cell(metric, found) for metric in shown)])
+        cells.append([*names, f"{left_out.n - left_out.value:.0f}", *(_cell(metric, row) for metric in shown)])
         if left_out.value:
             notes.append(
                 f"  {' '.join(names)}: {left_out.value:.0f} of {left_out.n} have no finite, positive uncertainty and "
@@ -105,14 +105,14 @@ def _block(title: str, scores: Sequence[MetricValue]) -> str:
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     n_names = 2 if several else 1
     lines = [
-        "  ".join(c.ljust(w) if i < n_names else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-        for row in cells
+        "  ".join(c.ljust(w) if i < n_names else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in cells
     ]
     return "\n".join([title, *(f"  {line.rstrip()}" for line in lines), *notes])
 
 
-def _cell(metric: str, found: Mapping[str, MetricValue]) -> str:
-    score = found.get(metric)
+def _cell(metric: str, row: Mapping[str, MetricValue]) -> str:
+    score = row.get(metric)
     if score is None or np.isnan(score.value):
         return "-"
     text = _COLUMNS[metric][1]

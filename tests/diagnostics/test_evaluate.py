@@ -253,7 +253,7 @@ def test_energies_alone_and_forces_alone(predictor, frames):
     for atoms in forces:
         del atoms.info["REF_energy"]
         del atoms.info["REF_stress"]
-    with pytest.warns(UQWarning, match="25 have no reference forces and are judged by the rest"):
+    with pytest.warns(UQWarning, match="25 have no reference forces and are judged by their other labels"):
         assert evaluate(predictor, energies, **OPTIONS).quantities == ("energy_per_atom",)
     assert evaluate(predictor, forces, **OPTIONS).quantities == ("forces", "forces_max")
 
@@ -287,7 +287,7 @@ def test_no_labels_at_all(predictor, frames):
     for atoms in frames:
         atoms.info.clear()
         del atoms.arrays["REF_forces"]
-    with pytest.raises(LabelError, match=r"Looked for REF_energy, REF_forces, energy, forces; .* say how the labels"):
+    with pytest.raises(LabelError, match=r"Looked for REF_energy, REF_forces, energy, forces; .* name the labels"):
         evaluate(predictor, frames)
 
 
