@@ -201,11 +201,11 @@ def assess(
             n = int((usable & among).sum())
             if n:
                 of_element = kept.only(among[usable])
-                values_of = judge.scores(of_element)
+                by_metric = judge.scores(of_element)
                 ceiling = _ceiling(of_element, samples[method, "forces"] if quantity == "forces_max" else None)
-                values_of["attainable_spearman"] = (ceiling, np.nan, np.nan)
+                by_metric["attainable_spearman"] = (ceiling, np.nan, np.nan)
                 scores += [
-                    MetricValue(method, quantity, element, metric, *values, n) for metric, values in values_of.items()
+                    MetricValue(method, quantity, element, metric, *values, n) for metric, values in by_metric.items()
                 ]
             n_all = int(among.sum())
             scores.append(MetricValue(method, quantity, element, "left_out", float(n_all - n), np.nan, np.nan, n_all))

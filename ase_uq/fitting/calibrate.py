@@ -1,4 +1,4 @@
-"""Calibration: raw scores of held-out frames, beside their residuals, become standard deviations."""
+"""Calibration: turns raw scores of held-out frames into standard deviations, given their residuals."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ from ase_uq.uncertainty_model.record import CalibrationRecord
 def with_perturbed(
     model: UncertaintyModel, backend: Backend, frames: list[Atoms], progress: bool, options: Mapping[str, Any]
 ) -> UncertaintyModel:
-    """The model with what it says of deliberately bad frames, beside their errors."""
+    """The model with a record of its uncertainties and errors on deliberately bad frames."""
     title = "perturbed" if progress else ""
     stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
     uncertainty, error, numbers, counts = [], [], [], []
@@ -47,6 +47,7 @@ def with_perturbed(
 
 
 def _column(parts: Sequence[torch.Tensor], dtype: type) -> np.ndarray:
+    """Joins the parts of all batches into one array."""
     return torch.cat(list(parts)).cpu().numpy().astype(dtype)
 
 
@@ -63,15 +64,15 @@ class _RawArrays:
 
 @dataclass(frozen=True)
 class Observed:
-    """Raw scores of every head on the calibration frames, beside the residuals.
+    """Raw scores of every head on the calibration frames, and the residuals.
 
     Args:
-        raw: By method.
+        raw: Raw scores by method.
         forces: (n_atoms, 3) residuals, eV/Å.
         energy: (n_frames, 1) residuals per atom, eV; NaN for frames without a label.
-        stress: (n_frames, 6) residuals, eV/Å³, likewise; None for a potential without stress.
-        numbers: (n_atoms,).
-        n_atoms_of_frame: (n_frames,).
+        stress: (n_frames, 6) residuals, eV/Å³; NaN for frames without a label, None for a potential without stress.
+        numbers: (n_atoms,) atomic numbers.
+        n_atoms_of_frame: (n_frames,) number of atoms of each frame.
     """
 
     raw: dict[str, _RawArrays]
@@ -83,14 +84,20 @@ class Observed:
 
     @property
     def frame_of_atom(self) -> np.ndarray:
+        """(n_atoms,) index of the frame of each atom."""
         return np.repeat(np.arange(len(self.n_atoms_of_frame)), self.n_atoms_of_frame)
 
     def variance(self, name: str, fitted: FittedMethod) -> np.ndarray:
-        """(n_atoms, n_components) squared eV/Å, of one method."""
+        """(n_atoms, n_components) calibrated force variances of one method, (eV/Å)²."""
         return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces)).numpy()
 
     def record(self, variance: np.ndarray, runs: np.ndarray) -> CalibrationRecord:
-        """What thresholds are made of, from the variances of the primary estimator and the run of each frame."""
+        """The record that thresholds are made from.
+
+        Args:
+            variance: (n_atoms, n_components) force variances of the primary estimator, (eV/Å)².
+            runs: (n_frames,) number of the run of each frame.
+        """
         norms = np.sqrt(np.broadcast_to(variance, self.forces.shape).sum(1))
         errors = np.linalg.norm(self.forces, axis=1)
         counts = self.n_atoms_of_frame.astype(np.int32)
@@ -102,7 +109,7 @@ class Observed:
 def observe(
     heads: dict[str, Head], stream: LabelledStream, *, keep: bool
 ) -> tuple[Observed, list[tuple[ForwardPass, dict[str, Raw], Targets]]]:
-    """Scores and residuals of the calibration frames; and, to be kept, the batches themselves."""
+    """Scores and residuals of the calibration frames and, if they are to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
     forces, energy, stress, numbers, counts = [], [], [], [], []
@@ -110,11 +117,11 @@ def observe(
         assert forward_pass.forces is not None
         assert targets.forces is not None
         with torch.no_grad():
-            own = {name: head(forward_pass) for name, head in heads.items()}
-        for name, raw in own.items():
+            scores = {name: head(forward_pass) for name, head in heads.items()}
+        for name, raw in scores.items():
             raws[name].append(raw)
         if keep:
-            batches.append((replace(forward_pass, gradients=None, members=None), own, targets))
+            batches.append((replace(forward_pass, gradients=None, members=None), scores, targets))
         forces.append(targets.forces - forward_pass.forces.double())
         energy.append(residuals_of(targets.energy, forward_pass.energy) / forward_pass.n_atoms_of_frame)
         if forward_pass.stress is not None:
@@ -138,14 +145,18 @@ def observe(
 
 
 def calibrated_method(name: str, head: Head, observed: Observed) -> tuple[FittedMethod, Calibrator]:
-    """Calibrators of a head, separately for forces, energy and stress; and the other form of that of the forces."""
+    """Calibrates a head, separately for forces, energy and stress.
+
+    Returns:
+        The calibrated method, and the best calibrator of the forces in the form that was not chosen.
+    """
     raw = observed.raw[name]
     choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
     calibrators = {"forces": choices["forces"].calibrator}
     if (rows := _frame_residuals(raw.energy, observed.energy)) is not None:
         choices["energy"] = fit_calibrator(rows)
         calibrators["energy"] = choices["energy"].calibrator
-        # Atoms have no reference energies: theirs is the posterior variance on the scale of the total energy.
+        # Atoms have no reference energies, so their posterior variance is put on the scale of the total energy.
         calibrators["energies"] = fit_affine(rows, column=0)
     if observed.stress is not None and (rows := _frame_residuals(raw.stress, observed.stress)) is not None:
         choices["stress"] = fit_calibrator(rows)
@@ -157,6 +168,7 @@ def calibrated_method(name: str, head: Head, observed: Observed) -> tuple[Fitted
 
 
 def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
+    """One row per atom for isotropic scores, else one row per component."""
     squares = observed.forces**2
     if scores.shape[1] == 1:
         return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom)
@@ -165,7 +177,7 @@ def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
 
 
 def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
-    """Rows of the frames that have a label; None if they are too few to calibrate on."""
+    """One row per labelled frame; None if there are too few to calibrate on."""
     (labelled,) = np.nonzero(np.isfinite(residuals).all(1))
     if len(labelled) < FEWEST_FRAMES:
         return None
@@ -183,8 +195,8 @@ def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:
         )
     elif boundary == "bare":
         warnings.warn(
-            f"{name}: the calibrated {quantity} variance has no floor (a = 0): it vanishes with the distance from "
-            "the training frames. More or more varied calibration frames would settle it.",
+            f"{name}: the calibrated {quantity} variance has no floor (a = 0), so it vanishes as the distance from the "
+            "training frames does. Calibrate on more, or more varied, frames to determine the floor.",
             UQWarning,
             stacklevel=4,
         )

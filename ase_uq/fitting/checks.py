@@ -1,4 +1,4 @@
-"""What is refused before a fit begins."""
+"""Checks the frames of a fit before it begins."""
 
 import warnings
 
@@ -12,20 +12,24 @@ from ase_uq.io.labels import check_labels, labels_of, refuse_own_forces
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
-# Residuals this many times the forces themselves mean other units, another potential or other atoms.
+# Residuals this many times as large as the forces mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
 
 
 def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
-    """The frames without the isolated atoms that training sets carry for their energies."""
+    """The frames without the isolated atoms that training sets contain for their energies."""
     return [atoms for atoms in frames if atoms.info.get("config_type") != "IsolatedAtom"]
 
 
 def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool) -> None:
-    """Refuses too few frames, and frames without the labels that the fit needs."""
+    """Refuses too few frames, and frames without the labels that the fit needs.
+
+    Raises:
+        LabelError: There are too few frames, or a frame lacks a label or has an unusable one.
+    """
     if len(frames) < FEWEST_FRAMES:
         raise LabelError(
-            f"there are {len(frames)} {what} frames; at least {FEWEST_FRAMES} are needed, a few hundred are good."
+            f"there are {len(frames)} {what} frames; at least {FEWEST_FRAMES} are needed, a few hundred are better."
         )
     for index, atoms in enumerate(frames):
         labels = labels_of(atoms, keys)
@@ -34,13 +38,17 @@ def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | 
             names = ", ".join(keys) if keys else "REF_energy and REF_forces, or energy and forces"
             raise LabelError(
                 f"{what} frame {index} has no reference {wanted}. Looked for {names}; its info has "
-                f"{sorted(atoms.info)}, its arrays {sorted(atoms.arrays)}."
+                f"{sorted(atoms.info)}, its arrays have {sorted(atoms.arrays)}."
             )
         check_labels(f"{what} frame {index}", atoms, labels)
 
 
 def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
-    """Refuses calibration frames that are training frames."""
+    """Refuses calibration frames that are also training frames.
+
+    Raises:
+        LabelError: A frame is in both.
+    """
     seen = {digest_of(atoms) for atoms in train}
     shared = [index for index, atoms in enumerate(calibration) if digest_of(atoms) in seen]
     if shared:
@@ -57,7 +65,12 @@ def check_first_frames(
     keys: tuple[str, str, str] | None,
     batch_atoms: int,
 ) -> None:
-    """Finds bad structures and wrong units before minutes are spent on all frames."""
+    """Finds bad structures and wrong units before minutes are spent on all frames.
+
+    Raises:
+        InputError: The potential cannot evaluate a frame.
+        LabelError: Forces that the potential needs are missing, or the labels are the potential's own forces.
+    """
     backend.check(train, name="training structure")
     backend.check(calibration, name="calibration structure")
     first = calibration[:4]
@@ -72,7 +85,7 @@ def check_first_frames(
         warnings.warn(
             f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "
             f"({smaller:.3g} eV/Å): the labels are probably in other units than eV and Å, or belong to another "
-            "potential.",
+            "potential. Check their units and their source.",
             UQWarning,
             stacklevel=3,
         )

@@ -1,4 +1,4 @@
-"""The combination of several methods, fitted: which corrections the calibration frames support."""
+"""Fits the combination of several methods: finds which corrections the calibration frames support."""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -27,7 +27,7 @@ from ase_uq.uncertainty_model.combination import (
 )
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
-_MOST_KEPT_ATOMS = 20_000  # of the training frames, for the residual model
+_MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
@@ -35,11 +35,11 @@ _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 
 @dataclass(frozen=True)
 class Fitted:
-    """A combination, and the variances it gives the calibration atoms without having seen them.
+    """A combination, and its variances for the calibration atoms, from networks that have not seen them.
 
     Args:
-        combination: To be used from now on.
-        variance: (n_atoms, n_components) of the calibration atoms, networks out of fold.
+        combination: The fitted combination.
+        variance: (n_atoms, n_components) force variances of the calibration atoms, (eV/Å)², networks out of fold.
     """
 
     combination: Combination
@@ -56,17 +56,17 @@ def fit_combination(
     """Tries the anchor alone, with the other methods, with the residual model, and with all; keeps the likeliest.
 
     Args:
-        inputs: How features are made of a batch.
-        training: What the combination reads of the training atoms, their (n_atoms, n_components) squared residuals in
-            squared eV/Å (the mean over the components where there is one; NaN without a label), and the (n_atoms,)
-            number of each atom's frame; None where no training frame has forces.
-        calibration: The same of the calibration atoms.
-        title: Of the progress bar; empty for none.
+        inputs: How features are made from a batch.
+        training: For the training atoms: the features that the combination reads, the (n_atoms, n_components) squared
+            residuals in (eV/Å)² (their mean if the anchor has one component; NaN without a label), and the (n_atoms,)
+            number of each atom's frame. None if no training frame has forces.
+        calibration: The same for the calibration atoms.
+        title: Title of the progress bar; empty for no bar.
     """
     features, squares, frames = calibration
     corrections = corrections_of_methods(features, inputs.others)
-    ensemble, seen = _residual_model(training, calibration, title)
-    corrections[RESIDUAL] = bounded(seen)
+    ensemble, predicted = _residual_model(training, calibration, title)
+    corrections[RESIDUAL] = bounded(predicted)
     views = features.around if training is None else torch.cat([training[0].around, features.around])
     gate = Gate.fit(views, features.around)
     opened = gate(features.around)[:, None]
@@ -78,9 +78,9 @@ def fit_combination(
     fold = _contiguous(frames.cpu().numpy())
     likelihoods = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
-    constant, found = rows.fitted(candidates[best])
-    # A weight of zero costs an evaluation and says nothing.
-    weights = {name: weight for name, weight in zip(candidates[best], found.tolist(), strict=True) if weight > 1e-3}
+    constant, fitted = rows.fitted(candidates[best])
+    # A correction with next to no weight would cost an evaluation without effect.
+    weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
     combination = Combination(inputs, gate, kept, constant if weights else 0.0, weights, likelihoods)
     variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
@@ -92,51 +92,63 @@ def _residual_model(
     calibration: tuple[CombinationFeatures, Tensor, Tensor],
     title: str,
 ) -> tuple[MLPEnsemble, Tensor]:
-    """The networks, and what each calibration atom reads from the one that has not seen its frame, before bounds."""
+    """The networks, and for each calibration atom the unbounded output of the network that has not seen its frame."""
     features, squares, frames = calibration
     rows, ratios = features.network_inputs, squares * torch.exp(-features.base)
     if training is not None:
-        seen, own_squares, own_frames = training
-        own = own_squares * torch.exp(-seen.base)
-        # A potential errs less on the frames it was trained on: their mean error is not what is to be learned. Where
-        # there is none at all, as with its own forces for labels, nothing is.
+        trained, trained_squares, trained_frames = training
+        trained_ratios = trained_squares * torch.exp(-trained.base)
+        # A potential errs less on the frames it was trained on, so their mean error must not be learned. If they have
+        # no errors at all, as with its own forces for labels, the ratios are NaN and nothing is learned from them.
         rows, ratios = (
-            torch.cat([seen.network_inputs, rows]),
-            torch.cat([own / own.nanmean(), ratios]),
+            torch.cat([trained.network_inputs, rows]),
+            torch.cat([trained_ratios / trained_ratios.nanmean(), ratios]),
         )
-        frames = _interleaved(own_frames, frames)
+        frames = _interleaved(trained_frames, frames)
     ensemble = cross_fit(rows, ratios, frames, training=_TRAINING, loss=_nll, folds=_FOLDS, n_outputs=1, title=title)
-    found = out_of_fold(ensemble, rows, folds_of(frames, _FOLDS))
-    return ensemble, found[len(rows) - len(features.network_inputs) :]
+    predicted = out_of_fold(ensemble, rows, folds_of(frames, _FOLDS))
+    return ensemble, predicted[len(rows) - len(features.network_inputs) :]
 
 
 def _interleaved(first: Tensor, second: Tensor) -> Tensor:
-    """Numbers the frames of two data sets anew, so that consecutive ones are as far into the one as into the other.
+    """Renumbers the frames of two data sets so that they alternate in proportion, each set in its own order.
 
-    Folds are made of consecutive frames. A few calibration frames after many training frames would all be in one, and
-    where the training frames have no labels, none would be left to train a network on.
+    Folds are made of consecutive frames. A few calibration frames after many training frames would all be in one fold;
+    if the training frames have no labels, nothing would be left to train the network of that fold on.
     """
     one, two = (frames.unique(return_inverse=True)[1] for frames in (first, second))
     n_one, n_two = (len(frames.unique()) for frames in (first, second))
-    # Even numbers and odd ones: no frame of the one is taken for a frame of the other.
+    # Even and odd numbers, so that no frame of one set is taken for a frame of the other.
     return torch.cat([2 * n_two * one, 2 * n_one * two + 1])
 
 
 def _nll(predictions: Tensor, ratios: Tensor) -> Tensor:
-    """Negative log-likelihood of a component, less what does not depend on the networks; r²/σ² of the anchor."""
+    """Negative log-likelihood per component, without terms that do not depend on the networks.
+
+    Args:
+        predictions: Unbounded logarithms of the correction of σ².
+        ratios: r²/σ² with the σ of the anchor.
+    """
     correction = bounded(predictions)
     return 0.5 * (correction + ratios * torch.exp(-correction)).mean(-1)
 
 
 def _contiguous(frames: np.ndarray) -> np.ndarray:
-    """(n_atoms,) fold of each atom, by consecutive frames: neighbours of one trajectory tell nothing new."""
+    """(n_atoms,) fold of each atom, by consecutive frames: neighbours in a trajectory are not independent."""
     groups, place = np.unique(frames, return_inverse=True)
     return place * _FOLDS // len(groups)
 
 
 @dataclass(frozen=True)
 class _Likelihood:
-    """Calibration components: base, gate and squares (n_atoms, n_components), corrections times the gate by name."""
+    """Likelihood of the components of the calibration atoms; all arrays are (n_atoms, n_components).
+
+    Args:
+        base: log σ² before corrections.
+        gate: Opening of the gate, in [0, 1].
+        squares: Squared residuals, (eV/Å)².
+        corrections: Corrections of log σ² times the gate, by name.
+    """
 
     base: np.ndarray
     gate: np.ndarray
@@ -144,12 +156,14 @@ class _Likelihood:
     corrections: dict[str, np.ndarray]
 
     def log_variance(self, columns: Sequence[str], constant: float, weights: np.ndarray) -> np.ndarray:
-        found = self.base + self.gate * constant
+        """The sum base + gate · c + Σ_k s_k · correction_k over the columns."""
+        total = self.base + self.gate * constant
         for name, weight in zip(columns, weights, strict=True):
-            found = found + weight * self.corrections[name]
-        return found
+            total = total + weight * self.corrections[name]
+        return total
 
     def nll(self, log_variance: np.ndarray) -> float:
+        """Mean Gaussian negative log-likelihood of a component."""
         return float(0.5 * np.mean(np.log(2 * np.pi) + log_variance + self.squares * np.exp(-log_variance)))
 
     def only(self, chosen: np.ndarray) -> "_Likelihood":
@@ -157,7 +171,7 @@ class _Likelihood:
         return _Likelihood(self.base[chosen], self.gate[chosen], self.squares[chosen], corrections)
 
     def fitted(self, columns: Sequence[str]) -> tuple[float, np.ndarray]:
-        """(c, s) of largest likelihood with s ≥ 0; convex in both. Without corrections there is no constant."""
+        """(c, s) of largest likelihood with s ≥ 0, a convex problem. Without corrections the constant is 0."""
         if not columns:
             return 0.0, np.zeros(0)
         design = np.stack([self.gate, *(self.corrections[name] for name in columns)])
@@ -171,25 +185,26 @@ class _Likelihood:
         start = np.zeros(len(design))
         bounds = [(None, None)] + [(0.0, _LARGEST_WEIGHT)] * len(columns)
         options = {"ftol": 1e-14, "gtol": 1e-9, "maxiter": 500}
-        found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
-        return float(found[0]), found[1:]
+        solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
+        return float(solution[0]), solution[1:]
 
     def cross_validated(self, columns: Sequence[str], fold: np.ndarray) -> float:
+        """Mean negative log-likelihood of a component, each fold with the weights fitted on the other folds."""
         total = 0.0
         for k in range(_FOLDS):
             left_out = self.only(fold == k)
-            found = left_out.log_variance(columns, *self.only(fold != k).fitted(columns))
-            total += left_out.nll(found) * left_out.base.size
+            log_variance = left_out.log_variance(columns, *self.only(fold != k).fitted(columns))
+            total += left_out.nll(log_variance) * left_out.base.size
         return total / self.base.size
 
 
 class KeptBatches:
-    """Evaluations of training frames for the residual model of the combination: evenly spread, and not too many.
+    """Keeps evaluated training frames for the residual model of the combination: evenly spread, and not too many.
 
-    Which batches are kept does not depend on the rank that has them.
+    Which batches are kept does not depend on the rank that evaluated them.
 
     Args:
-        n_atoms_of_frame: Of all ranks' frames.
+        n_atoms_of_frame: Number of atoms of each frame, for the frames of all ranks.
     """
 
     def __init__(self, n_atoms_of_frame: Sequence[int]) -> None:
@@ -197,35 +212,41 @@ class KeptBatches:
         self.batches: list[tuple[ForwardPass, Targets]] = []
 
     def add(self, forward_pass: ForwardPass, targets: Targets) -> None:
-        """Keeps the batch where it is one of the chosen and has forces."""
+        """Keeps the batch if its place is among the chosen ones and it has forces."""
         if targets.forces is None:
             return
-        total, own = self._before[-1], len(forward_pass.numbers)
+        total, in_batch = self._before[-1], len(forward_pass.numbers)
         start = self._before[int(targets.frames[0])]
 
-        def chosen(n_atoms: int) -> int:
-            # Of as many atoms in batches like this one; rounded up, so that the first batch is always there.
-            return -(-n_atoms * min(_MOST_KEPT_ATOMS, total) // (total * own))
+        def n_kept(n_atoms: int) -> int:
+            # Number of batches to keep among the first n_atoms, if all batches were as large as this one. Rounded up,
+            # so that the first batch is always kept.
+            return -(-n_atoms * min(_MOST_KEPT_ATOMS, total) // (total * in_batch))
 
-        if chosen(start + own) > chosen(start):
+        if n_kept(start + in_batch) > n_kept(start):
             self.batches.append((replace(forward_pass, gradients=None, members=None), targets))
 
 
 def inputs_of(
     calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements: frozenset[int]
 ) -> CombinationInputs | None:
-    """How the combination reads a batch; None where no method can be its anchor."""
+    """How the combination reads a batch; None, with a warning, if no method can be its anchor.
+
+    Args:
+        calibrated: By name: the calibrated method, and the calibrator of its forces in the other form.
+        elements: Atomic numbers of the training frames.
+    """
     fitted = {name: method for name, (method, _) in calibrated.items()}
     growing = [name for name, method in fitted.items() if method.head.grows]
     if not growing:
         warnings.warn(
-            f"none of {', '.join(fitted)} measures a distance that a combination can fall back on: the first is the "
-            "primary one. Fit 'bll' with them.",
+            f"none of {', '.join(fitted)} measures a distance that a combination can fall back on, so they are not "
+            "combined and the first is the primary estimator. Fit 'bll' with them.",
             UQWarning,
             stacklevel=3,
         )
         return None
-    # What costs passes of its own was not kept for the training frames.
+    # Training frames are kept without gradients, so methods that need these cannot be evaluated on them.
     kept = [name for name in growing if not fitted[name].head.gradients]
     anchor = (kept or growing)[0]
     return CombinationInputs(
@@ -246,23 +267,32 @@ def combine(
     communicator: Communicator,
     progress: bool,
 ) -> Fitted:
-    """The combination of fitted methods, from kept training batches of all ranks and the calibration batches."""
+    """Fits the combination of fitted methods.
+
+    Args:
+        inputs: How the combination reads a batch.
+        heads: Heads by method.
+        training: Kept training batches of this rank.
+        calibration: Calibration batches with their raw scores.
+        communicator: Ranks whose training batches are gathered.
+        progress: Whether to show a progress bar.
+    """
     read = {name: heads[name] for name in (inputs.anchor, *inputs.distances)}
-    only = replace(inputs, others=())  # the other methods' own scores of training frames mean nothing
+    only = replace(inputs, others=())  # on training frames the scores of the other methods mean nothing
     if heads[inputs.anchor].gradients:
-        training = ()  # evaluated without them
+        training = ()  # they were kept without gradients
     with torch.no_grad():
-        seen = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
+        trained = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
         held_out = [_rows(inputs, e, raws, t) for e, raws, t in calibration]
-    features = _gathered(_joined_rows(seen) if seen else None, held_out[0][0], communicator)
-    return fit_combination(inputs, features, _joined_rows(held_out), title="combine" if progress else "")
+    gathered = _gathered(_joined_rows(trained) if trained else None, held_out[0][0], communicator)
+    return fit_combination(inputs, gathered, _joined_rows(held_out), title="combine" if progress else "")
 
 
 AtomRows = tuple[CombinationFeatures, torch.Tensor, torch.Tensor]
 
 
 def _rows(inputs: CombinationInputs, forward_pass: ForwardPass, raws: Mapping[str, Raw], targets: Targets) -> AtomRows:
-    """CombinationFeatures, squared residuals and frames of the atoms of a batch."""
+    """Features, squared residuals and frame numbers of the atoms of a batch."""
     assert forward_pass.forces is not None
     squares = (residuals_of(targets.forces, forward_pass.forces)) ** 2
     features = inputs.features(forward_pass, raws)
@@ -277,7 +307,10 @@ def _joined_rows(rows: Sequence[AtomRows]) -> AtomRows:
 
 
 def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Communicator) -> AtomRows | None:
-    """Training rows of all ranks in the order of their frames; None where there are none."""
+    """Training rows of all ranks in the order of their frames; None if there are none.
+
+    `like` has the widths and the device of the features.
+    """
     widths = [
         like.base.shape[1],
         like.careful.shape[1],

@@ -1,4 +1,4 @@
-"""Labelled frames in, uncertainty model out: fit on training frames, calibrate on held-out frames."""
+"""From labelled frames to an uncertainty model: fit on training frames, calibrate on held-out frames."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -37,33 +37,33 @@ def fit(
     communicator: Communicator | None = None,
     progress: bool = True,
 ) -> UncertaintyModel:
-    """Fits what a potential does not know.
+    """Fits an uncertainty model to a potential.
 
     Args:
         calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
-        train: Frames the potential was trained on, or frames like them: path or list. Energies are used where
-            they are labelled; direct force heads need forces.
-        calibration: Frames the potential was *not* trained on, with forces: path or list. They set the scale. Frames
-            of one trajectory follow each other in their order; `info["run"]` names the run of a frame, where there
-            are several.
-        perturbed: Deliberately bad frames with forces, such as `perturb_frames` makes: nothing is fitted to them or
+        train: Path or list of frames the potential was trained on, or of frames like them. Each needs a reference
+            energy or forces; direct force heads need forces.
+        calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
+            uncertainties. Keep the frames of a trajectory in their order; if there are several runs,
+            `info["run"]` names the run of each frame.
+        perturbed: Deliberately bad frames with forces, such as those of `perturb_frames`. Nothing is fitted to them or
             calibrated on them, but thresholds such as `MissRate` need frames with large errors.
-        methods: Names or `Method` instances. Several are combined into the primary estimator; of one alone its own
-            results are.
+        methods: Names or `Method` instances. Several methods are combined into the primary estimator; a single method
+            is itself the primary estimator.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
             `REF_forces`, `REF_stress`, else the results of a calculator attached to the frames.
-        batch_atoms: Most atoms evaluated together.
-        communicator: Ranks to share the fit with; one process by default.
+        batch_atoms: Largest number of atoms evaluated together.
+        communicator: Ranks to share the fit with; a single process by default.
         progress: Whether to show progress bars.
 
     Returns:
         The uncertainty model; `.save(path)` writes it, `.summary()` describes it.
 
     Raises:
-        LabelError: Empty files, frames without labels or with labels that are not finite, too few frames, or
-            calibration frames that are training frames.
-        ValueError: No method, one that is not known, or two of the same name.
-        InputError: A frame that the potential cannot evaluate.
+        LabelError: A file is missing, empty or unreadable, there are too few frames, labels are missing or not finite,
+            they are the potential's own forces, or calibration frames are training frames.
+        ValueError: No method was given, a method is not known, or two have the same name.
+        InputError: The potential cannot evaluate a frame.
     """
     communicator = communicator or Serial()
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
@@ -72,7 +72,8 @@ def fit(
     names = [method.name for method in makers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(
-            f"results are told apart by the name of their method, and there are several {twice[0]!r}: give it once."
+            f"results are told apart by the name of their method, and there are several {twice[0]!r}: give each name "
+            "once."
         )
     combines = len(makers) > 1
     backend = load_backend(calculator)
@@ -98,7 +99,7 @@ def fit(
         title="fit" if progress else "",
         **options,
     )
-    # One pass for all methods: what the potential costs is paid once.
+    # All methods share one pass, so that the potential is evaluated only once.
     accumulators = {method.name: method.start() for method in makers}
     for accumulator in accumulators.values():
         accumulator.progress = progress
@@ -126,8 +127,8 @@ def fit(
     variance, combination = observed.variance(leading, fitted[leading]), None
     if combines and (inputs := inputs_of(calibrated, elements)) is not None:
         primary, leading = "combined", inputs.anchor
-        found = combine(inputs, heads, kept.batches, batches, communicator, progress)
-        variance, combination = found.variance, found.combination.to(backend.device)
+        combined = combine(inputs, heads, kept.batches, batches, communicator, progress)
+        variance, combination = combined.variance, combined.combination.to(backend.device)
     model = UncertaintyModel(
         identity=backend.identity,
         methods=fitted,

@@ -1,4 +1,4 @@
-"""Where the frames of a fit came from."""
+"""The origin of the frames of a fit: their runs, their digests and the package versions."""
 
 import hashlib
 import importlib.metadata
@@ -10,16 +10,17 @@ from ase.data import chemical_symbols
 
 
 def runs_of(frames: list[Atoms]) -> np.ndarray:
-    """(n_frames,) number of the run in `info["run"]`, in the order of first appearance; those without are one run."""
+    """(n_frames,) number of the run in `info["run"]`, by first appearance; frames without it are one run."""
     names = [str(atoms.info.get("run", "")) for atoms in frames]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     return np.array([numbers[name] for name in names], np.int32)
 
 
 def digest_of(atoms: Atoms) -> str:
-    """sha256 of the elements and coordinates of a frame, as precise as files hold them."""
-    # Files round coordinates to eight digits. Rounding each here, however coarsely, would cut some coordinate of a
-    # large frame the other way than its file; three sums over all of them say the same and are cut very rarely.
+    """sha256 of the elements and coordinates of a frame, to the precision of files."""
+    # Files round coordinates to eight digits. If each was rounded here, however coarsely, some coordinate of a large
+    # frame would be rounded differently from that in its file. Three sums over all coordinates identify the frame as
+    # well, and are very rarely rounded differently.
     coordinates = np.concatenate([atoms.positions.ravel(), atoms.cell.array.ravel()])
     waves = np.cos(np.outer([1.0, 2.0, 3.0], np.arange(len(coordinates))))
     sums = (waves @ coordinates).round(4) + 0.0
@@ -27,7 +28,7 @@ def digest_of(atoms: Atoms) -> str:
 
 
 def provenance_of(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any]:
-    """What an uncertainty model says of the frames and package versions that it was made from."""
+    """A description of the frames and package versions that an uncertainty model is made from, as JSON values."""
 
     def described(frames: list[Atoms]) -> dict[str, Any]:
         numbers, counts = np.unique(np.concatenate([atoms.numbers for atoms in frames]), return_counts=True)

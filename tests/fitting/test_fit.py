@@ -599,7 +599,7 @@ class TestRefusals:
         del train[7].arrays["REF_forces"]
         expected = (
             "training frame 7 has no reference energy or forces. Looked for REF_energy and REF_forces, or energy and "
-            "forces; its info has ['comment', 'source'], its arrays ['numbers', 'positions']."
+            "forces; its info has ['comment', 'source'], its arrays have ['numbers', 'positions']."
         )
         with pytest.raises(LabelError, match=re.escape(expected)):
             quick(calculator, train, held_out)
