@@ -1,1 +1,1 @@
-"""What was found, for people: figures. Needs matplotlib, `pip install "ase-uq[report]"`."""
+"""Results for people: figures, and a report as one page. Needs `pip install "ase-uq[report]"`."""

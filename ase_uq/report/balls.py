@@ -1,4 +1,4 @@
-"""Balls and sticks of a structure, and where to look at them from; shared by the picture and the view that turns."""
+"""Balls and sticks of a structure, and the side to view them from, for the picture and the view that can be turned."""
 
 from dataclasses import dataclass
 
@@ -11,13 +11,13 @@ from ase.neighborlist import natural_cutoffs, neighbor_list
 
 @dataclass(frozen=True)
 class Balls:
-    """A structure turned to the viewer: without a cell by its flattest side, with one upright.
+    """A structure turned to the viewer: upright if it is periodic, otherwise with its flattest side in front.
 
     Args:
         positions: (n_atoms, 3) Å; x to the right, y up, z towards the viewer.
         radii: (n_atoms,) Å, half the covalent radii.
         bonds: (n_bonds, 2) indices of atoms that touch, not through a periodic boundary.
-        cell: (n_lines, 2, 3) Å, edges of the cell along periodic directions; none without any.
+        cell: (n_lines, 2, 3) Å, start and end of each edge of the cell; only edges along periodic directions.
     """
 
     positions: np.ndarray
@@ -41,10 +41,10 @@ def balls(atoms: Atoms) -> Balls:
 
 
 def finite_part(atoms: Atoms) -> tuple[Atoms, np.ndarray]:
-    """What of a structure can be drawn: atoms whose positions are finite, without a cell that is not.
+    """The part of a structure that can be drawn: atoms with finite positions, and the cell if it is finite.
 
     Returns:
-        The structure, and the indices of its atoms.
+        The part, and the indices of its atoms in the structure.
     """
     finite = np.isfinite(atoms.positions).all(1)
     if finite.all() and np.isfinite(atoms.cell.array).all():
@@ -56,16 +56,16 @@ def finite_part(atoms: Atoms) -> tuple[Atoms, np.ndarray]:
 
 
 def surroundings(atoms: Atoms, centre: int, most: int) -> tuple[Atoms, np.ndarray]:
-    """A structure that can be looked at: itself, or of a large one the atoms nearest to one of them.
+    """The structure itself or, if it is too large to look at, the atoms nearest to one of them.
 
     Args:
         atoms: Structure.
-        centre: Index of the atom.
-        most: Number of atoms.
+        centre: Index of the atom in the middle.
+        most: Largest number of atoms.
 
     Returns:
-        The structure, cut out through periodic boundaries and without a cell where it was too large; and the indices
-        of its atoms.
+        The structure, and the indices of its atoms. A structure that was too large is cut out across periodic
+        boundaries and has no cell.
     """
     if len(atoms) <= most:
         return atoms, np.arange(len(atoms))
@@ -77,7 +77,7 @@ def surroundings(atoms: Atoms, centre: int, most: int) -> tuple[Atoms, np.ndarra
 
 
 def _flattest(positions: np.ndarray) -> np.ndarray:
-    """(3, 3) principal axes in rows: the widest to the right, the thinnest towards the viewer."""
+    """(3, 3) principal axes as rows: the longest to the right, the shortest towards the viewer."""
     axes = np.linalg.svd(positions, full_matrices=True)[2]
     axes *= np.where(np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1) < 0, -1, 1)
     axes[2] *= np.sign(np.linalg.det(axes))  # right-handed, or it would be a mirror image
@@ -85,7 +85,7 @@ def _flattest(positions: np.ndarray) -> np.ndarray:
 
 
 def _tilted() -> np.ndarray:
-    """(3, 3) z upwards, seen a little from the right and from above: a cell is known by its edges."""
+    """(3, 3) axes as rows: z upwards, seen a little from the right and from above, so that the edges of a cell show."""
     right, above = np.radians(20), np.radians(12)
     x = np.array([np.cos(right), np.sin(right), 0])
     towards = np.array([np.sin(right) * np.cos(above), -np.cos(right) * np.cos(above), np.sin(above)])
@@ -93,7 +93,7 @@ def _tilted() -> np.ndarray:
 
 
 def _edges(atoms: Atoms) -> np.ndarray:
-    """(n_lines, 2, 3) Å."""
+    """(n_lines, 2, 3) start and end of the edges of the cell along periodic directions, Å."""
     vectors = [vector for vector, periodic in zip(atoms.cell.array, atoms.pbc, strict=True) if periodic]
     lines = []
     for number, along in enumerate(vectors):

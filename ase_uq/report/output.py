@@ -1,4 +1,4 @@
-"""Where a page and its pictures go: they appear when all of them are there, and nobody else's file is touched."""
+"""Writes a page and its pictures: they appear only when all are complete, and no other files are touched."""
 
 import os
 import re
@@ -10,19 +10,19 @@ from pathlib import Path
 from ase_uq.errors import ArtefactError
 from ase_uq.io.files import check_writable
 
-# What pictures say of themselves: those of an earlier report are known by it.
+# Metadata of our pictures, by which those of an earlier report are recognised.
 PICTURE_METADATA = {"Software": "ase-uq report"}
 _MARK = b"tEXtSoftware\0ase-uq report"
 _NAMES = re.compile(r"(uncertainty|reliability|errors|latent_map|frame_\d+)\.png")
 
 
 def check_outputs(page: Path, folder: Path) -> None:
-    """Fails now, not after the work, where a page or its pictures could not be written; makes nothing.
+    """Fails now, not after the work, if a page or its pictures could not be written; creates nothing.
 
     Raises:
         ArtefactError: A folder is missing or not writable, or `page` is a folder itself.
-        FileExistsError: The folder of the pictures is a file, or holds a file of somebody else's that a picture would
-            overwrite.
+        FileExistsError: The folder of the pictures is a file, or contains a file that is not ours and that a picture
+            would overwrite.
     """
     check_writable(page)
     if folder.exists() and not folder.is_dir():
@@ -32,48 +32,49 @@ def check_outputs(page: Path, folder: Path) -> None:
     for path, is_ours in _pictures_in(folder):
         if not is_ours:
             raise FileExistsError(
-                f"{path} is no picture that `ase-uq report` wrote, and one might overwrite it. Move it, or choose "
-                "another folder for the pictures."
+                f"{path} is not a picture that `ase-uq report` wrote, and a new picture could overwrite it. Move it, "
+                "or choose another folder for the pictures."
             )
 
 
 def publish(page: Path, text: str, folder: Path, pictures: Mapping[str, bytes]) -> tuple[Path, ...]:
-    """Writes a page and its pictures, and removes those of an earlier report that are not among them.
+    """Writes a page and its pictures, and removes pictures of an earlier report that are not replaced.
 
-    All are written beside their places first, so that what was there stands until the new ones are whole.
+    All files are written in temporary folders first, so that the old files remain until the new ones are complete.
 
     Args:
         page: HTML file; replaced if it exists.
-        text: What it is to hold.
-        folder: Of the pictures; made if it is missing. Files in it that are no pictures of reports are left alone.
-        pictures: PNG files by their names.
+        text: Content of the page.
+        folder: Folder of the pictures; created if it is missing. Files in it that are not pictures of a report are left
+            alone.
+        pictures: Contents of the PNG files by file name.
 
     Returns:
-        Where the pictures are.
+        Paths of the pictures.
 
     Raises:
-        ArtefactError: One of them cannot be written, as on a full disk.
+        ArtefactError: A file cannot be written, for example because the disk is full.
     """
-    made = _missing(folder)
+    created = _missing(folder)
     targets = {name: folder / name for name in pictures}
     try:
         with ExitStack() as stack:
             with _named(folder):
                 folder.mkdir(parents=True, exist_ok=True)
-            near = stack.enter_context(_staging(page, page.parent))
-            fresh = stack.enter_context(_staging(folder, folder))
+            near_page = stack.enter_context(_staging(page, page.parent))
+            in_folder = stack.enter_context(_staging(folder, folder))
             with _named(page):
-                (near / page.name).write_text(text, encoding="utf-8")
+                (near_page / page.name).write_text(text, encoding="utf-8")
             for name, target in targets.items():
                 with _named(target):
-                    (fresh / name).write_bytes(pictures[name])
+                    (in_folder / name).write_bytes(pictures[name])
             for name, target in targets.items():
                 with _named(target):
-                    os.replace(fresh / name, target)
+                    os.replace(in_folder / name, target)
             with _named(page):
-                os.replace(near / page.name, page)
+                os.replace(near_page / page.name, page)
     except BaseException:
-        for empty in made:
+        for empty in created:
             with suppress(OSError):
                 empty.rmdir()
         raise
@@ -85,7 +86,7 @@ def publish(page: Path, text: str, folder: Path, pictures: Mapping[str, bytes]) 
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that do not exist, the innermost first."""
+    """Those of the folder and its parents that do not exist, the innermost first."""
     missing = []
     while not folder.exists():
         missing.append(folder)
@@ -94,7 +95,7 @@ def _missing(folder: Path) -> list[Path]:
 
 
 def _pictures_in(folder: Path) -> list[tuple[Path, bool]]:
-    """What has the name of a picture of a report, and whether it is one."""
+    """Every path that is named like a picture of a report, and whether a report wrote it."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     return [(path, _is_ours(path)) for path in paths if _NAMES.fullmatch(path.name)]
 
@@ -103,13 +104,13 @@ def _is_ours(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             return _MARK in file.read(1000)
-    except OSError:  # a folder, or nothing that we may read
+    except OSError:  # a folder, or a file that we may not read
         return False
 
 
 @contextmanager
 def _staging(target: Path, folder: Path) -> Iterator[Path]:
-    """A new folder in a folder, so on its file system; gone afterwards, with what was not moved out of it."""
+    """A temporary folder inside `folder`, hence on its file system; removed with everything still in it."""
     with _named(target):
         temporary = tempfile.TemporaryDirectory(dir=folder, prefix=".ase_uq_")
     with temporary as path:
@@ -118,7 +119,7 @@ def _staging(target: Path, folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
-    """What the system refuses, with the name of what was to be written."""
+    """Turns errors of the operating system into an `ArtefactError` that names the file."""
     try:
         yield
     except OSError as error:

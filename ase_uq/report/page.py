@@ -1,7 +1,7 @@
-"""One page for people: how uncertain a potential was along scored frames, where, and whether that can be believed.
+"""One page for people: how uncertain a potential was along scored frames, where, and whether to believe it.
 
-The page is one file that asks nothing of a network: pictures, data and the script that turns structures are inside,
-and its content security policy has browsers refuse anything else.
+The page is one file that needs no network: it contains the pictures, the data and the script that turns structures, and
+its content security policy makes browsers refuse anything else.
 """
 
 import base64
@@ -39,14 +39,14 @@ _MOST_REFERENCE = 500  # training and calibration frames in the latent map, each
 
 @dataclass(frozen=True)
 class Report:
-    """What was written.
+    """A written report.
 
     Args:
         page: The HTML file.
-        pictures: PNG files.
-        survey: What the frames say.
-        flag: eV/Å, or None.
-        halt: Likewise.
+        pictures: The PNG files.
+        survey: Survey of the frames.
+        flag: Threshold, eV/Å; None if none was given.
+        halt: Threshold, eV/Å; None if none was given.
     """
 
     page: Path
@@ -57,13 +57,13 @@ class Report:
 
     def summary(self) -> str:
         """One line for people."""
-        found = self.survey
-        text = f"{counted(found.n_frames, 'frame')}, {counted(len(found.numbers), 'atom')}"
+        surveyed = self.survey
+        text = f"{counted(surveyed.n_frames, 'frame')}, {counted(len(surveyed.numbers), 'atom')}"
         for name, level in (("flag", self.flag), ("halt", self.halt)):
             if level is not None:
-                text += f", {int(found.above(level).sum())} at or above {name}"
-        if found.n_without:
-            text += f"; {found.n_without} without uncertainties left out"
+                text += f", {int(surveyed.above(level).sum())} at or above {name}"
+        if surveyed.n_without:
+            text += f"; {surveyed.n_without} without uncertainties left out"
         pictures = counted(len(self.pictures), "picture")
         return f"{text}. Page written to {self.page}, {pictures} to {self.pictures[0].parent}"
 
@@ -88,30 +88,31 @@ def write_report(
 
     Args:
         path: HTML file; replaced if it exists.
-        frames: Scored frames, in a file or one by one; read once. Those of a file that cannot be read, and labels and
+        frames: Scored frames, as a file or an iterable; read once. Frames of a file that cannot be read, and labels and
             notes that cannot be used, are left out with a warning.
-        uncertainty_model: What they were scored with.
+        uncertainty_model: Uncertainty model that the frames were scored with.
         flag: Threshold, eV/Å, or a criterion such as `Quantile(0.99)`.
-        halt: Likewise.
+        halt: Threshold, eV/Å, or a criterion; above `flag`.
         reduction: How a frame becomes a reading; the largest ε_i by default.
         label_keys: Names of energy, forces and stress of the reference; `REF_energy`, `REF_forces`, `REF_stress` by
             default.
-        backend: The potential, for the latent map; without it there is none.
+        backend: The potential, for the latent map; without it there is no map.
         train: Training frames, for the latent map.
-        calibration: Calibration frames, likewise.
-        pictures: Folder of the PNG files, made if it is missing; by default `<path>_figures`. The pictures of an
+        calibration: Calibration frames, for the latent map.
+        pictures: Folder of the PNG files, created if it is missing; by default `<path>_figures`. Pictures of an
             earlier report in it are replaced, other files are left alone.
-        sources: What to say about where things come from, by name; for example the files.
-        batch_atoms: Most atoms evaluated together, for the latent map.
+        sources: Further lines for the section "Where this comes from", by name; for example the files.
+        batch_atoms: Largest number of atoms evaluated together, for the latent map.
 
     Raises:
-        InputError: No frame has uncertainties, those of one have another shape, or the potential cannot evaluate one.
-        LabelError: The labels are the potential's own; training or calibration frames that cannot be read.
-        ArtefactError: Something cannot be written; what was there before stands.
-        FileExistsError: The folder of the pictures is a file, or holds a file of somebody else's that a picture would
-            overwrite.
-        ValueError: Flag is not below halt, calibration data cannot support a criterion, or frames of the latent map
-            were given without the potential.
+        InputError: No frame has uncertainties, uncertainties have another shape than their frame, or the potential
+            cannot evaluate a frame.
+        LabelError: The labels are the potential's own, or training or calibration frames cannot be read.
+        ArtefactError: A file cannot be written; the files that were there before remain.
+        FileExistsError: The folder of the pictures is a file, or contains a file that is not ours and that a picture
+            would overwrite.
+        ValueError: Flag is not below halt, a threshold is not positive, calibration data cannot support a criterion, or
+            frames for the latent map were given without the potential.
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_figures") if pictures is None else Path(pictures)
@@ -122,35 +123,39 @@ def write_report(
     check_outputs(path, folder)
     reduction = reduction or Reduction()
     flag, halt = _levels(uncertainty_model, flag, halt, reduction)
-    found = survey(frames, reduction=reduction, label_keys=label_keys)
+    surveyed = survey(frames, reduction=reduction, label_keys=label_keys)
     plane = None
     if backend is not None:
-        plane = _plane(backend, found, {"training": train, "calibration": calibration}, batch_atoms)
-    sections = Sections(found, uncertainty_model, flag, halt, reduction, dict(sources or {}))
+        plane = _plane(backend, surveyed, {"training": train, "calibration": calibration}, batch_atoms)
+    sections = Sections(surveyed, uncertainty_model, flag, halt, reduction, dict(sources or {}))
     text = _page(sections, plane)
-    return Report(path, publish(path, text, folder, sections.pictures), found, flag, halt)
+    return Report(path, publish(path, text, folder, sections.pictures), surveyed, flag, halt)
 
 
 def _levels(
     model: UncertaintyModel, flag: float | Criterion | None, halt: float | Criterion | None, reduction: Reduction
 ) -> tuple[float | None, float | None]:
-    known = [None if level is None else model.threshold(level, reduction) for level in (flag, halt)]
-    for name, level in zip(("flag", "halt"), known, strict=True):
+    """Both thresholds as numbers, eV/Å, checked; None if not given."""
+    levels = [None if level is None else model.threshold(level, reduction) for level in (flag, halt)]
+    for name, level in zip(("flag", "halt"), levels, strict=True):
         if level is not None and not level > 0:
             raise ValueError(f"{name} is {level:g} eV/Å; a positive force uncertainty was expected.")
-    flag, halt = known
+    flag, halt = levels
     if flag is not None and halt is not None:
         check_order(flag, halt)
     return flag, halt
 
 
-def _plane(backend: Backend, found: Survey, known: Mapping[str, Frames | None], batch_atoms: int) -> LatentMap | None:
+def _plane(
+    backend: Backend, surveyed: Survey, known: Mapping[str, Frames | None], batch_atoms: int
+) -> LatentMap | None:
+    """The latent map of the known and the scored frames; None if no scored frame is finite."""
     groups = {
         name: evenly(read_frames(frames, name=f"{name} frames"), _MOST_REFERENCE)
         for name, frames in known.items()
         if frames is not None
     }
-    groups["scored"] = [frame.atoms for frame in found.kept if frame.is_finite]
+    groups["scored"] = [frame.atoms for frame in surveyed.kept if frame.is_finite]
     if not groups["scored"]:
         return None
     return principal_plane(

@@ -1,4 +1,4 @@
-"""Figures: data in, `Axes` out; each draws into the axes it is given, or into a new figure.
+"""Figures: each function takes data, draws into the given `Axes` or a new figure, and returns the `Axes`.
 
 ax = plots.error_against_uncertainty(errors, uncertainties)
 ax.figure.savefig("errors.png", dpi=200)
@@ -27,9 +27,9 @@ except ImportError as error:
         'figures need matplotlib, which is not installed. Run: pip install "ase-uq[report]"'
     ) from error
 
-# Okabe and Ito: told apart by every eye, and in print.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart, and which stay distinct in print.
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
-# From certain to uncertain: darker all the way, so that it reads in grey too.
+# From certain to uncertain, increasingly dark, so that the scale also works in grey.
 UNCERTAINTY_COLOURS = ("#DCE3E8", ORANGE, RED, "#8E1B00")
 _COLOUR_MAP = LinearSegmentedColormap.from_list("uncertainty", UNCERTAINTY_COLOURS)
 
@@ -49,18 +49,21 @@ def run(
     """Uncertainty along a run, with its thresholds, flagged frames and true errors.
 
     Args:
-        time: (n,) fs; or what `x_label` says.
-        readings: (n,) force uncertainty of each step, eV/Å; gaps (NaN, inf) are left out.
-        flag: Threshold, eV/Å; readings from it on are marked.
+        time: (n,) times, fs, or the quantity that `x_label` names.
+        readings: (n,) force uncertainty of each step, eV/Å; values that are not finite leave a gap.
+        flag: Threshold, eV/Å; readings at or above it are marked.
         halt: Threshold, eV/Å.
         errors: (n,) true error of the same kind as the readings, eV/Å; NaN where it is not known.
-        temperature: (n,) K, on an axis of its own at the right.
-        log: Whether uncertainties and errors stand on a logarithmic axis.
-        x_label: What `time` is, where frames have a number instead.
-        ax: Where to draw.
+        temperature: (n,) temperatures, K, on a separate axis at the right.
+        log: Whether the axis of uncertainties and errors is logarithmic.
+        x_label: Label of the horizontal axis, if `time` is something else, such as the number of the frame.
+        ax: Axes to draw into; a new figure by default.
 
     Returns:
         The axes of the uncertainty; those of the temperature are the next in `ax.figure.axes`.
+
+    Raises:
+        ValueError: Two sequences have different lengths.
     """
     time, readings = _equal(time=time, readings=readings)
     readings = np.where(np.isfinite(readings), readings, np.nan)
@@ -74,10 +77,10 @@ def run(
         right.spines["top"].set_visible(False)
         right.tick_params(colors=GREY)
         right.yaxis.label.set_color(GREY)
-        # The uncertainty is the subject: it stands in front.
+        # The uncertainty is the subject, so it is drawn in front.
         ax.set_zorder(right.get_zorder() + 1)
         ax.patch.set_visible(False)
-    # A frame between two gaps is no line: few frames are points as well.
+    # A frame between two gaps gives no line, so if there are few frames, they are also drawn as points.
     points = {"marker": ".", "ms": 4} if len(time) <= 300 else {}
     handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2, **points)
     if flag is not None:
@@ -86,20 +89,20 @@ def run(
             handles += ax.plot(time[above], readings[above], "o", ms=2, color=ORANGE, label="flagged frame")
     for name, level, color in (("flag", flag, ORANGE), ("halt", halt, RED)):
         if level is not None:
-            # In front of the readings, or they would hide it where they are many.
+            # In front of the readings, which would hide the line if there are many.
             handles.append(ax.axhline(level, color=color, lw=1, ls="--", zorder=2.5, label=f"{name} {level:.3g}"))
     if errors is not None:
-        _, known = _equal(time=time, errors=errors)
-        shown = np.isfinite(known)
+        _, errors = _equal(time=time, errors=errors)
+        shown = np.isfinite(errors)
         style = {"ms": 4.5, "mfc": "white", "mec": "black", "mew": 0.9}
-        handles += ax.plot(time[shown], known[shown], "D", label="true error", **style)
+        handles += ax.plot(time[shown], errors[shown], "D", label="true error", **style)
     ax.set(xlabel=x_label, ylabel="force uncertainty, error (eV/Å)" if errors is not None else _UNCERTAINTY)
     if log:
         ax.set_yscale("log")
     else:
         ax.set_ylim(bottom=0)
     ax.margins(x=0.01)
-    # Above the axes: a run that heats up fills all of them.
+    # The legend stands above the axes, because a run that heats up fills them.
     figure = ax.get_figure(root=True)
     assert figure is not None
     columns = max(1, int(figure.get_figwidth() * ax.get_position().width / _LEGEND_INCHES))
@@ -110,18 +113,21 @@ def run(
 def error_against_uncertainty(
     errors: ArrayLike, uncertainties: ArrayLike, *, components: int = 3, unit: str = "eV/Å", ax: Axes | None = None
 ) -> Axes:
-    """True errors against predicted uncertainties on logarithmic axes, with what calibration would look like.
+    """True errors against predicted uncertainties on logarithmic axes, with bands for calibrated uncertainties.
 
-    The bands hold 68 and 95 % of the errors where they are Gaussian with the predicted standard deviations: quantiles
-    of ‖e‖/ε, which is distributed as χ/√components. The line with markers is the root mean square error in bins
-    of equal count; calibrated, it lies on the diagonal.
+    The bands contain 68 and 95 % of the errors if these are Gaussian with the predicted standard deviations. Their
+    edges are quantiles of ‖e‖/ε, which is distributed as χ/√components. The line with markers is the root mean square
+    error in bins of equal count; if calibrated, it lies on the diagonal.
 
     Args:
         errors: (n,) ‖F_ref - F‖ of atoms, or |error| of scalars.
-        uncertainties: (n,) ε = sqrt(Σ_c σ_c²) of the same.
-        components: Components of an error: 3 for force vectors, 1 for scalars.
-        unit: Of both.
-        ax: Where to draw.
+        uncertainties: (n,) ε = sqrt(Σ_c σ_c²) of the same atoms or scalars.
+        components: Number of components of an error: 3 for force vectors, 1 for scalars.
+        unit: Unit of errors and uncertainties.
+        ax: Axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: The lengths differ, or no error and uncertainty are both positive and finite.
     """
     errors, uncertainties = _equal(errors=np.abs(np.asarray(errors, float)), uncertainties=uncertainties)
     usable = (errors > 0) & (uncertainties > 0) & np.isfinite(errors) & np.isfinite(uncertainties)
@@ -150,7 +156,7 @@ def error_against_uncertainty(
     ax.set(xlabel=f"predicted uncertainty ({unit})", ylabel=f"true error ({unit})", xlim=(low, high))
     ax.set_ylim(max(float(np.quantile(errors, 0.002)), errors.max() / 1e4), errors.max() * 1.5)
     for axis, (start, end) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        # matplotlib writes 2 to 9 out over short ranges, one over the other, and powers of ten alone say little there.
+        # Over short ranges matplotlib labels 2 to 9, which overlap, and powers of ten alone say little.
         short = end / start < 100
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,)))
         axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}") if short else LogFormatterMathtext())
@@ -166,11 +172,14 @@ def errors_side_by_side(
 
     Args:
         samples: Errors and uncertainties by method.
-        components: Components of an error: 3 for force vectors, 1 for scalars.
-        unit: Of both.
+        components: Number of components of an error: 3 for force vectors, 1 for scalars.
+        unit: Unit of errors and uncertainties.
 
     Returns:
         The axes of each method, from left to right.
+
+    Raises:
+        ValueError: There is no method, or as in `error_against_uncertainty`.
     """
     if not samples:
         raise ValueError("there is no method to draw; give the errors and uncertainties of at least one.")
@@ -187,15 +196,15 @@ def errors_side_by_side(
 
 
 def reliability(residuals: ArrayLike, std: ArrayLike, *, label: str = "", ax: Axes | None = None) -> Axes:
-    """How many components fall into the central interval of a level, against that level.
+    """Share of components inside the central interval of each level, against that level.
 
     Below the diagonal the model is too sure of itself, above it too careful.
 
     Args:
-        residuals: Of any shape, reference - prediction.
+        residuals: Array of reference - prediction, of any shape.
         std: Standard deviations of the same shape, or one for all.
         label: Name of the curve, for example "before calibration".
-        ax: Where to draw; several curves may share one.
+        ax: Axes to draw into, which several curves may share; a new figure by default.
     """
     levels = np.linspace(0, 1, 101)
     zeros = np.zeros(np.shape(residuals))
@@ -226,15 +235,18 @@ def latent_map(
     """Scored frames among the frames that the uncertainty model knows, in the plane of two principal components.
 
     Args:
-        reference: By name, such as "training": (n, 2) coordinates.
-        scored: (n, 2) coordinates, coloured by their readings.
-        readings: (n,) eV/Å; those that are not finite take the darkest colour.
+        reference: (n, 2) coordinates of known frames by name, such as "training".
+        scored: (n, 2) coordinates of scored frames, which are coloured by their readings.
+        readings: (n,) readings, eV/Å; those that are not finite get the darkest colour.
         explained: (2,) share of the variance along each component.
-        ax: Where to draw.
+        ax: Axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: There are not as many points as readings.
     """
     points, readings = np.asarray(scored, float).reshape(-1, 2), np.asarray(readings, float).ravel()
     if len(points) != len(readings):
-        raise ValueError(f"scored has {len(points)} points, readings {len(readings)}; they belong together one by one.")
+        raise ValueError(f"scored has {len(points)} points, readings {len(readings)}; they must have the same length.")
     ax = _axes(ax, (5.2, 4.2))
     marks = cycle(((BLUE, "o"), ("black", "x"), (GREY, "^")))
     for (name, known), (color, marker) in zip(reference.items(), marks, strict=False):
@@ -265,18 +277,21 @@ def latent_map(
 
 
 def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None = None, ax: Axes | None = None) -> Axes:
-    """A structure as a picture, its atoms coloured by their force uncertainty, seen from its flattest side.
+    """A picture of a structure, its atoms coloured by their force uncertainty; without a cell, of its flattest side.
 
     Args:
-        atoms: Structure; bonds are drawn between atoms that touch, not through periodic boundaries. Atoms whose
+        atoms: Structure; bonds are drawn between atoms that touch, but not across periodic boundaries. Atoms whose
             positions are not finite are left out.
-        uncertainties: (n_atoms,) eV/Å; those that are not finite take the darkest colour.
-        largest: Uncertainty with the darkest colour, eV/Å; that of the structure by default.
-        ax: Where to draw.
+        uncertainties: (n_atoms,) force uncertainties, eV/Å; those that are not finite get the darkest colour.
+        largest: Uncertainty with the darkest colour, eV/Å; the largest in the structure by default.
+        ax: Axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: There are not as many uncertainties as atoms.
     """
     values = np.asarray(uncertainties, float).ravel()
     if len(values) != len(atoms):
-        raise ValueError(f"{len(values)} uncertainties for {len(atoms)} atoms; they belong together one by one.")
+        raise ValueError(f"{len(values)} uncertainties for {len(atoms)} atoms; give one for each atom.")
     top = largest or _largest(values)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
@@ -284,21 +299,21 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     values = values[indices]
     if not len(atoms):
         ax.text(0.5, 0.5, "no position is finite", ha="center", size=9, color=GREY, transform=ax.transAxes)
-    seen = balls(atoms)
-    for line in seen.cell:
+    model = balls(atoms)
+    for line in model.cell:
         ax.plot(*line[:, :2].T, color=GREY, lw=0.8, zorder=1)
     colours = _COLOUR_MAP(_clipped(values, top) / top)
-    # From the back to the front: what is nearer is drawn over what is farther.
-    things = [(seen.positions[pair, 2].min(), tuple(pair)) for pair in seen.bonds]
-    things += [(depth, (i,)) for i, depth in enumerate(seen.positions[:, 2])]
-    for order, (_, which) in enumerate(sorted(things, key=lambda thing: thing[0])):
-        zorder = 2 + order / len(things)
-        places = seen.positions[list(which), :2]
+    # Bonds and atoms are drawn from the back to the front, so that nearer ones cover farther ones.
+    shapes = [(model.positions[pair, 2].min(), tuple(pair)) for pair in model.bonds]
+    shapes += [(depth, (i,)) for i, depth in enumerate(model.positions[:, 2])]
+    for order, (_, which) in enumerate(sorted(shapes, key=lambda shape: shape[0])):
+        zorder = 2 + order / len(shapes)
+        places = model.positions[list(which), :2]
         if len(which) == 2:
             ax.plot(*places.T, color="#9AA3AA", lw=5, solid_capstyle="round", zorder=zorder)
             continue
         (i,), ((x, y),) = which, places
-        ax.add_patch(Circle((x, y), float(seen.radii[i]), fc=colours[i], ec="#3A3F44", lw=0.9, zorder=zorder))
+        ax.add_patch(Circle((x, y), float(model.radii[i]), fc=colours[i], ec="#3A3F44", lw=0.9, zorder=zorder))
         if len(atoms) <= 40:
             ink = "white" if _clipped(values, top)[i] > 0.55 * top else "black"
             ax.text(x, y, atoms[i].symbol, color=ink, ha="center", va="center", size=9, zorder=zorder)
@@ -310,18 +325,18 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
 
 
 def _largest(values: np.ndarray) -> float:
-    """The largest finite value; 1 where there is none above 0."""
+    """The largest finite value; 1 if no finite value is above 0."""
     finite = values[np.isfinite(values)]
     return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
 
 
 def _clipped(values: np.ndarray, top: float) -> np.ndarray:
-    """Values with what is not finite, and what is larger, at the top."""
+    """Values in [0, top]; NaN and inf become `top`."""
     return np.clip(np.nan_to_num(values, nan=top, posinf=top), 0, top)
 
 
 _UNCERTAINTY = "force uncertainty (eV/Å)"
-_LEGEND_INCHES = 1.5  # of an entry as long as "predicted uncertainty"
+_LEGEND_INCHES = 1.5  # width of a legend entry as long as "predicted uncertainty"
 
 
 def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
@@ -335,5 +350,5 @@ def _equal(**named: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
     """Two sequences as flat arrays of equal length."""
     (a, b), (name_a, name_b) = (np.asarray(values, float).ravel() for values in named.values()), named
     if a.shape != b.shape:
-        raise ValueError(f"{name_a} has {len(a)} values, {name_b} {len(b)}; they belong together one by one.")
+        raise ValueError(f"{name_a} has {len(a)} values, {name_b} {len(b)}; they must have the same length.")
     return a, b

@@ -1,4 +1,4 @@
-"""What each section of a report's page says, as values that its template sets, and the pictures of the sections."""
+"""The contents of each section of a report's page: the values for its template, and the pictures."""
 
 import base64
 import io
@@ -24,7 +24,7 @@ from ase_uq.thresholds.criteria import ResolvedThreshold
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-if TYPE_CHECKING:  # whether matplotlib is installed, `plots` tells
+if TYPE_CHECKING:  # `plots` reports a missing matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -36,10 +36,10 @@ class Picture:
     """A picture in the page.
 
     Args:
-        alt: What it shows, for who cannot see it.
+        alt: Description for readers who cannot see it.
         source: The PNG file as a data URI.
         caption: Text below it.
-        small: The same for narrow screens, drawn in larger letters; another data URI.
+        small: The same picture with larger letters for narrow screens, as a data URI; may be empty.
     """
 
     alt: str
@@ -50,7 +50,17 @@ class Picture:
 
 @dataclass
 class Sections:
-    """What a page is made from; `values` draws the pictures and adds them to `pictures`, PNG files by name."""
+    """Everything a page is made from.
+
+    Args:
+        found: Survey of the frames.
+        model: Uncertainty model that the frames were scored with.
+        flag: Threshold, eV/Å, or None.
+        halt: Threshold, eV/Å, or None.
+        reduction: How a frame becomes a reading.
+        sources: Further lines for the section "Where this comes from", by name.
+        pictures: PNG files by name, which `values` adds.
+    """
 
     found: Survey
     model: UncertaintyModel
@@ -61,21 +71,21 @@ class Sections:
     pictures: dict[str, bytes] = field(default_factory=dict)
 
     def values(self, plane: LatentMap | None) -> dict[str, Any]:
-        """What `page.html.j2` asks for, but for style and scripts. Pictures are drawn in the order of the page."""
-        found = self.found
-        worst = found.worst(N_WORST)
+        """The values of `page.html.j2`, without style and scripts. Pictures are drawn in the order of the page."""
+        survey = self.found
+        worst = survey.worst(N_WORST)
         top = max((float(f.uncertainty[np.isfinite(f.uncertainty)].max(initial=0)) for f in worst), default=0) or 1.0
         return {
             "subject": self._subject(),
-            "n_frames": found.n_frames,
+            "n_frames": survey.n_frames,
             "bands": self._bands(),
             "facts": self._facts(),
             "left_out": {
-                "Frames without uncertainties, left out": found.n_without,
-                "Frames whose uncertainty is not a number": int(np.isnan(found.reading).sum()),
+                "Frames without uncertainties, left out": survey.n_without,
+                "Frames whose uncertainty is not a number": int(np.isnan(survey.reading).sum()),
             },
             "along": self._along(),
-            "quality": self._quality() if found.samples else None,
+            "quality": self._quality() if survey.samples else None,
             "elements": self._elements(),
             "latent_map": None if plane is None else self._map(plane),
             "near": self._near(),
@@ -96,18 +106,19 @@ class Sections:
         return f"{counted(self.found.n_frames, 'frame')} of {named}"
 
     def _facts(self) -> list[tuple[str, str, str]]:
-        found = self.found
-        worst = found.worst(1)[0]
+        """Name, value and note of each of the numbers at the top of the page."""
+        survey = self.found
+        worst = survey.worst(1)[0]
         facts = [
-            ("frames", f"{found.n_frames:,}", counted(len(found.numbers), "atom")),
+            ("frames", f"{survey.n_frames:,}", counted(len(survey.numbers), "atom")),
             ("largest uncertainty", f"{number(worst.reading)} eV/Å", f"frame {worst.place}"),
-            ("median uncertainty", f"{number(_quantile(found.reading, 0.5))} eV/Å", "of a frame"),
+            ("median uncertainty", f"{number(_quantile(survey.reading, 0.5))} eV/Å", "of a frame"),
         ]
-        if np.isfinite(found.gamma).any():
-            share = found.n_beyond / found.n_frames
-            facts.append(("beyond calibration data", f"{share:.0%}", f"{counted(found.n_beyond, 'frame')} with γ > 1"))
-        if "forces" in found.samples:
-            sample = found.samples["forces"]
+        if np.isfinite(survey.gamma).any():
+            share = survey.n_beyond / survey.n_frames
+            facts.append(("beyond calibration data", f"{share:.0%}", f"{counted(survey.n_beyond, 'frame')} with γ > 1"))
+        if "forces" in survey.samples:
+            sample = survey.samples["forces"]
             rmse, z = np.sqrt(np.mean(sample.residuals**2)), np.mean((sample.residuals / sample.std) ** 2)
             facts.append(("force RMSE", f"{number(rmse)} eV/Å", f"mean z² {z:.2f}, 1 if calibrated"))
         return facts
@@ -126,34 +137,34 @@ class Sections:
         ]
 
     def _along(self) -> Picture:
-        found = self.found
-        label = "frame" if found.time is None else "time (fs)"
-        time, reading = _with_gaps(found.along, found.reading)
-        # A run that begins well and ends in thousands of eV/Å would be a flat line and a spike.
-        finite = found.reading[np.isfinite(found.reading) & (found.reading > 0)]
+        survey = self.found
+        label = "frame" if survey.time is None else "time (fs)"
+        time, reading = _with_gaps(survey.along, survey.reading)
+        # On a linear axis, a run that begins well and ends in thousands of eV/Å would be a flat line and a spike.
+        finite = survey.reading[np.isfinite(survey.reading) & (survey.reading > 0)]
         spread = finite.max() / np.median(finite) if len(finite) else 1
         axes = []
-        for size in ((8.6, 3.4), (4.6, 3.2)):  # of a desktop and a phone: text must stay legible
+        for size in ((8.6, 3.4), (4.6, 3.2)):  # for a desktop and a phone, so that text stays legible
             _, ax = plots.plt.subplots(figsize=size, layout="constrained")
             plots.run(time, reading, flag=self.flag, halt=self.halt, log=spread > 100, x_label=label, ax=ax)
             axes.append(ax)
-        n_flagged = int(found.above(self.flag).sum()) if self.flag is not None else 0
-        worst = found.worst(1)[0]
+        n_flagged = int(survey.above(self.flag).sum()) if self.flag is not None else 0
+        worst = survey.worst(1)[0]
         alt = (
-            f"Line of the force uncertainty over {label}: median {number(_quantile(found.reading, 0.5))}, largest "
+            f"Line of the force uncertainty over {label}: median {number(_quantile(survey.reading, 0.5))}, largest "
             f"{number(worst.reading)} eV/Å at frame {worst.place}; {counted(n_flagged, 'flagged frame')}."
         )
         caption = (
-            f"Each frame is read by the {self._reading()} of its atoms: ε, the norm of the standard deviations of the "
-            "three components of their force."
+            f"The reading of a frame is the {self._reading()} of its atoms. The uncertainty ε of an atom is the norm "
+            "of the standard deviations of the three components of its force."
         )
         return self._picture("uncertainty", axes[0], alt, caption, small=axes[1])
 
     def _reading(self) -> str:
+        """The reduction in words."""
         kind = self.reduction.kind
-        return {"max": "largest uncertainty", "mean": "mean uncertainty", "top3": "mean of the three largest"}.get(
-            str(kind), f"{kind} quantile of the uncertainties"
-        )
+        words = {"max": "largest uncertainty", "mean": "mean uncertainty", "top3": "mean of the three largest values"}
+        return words.get(str(kind), f"{kind} quantile of the uncertainties")
 
     def _quality(self) -> dict[str, Any]:
         names = {"forces": "forces", "energy_per_atom": "energy per atom"}
@@ -169,8 +180,8 @@ class Sections:
                 ax,
                 "Share of reference values inside the central interval of each level, against that level: "
                 + "; ".join(text.get_text() for text in _legend(ax)),
-                "On the dashed line uncertainties are as large as the errors. Below it errors are larger than was "
-                "said.",
+                "On the dashed line, uncertainties are as large as the errors. Below it, errors are larger than "
+                "predicted.",
             )
         ]
         if (sample.errors > 0).any():
@@ -182,27 +193,28 @@ class Sections:
                     "errors",
                     ax,
                     f"True errors of the {names[quantity]} against their uncertainties: {ax.texts[0].get_text()}",
-                    "Calibrated, the red line lies on the black one, and 95 % of the points in the wide band.",
+                    "If calibrated, the red line lies on the black one, and 95 % of the points lie in the wide band.",
                 )
             )
         return {"n_frames": len(np.unique(sample.frame)), "quantity": names[quantity], "pictures": pictures}
 
     def _elements(self) -> dict[str, Any]:
-        found = self.found
+        """Headings and rows of the table by element; whether it also has errors."""
+        survey = self.found
         scored = None
-        if "forces" in found.samples:
-            sample = {("reported", "forces"): found.samples["forces"]}
-            scored = assess(sample, found.n_frames, n_bootstrap=0, progress=False)
+        if "forces" in survey.samples:
+            sample = {("reported", "forces"): survey.samples["forces"]}
+            scored = assess(sample, survey.n_frames, n_bootstrap=0, progress=False)
         heads = ["element", "atoms", "median ε", "99 % below", "largest ε"]
-        with_gamma = bool(np.isfinite(found.gamma).any() or np.isinf(found.gamma).any())
+        with_gamma = bool(np.isfinite(survey.gamma).any() or np.isinf(survey.gamma).any())
         heads += ["γ > 1"] if with_gamma else []
         heads += ["force RMSE", "mean z²", "in 68 %", "in 95 %", "Spearman"] if scored else []
         rows = {}
-        everything = np.full(len(found.numbers), True)
+        everything = np.full(len(survey.numbers), True)
         for name, among in [("all", everything)] + [
-            (chemical_symbols[z], found.numbers == z) for z in np.unique(found.numbers)
+            (chemical_symbols[z], survey.numbers == z) for z in np.unique(survey.numbers)
         ]:
-            values, gamma = found.uncertainty[among], found.gamma[among]
+            values, gamma = survey.uncertainty[among], survey.gamma[among]
             cells = [f"{among.sum():,}", *(number(_quantile(values, q)) for q in (0.5, 0.99, 1))]
             cells += [f"{np.mean(gamma > 1):.1%}"] if with_gamma else []
             cells += _scores(scored, name) if scored else []
@@ -214,11 +226,12 @@ class Sections:
         points = coordinates.pop("scored")
         readings = [frame.reading for frame in self.found.kept if frame.is_finite]
         ax = plots.latent_map(coordinates, points, readings, explained=plane.explained)
-        each = f"; of every {self.found.stretch} frames the most uncertain is shown" if self.found.stretch > 1 else ""
+        length = self.found.stretch
+        each = f"; of every {length} frames, only the most uncertain is shown" if length > 1 else ""
         caption = (
             "Features of the potential, averaged over the atoms of a frame, along the two directions in which the "
-            f"frames differ most{each}. Frames apart from the known ones are new to the model; the reverse need not "
-            "hold, since a plane shows two directions of many."
+            f"frames differ most{each}. Frames far from the known ones are new to the model. Frames near them may be "
+            "new as well, since the plane shows only two of many directions."
         )
         known = " and ".join(f"{len(c)} {name}" for name, c in coordinates.items()) or "no known"
         alt = f"Principal components of {counted(len(points), 'scored frame')} among {known} frames."
@@ -246,7 +259,7 @@ class Sections:
         }
 
     def _near(self) -> str:
-        """How near to a worse frame others are left out; empty where none is."""
+        """Distance within which frames near a worse one are left out, in words; empty if none are."""
         gap = self.found.gap
         if self.found.time is None:
             return counted(int(gap), "frame") if gap >= 1 else ""
@@ -265,16 +278,16 @@ class Sections:
         }
 
     def _numbering(self) -> str:
-        found = self.found
-        text = "as in the trajectory that was scored" if found.counts_source else "as in the frames of this report"
+        survey = self.found
+        text = "as in the trajectory that was scored" if survey.counts_source else "as in the frames of this report"
         text += ", from 0"
-        if found.n_missing:
-            upto, are = int(found.place.max()) + 1, "is" if found.n_missing == 1 else "are"
-            text += f"; {found.n_missing:,} of the first {counted(upto, 'frame')} {are} not here"
+        if survey.n_missing:
+            upto, are = int(survey.place.max()) + 1, "is" if survey.n_missing == 1 else "are"
+            text += f"; {survey.n_missing:,} of the first {counted(upto, 'frame')} {are} not here"
         return text
 
     def _picture(self, name: str, ax: "Axes", alt: str, caption: str = "", *, small: "Axes | None" = None) -> Picture:
-        """Adds a picture to the files and gives it for the page."""
+        """Adds a picture to the files, and returns it for the page."""
         buffer = io.BytesIO()
         _figure_of(ax).savefig(buffer, format="png", dpi=200, metadata=PICTURE_METADATA)
         self.pictures[f"{name}.png"] = buffer.getvalue()
@@ -282,7 +295,7 @@ class Sections:
 
 
 def _with_gaps(time: np.ndarray, reading: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The readings with NaN where frames are missing, so that no line is drawn over what nobody has seen."""
+    """Times and readings with NaN where frames are missing, so that no line is drawn across the gaps."""
     steps = np.diff(time)
     after = np.flatnonzero(steps > 5 * np.median(steps)) + 1 if len(steps) else []
     return np.insert(time, after, time[after]), np.insert(reading, after, np.nan)
@@ -303,10 +316,11 @@ def _data_uri(ax: "Axes") -> str:
 
 
 def _scores(assessment: Assessment, element: str) -> list[str]:
-    found = {score.metric: score.value for score in assessment.select(element=element)}
+    """Scores of an element as cells of the table."""
+    values = {score.metric: score.value for score in assessment.select(element=element)}
     forms = {"rmse": "{:.3g}", "mean_squared_z": "{:.2f}", "coverage_68": "{:.0%}", "coverage_95": "{:.0%}"}
     forms["spearman"] = "{:.2f}"
-    return ["–" if np.isnan(found.get(m, np.nan)) else form.format(found[m]) for m, form in forms.items()]
+    return ["–" if np.isnan(values.get(m, np.nan)) else form.format(values[m]) for m, form in forms.items()]
 
 
 def _legend(ax: "Axes") -> list:
@@ -315,7 +329,7 @@ def _legend(ax: "Axes") -> list:
 
 
 def _not_drawn(frame: ScoredFrame, n_drawn: int) -> str:
-    """What is to be said where the picture does not show all of a frame."""
+    """Which parts of a frame the picture does not show, in words."""
     n_finite = int(np.isfinite(frame.atoms.positions).all(1).sum())
     text = ""
     if n_drawn < n_finite:
@@ -329,23 +343,24 @@ def _not_drawn(frame: ScoredFrame, n_drawn: int) -> str:
 
 
 def counted(n: int, noun: str) -> str:
-    """A number of things that have a regular plural."""
+    """A number and a noun with a regular plural, such as "3 frames"."""
     return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def _told(level: float | None) -> str:
+    """A threshold in words; empty if there is none."""
     if level is None:
         return ""
     return level.describe() if isinstance(level, ResolvedThreshold) else f"{level:g} eV/Å"
 
 
 def number(value: float) -> str:
-    """Three digits of a value, which may be NaN."""
+    """A value with three significant digits; "undefined" for NaN."""
     return "undefined" if np.isnan(value) else f"{value:.3g}"
 
 
 def _quantile(values: np.ndarray, q: float) -> float:
-    """Of uncertainties, with those that are not a number above all that are."""
+    """Quantile of uncertainties; NaN counts as larger than all numbers."""
     known = np.nan_to_num(values, nan=np.inf, posinf=np.inf)
-    # Next to an infinite value numpy's interpolation gives NaN, so there the value above is taken.
+    # With an infinite value numpy's interpolation would give NaN, so the next higher value is taken.
     return float(np.quantile(known, q, method="linear" if np.isfinite(known).all() else "higher"))

@@ -1,4 +1,4 @@
-"""What scored frames say, gathered in one pass: readings, atoms, errors where labels are, and the worst frames."""
+"""A survey of scored frames in one pass: readings, atoms, errors of labelled frames, and the worst frames."""
 
 import os
 import warnings
@@ -21,8 +21,8 @@ from ase_uq.io.source import Source, Unreadable
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
-_TIME_KEYS = ("time_fs", "flag_time_fs")  # of trajectories and of flagged frames of `ase-uq md`
-_NAMED = 10  # frames with the same defect that are warned of one by one
+_TIME_KEYS = ("time_fs", "flag_time_fs")  # in trajectories and in flagged frames of `ase-uq md`
+_NAMED = 10  # frames with the same defect that get a warning each
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class ScoredFrame:
     """A frame that is kept for pictures.
 
     Args:
-        place: Its number, as in the `place` of the survey.
-        reading: eV/Å.
+        place: Number of the frame, as in the `place` of the survey.
+        reading: Reading of the frame, eV/Å.
         atoms: Structure, with the notes of the frame in `info`.
         uncertainty: (n_atoms,) ε_i, eV/Å.
-        time: fs, NaN where the frame does not know it.
+        time: Time, fs; NaN if the frame has none.
     """
 
     place: int
@@ -45,7 +45,7 @@ class ScoredFrame:
 
     @property
     def rank(self) -> float:
-        """The reading with NaN, about which nothing is known, above all numbers."""
+        """The reading, but infinity for NaN, so that it ranks above all numbers."""
         return np.inf if np.isnan(self.reading) else self.reading
 
     @property
@@ -55,31 +55,30 @@ class ScoredFrame:
 
     @property
     def is_finite(self) -> bool:
-        """Whether all positions and the cell are."""
+        """Whether all positions and the cell are finite."""
         return bool(np.isfinite(self.atoms.positions).all() and np.isfinite(self.atoms.cell.array).all())
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What scored frames say.
+    """Readings, atoms, errors and worst frames of scored frames.
 
     Args:
-        place: (n_frames,) number of each frame, from 0: in the trajectory that was scored where the frames know it
-            (`source_frame`) and it grows, else in what was read.
-        counts_source: Whether it is that in the trajectory that was scored.
-        n_missing: How many of these numbers, up to the largest, no frame has that was read.
-        time: (n_frames,) fs; None where not every frame knows its time, or it does not grow.
-        reading: (n_frames,) eV/Å.
+        place: (n_frames,) number of each frame, from 0. It counts the frames of the trajectory that was scored, if all
+            frames have that number (`source_frame`) and it grows; else the frames that were read.
+        counts_source: Whether `place` counts the frames of the trajectory that was scored.
+        n_missing: How many numbers up to the largest belong to no frame that was read.
+        time: (n_frames,) times, fs; None if a frame has no time, or times do not grow.
+        reading: (n_frames,) readings, eV/Å.
         numbers: (n_atoms,) atomic numbers of all frames.
         uncertainty: (n_atoms,) ε_i, eV/Å.
-        gamma: (n_atoms,) NaN where the frames do not carry it.
-        n_atoms_of_frame: (n_frames,).
+        gamma: (n_atoms,) γ; NaN if the frame does not have it.
+        n_atoms_of_frame: (n_frames,) number of atoms of each frame.
         compositions: Number of frames by chemical formula.
-        n_without: Frames that carry no uncertainties and were left out.
-        samples: By quantity, `forces` and `energy_per_atom`: residuals of the labelled frames beside their standard
-            deviations.
+        n_without: Number of frames without uncertainties, which were left out.
+        samples: Residuals and standard deviations of labelled frames, by quantity: `forces` and `energy_per_atom`.
         kept: The worst frame of each stretch of consecutive frames, in their order.
-        stretch: Frames in a stretch.
+        stretch: Number of frames in a stretch.
     """
 
     place: np.ndarray
@@ -99,30 +98,31 @@ class Survey:
 
     @property
     def n_frames(self) -> int:
+        """Number of frames with uncertainties."""
         return len(self.place)
 
     @cached_property
     def n_beyond(self) -> int:
-        """Frames with an atom beyond the edge of the calibration data, γ > 1."""
+        """Number of frames with an atom beyond the edge of the calibration data, γ > 1."""
         frame = np.repeat(np.arange(self.n_frames), self.n_atoms_of_frame)
         return len(np.unique(frame[self.gamma > 1]))
 
     def above(self, level: float) -> np.ndarray:
-        """(n_frames,) whether the reading is at or above a level, or NaN."""
+        """(n_frames,) whether each reading is at or above a level, or is NaN."""
         return ~(self.reading < level)
 
     @property
     def along(self) -> np.ndarray:
-        """(n_frames,) fs, or numbers of the frames where they do not know their time."""
+        """(n_frames,) times, fs, or the numbers of the frames if there are no times."""
         return self.place if self.time is None else self.time
 
     @property
     def gap(self) -> float:
-        """A hundredth of all there is, in one digit and the unit of `along`: frames that near show the same event."""
+        """A hundredth of the range of `along`, in one digit: frames nearer than this show the same event."""
         return float(f"{float(self.along[-1] - self.along[0]) / 100:.1g}")
 
     def worst(self, n: int = 6) -> list[ScoredFrame]:
-        """The frames with the largest readings, worst first, without those nearer than `gap` to one among them."""
+        """The frames with the largest readings, worst first, without frames within `gap` of a worse one."""
         where = dict(zip(self.place.tolist(), self.along.tolist(), strict=True))
         chosen: list[ScoredFrame] = []
         for frame in sorted(self.kept, key=lambda frame: -frame.rank):
@@ -138,20 +138,21 @@ def survey(
     label_keys: tuple[str, str, str] | None = None,
     keep: int = 500,
 ) -> Survey:
-    """Reads scored frames once, one by one; what it holds on to are numbers and at most 2 · `keep` structures.
+    """Reads scored frames once, one by one; only numbers and at most 2 · `keep` structures stay in memory.
 
     Args:
-        frames: As `ase-uq score` and the monitors write them, in a file or one by one. Those without uncertainties
-            are counted and left out; those of a file that cannot be read, and labels and notes of another shape or that
-            are not finite, are left out with a warning.
+        frames: Frames written by `ase-uq score` or a monitor, as a file or an iterable. Frames without uncertainties
+            are counted and left out. Frames of a file that cannot be read, and labels and notes that are not finite or
+            have another shape than expected, are left out with a warning.
         reduction: How a frame becomes a reading; the largest ε_i by default.
         label_keys: Names of energy, forces and stress of the reference; by default `REF_energy`, `REF_forces` and
             `REF_stress`, since `energy` and `forces` of scored frames are the potential's.
-        keep: Structures to keep for pictures.
+        keep: Number of structures to keep for pictures.
 
     Raises:
-        InputError: There are no frames, none has uncertainties, or those of one have another shape.
-        LabelError: The labels are the potential's own.
+        InputError: There are no frames, none has uncertainties, uncertainties have another shape than their frame, or
+            a frame has no atoms.
+        LabelError: The labels are the potential's own forces.
     """
     gathered = _Gathered(reduction or Reduction(), label_keys or LABEL_KEYS[0], _Stretches(keep))
     for place, atoms in _numbered(frames, gathered.warn):
@@ -168,7 +169,7 @@ def survey(
 
 @dataclass
 class _Warned:
-    """Warns of frames; of those with the same defect only that there are more after the tenth."""
+    """Warns of frames; after ten with the same defect, only once more, that there are further ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
 
@@ -193,7 +194,7 @@ def _numbered(frames: Frames | Iterable[Atoms], warn: _Warned) -> Iterator[tuple
 
 @dataclass
 class _Stretches:
-    """Keeps the worst frame of every stretch; stretches grow as the file does, so that there are never many."""
+    """Keeps the worst frame of every stretch; stretches grow with the number of frames, so that few are kept."""
 
     keep: int
     length: int = 1
@@ -208,14 +209,14 @@ class _Stretches:
         self.kept.append(frame)
         if len(self.kept) > 2 * self.keep:
             self.length *= 2
-            joined, self.kept = self.kept, []
-            for one in joined:
-                self.add(one)
+            shorter, self.kept = self.kept, []
+            for worst in shorter:
+                self.add(worst)
 
 
 @dataclass
 class _Gathered:
-    """What was read so far."""
+    """The data of the frames that were read so far."""
 
     reduction: Reduction
     keys: tuple[str, str, str]
@@ -223,14 +224,14 @@ class _Gathered:
     warn: _Warned = field(default_factory=_Warned)
     place: list[int] = field(default_factory=list)
     source: list[int | None] = field(default_factory=list)  # number in the trajectory that was scored
-    without: list[tuple[int, int | None]] = field(default_factory=list)  # both numbers, without uncertainties
+    without: list[tuple[int, int | None]] = field(default_factory=list)  # place, source: frames without uncertainties
     time: list[float] = field(default_factory=list)
     reading: list[float] = field(default_factory=list)
     numbers: list[np.ndarray] = field(default_factory=list)
     uncertainty: list[np.ndarray] = field(default_factory=list)
     gamma: list[np.ndarray] = field(default_factory=list)
     compositions: Counter[str] = field(default_factory=Counter)
-    # By quantity: place, residuals, standard deviations and forces, a row an atom or frame.
+    # By quantity: place, residuals and standard deviations of each labelled frame, with one row per atom or frame.
     labelled: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=dict)
     squared_forces: float = 0.0
 
@@ -246,7 +247,7 @@ class _Gathered:
         which = f"frame {place}" if source in (None, place) else f"frame {place} (source_frame {source})"
         if np.shape(std) != (len(atoms), 3):
             raise InputError(
-                f"forces_uncertainty of {which} has shape {np.shape(std)}; its {len(atoms)} atoms want "
+                f"forces_uncertainty of {which} has shape {np.shape(std)}; its {len(atoms)} atoms need "
                 f"({len(atoms)}, 3). Score the frame again with `ase-uq score`."
             )
         if not len(atoms):
@@ -287,7 +288,7 @@ class _Gathered:
     def _checked(
         self, which: str, key: str, value: Any, shape: tuple[int, ...], *, finite: bool = True
     ) -> np.ndarray | None:
-        """The value as numbers of this shape; None, with a warning, where it is something else."""
+        """The value as numbers of this shape; None, with a warning, if it is something else."""
         if value is None:
             return None
         try:
@@ -306,9 +307,9 @@ class _Gathered:
 
     def survey(self) -> Survey:
         samples = {quantity: self._sample(quantity) for quantity in ("forces", "energy_per_atom")}
-        found = {quantity: sample for quantity, sample in samples.items() if sample is not None}
-        if "forces" in found:
-            error, size = float(np.linalg.norm(found["forces"].residuals)), self.squared_forces**0.5
+        usable = {quantity: sample for quantity, sample in samples.items() if sample is not None}
+        if "forces" in usable:
+            error, size = float(np.linalg.norm(usable["forces"].residuals)), self.squared_forces**0.5
             refuse_own_forces(f"the labels ({self.keys[1]})", error, size, purpose="to show")
         time = np.array(self.time)
         known = [number for number in self.source if number is not None]
@@ -328,13 +329,13 @@ class _Gathered:
             n_atoms_of_frame=np.array([len(numbers) for numbers in self.numbers]),
             compositions=dict(self.compositions.most_common()),
             n_without=len(self.without),
-            samples=found,
+            samples=usable,
             kept=tuple(replace(frame, place=shown[frame.place]) for frame in self.stretches.kept),
             stretch=self.stretches.length,
         )
 
     def _sample(self, quantity: str) -> Sample | None:
-        """Rows with a finite, positive standard deviation; None where there are none."""
+        """Rows with finite residuals and finite, positive standard deviations; None if there are none."""
         rows = self.labelled.get(quantity)
         if not rows:
             return None
@@ -348,12 +349,12 @@ class _Gathered:
 
 
 def _result(atoms: Atoms, key: str) -> Any:
-    """A result from where files keep it: the calculator, the arrays or the notes; None where there is none."""
+    """A result from the calculator, else from arrays, else from info; None if there is none."""
     return _results(atoms).get(key, atoms.arrays.get(key, atoms.info.get(key)))
 
 
 def _label(atoms: Atoms, key: str) -> Any:
-    """A reference value, likewise; one of the name of a result is the file's before it is the potential's."""
+    """A reference value from info, else from arrays, else from the calculator, whose results are the potential's."""
     return atoms.info.get(key, atoms.arrays.get(key, _results(atoms).get(key)))
 
 
@@ -371,6 +372,6 @@ def _wanted(shape: tuple[int, ...]) -> str:
 
 
 def _structure(atoms: Atoms) -> Atoms:
-    """The structure alone, with the notes a potential or a reader may want; results of many frames are much to hold."""
+    """The structure with the notes a potential or a reader may need; without results, to save memory."""
     notes = {key: value for key, value in atoms.info.items() if isinstance(value, str | int | float | np.number)}
     return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=notes)

@@ -1,8 +1,8 @@
-"""Structures that can be turned in a page without a network: what plotly.js is to draw, and plotly.js itself.
+"""Structures that can be turned in a page without a network: the data that plotly.js draws, and plotly.js itself.
 
-plotly (MIT) ships its script in its wheel and says so in its API, which no viewer made for molecules does: py3Dmol,
-ASE's own X3D and weas-widget fetch theirs while the page is looked at. `page.js` builds balls and sticks from what
-`drawing` gives.
+plotly (MIT) ships its script in its wheel and documents how to get it. No viewer made for molecules does this: py3Dmol,
+ASE's own X3D and weas-widget download theirs while the page is viewed. `page.js` builds balls and sticks from the
+values of `drawing`.
 """
 
 import base64
@@ -17,13 +17,13 @@ from ase_uq.errors import MissingDependency
 from ase_uq.report.balls import balls, finite_part, surroundings
 from ase_uq.report.survey import ScoredFrame
 
-MOST_ATOMS = 400  # of one structure: the page stays small and turns smoothly
+MOST_ATOMS = 400  # per structure, so that the page stays small and structures turn smoothly
 
 try:
     from plotly.offline import get_plotlyjs
 except ImportError as error:
     raise MissingDependency(
-        'structures that turn need plotly, which is not installed. Run: pip install "ase-uq[report]"'
+        'structures that can be turned need plotly, which is not installed. Run: pip install "ase-uq[report]"'
     ) from error
 
 
@@ -34,14 +34,15 @@ def plotly_script() -> str:
 
 
 def packed(text: str) -> str:
-    """Text as base64 of gzip, the same every time."""
+    """Text as base64 of gzip, without a time stamp: equal texts give equal results."""
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 
 def cut_out(frame: ScoredFrame) -> tuple[Atoms, np.ndarray]:
-    """What is drawn of a frame and the indices of its atoms: all, of a large one those around its most uncertain.
+    """The part of a frame that is drawn, and the indices of its atoms.
 
-    Atoms whose positions are not finite are nowhere to be drawn.
+    Of a large frame, only the surroundings of its most uncertain atom are drawn. Atoms whose positions are not finite
+    cannot be drawn.
     """
     atoms, indices = finite_part(frame.atoms)
     if not len(atoms):
@@ -52,17 +53,17 @@ def cut_out(frame: ScoredFrame) -> tuple[Atoms, np.ndarray]:
 
 
 def drawing(frame: ScoredFrame) -> dict[str, Any]:
-    """What `page.js` draws, as JSON values; uncertainties that are not finite are null."""
+    """The data that `page.js` draws, as JSON values; uncertainties that are not finite are null."""
     atoms, indices = cut_out(frame)
     uncertainty = frame.uncertainty[indices]
-    seen = balls(atoms)
+    model = balls(atoms)
     values = [float(f"{value:.6g}") if np.isfinite(value) else None for value in uncertainty]
     symbols = atoms.get_chemical_symbols()
     return {
-        "positions": seen.positions.round(3).tolist(),
-        "radii": seen.radii.round(3).tolist(),
-        "bonds": seen.bonds.tolist(),
-        "cell": seen.cell.round(3).tolist(),
+        "positions": model.positions.round(3).tolist(),
+        "radii": model.radii.round(3).tolist(),
+        "bonds": model.bonds.tolist(),
+        "cell": model.cell.round(3).tolist(),
         "uncertainties": values,
         "names": [
             f"{symbol} {index}: {value:.3g} eV/Å"

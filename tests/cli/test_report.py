@@ -76,7 +76,7 @@ def test_the_latent_map_and_other_places(tell, tmp_path, files):
     assert (tmp_path / "a" / "b" / "latent_map.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "page.html").read_text("utf-8")
     assert "Principal components of 25 scored frames among 60 training and 120 calibration frames." in text
-    assert "Each frame is read by the mean uncertainty of its atoms" in text
+    assert "The reading of a frame is the mean uncertainty of its atoms" in text
 
 
 def test_labels_of_other_names(tell, tmp_path, scored):
@@ -131,7 +131,7 @@ def test_a_second_report_replaces_the_pictures_of_the_first_and_touches_no_other
     (folder / "frame_0.png").write_bytes(b"mine")
     again = tell(frames="in.xyz")
     assert again.exit_code == 1
-    assert "error: report_figures/frame_0.png is no picture that `ase-uq report` wrote" in again.stderr
+    assert "error: report_figures/frame_0.png is not a picture that `ase-uq report` wrote" in again.stderr
     assert (folder / "frame_0.png").read_bytes() == b"mine"
 
 

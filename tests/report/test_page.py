@@ -244,7 +244,7 @@ def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
     for absent in ("Are the uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
         assert absent not in said
     assert (report.flag, report.halt) == (None, None)
-    assert "What lies within" not in said
+    assert "Frames within" not in said
 
 
 def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(write, scored):
@@ -260,15 +260,15 @@ def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(write
     assert f"eV/Å at frame {worst}; 0 flagged frames." in text
     assert f"frame_{worst}.png" in [path.name for path in report.pictures]
     assert "as in the trajectory that was scored, from 0; 1 of the first 60 frames is not here" in said
-    assert "What lies within" not in said
+    assert "Frames within" not in said
 
 
 def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(write, scored):
     frames = read_frames(scored)
     said = Elements(write([frames[i % 60] for i in range(600)])[1]).visible
-    assert "What lies within 6 frames of a worse frame is left out." in said
+    assert "Frames within 6 frames of a worse frame are left out." in said
     said = Elements(write([frames[i % 60] for i in range(120)])[1]).visible
-    assert "What lies within 1 frame of a worse frame is left out." in said
+    assert "Frames within 1 frame of a worse frame are left out." in said
 
 
 def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, scored, model):

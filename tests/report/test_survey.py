@@ -204,7 +204,7 @@ def test_nothing_to_report_on():
 def test_uncertainties_of_another_shape():
     frames = scored([0.1, 0.2])
     frames[1].calc.results["forces_uncertainty"] = np.ones(3)
-    with pytest.raises(InputError, match=r"frame 1 has shape \(3,\); its 3 atoms want \(3, 3\)"):
+    with pytest.raises(InputError, match=r"frame 1 has shape \(3,\); its 3 atoms need \(3, 3\)"):
         survey(frames)
 
 
