@@ -581,10 +581,10 @@ def test_not_a_number_is_the_worst(out: Path):
 @pytest.mark.parametrize(
     ("out_name", "csv_name", "message"),
     [
-        ("in.xyz", None, "in.xyz is read from: it would be overwritten"),
-        ("out.xyz", "in.xyz", "in.xyz is read from: it would be overwritten"),
-        ("out.xyz", "out.xyz", "out.xyz is two of the outputs: it would be overwritten"),
-        ("link.xyz", None, "link.xyz is read from: it would be overwritten"),
+        ("in.xyz", None, "in.xyz is the input: it would be overwritten"),
+        ("out.xyz", "in.xyz", "in.xyz is the input: it would be overwritten"),
+        ("out.xyz", "out.xyz", "out.xyz is given for two outputs: it would be overwritten"),
+        ("link.xyz", None, "link.xyz is the input: it would be overwritten"),
     ],
 )
 def test_outputs_do_not_overwrite_what_is_read_or_each_other(
