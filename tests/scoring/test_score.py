@@ -329,7 +329,7 @@ def test_what_is_there_is_not_scored_again(source: Path, uq: Path, out: Path, mo
     scored = score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     assert (scored.n_resumed, len(numbers)) == (done, 20 - done)
     assert out.read_text().startswith(before)
-    assert f"{done} of them were there from an interrupted run" in scored.summary()
+    assert f"{done} frames were scored by an interrupted run" in scored.summary()
     assert_scored(out, source, uq)
 
 
