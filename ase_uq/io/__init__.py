@@ -1,1 +1,1 @@
-"""Files: frames read and written, the labels in them, and the package's own tensor files."""
+"""Files: reading and writing frames, the labels in them, and the package's own tensor files."""

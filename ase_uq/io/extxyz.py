@@ -1,4 +1,4 @@
-"""Extended XYZ: what it can hold, and structures as its text."""
+"""Extended XYZ: which entries of a structure it can hold, and structures written as its text."""
 
 import io
 import re
@@ -17,13 +17,13 @@ from ase_uq.errors import UQWarning
 from ase_uq.io.results import StoredResults, annotated
 from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
-# What extended XYZ uses itself, and names of columns that it can tell from their types and widths.
+# Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
 _COLUMN = re.compile(r"[^\s:\"'=\\]+")
 
 
 def unwritable(atoms: Atoms) -> list[str]:
-    """What extended XYZ cannot hold, by name: it could not be written, or the file not be read again."""
+    """Names of the entries that extended XYZ cannot hold: writing would fail, or the file could not be read again."""
     info = [repr(key) for key, value in atoms.info.items() if not _fits_info(key, value)]
     return [f"info[{key}]" for key in info] + [
         f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_array(key, values)
@@ -31,7 +31,7 @@ def unwritable(atoms: Atoms) -> list[str]:
 
 
 def warn_of_unwritable(names: Collection[str]) -> None:
-    """Says what is left out of a file."""
+    """Warns which entries are left out of a file."""
     if names:
         warnings.warn(
             f"{', '.join(sorted(names))} cannot be kept in extended XYZ and {'is' if len(names) == 1 else 'are'} left "
@@ -42,7 +42,7 @@ def warn_of_unwritable(names: Collection[str]) -> None:
 
 
 def without_unwritable(atoms: Atoms) -> Atoms:
-    """The same structure, or a copy without what extended XYZ cannot hold."""
+    """The same structure, or a copy without the entries that extended XYZ cannot hold."""
     if not unwritable(atoms):
         return atoms
     copy = atoms.copy()
@@ -54,10 +54,10 @@ def without_unwritable(atoms: Atoms) -> Atoms:
 
 
 def frame_text(atoms: Atoms) -> str:
-    """A structure as `write_frames` writes it: with info, arrays and all results that are its own.
+    """Text of a structure as `write_frames` writes it, with info, arrays and all results that belong to it.
 
     Raises:
-        ValueError: Info or arrays have a value under the name of a result, such as a label called "energy".
+        ValueError: A result has the same name as an entry of info or arrays, such as a label called "energy".
     """
     frame = annotated(atoms)
     results, frame.calc = frame.calc.results if isinstance(frame.calc, StoredResults) else {}, None
@@ -67,18 +67,18 @@ def frame_text(atoms: Atoms) -> str:
             where = "arrays" if store is frame.arrays else "info"
             raise ValueError(
                 f"a structure has {key} among its results and in its {where}, and extended XYZ holds only one of them: "
-                f"remove the other, or call it REF_{key}."
+                f"remove the one in its {where}, or call it REF_{key}."
             )
         store[key] = results[key]
     return _text(frame)
 
 
 def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
-    """A structure with these results, all of which are known to be its own, and further entries of info."""
+    """Text of a structure with `results`, which must belong to it, and further entries of info."""
     frame = atoms.copy()
     for store in (frame.info, frame.arrays):
         for key in [key for key in store if _property(key) is not None]:
-            del store[key]  # of an earlier calculation
+            del store[key]  # left by an earlier calculation
     for key, value in results.items():
         entry = _property(key)
         if entry is not None:
@@ -87,13 +87,13 @@ def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
     return _text(frame)
 
 
-_property = cache(find_property)  # it is asked for every key of every frame
+_property = cache(find_property)  # called for every key of every frame
 
 
 def _text(frame: Atoms) -> str:
-    """Text of a structure whose results stand in info and arrays, byte for byte ASE's in a third of the time.
+    """Text of a structure whose results are in info and arrays: the bytes that ASE writes, in a third of the time.
 
-    ASE formats a number at a time; here a frame is one format string.
+    ASE formats one number at a time; here one format string covers a whole frame.
     """
     if np.shape(frame.info.get("stress", ())) == (6,):
         frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
@@ -114,7 +114,7 @@ def _fits_info(key: Any, value: Any) -> bool:
     if not isinstance(key, str) or not _is_line(key) or key in _RESERVED:
         return False
     if key == "stress" and np.size(value) not in (6, 9):
-        return False  # ASE takes it for the frame's
+        return False  # ASE would take it for the stress of the frame
     if isinstance(value, str):
         return _is_line(value) and not value.endswith("\\")
     if isinstance(value, np.ndarray):
@@ -135,4 +135,4 @@ def _fits_array(key: Any, values: np.ndarray) -> bool:
 
 
 def _is_line(text: str) -> bool:
-    return text.splitlines() == [text]  # one, and no break at its end
+    return text.splitlines() == [text]  # a single line, without a line break at its end

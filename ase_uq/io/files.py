@@ -1,4 +1,4 @@
-"""What files that are to be written have in common: refused before the work, and whole or not there after it."""
+"""Output files: checks before the work begins, and helpers for writing them."""
 
 import os
 import tempfile
@@ -9,7 +9,7 @@ from ase_uq.errors import ArtefactError
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Fails now, not after the work, where `path` could not be written.
+    """Fails now, not after the work, if `path` could not be written.
 
     Raises:
         ArtefactError: The folder is missing or nothing can be created in it, or `path` is a folder itself.
@@ -25,7 +25,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 
 
 def check_appendable(path: str | os.PathLike[str]) -> None:
-    """Fails now, not hours later at the first event, where nothing could be added to `path`.
+    """Fails now, not hours later at the first event, if nothing could be added to `path`.
 
     Raises:
         ValueError: The file cannot be written, or ends in the middle of a line.
@@ -41,14 +41,14 @@ def check_appendable(path: str | os.PathLike[str]) -> None:
             f"{path} cannot be written ({error.strerror}). Give a file in a folder that exists and is writable."
         ) from error
     if not existed:
-        path.unlink()  # an empty file would look like a run in which something happened
+        path.unlink()  # an empty file would suggest that the run had something to record
 
 
 def check_whole(path: str | os.PathLike[str]) -> None:
-    """Refuses a file to add to that ends in the middle of a line: all of it would become unreadable.
+    """Refuses to add to a file that ends in the middle of a line, which would make all of it unreadable.
 
     Raises:
-        ValueError: It was cut off, as a run that is killed while it writes may leave it.
+        ValueError: The file was cut off, for example because a run was killed while it wrote.
     """
     path = Path(path)
     if not path.is_file() or path.stat().st_size == 0:
@@ -63,14 +63,14 @@ def check_whole(path: str | os.PathLike[str]) -> None:
 
 
 def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
-    """Refuses outputs that would overwrite each other or what is read.
+    """Refuses outputs that would overwrite each other or the input.
 
     Args:
-        source: File that is read; None for none.
-        outputs: Files that are written; None for none.
+        source: File that is read; None if there is none.
+        outputs: Files that are written; None for an output that is not.
 
     Raises:
-        ValueError: Two of them are the same file.
+        ValueError: Two of these are the same file.
     """
     paths = [Path(path) for path in (source, *outputs) if path is not None]
     for index, path in enumerate(paths):
@@ -78,13 +78,13 @@ def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.Pat
             if earlier.resolve() == path.resolve() or (earlier.exists() and path.exists() and earlier.samefile(path)):
                 read = source is not None and earlier is paths[0]
                 raise ValueError(
-                    f"{path} is {'read from' if read else 'two of the outputs'}: it would be overwritten. Give another "
-                    "name."
+                    f"{path} is {'the input' if read else 'given for two outputs'}: it would be overwritten. "
+                    "Give another name for the output."
                 )
 
 
 def write_all(file: FileIO, data: bytes) -> None:
-    """Writes all bytes: an unbuffered file may take less at once."""
+    """Writes all bytes; an unbuffered file may take only some of them at once."""
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
@@ -92,7 +92,7 @@ def write_all(file: FileIO, data: bytes) -> None:
 
 def as_readable_as_a_new_file(path: str) -> None:
     """Gives a private temporary file the permissions of any new file."""
-    # mkstemp makes private files; what the user asked for should obey the umask like any other file.
+    # mkstemp makes private files, but the user's file should obey the umask like any other file.
     mask = os.umask(0)
     os.umask(mask)
     os.chmod(path, 0o666 & ~mask)
@@ -102,6 +102,6 @@ def refused_write(path: Path, error: Exception) -> ArtefactError:
     """The error that says why a file cannot be written."""
     if isinstance(error, IsADirectoryError):
         return ArtefactError(f"cannot write {path}: it is a folder. Give the name of a file.")
-    # The whole message of an OSError would name the temporary file, of which nobody has heard.
+    # The whole message of an OSError would name the temporary file, which the user does not know.
     reason = getattr(error, "strerror", None) or error
     return ArtefactError(f"cannot write {path}: {reason}. Choose a folder that exists, is writable and has room.")

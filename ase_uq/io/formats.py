@@ -7,7 +7,13 @@ from typing import TextIO
 
 @dataclass(frozen=True)
 class Piece:
-    """The text of one frame and its number of atoms, or why it cannot be one."""
+    """The text of one frame, or the reason why it cannot be used.
+
+    Args:
+        text: Text of the frame.
+        n_atoms: Number of its atoms.
+        problem: What is wrong with it, in words; empty if nothing is.
+    """
 
     text: str
     n_atoms: int = 0
@@ -15,7 +21,7 @@ class Piece:
 
 
 def xyz_pieces(file: TextIO) -> Iterator[Piece]:
-    """Plain and extended XYZ: a number of atoms, a comment, a line an atom, and up to three cell vectors."""
+    """Frames of plain and extended XYZ: number of atoms, comment, one line per atom, and up to three cell vectors."""
     line = file.readline()
     while line:
         if not line.strip():
@@ -28,7 +34,7 @@ def xyz_pieces(file: TextIO) -> Iterator[Piece]:
             continue
         count, lines = int(line), [line, file.readline()]
         line = file.readline()
-        # A line of an atom has four columns or more: a number alone begins the next frame.
+        # The line of an atom has at least four columns, so a number alone begins the next frame.
         while len(lines) < count + 2 and line and not _is_count(line):
             lines.append(line)
             line = file.readline()
@@ -38,15 +44,15 @@ def xyz_pieces(file: TextIO) -> Iterator[Piece]:
         while line.lstrip().startswith("VEC"):
             lines.append(line)
             line = file.readline()
-        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one more like the last
+        if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one atom too many
             excess, line = _skipped(file, line)
-            yield Piece("", problem=f"it has {count + excess} lines of atoms, and says that there are {count}")
+            yield Piece("", problem=f"it has {count + excess} lines of atoms, but its first line says {count}")
         else:
             yield Piece("".join(lines), count)
 
 
 def _skipped(file: TextIO, line: str) -> tuple[int, str]:
-    """How many lines are not blank from this one to the next number of atoms, and the line of that."""
+    """Number of non-blank lines from this one up to the next number of atoms, and the line of that number."""
     count = 0
     while line and not _is_count(line):
         count += bool(line.strip())
@@ -59,11 +65,11 @@ def _is_count(line: str) -> bool:
 
 
 def lammps_pieces(file: TextIO) -> Iterator[Piece]:
-    """LAMMPS text dumps: sections under `ITEM:` lines; `TIMESTEP` begins a frame, or `UNITS` or `TIME` before it."""
+    """Frames of LAMMPS text dumps: sections under `ITEM:` lines, the first one `UNITS`, `TIME` or `TIMESTEP`."""
     lines: list[str] = []
     has_step = False
     for line in file:
-        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # TIMESTEP among them
+        if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # also matches TIMESTEP
             yield _dumped(lines)
             lines, has_step = [], False
         has_step = has_step or line.startswith("ITEM: TIMESTEP")
@@ -73,7 +79,7 @@ def lammps_pieces(file: TextIO) -> Iterator[Piece]:
 
 
 def _dumped(lines: Sequence[str]) -> Piece:
-    expected = found = None
+    expected = n_atoms = None
     for index, line in enumerate(lines):
         if line.startswith("ITEM: NUMBER OF ATOMS") and index + 1 < len(lines):
             expected = lines[index + 1].strip()
@@ -83,29 +89,29 @@ def _dumped(lines: Sequence[str]) -> Piece:
                     "",
                     problem="it has no column `element`, and ASE would take the types for atomic numbers: dump with "
                     "`element` and `dump_modify element`, or read it with ase.io.read(..., specorder=...) and give the "
-                    "frames",
+                    "list of frames",
                 )
-            found = len(lines) - index - 1
+            n_atoms = len(lines) - index - 1
             break
-    # ASE would read what is there, as a frame of fewer atoms.
-    if expected is None or found is None:
+    # ASE would read a truncated frame as one with fewer atoms.
+    if expected is None or n_atoms is None:
         return Piece("", problem="it is truncated: its number of atoms or its atoms are missing")
-    if expected != str(found):
-        return Piece("", problem=f"it is truncated: {found} of its {expected} atoms are there")
-    return Piece("".join(lines), found)
+    if expected != str(n_atoms):
+        return Piece("", problem=f"it is truncated: {n_atoms} of its {expected} atoms are there")
+    return Piece("".join(lines), n_atoms)
 
 
 def xdatcar_pieces(file: TextIO) -> Iterator[Piece]:
-    """VASP's XDATCAR: seven lines of header, which come again where the cell changes, and a block a frame."""
+    """Frames of VASP's XDATCAR: a header of seven lines, repeated where the cell changes, and one block per frame."""
     header: list[str] = []
-    between: list[str] = []  # lines since the last block: blank ones, a header, or what is too much
+    between: list[str] = []  # lines since the last block: blank lines, a header, or surplus lines
     line = file.readline()
     while line:
         if "configuration=" not in line:
             between = [*between[-6:], line]
             line = file.readline()
             continue
-        # The title may be blank; below it stands the scale, one number.
+        # The title may be blank; the line below it is the scale, a single number.
         if len(between) == 7 and len(between[1].split()) == 1:
             header = between
         between, lines = [], [line]
@@ -113,9 +119,9 @@ def xdatcar_pieces(file: TextIO) -> Iterator[Piece]:
         while len(line.split()) == 3 and "configuration=" not in line and len(lines) <= _n_atoms(header):
             lines.append(line)
             line = file.readline()
-        found, expected = len(lines) - 1, _n_atoms(header)
-        problem = "" if found == expected else f"it is truncated: {found} of its {expected} atoms are there"
-        yield Piece("".join([*header, *lines]), found, problem)
+        n_atoms, expected = len(lines) - 1, _n_atoms(header)
+        problem = "" if n_atoms == expected else f"it is truncated: {n_atoms} of its {expected} atoms are there"
+        yield Piece("".join([*header, *lines]), n_atoms, problem)
 
 
 def _n_atoms(header: Sequence[str]) -> int:

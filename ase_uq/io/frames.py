@@ -1,7 +1,7 @@
-"""Frames read and written. A frame is an `ase.Atoms`; several are a list or a file.
+"""Reading and writing frames. A frame is an `ase.Atoms`; several frames are a list or a file.
 
-ASE drops results keys it does not know from extxyz and `.traj` without a word. `write_frames` therefore carries
-ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_frames` brings them back into
+ASE silently drops result keys it does not know when it writes extxyz and `.traj`. `write_frames` therefore puts
+ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_frames` moves them back to
 `atoms.calc.results`. ASE's global lists are not touched.
 """
 
@@ -25,8 +25,8 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
     """The structures of a file that ASE can read, with uncertainties back in `atoms.calc.results`.
 
     Args:
-        frames: A path, or a list of structures, which is returned as it is.
-        name: What to call them in an error.
+        frames: A path, or a list of structures, which are returned unchanged.
+        name: Name of the frames in error texts.
 
     Raises:
         LabelError: The file is missing, has no structures, or cannot be read to its end.
@@ -58,19 +58,19 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
 def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, append: bool = False) -> None:
     """Writes structures with all their results, uncertainties included, as extended XYZ.
 
-    Every frame goes to the disk whole before this returns, so a run that dies loses none.
+    All frames are completely on disk when this returns, so a run that dies later loses none.
 
     Args:
         path: File to write.
-        frames: Structures; results are taken from their calculators. Entries of theirs that the format cannot hold are
-            left out, with a warning.
+        frames: Structures; results are taken from their calculators. Entries that the format cannot hold are left
+            out, with a warning.
         append: Whether to add to an existing file.
 
     Raises:
-        OSError: The file cannot be written, as on a full disk; what was in it before stands, without half a frame, and
-            there is no file where there was none.
-        ValueError: What is in the file already ends in the middle of a line; or a structure has a result and a label of
-            one name.
+        OSError: The file cannot be written, for example on a full disk. A file to which frames were added is left as
+            it was, without half a frame; a new file is removed.
+        ValueError: The existing file ends in the middle of a line, or a structure has a result and a label with the
+            same name.
     """
     if append:
         check_whole(path)
@@ -85,9 +85,9 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
             os.fsync(file.fileno())
         except OSError as error:
             if before is not None:
-                with suppress(OSError):  # of a device
+                with suppress(OSError):  # a device cannot be truncated
                     file.truncate(before)
             if is_new:
                 os.unlink(path)
-            # Of what was being written the system names nothing.
+            # The system's error does not name the file.
             raise OSError(error.errno, error.strerror, os.fspath(path)) from error

@@ -1,4 +1,4 @@
-"""Reference values that frames carry: found, checked, and left behind where they are not true any more."""
+"""Reference values that frames carry: finding and checking them, and removing those that no longer hold."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,10 @@ from ase.stress import full_3x3_to_voigt_6_stress
 
 from ase_uq.errors import LabelError
 
-# (energy, forces, stress) of the reference, in the order they are looked for; the last are those of `atoms.calc`.
+# Names of the reference (energy, forces, stress), in the order of the search; the last are those of `atoms.calc`.
 LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
 _STRUCTURE = {"numbers", "positions", "masses", "tags", "initial_charges", "initial_magmoms"}
-_ROUNDING = 1e-5  # errors this small beside the forces
+_ROUNDING = 1e-5  # errors below this share of the forces are rounding errors
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,12 @@ def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
         atoms: Frame with `REF_energy` in info, `REF_forces` in arrays and `REF_stress` in info, or with the
             results of a reference calculator attached.
         keys: Names of energy, forces and stress to use instead.
+
+    Returns:
+        The labels; all None if the frame has neither an energy nor forces.
+
+    Raises:
+        LabelError: The stress has neither 6 nor 9 numbers.
     """
     for energy_key, forces_key, stress_key in (keys,) if keys else LABEL_KEYS:
         results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
@@ -54,31 +60,36 @@ def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
 
 
 def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
-    """Refuses labels of another shape than their frame, or that are not finite; `which` is what messages call it.
+    """Refuses labels whose shape does not fit their frame, or that are not finite.
+
+    Args:
+        which: Name of the frame in error texts, such as "training frame 4".
+        atoms: The frame.
+        labels: Its labels.
 
     Raises:
         LabelError: The forces have another shape, or a label is not finite.
     """
     if labels.forces is not None and labels.forces.shape != (len(atoms), 3):
         raise LabelError(
-            f"{which} has forces of shape {labels.forces.shape}, its {len(atoms)} atoms want ({len(atoms)}, 3)."
+            f"{which} has forces of shape {labels.forces.shape}, but its {len(atoms)} atoms need ({len(atoms)}, 3)."
         )
     for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
         if value is not None and not np.isfinite(value).all():
-            raise LabelError(f"{which} has a reference {kind} that is not finite. Remove the frame.")
+            raise LabelError(f"{which} has non-finite values in its reference {kind}. Remove the frame.")
 
 
 def refuse_own_forces(labels: str, error: float, size: float, *, purpose: str) -> None:
-    """Refuses labels that are the potential's own forces: frames that were scored, not labelled, carry those.
+    """Refuses labels that are the potential's own forces, as in frames that were scored but not labelled.
 
     Args:
-        labels: What messages call them, such as "the calibration labels".
+        labels: Name of the labels in error texts, such as "the calibration labels".
         error: Norm or RMS of reference - prediction over some frames, eV/Å.
-        size: The same of their forces.
-        purpose: What errors are wanted for, such as "to calibrate on".
+        size: Norm or RMS of the forces of these frames, eV/Å.
+        purpose: What the errors are needed for, such as "to calibrate on".
 
     Raises:
-        LabelError: The two agree but for rounding.
+        LabelError: Reference and prediction agree up to rounding errors.
     """
     if error < _ROUNDING * size:
         raise LabelError(
@@ -88,14 +99,14 @@ def refuse_own_forces(labels: str, error: float, size: float, *, purpose: str) -
 
 
 def drop_labels(atoms: Atoms) -> None:
-    """Removes `REF_*` values: those of the structure that a run began with would label a later one wrongly."""
+    """Removes `REF_*` values: those of the first structure of a run would be wrong labels for a later one."""
     for key in LABEL_KEYS[0]:
         atoms.info.pop(key, None)
         atoms.arrays.pop(key, None)
 
 
 def keep_structure(atoms: Atoms, *further: str) -> None:
-    """Removes every array but those of the structure and `further` ones: any may be a label by an unknown name."""
+    """Removes all arrays except those of the structure and the `further` ones: any may be a label of unknown name."""
     for name in atoms.arrays.keys() - _STRUCTURE.union(further):
         del atoms.arrays[name]
 

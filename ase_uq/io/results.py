@@ -1,4 +1,4 @@
-"""Results of a calculator on a frame: carried where files keep them, and brought back."""
+"""Results of a calculator on a frame: stored where files keep them, and restored from there."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -23,16 +23,16 @@ class StoredResults(SinglePointCalculator):
 
 
 def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: Any) -> Atoms:
-    """A copy that carries results where files keep them.
+    """A copy of a structure with results stored where files keep them.
 
     Args:
         atoms: Structure; its constraints, velocities and info are copied.
-        results: Results to carry; None takes those of `atoms.calc` if they belong to these positions.
+        results: Results to store; None takes those of `atoms.calc` if they belong to these positions.
         info: Further entries of `atoms.info`, for example the reason a frame was flagged.
 
     Returns:
-        A structure whose standard results stand in a calculator of stored values and whose uncertainties
-        stand in `info` and `arrays` as well.
+        A structure with all results in a calculator of stored values and the uncertainties in `info` and `arrays`
+        as well.
     """
     stale = results is None and _is_stale(atoms)
     if results is None:
@@ -41,7 +41,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     # Copies: some calculators write the next results into the same arrays.
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
     if stale or any(key not in STANDARD for key in known):
-        # What a file or an earlier calculation left in info and arrays would pass for this calculation's.
+        # Uncertainties that a file or an earlier calculation left would be taken for those of this calculation.
         drop_uncertainties(copy)
     if known:
         copy.calc = StoredResults(copy, known)
@@ -59,23 +59,23 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
 
 
 def drop_uncertainties(atoms: Atoms) -> None:
-    """Removes what an earlier calculation left in info and arrays; labels stay."""
+    """Removes uncertainties that an earlier calculation left in info and arrays; labels stay."""
     for store in (atoms.info, atoms.arrays):
         for key in [key for key in store if key not in STANDARD and find_property(key) is not None]:
             del store[key]
 
 
 def with_results(atoms: Atoms) -> Atoms:
-    """Puts uncertainties found in info and arrays into the stored results."""
-    found = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
+    """Adds the uncertainties in info and arrays to the stored results; returns the same structure."""
+    results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
         for key, value in store.items():
             entry = find_property(key)
-            # Somebody's own info entry named like `gamma_only` is not an array over atoms.
+            # A user's own info entry with a name like `gamma_only` is not an array over atoms.
             if key.startswith(UNCERTAINTIES) and entry is not None and entry.per_atom == per_atom:
-                found[key] = value
-    if any(key not in STANDARD for key in found):
-        atoms.calc = StoredResults(atoms, {k: v for k, v in found.items() if find_property(k) is not None})
+                results[key] = value
+    if any(key not in STANDARD for key in results):
+        atoms.calc = StoredResults(atoms, {k: v for k, v in results.items() if find_property(k) is not None})
     return atoms
 
 

@@ -1,8 +1,8 @@
-"""Frames one by one from anything ASE reads, in memory that does not grow with the file.
+"""Frames, read one by one from anything that ASE reads, in memory that does not grow with the file.
 
-ASE indexes or reads many formats whole before it gives the first frame, and gives up at the first that is damaged.
-Here the text formats of trajectories are cut into the text of one frame each, which ASE's own reader then parses: what
-lies before a frame is skipped without parsing it, and a damaged frame is left out while those after it are read.
+ASE indexes or reads whole files of many formats before it gives the first frame, and stops at the first damaged one.
+Here the text formats of trajectories are cut into the text of one frame each, which ASE's own reader then parses:
+frames before the first one wanted are skipped unparsed, and a damaged frame is left out while those after it are read.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.formats import CUTTERS
 from ase_uq.io.frames import Frames
 
-_NAMED = 10  # frames left out that are warned of one by one
+_NAMED = 10  # number of left-out frames with a warning each
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Unreadable:
     """A frame that cannot be read.
 
     Args:
-        reason: What is wrong with it, for people.
-        last: Whether nothing can be read after it.
+        reason: What is wrong with it, in words.
+        last: Whether no frame can be read after it.
     """
 
     reason: str
@@ -43,12 +43,12 @@ class Unreadable:
 
 @dataclass(frozen=True)
 class Unparsed:
-    """The text of one frame, whole.
+    """The whole text of one frame, not parsed yet.
 
     Args:
         format: ASE's name of its format.
-        text: What a file with this frame alone would hold.
-        n_atoms: Atoms it says it has.
+        text: Contents of a file with this frame alone.
+        n_atoms: Number of atoms that the text states.
     """
 
     format: str
@@ -56,11 +56,11 @@ class Unparsed:
     n_atoms: int
 
     def parse(self) -> Atoms | Unreadable:
-        """The structure."""
+        """The structure, or what is wrong with it."""
         return _attempt(self._parsed)
 
     def _parsed(self) -> Atoms:
-        # What ase.io.read calls, without its preparations, which take as long as a small frame.
+        # The reader that ase.io.read calls, without its preparations, which take as long as parsing a small frame.
         reader: Any = get_ioformat(self.format).read
         (atoms,) = reader(io.StringIO(self.text), slice(None))
         return atoms
@@ -103,7 +103,7 @@ class Source:
         """sha256 of the file, or of the structures' atoms, positions and cells.
 
         Args:
-            info_keys: Entries of the structures' info that matter too.
+            info_keys: Entries of the structures' info to include.
         """
         if isinstance(self._frames, Path):
             with open(self._frames, "rb") as file:
@@ -116,7 +116,7 @@ class Source:
         return digest.hexdigest()
 
     def total(self) -> int | None:
-        """Number of frames, damaged ones too, where it can be told without reading them; else None."""
+        """Number of frames, including damaged ones, if they can be counted without parsing them; else None."""
         if not isinstance(self._frames, Path):
             return len(self._frames)
         try:
@@ -133,16 +133,16 @@ class Source:
         return None
 
     def read(self, start: int = 0) -> Iterator[tuple[int, Atoms | Unreadable]]:
-        """The number of each frame, and the frame or what is wrong with it.
+        """Yields the number of each frame, and the frame or what is wrong with it.
 
         Args:
-            start: Number of the first one wanted; those before it are not parsed where the format allows.
+            start: Number of the first frame wanted; those before it are not parsed if the format allows that.
         """
         for number, item in self.unparsed(start):
             yield number, item.parse() if isinstance(item, Unparsed) else item
 
     def unparsed(self, start: int = 0) -> Iterator[tuple[int, Item]]:
-        """What `read` gives, but frames that can be parsed elsewhere are left to the caller."""
+        """The same as `read`, but frames that can be parsed elsewhere are left unparsed."""
         if not isinstance(self._frames, Path):
             for number in range(start, len(self._frames)):
                 yield number, self._frames[number]
@@ -171,7 +171,7 @@ class Source:
         return islice(iread(self.name, ":"), start, None)
 
     def _opened(self) -> TextIO:
-        # A stray byte must not take the frames around it along: it becomes a character that no number has.
+        # A stray byte must not spoil the frames around it: it becomes a character that no number contains.
         return io.TextIOWrapper(cast(Any, open_with_compression(self.name, "rb")), "utf-8", "replace")
 
     def _from_pieces(self, start: int) -> Iterator[Unparsed | Unreadable]:
@@ -204,17 +204,17 @@ class Source:
 def _format_of(name: str) -> str:
     try:
         return filetype(name)
-    except Exception:  # what peeking into a damaged archive raises
+    except Exception:  # looking into a damaged archive may raise anything
         return filetype(name, read=False)
 
 
 def warn_of_left_out(number: int, reason: str, before: int) -> None:
-    """Says that a frame is not used, and why; only that there are more after the tenth.
+    """Warns that a frame is left out, and why; after the tenth, only that there are more.
 
     Args:
-        number: Of the frame.
+        number: Number of the frame.
         reason: What is wrong with it.
-        before: How many were left out before it.
+        before: Number of frames left out before it.
     """
     if before < _NAMED:
         warnings.warn(f"frame {number} was left out: {reason}", UQWarning, stacklevel=5)
@@ -225,7 +225,7 @@ def warn_of_left_out(number: int, reason: str, before: int) -> None:
 def _attempt(build: Callable[..., Any], *arguments: Any) -> Atoms | Unreadable:
     try:
         return build(*arguments)
-    except Exception as error:  # whatever a parser stumbles over
+    except Exception as error:  # parsers raise anything
         return Unreadable(_named(error))
 
 

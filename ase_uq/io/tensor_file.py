@@ -29,9 +29,9 @@ def write_tensor_file(
 
     Args:
         path: Where to write. An existing file is replaced.
-        kind: What the file is, for example `"uncertainty model"`; reading asks for the same.
+        kind: Kind of the file, for example `"uncertainty model"`; `read_tensor_file` must be given the same.
         schema: Version of the layout of `header` and `tensors` for this kind.
-        header: What JSON can hold.
+        header: Values that JSON can hold.
         tensors: Any dtype and shape; stored on the CPU.
 
     Raises:
@@ -61,18 +61,23 @@ def read_tensor_file(
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """The header and tensors of a file written by `write_tensor_file`.
 
+    Args:
+        path: File to read.
+        kind: Expected kind of the file.
+        schema: Newest version of the layout that can be read.
+
     Raises:
-        ArtefactError: There is no such file, or it is not of this kind, newer than this package,
-            truncated, or altered since it was written.
+        ArtefactError: There is no such file, or it is of another kind, written by a newer ase_uq, truncated, or
+            altered since it was written.
     """
     path = Path(path)
     if not path.is_file():
-        raise ArtefactError(f"{path} is no file that exists.")
+        raise ArtefactError(f"there is no file {path}.")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            # Cloned to where torch puts new tensors: products with one that lies as the file has it, 8 bytes off, are
-            # summed in another order, and their last bits are not those of the tensor that was written.
+            # Cloned: torch aligns new tensors, but in the file they may lie 8 bytes off. Their products would be
+            # summed in another order and differ in the last bits from those of the tensors that were written.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise ArtefactError(
@@ -96,12 +101,12 @@ def read_tensor_file(
 def _envelope(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:
     try:
         envelope = json.loads(metadata[_KEY])
-        found = envelope["kind"]
+        stored_kind = envelope["kind"]
         complete = {"digest", "header"} <= envelope.keys() and isinstance(envelope["schema"], int)
     except (KeyError, TypeError, ValueError):
-        found, complete, envelope = None, False, {}
-    if found != kind or not complete:
-        what = f"an ase_uq {found}" if found else "not a file that ase_uq wrote"
+        stored_kind, complete, envelope = None, False, {}
+    if stored_kind != kind or not complete:
+        what = f"an ase_uq {stored_kind}" if stored_kind else "not a file that ase_uq wrote"
         raise ArtefactError(f"{path} is {what}; an ase_uq {kind} was expected.")
     return envelope
 

@@ -1,1 +1,1 @@
-"""Finished trajectories: every frame with its uncertainties, written to disk, taken up again after a kill."""
+"""Scores finished trajectories: frames are written to disk with their uncertainties, and killed runs can be resumed."""

@@ -1,4 +1,4 @@
-"""What is kept of a scored frame beside its text: its number in the source, and a row of the CSV file."""
+"""The data kept of a scored frame besides its text: its number in the source, and a row of the CSV file."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -12,15 +12,15 @@ class FrameScore:
 
     Args:
         frame: Number of the frame in the source, from 0.
-        n_atoms: Atoms; 0 of a frame that could not be read.
-        energy: eV.
-        energy_uncertainty: eV; NaN where the uncertainty model has none.
+        n_atoms: Number of atoms; 0 if the frame could not be read.
+        energy: Energy, eV.
+        energy_uncertainty: Its standard deviation, eV; NaN if the uncertainty model gives none.
         force_uncertainty_max: Largest ε_i, eV/Å.
         force_uncertainty_mean: Mean ε_i, eV/Å.
         worst_atom: Index of the atom with the largest ε_i.
-        worst_element: Its element.
-        gamma_max: Largest distance from the fitted atoms; above 1 is beyond the calibration data.
-        problem: Why the frame was left out; empty for one that was scored.
+        worst_element: Chemical symbol of that atom.
+        gamma_max: Largest distance of an atom from the fitted atoms; above 1 it is beyond the calibration data.
+        problem: Why the frame was left out; empty if it was scored.
     """
 
     frame: int
@@ -36,5 +36,5 @@ class FrameScore:
 
     @classmethod
     def from_row(cls, row: Sequence[str]) -> "FrameScore":
-        """The numbers in a row of the file."""
+        """The numbers of a frame from its row of the CSV file."""
         return cls(*(field.type(cell) for field, cell in zip(fields(cls), row, strict=True)))  # pyright: ignore

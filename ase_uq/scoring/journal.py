@@ -1,8 +1,8 @@
-"""Results on their way to disk: whatever kills the process, the work can be taken up where it was.
+"""Writes results to disk so that the work can be resumed where it stopped, whatever kills the process.
 
-While the work goes on, `OUT.part` has the frames, `OUT.part.csv` a row a frame, and `OUT.part.json` what they were made
-from. The rows of a batch are written before its frames, so the truth is in the frames: taking up again cuts off a torn
-last frame, and every row beyond the last whole one. `OUT` appears, whole, when everything is there.
+While the work goes on, `OUT.part` has the frames, `OUT.part.csv` one row per frame, and `OUT.part.json` what they were
+made from. The rows of a batch are written before its frames, so the frames decide: resuming cuts off a torn last frame
+and every row after the last whole frame. `OUT` appears, complete, when everything is there.
 """
 
 import csv
@@ -26,27 +26,27 @@ from ase_uq.io.files import check_writable, write_all
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
-# A killed process loses nothing that was written; only a power cut would, and that of so many seconds.
+# A killed process loses nothing that was written. A power cut may lose what was written in this many seconds.
 _SECONDS_AT_RISK = 5.0
 
 
 class Journal:
-    """Frames and rows as they are written; a context manager that leaves them for the next run unless finished.
+    """Writes frames and rows; a context manager that leaves them to the next run unless they are finished.
 
     Args:
-        out: Extended XYZ file that is to appear.
-        csv_file: CSV file that is to appear; None for none.
-        origin: What decides the results, as JSON values: another run goes on only from the same.
-        overwrite: Whether an existing `out` is replaced, and what another origin left is thrown away.
+        out: Extended XYZ file to create.
+        csv_file: CSV file to create; None for none.
+        origin: Everything that determines the results, as JSON values; a run resumes only work of the same origin.
+        overwrite: Whether to replace existing files, and to discard unfinished work of another origin.
 
     Attributes:
         next_frame: Number of the first frame of the source that is not written yet.
-        n_resumed: Frames that were there when the journal was opened.
-        is_complete: Whether all frames were there already, and only the files had not got their names.
+        n_resumed: Number of frames that were there when the journal was opened.
+        is_complete: Whether all frames were there already, and only the renaming of files was left to do.
 
     Raises:
         FileExistsError: `out` or `csv_file` exists.
-        ArtefactError: The files cannot be written, belong to something else, or another process is writing them.
+        ArtefactError: The files cannot be written, are of another origin, or another process is writing them.
     """
 
     def __init__(self, out: Path, csv_file: Path | None, origin: Mapping[str, Any], *, overwrite: bool = False) -> None:
@@ -85,10 +85,10 @@ class Journal:
             raise
 
     def _known(self, origin: Mapping[str, Any], overwrite: bool) -> bool:
-        """Whether there is something to go on from.
+        """Whether there is work of this origin to resume.
 
         Raises:
-            ArtefactError: There is something, but of another origin.
+            ArtefactError: There is unfinished work, but of another or unknown origin.
         """
         try:
             stored = json.loads(self._origin_file.read_text(encoding="utf-8"))
@@ -122,9 +122,9 @@ class Journal:
     def _take_up(self) -> None:
         """Cuts both files after the last frame that is whole in both."""
         n_frames, last, end = _whole_frames(self.part)
-        found, rows_end = _rows_up_to(self._rows_part, last)
-        if found < last:  # the rows were tampered with, or a power cut took them
-            n_frames, last, end = _whole_frames(self.part, upto=found)
+        last_row, rows_end = _rows_up_to(self._rows_part, last)
+        if last_row < last:  # the rows were tampered with, or a power cut took them
+            n_frames, last, end = _whole_frames(self.part, upto=last_row)
             last, rows_end = _rows_up_to(self._rows_part, last)
         self._frames.truncate(end)
         self._rows.truncate(rows_end)
@@ -133,7 +133,7 @@ class Journal:
         self.next_frame, self.n_resumed = last + 1, n_frames
 
     def rows(self) -> Iterator[FrameScore]:
-        """The rows that are written, one by one."""
+        """The rows written so far, one by one."""
         path = self._rows_part if self._rows_part.exists() else self._csv
         if path is None:
             return
@@ -147,10 +147,10 @@ class Journal:
         """Writes the rows of a batch, then the text of its frames.
 
         Raises:
-            ArtefactError: They cannot be written; everything before them is kept.
+            ArtefactError: They cannot be written; what was written before them is kept.
         """
         lines = _Lines()
-        # A row is a line, whatever a parser said.
+        # A row must be one line, whatever a parser's message was.
         rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
         csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
         try:
@@ -162,7 +162,11 @@ class Journal:
             raise self.refused_write(error) from error
 
     def finish(self) -> None:
-        """Gives the files their names. A process that dies in between leaves the rest to the next run."""
+        """Gives the files their final names. If the process dies in between, the next run does the rest.
+
+        Raises:
+            ArtefactError: A file cannot be written or renamed.
+        """
         try:
             if not self.is_complete:
                 self._sync()
@@ -176,13 +180,13 @@ class Journal:
             raise self.refused_write(error) from error
 
     def discard(self) -> None:
-        """Removes what was written."""
+        """Removes the files written so far."""
         self._open.close()
         for path in (self.part, self._rows_part, self._origin_file):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        """Leaves what was written to the next run; where there is nothing, no file is left either."""
+        """Leaves what was written to the next run; if there are no frames, the files are removed."""
         if not self.is_complete:
             self._open.close()
             if self.part.exists() and not self.part.stat().st_size:
@@ -200,6 +204,7 @@ class Journal:
         self._synced = time.monotonic()
 
     def refused_write(self, error: OSError) -> ArtefactError:
+        """The error that says why the output cannot be written, and what is kept of it."""
         kept = (
             f" What was scored before is kept in {self.part}, and the same run goes on from there."
             if self.part.exists() and self.part.stat().st_size
@@ -209,7 +214,7 @@ class Journal:
 
 
 class _Lines(list[str]):
-    """What `csv.writer` wants for a file."""
+    """A list of lines that serves `csv.writer` as a file."""
 
     write = list.append
 
@@ -219,7 +224,7 @@ def _appended(path: Path) -> FileIO:
 
 
 def _move(path: Path, target: Path) -> None:
-    """Also to another file system, where the target appears whole as well."""
+    """Moves a file, also to another file system; the target appears whole there, too."""
     try:
         os.replace(path, target)
     except OSError as error:
@@ -234,7 +239,7 @@ def _move(path: Path, target: Path) -> None:
 
 
 def _lock(file: FileIO, path: Path) -> None:
-    """Two runs into one file would write every frame twice."""
+    """Locks a file, because two runs writing to it would write every frame twice."""
     with suppress(ImportError):  # not on Windows
         import fcntl
 
@@ -247,11 +252,14 @@ def _lock(file: FileIO, path: Path) -> None:
 
 
 def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
-    """Frames of our extended XYZ that are there to their last byte: how many, the number of the last, where it ends.
+    """Reads our extended XYZ up to the last frame that is complete.
 
     Args:
-        path: File.
-        upto: Only those with a number up to this one.
+        path: File to read.
+        upto: Largest frame number to accept; None for no limit.
+
+    Returns:
+        Number of complete frames, frame number of the last one, -1 for none, and position in the file where it ends.
     """
     count, last, end = 0, -1, 0
     with open(path, "rb") as file:
@@ -261,7 +269,7 @@ def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
             if not head.strip().isdigit() or number is None or (upto is not None and number > upto):
                 break
             lines = [comment, *(file.readline() for _ in range(int(head)))]
-            # Zeros are what a power cut leaves of a block that was promised.
+            # A power cut leaves zeros in a block that was allocated but not written.
             if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
                 break
             count, last, end = count + 1, number, file.tell()
@@ -269,26 +277,26 @@ def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
 
 
 def _number_in(comment: bytes) -> int | None:
-    found = _NUMBER.findall(comment)
-    if len(found) > 1:  # somebody's own text speaks of another
+    numbers = _NUMBER.findall(comment)
+    if len(numbers) > 1:  # the text of another entry has such a number, too
         try:
-            found = [key_val_str_to_dict(comment.decode())[NUMBER_KEY]]
+            numbers = [key_val_str_to_dict(comment.decode())[NUMBER_KEY]]
         except (ValueError, KeyError):
             return None
-    return int(found[0]) if found else None
+    return int(numbers[0]) if numbers else None
 
 
 def _rows_up_to(path: Path, last: int) -> tuple[int, int]:
-    """Number of the last whole row that is no later than `last`, -1 for none, and where it ends."""
-    found, end = -1, 0
+    """Frame number of the last complete row up to frame `last`, -1 for none, and position in the file where it ends."""
+    last_row, end = -1, 0
     with open(path, "rb") as file:
         end = len(header) if (header := file.readline()).endswith(b"\n") else 0
         for line in file if end else ():
             number = line.split(b",", 1)[0]
             if not line.endswith(b"\n") or b"\0" in line or not number.isdigit() or int(number) > last:
                 break
-            found, end = int(number), end + len(line)
-    return found, end
+            last_row, end = int(number), end + len(line)
+    return last_row, end
 
 
 def _shown(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""Finished trajectories: every frame with its uncertainties, batched, streamed to disk, and taken up after a kill."""
+"""Scores finished trajectories: frames are batched and streamed to disk, and killed runs can be resumed."""
 
 import hashlib
 import os
@@ -31,27 +31,27 @@ from ase_uq.scoring.journal import Journal
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-# On a CPU small batches stay in its caches, a GPU wants many atoms.
+# Small batches stay in the caches of a CPU; a GPU needs many atoms at once.
 BATCH_ATOMS = {"cpu": 300}
 BATCH_ATOMS_ELSEWHERE = 8000
-# Processes take seconds to start; a thread with the GIL keeps up with about so many others.
+# Starting processes takes seconds and pays off from this many frames on; one thread keeps up with this many processes.
 _WORTH_WORKERS, _MOST_WORKERS = 2000, 8
 
 
 @dataclass
 class ScoredTrajectory:
-    """What became of a trajectory, without holding it.
+    """Summary of a scored trajectory, without its frames.
 
     Attributes:
         out: Extended XYZ file with the frames.
-        n_frames: Frames scored, those of interrupted runs too.
-        n_atoms: Their atoms.
-        n_beyond: Those with an atom beyond the calibration data: gamma above 1, or not a number.
-        n_left_out: Frames that could not be read or evaluated.
-        worst: Numbers of the frame with the largest force uncertainty; None before the first.
-        first_left_out: Numbers of the first frame that was left out.
-        n_resumed: Frames that an interrupted run had scored.
-        seconds: Of this run.
+        n_frames: Number of scored frames, including those of interrupted runs.
+        n_atoms: Number of their atoms.
+        n_beyond: Number of scored frames with an atom beyond the calibration data: gamma above 1, or not a number.
+        n_left_out: Number of frames that could not be read or evaluated.
+        worst: Row of the frame with the largest force uncertainty; None before the first.
+        first_left_out: Row of the first frame that was left out; None if there is none.
+        n_resumed: Number of frames that an interrupted run had scored.
+        seconds: Duration of this run, s.
     """
 
     out: Path
@@ -77,7 +77,7 @@ class ScoredTrajectory:
             self.worst = row
 
     def summary(self) -> str:
-        """One line for people."""
+        """The summary in words, in one line."""
         assert self.worst is not None
         worst = self.worst
         parts = [
@@ -87,14 +87,14 @@ class ScoredTrajectory:
             f"{self.n_beyond} frames have an atom beyond the calibration data (gamma > 1)",
         ]
         if self.n_resumed:
-            parts.append(f"{self.n_resumed} of them were there from an interrupted run")
+            parts.append(f"{self.n_resumed} frames were scored by an interrupted run")
         if self.n_left_out:
             parts.append(f"{self.n_left_out} frame{'s were' if self.n_left_out > 1 else ' was'} left out")
         return "; ".join(parts)
 
 
 def _rank(row: FrameScore) -> float:
-    # Not a number is worse than any.
+    # NaN is worse than any number.
     return np.inf if np.isnan(row.force_uncertainty_max) else row.force_uncertainty_max
 
 
@@ -112,31 +112,32 @@ def score(
 ) -> ScoredTrajectory:
     """Scores every frame of a trajectory and writes it, with results and uncertainties, as extended XYZ.
 
-    Memory does not grow with the trajectory. Killed at any instant, the same call goes on after the last frame that
-    was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out, with a
-    warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0.
+    Memory does not grow with the trajectory. After a kill at any instant, the same call resumes after the last frame
+    that was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out,
+    with a warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0.
 
     Args:
         frames: A path in any format that ASE reads, or a list of structures.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE or orb, or a SPEC string.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
-        out: Extended XYZ file.
-        csv: A CSV file of the numbers of each frame, those left out too; None for none. See `FrameScore`.
-        batch_atoms: Most atoms evaluated together, and sixty times as many edges; by default 300 on a CPU and 8000
-            elsewhere. Where the device runs out of memory the batches become smaller, and later larger again.
-        workers: Processes that parse frames and make neighbour lists beside the device; 0 for none. By default none on
-            a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
+        out: Extended XYZ file to write.
+        csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.
+        batch_atoms: Largest number of atoms evaluated together, by default 300 on a CPU and 8000 elsewhere; the limit
+            for edges is sixty times as high. If the device runs out of memory, batches become smaller, and later
+            larger again.
+        workers: Number of processes that parse frames and make neighbour lists while the device evaluates; 0 for none.
+            By default none on a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
         overwrite: Whether existing files are replaced.
         progress: Whether to show a progress bar.
 
     Raises:
-        InputError: The file is missing, or none of its frames can be read and evaluated; a single frame that does
-            not fit into the device's memory.
+        InputError: The file is missing, none of its frames can be read and evaluated, or a single frame does not fit
+            into the device's memory.
         FileExistsError: `out` or `csv` exists.
-        ArtefactError: They cannot be written, for example because the disk is full; or what an interrupted run left
-            was made from another trajectory, potential or uncertainty model.
-        TypeError: A bare potential without an uncertainty model, or the other way round.
+        ArtefactError: They cannot be written, for example because the disk is full; or an interrupted run to the same
+            `out` was made from another trajectory, potential or uncertainty model.
+        TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
         ValueError: Two of the trajectory, `out` and `csv` are the same file, or an option is out of range.
     """
     check_distinct(frames if isinstance(frames, str | os.PathLike) else None, out, csv)
@@ -180,7 +181,7 @@ def _score_rest(
     progress: bool,
     n_workers: int,
 ) -> None:
-    """Everything that is not in the journal yet: read ahead of the device and written behind it."""
+    """Scores all frames that are not in the journal yet; they are read ahead of the device and written behind it."""
     events = passes(
         predictor.backend,
         source,
@@ -202,7 +203,7 @@ def _score_rest(
 
         def write(batch: Pass[list[Prediction]]) -> Future[None]:
             predicted = list(zip(batch.numbers, batch.frames, batch.value, strict=True))
-            # The journal is in the order of the frames, so that it can be taken up at the last one.
+            # The journal keeps the order of the frames, so that work can be resumed after its last one.
             rows = sorted([*left_out, *(_row(*each) for each in predicted)], key=lambda row: row.frame)
             left_out.clear()
             for row in rows:
@@ -224,7 +225,7 @@ def _score_rest(
 
 
 def _n_workers(backend: Backend, source: Source) -> int:
-    # A CPU is busy with the potential; and processes take seconds to start.
+    # A CPU is busy with the potential, and processes take seconds to start.
     if backend.device.type == "cpu" or backend.collator is None or (source.total() or np.inf) < _WORTH_WORKERS:
         return 0
     return min(_MOST_WORKERS, max(1, cpu_count() - 2))
@@ -260,7 +261,7 @@ def _write(
 
 
 def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
-    """What decides the results, in the order in which a difference is told."""
+    """Everything that determines the results, in the order in which differences are reported."""
     return {
         "trajectory": source.digest(predictor.backend.info_keys),
         "potential": predictor.backend.identity.fingerprint,
@@ -271,7 +272,7 @@ def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
 
 
 def _digest(model: UncertaintyModel) -> str:
-    """sha256 of its file: nothing that could change a result is forgotten."""
+    """sha256 of the model's file, which holds everything that could change a result."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "model")
         model.save(path)

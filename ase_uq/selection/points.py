@@ -1,4 +1,4 @@
-"""One pass over frames: the features in which selections compare them, and what their forces' uncertainties read."""
+"""One pass over frames: the features that selections compare, and the readings of their force uncertainties."""
 
 import warnings
 from collections import Counter
@@ -29,10 +29,10 @@ class Scan:
     """Evaluates frames for their features.
 
     Args:
-        predictor: The potential, and what was fitted for it.
-        head: Fitted method whose features are wanted.
-        per: What a point is: a `"structure"`, the mean over its atoms, or an `"environment"`, an atom.
-        batch_atoms: Most atoms evaluated together.
+        predictor: The potential and its uncertainty model.
+        head: Fitted method whose features are compared.
+        per: What a point is: a `"structure"`, the mean over its atoms, or an `"environment"`, one atom.
+        batch_atoms: Largest number of atoms evaluated together.
     """
 
     def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int) -> None:
@@ -43,15 +43,15 @@ class Scan:
         self._batch_atoms = batch_atoms
 
     def pool(self, frames: Frames, title: str) -> tuple[Points, np.ndarray, list[int], dict[int, str]]:
-        """Points of candidates, and what else their choice needs.
+        """Points of candidates, and the readings and numbers that their choice needs.
 
         Args:
             frames: Path or list.
-            title: What the progress bar says; empty for none.
+            title: Title of the progress bar; empty for none.
 
         Returns:
-            Points of the frames that can be evaluated, (n_candidates,) their readings in eV/Å and their numbers among
-            `frames`; and the numbers of the others, with what is wrong with them.
+            Points of the frames that can be evaluated, their (n_candidates,) readings, eV/Å, and their numbers among
+            `frames`; and the numbers of the other frames, with what is wrong with each.
 
         Raises:
             InputError: The file is missing or empty, or none of its frames can be evaluated.
@@ -78,11 +78,11 @@ class Scan:
         return _joined(parts), np.concatenate([part.readings for part in parts]), numbers, left_out
 
     def train(self, frames: Frames, title: str) -> Points:
-        """Points of frames that are known.
+        """Points of training frames.
 
         Args:
             frames: Path or list.
-            title: What the progress bar says; empty for none.
+            title: Title of the progress bar; empty for none.
 
         Raises:
             InputError: The file is missing or empty, or one of its frames cannot be read and evaluated.
@@ -113,7 +113,7 @@ class Scan:
         with torch.no_grad():
             rows, owners, kinds = self._of_batch(forward_pass)
         if not torch.isfinite(rows).all():
-            raise InputError("its features are not finite: its atoms are probably on one another.")
+            raise InputError("its features are not finite: its atoms are probably on top of each other.")
         elements, counts = forward_pass.numbers.cpu().numpy(), forward_pass.n_atoms_of_frame.cpu().numpy()
         readings, unseen = np.zeros(0), Counter[int]()
         if with_readings:
@@ -121,7 +121,7 @@ class Scan:
             readings = readings_of(norms, elements, counts, Reduction())
             for atoms in np.split(elements, np.cumsum(counts)[:-1]):
                 unseen.update(set(atoms.tolist()) - self._model.edges.elements)
-        # Held in single precision: rounding is then far below what counts as a duplicate.
+        # Single precision is enough: its rounding is far below the distance of near-duplicates.
         return _Part(rows.float().cpu(), owners.cpu(), kinds.cpu(), forward_pass.n_frames, readings, unseen)
 
     def _warn_of_unseen(self, parts: Sequence["_Part"]) -> None:
@@ -129,7 +129,7 @@ class Scan:
         for z, count in sorted(unseen.items()):
             warnings.warn(
                 f"{count} frames of the pool contain {chemical_symbols[z]}, which the uncertainty model was fitted "
-                "without: how uncertain and how far from the others they are is a guess.",
+                "without: their uncertainties and their distances from other frames are a guess.",
                 UQWarning,
                 stacklevel=4,
             )
@@ -145,14 +145,14 @@ class Scan:
 
 @dataclass(frozen=True)
 class _Part:
-    """What is kept of one batch.
+    """The data kept of one batch.
 
     Args:
-        rows: (n_points, n_features).
+        rows: (n_points, n_features) features.
         owners: (n_points,) index of the frame of each point within the batch.
-        kinds: (n_points,) what a point may be compared with.
+        kinds: (n_points,) kind of each point; only points of one kind are compared.
         n_frames: Frames of the batch.
-        readings: (n_frames,) eV/Å; empty where they were not asked for.
+        readings: (n_frames,) readings, eV/Å; empty if they were not asked for.
         unseen: Number of frames with each element that the uncertainty model was fitted without.
     """
 

@@ -1,4 +1,4 @@
-"""The frames of a pool that are worth labelling: one pass over the pool, then `selection` on the features it gave."""
+"""Chooses frames of a pool that are worth labelling: one pass over the pool, then `strategies` on its features."""
 
 import os
 import warnings
@@ -47,13 +47,14 @@ class Chosen:
     """A frame that was chosen, and why.
 
     Args:
-        frame: Its index in the pool.
-        atom: The atom it was chosen for, where environments were compared; else None.
-        uncertainty: Its reading, the largest ε_i of an atom, eV/Å.
-        distance: From the nearest training frame or frame chosen before, in units of the typical distance between
-            two frames of the pool; of its atom likewise, among those of its element. Infinite where there was none.
-        score: What the strategy made largest, as `selection` says.
-        reason: For people.
+        frame: Index of the frame in the pool.
+        atom: Index of the atom for which it was chosen, if environments were compared; else None.
+        uncertainty: Its reading, the largest ε_i of its atoms, eV/Å.
+        distance: Distance from the nearest training or previously chosen frame, in units of the typical distance
+            between two frames of the pool; for environments that of its atom, among atoms of its element. Infinite if
+            there was nothing to compare it with.
+        score: What the strategy maximised; see `Pick` in `strategies`.
+        reason: Why it was chosen, in words.
     """
 
     frame: int
@@ -66,14 +67,14 @@ class Chosen:
 
 @dataclass(frozen=True)
 class Bands:
-    """Frames of a pool by their readings, as DP-GEN counts them.
+    """Numbers of frames of a pool by their readings, counted as in DP-GEN.
 
     Args:
-        flag: eV/Å.
-        halt: eV/Å.
-        accurate: Frames below `flag`.
-        candidate: Frames between.
-        failed: Frames from `halt` on, and those whose reading is not a number.
+        flag: Lower threshold, eV/Å.
+        halt: Upper threshold, eV/Å.
+        accurate: Number of frames below `flag`.
+        candidate: Number of frames from `flag` to below `halt`.
+        failed: Number of frames at or above `halt`, or whose reading is not a number.
     """
 
     flag: float
@@ -83,7 +84,7 @@ class Bands:
     failed: int
 
     def describe(self) -> str:
-        """One line for people."""
+        """The counts in words, in one line."""
         total = self.accurate + self.candidate + self.failed
         counts = ", ".join(
             f"{name} {count} ({count / total:.1%})"
@@ -94,18 +95,18 @@ class Bands:
 
 @dataclass(frozen=True)
 class Selection:
-    """What was chosen of a pool, in the order of choice.
+    """The frames chosen from a pool.
 
     Args:
-        chosen: Frames with their reasons.
-        n_pool: Frames in the pool.
-        near_duplicates: Frames left out since nothing in them is farther from a training frame or a chosen one than a
-            small share of the typical distance.
-        bands: Counts by readings, where thresholds were given.
-        strategy: As given.
-        method: Fitted method in whose space distances were measured.
+        chosen: Chosen frames with their reasons, in the order of choice.
+        n_pool: Number of frames in the pool, including those left out.
+        near_duplicates: Number of frames that were not chosen because all their points are within a small share of the
+            typical distance from training points or chosen ones.
+        bands: Counts by readings; None without thresholds.
+        strategy: Strategy of the choice.
+        method: Fitted method between whose features distances were measured.
         uncertainties: (n_pool,) readings of all frames, eV/Å; NaN for those left out.
-        left_out: Frames that cannot be read or evaluated, and why.
+        left_out: Index of each frame that cannot be read or evaluated, and why.
     """
 
     chosen: tuple[Chosen, ...]
@@ -119,21 +120,21 @@ class Selection:
 
     @property
     def indices(self) -> np.ndarray:
-        """(n_chosen,) indices in the pool, in the order of choice: the first k are what a smaller choice would be."""
+        """(n_chosen,) indices in the pool, in the order of choice; the first k are the choice of k frames."""
         return np.array([one.frame for one in self.chosen], int)
 
     def frames(self, pool: Frames) -> list[Atoms]:
         """Copies of the chosen frames, in the order of choice, to be labelled.
 
         They carry `selected_rank` (from 1), `source_index` in the pool, `selected_uncertainty`, `selected_distance`
-        and `selected_atom` in info. Results of a calculator are left behind: those of the potential would pass for
-        labels. Labels such as `REF_energy` stay.
+        and `selected_atom` in info. Results of a calculator are removed, because those of the potential would be taken
+        for labels. Labels such as `REF_energy` stay.
 
         Args:
-            pool: The one that was chosen from; a file is read again.
+            pool: The pool that was chosen from; a file is read again.
         """
         wanted = {one.frame: (rank, one) for rank, one in enumerate(self.chosen, 1)}
-        found = {}
+        copies = {}
         for index, atoms in Source(pool).read():
             if index in wanted and isinstance(atoms, Atoms):
                 rank, one = wanted[index]
@@ -143,9 +144,9 @@ class Selection:
                     "selected_uncertainty": one.uncertainty,
                     "selected_distance": one.distance,
                 }
-                found[rank] = annotated(atoms, {}, **info, **({} if one.atom is None else {"selected_atom": one.atom}))
-                drop_uncertainties(found[rank])
-        return [found[rank] for rank in sorted(found)]
+                copies[rank] = annotated(atoms, {}, **info, **({} if one.atom is None else {"selected_atom": one.atom}))
+                drop_uncertainties(copies[rank])
+        return [copies[rank] for rank in sorted(copies)]
 
 
 def select(
@@ -168,50 +169,50 @@ def select(
 ) -> Selection:
     """Chooses the frames of a pool that are worth labelling.
 
-    Distances are those of the features of a fitted method. A structure has the mean over its atoms: their sum would
-    make the largest structures the farthest, and labels of these cost most. What is new in one atom of many is lost in
-    a mean; then compare environments, where each atom is a point, only atoms of one element are compared, and a frame
+    Distances are measured between the features of a fitted method. A structure has the mean over its atoms: with their
+    sum the largest structures, whose labels cost most, would be the farthest. A mean hides what is new in one atom of
+    many. To find that, compare environments: each atom is a point, only atoms of one element are compared, and a frame
     is chosen for one of its atoms.
 
     Frames of the pool that cannot be read or evaluated are left out, with a warning that names them.
 
-    The pool is evaluated once. A file is read frame by frame; what stays of it in memory are the features, 4 bytes a
-    number, of each structure or of each atom. Time is that of the evaluation, and of n plus the training points times
-    the points of the pool: hours, where environments of 10^5 frames are compared with those of as many.
+    The pool is evaluated once. A file is read frame by frame; only the features of each structure or each atom stay in
+    memory, 4 bytes per number. To the time of the evaluation comes one proportional to (n + training points) times
+    points of the pool: hours, if the environments of 10^5 frames are compared with those of 10^5 others.
 
     Args:
         pool: Frames without labels: path or list.
-        n: How many to choose; the first k of them are the choice of k.
+        n: Number of frames to choose; the first k of them are the choice of k frames.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE or orb, or a SPEC string.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
-        train: Frames that are labelled already: path or list. What is close to them is not chosen.
-        strategy: `"lcmd"`, dense regions count as well as outliers; `"maxdet"`, largest determinant of the posterior
+        train: Frames that are labelled already: path or list. Frames close to them are not chosen.
+        strategy: `"lcmd"`, dense regions count as much as outliers; `"maxdet"`, largest determinant of the posterior
             covariance; `"maxdist"`, the farthest, outliers first; `"top"`, the most uncertain; `"bands"`, at random
             between `flag` and `halt`, as DP-GEN does; `"random"`.
-        method: Fitted method whose features are compared; by default the first that has some, such as `"bll"`.
+        method: Fitted method whose features are compared; by default the first one that has features, such as `"bll"`.
         per: What is compared: `"structure"` or `"environment"`.
-        flag: Frames with a lower reading are accurate and not chosen, whatever the strategy: eV/Å or a criterion.
-        halt: Frames with this reading or a higher one have failed and are not chosen.
-        duplicates: Share of the typical distance between frames of the pool below which two are the same. A copy that
-            was turned is found where the potential's features are invariant, as those of MACE, not those of orb.
+        flag: Threshold, in eV/Å or as a criterion: frames with a lower reading are accurate and never chosen.
+        halt: Threshold likewise: frames with this reading or a higher one have failed and are never chosen.
+        duplicates: Share of the typical distance between frames of the pool below which two frames are the same. A
+            rotated copy is recognised if the potential's features are invariant, as those of MACE but not of orb.
         noise: σ² of `"maxdet"`, relative to the mean square of the features.
-        batch_atoms: Most atoms evaluated together.
-        seed: Of `"bands"` and `"random"`.
+        batch_atoms: Largest number of atoms evaluated together.
+        seed: Seed of the random draws of `"bands"` and `"random"`.
         progress: Whether to show progress bars.
 
     Raises:
         ValueError: The pool has fewer than `n` frames, the uncertainty model has no method with features, or an option
             is out of range.
-        InputError: The pool has no frames that can be read and evaluated, or a training frame cannot.
-        TypeError: A bare potential without an uncertainty model, or the other way round.
+        InputError: No frame of the pool can be read and evaluated, or a training frame cannot.
+        TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
     """
     _check_options(n, strategy, per, flag, halt, duplicates)
     predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
     levels = _levels(predictor.uncertainty_model, flag, halt)
     if not isinstance(pool, str | os.PathLike) and pool:
-        _check_size(n, len(pool))  # of a file it is known when it has been read
+        _check_size(n, len(pool))  # the size of a file is known only after reading it
     scan = Scan(predictor, head, per, batch_atoms)
     points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
     _check_size(n, len(numbers), " that can be evaluated" if left_out else "")
@@ -241,11 +242,11 @@ def _check_options(
         raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
     for option, value, choices in (("strategy", strategy, get_args(StrategyName)), ("per", per, get_args(Per))):
         if value not in choices:
-            raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+            raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
     if strategy == "bands" and (flag is None or halt is None):
         raise ValueError("the strategy 'bands' chooses between two thresholds: give flag and halt.")
     if not 0 <= duplicates < 1:
-        raise ValueError(f"duplicates is a share of the typical distance from 0 to below 1, not {duplicates!r}.")
+        raise ValueError(f"duplicates must be a share of the typical distance from 0 to below 1, not {duplicates!r}.")
 
 
 def _check_size(n: int, n_pool: int, which: str = "") -> None:
@@ -256,7 +257,7 @@ def _check_size(n: int, n_pool: int, which: str = "") -> None:
 
 
 def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
-    """The method whose features are compared."""
+    """The name of the method whose features are compared, and the method."""
     featured = [name for name, fitted in model.methods.items() if fitted.head.measures]
     if method is not None and method not in model.methods:
         raise ValueError(f"the uncertainty model has no method {method!r}. It has {', '.join(model.methods)}.")
@@ -350,9 +351,9 @@ def _chosen(
     )
 
 
-def _why_fewer(found: int, n: int, near: int, bands: Bands | None) -> str:
+def _why_fewer(n_chosen: int, n: int, near: int, bands: Bands | None) -> str:
     within = "" if bands is None else f" of the {bands.candidate} between {bands.flag:.3g} and {bands.halt:.3g} eV/Å"
     return (
-        f"{found} of the {n} frames asked for were chosen: {near}{within} are near-duplicates of these or of training "
-        "frames, and nothing else is left to choose."
+        f"{n_chosen} of the {n} frames asked for were chosen: {near}{within} are near-duplicates of these or of "
+        "training frames, and nothing else is left to choose."
     )

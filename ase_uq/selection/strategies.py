@@ -1,17 +1,17 @@
-"""Which of many candidates are worth labelling: batch selection on rows of features, conditioned on what is known.
+"""Batch selection: which of many candidates are worth labelling, given their features and the points that are known.
 
     lcmd      the farthest point of the cluster with the largest sum of squared distances; centres are the training
               points and what was chosen before (LCMD-TP of Holzmüller et al. 2023)
     maxdet    greedily the largest determinant of the posterior covariance: pivots of its Cholesky factorisation
     maxdist   the point farthest from all centres (farthest point sampling)
-    highest   by a score that the caller brings: an uncertainty, or random numbers
+    highest   the highest score, which the caller gives: an uncertainty, or random numbers
 
-All of them leave out near-duplicates of training points and of what was chosen. A candidate is one point, or several
+All of them leave out near-duplicates of training and chosen points. A candidate is one point, or several
 (the atoms of a frame): it is chosen for one of its points, and from then on all of them are known. Points of different
 kinds are infinitely far apart.
 
-Memory is that of the rows and a chunk; time is O(points · (training points + chosen points) · width). Sums and
-distances are in double precision, whatever the rows are held in. Ties go to the first point.
+Memory holds the rows and one chunk; time is O(points · (training points + chosen points) · width). Sums and distances
+are in double precision, whatever the precision of the rows. Ties go to the first point.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK = 2**22  # numbers at once: 32 MiB
-_SAMPLE = 1000  # points of a kind whose distances settle the typical one
-_ROUNDING = 1e-6  # of the size of the rows, which may be in single precision: smaller distances are none
-_EXHAUSTED = 1e-12  # of the largest variance: what is left of a point is rounding
+_CHUNK = 2**22  # numbers in memory at once: 32 MiB
+_SAMPLE = 1000  # largest number of points of a kind that the typical distance is taken from
+_ROUNDING = 1e-6  # share of the size of the rows, which may be float32, below which a distance is rounding error
+_EXHAUSTED = 1e-12  # share of the largest variance below which the rest of a variance is rounding error
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Points:
     Args:
         rows: (n_points, width) features, float32 or float64.
         owner: (n_points,) candidate that a point belongs to, from 0; every candidate has a point.
-        kind: (n_points,) points of different kinds have nothing to do with each other.
+        kind: (n_points,) kind of each point; points of different kinds are not compared.
     """
 
     rows: Tensor
@@ -43,23 +43,23 @@ class Points:
 
     @classmethod
     def single(cls, rows: Tensor) -> "Points":
-        """One point a candidate, all of one kind."""
+        """One point per candidate, all of one kind."""
         numbers = torch.arange(len(rows))
         return cls(rows, numbers, torch.zeros_like(numbers))
 
     @property
     def n_candidates(self) -> int:
-        """How many candidates there are."""
+        """Number of candidates."""
         return int(self.owner.max()) + 1 if len(self.owner) else 0
 
 
 @dataclass(frozen=True)
 class Known:
-    """Where a nearest known point comes from.
+    """The candidate that a known point belongs to.
 
     Args:
-        number: Of the candidate.
-        trained: Whether it is one of the training candidates; else one of the pool that was chosen before.
+        number: Number of the candidate.
+        trained: Whether it is a training candidate; else it is one of the pool that was chosen before.
     """
 
     number: int
@@ -73,11 +73,11 @@ class Pick:
     Args:
         candidate: Its number.
         point: The point it was chosen for.
-        score: What the rule made largest: of `LargestCluster` the cluster's share of the sum of squared distances of
-            all open points, of `Farthest` the distance, of `Determinant` the pivot; infinite where nothing of its
-            kind was known.
-        distance: Of the point from the nearest known one; infinite where there was none.
-        nearest: Where that comes from, or None.
+        score: What the rule maximised: for `LargestCluster` the cluster's share of the sum of squared distances of all
+            open points, for `Farthest` the distance, for `Determinant` the pivot, for `Highest` the given score;
+            infinite for the first two if no point of its kind was known.
+        distance: Distance of the point from the nearest known one; infinite if there was none.
+        nearest: The candidate of that nearest point; None if there was none.
     """
 
     candidate: int
@@ -88,18 +88,18 @@ class Pick:
 
 
 class Space:
-    """How far every point is from the known ones, as points become known.
+    """Distances of all points from the nearest known ones, updated as points become known.
 
     Args:
-        points: Of the candidates.
-        train: Those of the training candidates, which are known.
+        points: Points of the candidates.
+        train: Points of the training candidates, which are known.
 
     Attributes:
-        points: As given.
+        points: Points of the candidates.
         squares: (n_points,) squared distance to the nearest known point of the same kind; infinite without one.
-        centre: (n_points,) number of that point in the order in which points became known; -1 without one.
-        n_centres: How many points are known.
-        taken: Numbers of the points among them that are the candidates' own, in the order in which they became known.
+        centre: (n_points,) number of that nearest point in the order in which points became known; -1 without one.
+        n_centres: Number of known points.
+        taken: Numbers of the candidates' points that are known, in the order in which they became known.
     """
 
     def __init__(self, points: Points, train: Points | None = None) -> None:
@@ -109,7 +109,7 @@ class Space:
         self.n_centres = 0
         self.taken: list[int] = []
         self._known: list[Known] = []
-        # Points of a kind, once: looking them up again for every choice would cost as much as the distances.
+        # Looked up once: to find the points of a kind again for every choice would cost as much as the distances.
         self._of_kind = {int(k): _where(points.kind == k) for k in points.kind.unique()}
         if train is not None:
             self._add(train.rows, train.kind, [Known(number, trained=True) for number in train.owner.tolist()])
@@ -122,47 +122,47 @@ class Space:
         self.taken += numbers.tolist()
 
     def nearest(self, point: int) -> Known | None:
-        """Where the known point nearest to a point comes from."""
+        """The candidate of the known point nearest to a point; None if there is none."""
         centre = int(self.centre[point])
         return None if centre < 0 else self._known[centre]
 
     def farthest_of_candidates(self) -> Tensor:
-        """(n_candidates,) squared distance of that point of each candidate which is farthest from the known ones."""
+        """(n_candidates,) squared distance of each candidate's farthest point from the known points."""
         start = self.squares.new_zeros(self.points.n_candidates)
         return start.scatter_reduce(0, self.points.owner, self.squares, "amax")
 
     def _add(self, rows: Tensor, kinds: Tensor, known: list[Known]) -> None:
         for kind in kinds.unique().tolist():
-            own = _where(kinds == kind)
+            centres = _where(kinds == kind)
             if kind not in self._of_kind:
                 continue
-            for some in self._of_kind[kind].split(max(1, _CHUNK // max(rows.shape[1], len(own)))):
-                squares, place = nearest_of(self.points.rows[some], rows[own])
-                closer = squares < self.squares[some]
-                self.squares[some[closer]] = squares[closer]
-                self.centre[some[closer]] = self.n_centres + own[place[closer]]
+            for chunk in self._of_kind[kind].split(max(1, _CHUNK // max(rows.shape[1], len(centres)))):
+                squares, place = nearest_of(self.points.rows[chunk], rows[centres])
+                closer = squares < self.squares[chunk]
+                self.squares[chunk[closer]] = squares[closer]
+                self.centre[chunk[closer]] = self.n_centres + centres[place[closer]]
         self._known += known
         self.n_centres += len(rows)
 
 
 class Strategy(ABC):
-    """How the next point is found."""
+    """A rule that finds the next point."""
 
     @abstractmethod
     def best(self, space: Space, is_open: Tensor) -> tuple[int, float] | None:
-        """The point to choose and its score; None where nothing is left to gain.
+        """The point to choose and its score; None if nothing is left to gain.
 
         Args:
-            space: The points.
-            is_open: (n_points,) whether a point may be chosen; there is one at least.
+            space: Points and their distances from the known ones.
+            is_open: (n_points,) whether a point may be chosen; at least one may be.
         """
 
 
 class LargestCluster(Strategy):
     """LCMD: the farthest point of the cluster with the largest sum of squared distances to its centre.
 
-    A cluster is what is nearer to one known point than to any other. So a dense region counts for as much as a few
-    outliers. Where nothing is known the point of largest norm comes first, as in bmdal.
+    A cluster holds the points that are nearer to one known point than to any other, so that a dense region counts as
+    much as a few outliers. If nothing is known, the point of largest norm comes first, as in bmdal.
     """
 
     def best(self, space: Space, is_open: Tensor) -> tuple[int, float] | None:
@@ -175,7 +175,7 @@ class LargestCluster(Strategy):
 
 
 class Farthest(Strategy):
-    """MaxDist: the point farthest from all known ones; where nothing is known, that of largest norm."""
+    """MaxDist: the point farthest from all known ones; if nothing is known, the point of largest norm."""
 
     def best(self, space: Space, is_open: Tensor) -> tuple[int, float] | None:
         if (first := _first_of_its_kind(space, is_open)) is not None:
@@ -188,7 +188,7 @@ class Highest(Strategy):
     """Top k: the candidates of highest score.
 
     Args:
-        scores: (n_candidates,) no NaN.
+        scores: (n_candidates,) scores without NaN.
     """
 
     def __init__(self, scores: Tensor) -> None:
@@ -203,16 +203,16 @@ class Highest(Strategy):
 class Determinant(Strategy):
     """MaxDet: the largest pivot of the posterior covariance K + σ²I, so greedily the largest determinant.
 
-    K = Φ S Φᵀ with S = σ² (Φ_TᵀΦ_T + σ²I)⁻¹ given the training points T. To take a point φ is one step of a Cholesky
-    factorisation, here on S, so that its columns need not be kept for all points:
+    K = Φ S Φᵀ with S = σ² (Φ_TᵀΦ_T + σ²I)⁻¹ given the training points T. Taking a point φ is one step of a Cholesky
+    factorisation, here of S, so that its columns need not be kept for all points:
 
         pivot = φ S φᵀ + σ²,    S ← S - (Sφᵀ)(Sφᵀ)ᵀ/pivot,    the variance of x falls by (x S φᵀ)²/pivot
 
     The product of the pivots is the determinant of the chosen block. Each kind has an S of its own.
 
     Args:
-        points: Of the candidates.
-        train: Those of the training candidates.
+        points: Points of the candidates.
+        train: Points of the training candidates.
         noise: σ² relative to the mean square of all rows.
 
     Raises:
@@ -230,17 +230,17 @@ class Determinant(Strategy):
         for kind, numbers in self._of_kind.items():
             covariance = self._prior(None if train is None else train.rows[train.kind == kind])
             self._covariance[kind] = covariance
-            for some in self._chunks(numbers):
-                rows = points.rows[some].double()
-                self.variance[some] = (rows @ covariance * rows).sum(1)
+            for chunk in self._chunks(numbers):
+                rows = points.rows[chunk].double()
+                self.variance[chunk] = (rows @ covariance * rows).sum(1)
         self._smallest = _EXHAUSTED * float(self.variance.max()) if len(self.variance) else 0.0
         self._n_taken = 0
 
     def best(self, space: Space, is_open: Tensor) -> tuple[int, float] | None:
         self._take(space.taken[self._n_taken :])
         point = _argmax(self.variance, is_open)
-        left = float(self.variance[point])
-        return None if left <= self._smallest else (point, left + self.noise)
+        variance = float(self.variance[point])
+        return None if variance <= self._smallest else (point, variance + self.noise)
 
     def _take(self, numbers: Sequence[int]) -> None:
         self._n_taken += len(numbers)
@@ -249,8 +249,8 @@ class Determinant(Strategy):
             covariance, row = self._covariance[kind], self._points.rows[number].double()
             column = covariance @ row
             pivot = float(row @ column) + self.noise
-            for some in self._chunks(self._of_kind[kind]):
-                self.variance[some] -= (self._points.rows[some].double() @ column).square() / pivot
+            for chunk in self._chunks(self._of_kind[kind]):
+                self.variance[chunk] -= (self._points.rows[chunk].double() @ column).square() / pivot
             self._covariance[kind] = covariance - torch.outer(column, column) / pivot
 
     def _prior(self, train: Tensor | None) -> Tensor:
@@ -258,8 +258,8 @@ class Determinant(Strategy):
         if train is None or not len(train):
             return eye
         gram = self.noise * eye
-        for some in train.split(max(1, _CHUNK // train.shape[1])):
-            gram += some.double().T @ some.double()
+        for chunk in train.split(max(1, _CHUNK // train.shape[1])):
+            gram += chunk.double().T @ chunk.double()
         return self.noise * torch.cholesky_inverse(torch.linalg.cholesky(gram))
 
     def _chunks(self, numbers: Tensor) -> Sequence[Tensor]:
@@ -269,61 +269,64 @@ class Determinant(Strategy):
 def choose(
     space: Space, n: int, rule: Strategy, *, allowed: Tensor | None = None, floor: float = 0.0
 ) -> Iterator[Pick]:
-    """Chooses candidates one after the other; fewer than `n` where nothing is left but near-duplicates.
+    """Chooses candidates one after the other; fewer than `n` if only near-duplicates are left, or nothing to gain.
 
     Args:
-        space: The candidates' points, and what is known at the start; it is changed.
-        n: Most candidates to choose.
-        rule: How the next one is found.
+        space: Points of the candidates, and the points known at the start; it is changed in place.
+        n: Largest number of candidates to choose.
+        rule: Rule that finds the next point.
         allowed: (n_candidates,) whether a candidate may be chosen; all by default.
-        floor: A candidate none of whose points is farther than this from a known one is a near-duplicate.
+        floor: A candidate without a point farther than this from all known points is a near-duplicate.
+
+    Yields:
+        The chosen candidates, in the order of choice.
     """
     owner = space.points.owner
-    left = torch.ones(space.points.n_candidates, dtype=torch.bool) if allowed is None else allowed.clone()
+    remaining = torch.ones(space.points.n_candidates, dtype=torch.bool) if allowed is None else allowed.clone()
     for _ in range(n):
-        is_open = (left & (space.farthest_of_candidates() > floor**2))[owner]
-        found = rule.best(space, is_open) if bool(is_open.any()) else None
-        if found is None:
+        is_open = (remaining & (space.farthest_of_candidates() > floor**2))[owner]
+        best = rule.best(space, is_open) if bool(is_open.any()) else None
+        if best is None:
             return
-        point, score = found
+        point, score = best
         candidate = int(owner[point])
         pick = Pick(candidate, point, score, float(space.squares[point]) ** 0.5, space.nearest(point))
-        left[candidate] = False
+        remaining[candidate] = False
         space.add(candidate)
         yield pick
 
 
 def typical_distance(points: Points) -> float:
     """Median distance between two points of the same kind, from an evenly spaced sample of them; 0 if all are alike."""
-    found = []
+    distances_of_kinds = []
     for kind in points.kind.unique():
-        own = _where(points.kind == kind)
-        rows = points.rows[own[:: -(-len(own) // _SAMPLE)]].double()
+        numbers = _where(points.kind == kind)
+        rows = points.rows[numbers[:: -(-len(numbers) // _SAMPLE)]].double()
         distances = torch.nn.functional.pdist(rows)
-        found.append(distances[distances > resolution(points)])
-    distances = torch.cat(found)
+        distances_of_kinds.append(distances[distances > resolution(points)])
+    distances = torch.cat(distances_of_kinds)
     return float(distances.median()) if len(distances) else 0.0
 
 
 def resolution(points: Points) -> float:
-    """Distances that are not larger than this are those of a point from itself."""
+    """Largest distance that rounding errors may give between equal points."""
     return _ROUNDING * _mean_square(points.rows) ** 0.5
 
 
 def nearest_of(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """(n,) squared distance of each row to the nearest centre, and which that is."""
+    """(n,) squared distance of each row to the nearest centre, and (n,) index of that centre."""
     rows, centres = rows.double(), centres.double()
     if len(centres) == 1:
         place = torch.zeros(len(rows), dtype=torch.long)
     else:
         middle = centres.mean(0)
         place = torch.cdist(rows - middle, centres - middle).argmin(1)
-    # cdist takes the difference of large squares, which loses the digits of what is close.
+    # cdist takes differences of large squares, which loses the digits of small distances.
     return (rows - centres[place]).square().sum(1), place
 
 
 def _first_of_its_kind(space: Space, is_open: Tensor) -> int | None:
-    """The open point of largest norm among those that have no known point of their kind; None where all have one."""
+    """The open point of largest norm among those that have no known point of their kind; None if all have one."""
     alone = is_open & (space.centre < 0)
     if not bool(alone.any()):
         return None
@@ -332,7 +335,7 @@ def _first_of_its_kind(space: Space, is_open: Tensor) -> int | None:
 
 
 def _argmax(values: Tensor, among: Tensor) -> int:
-    """The first place of the largest of some values."""
+    """Index of the largest value among some of them; the first one if there are several."""
     numbers = _where(among)
     return int(numbers[values[numbers].argmax()])
 
@@ -343,5 +346,5 @@ def _where(mask: Tensor) -> Tensor:
 
 def _mean_square(rows: Tensor) -> float:
     """Mean of ‖row‖²."""
-    total = sum(float(some.double().square().sum()) for some in rows.split(max(1, _CHUNK // rows.shape[1])))
+    total = sum(float(chunk.double().square().sum()) for chunk in rows.split(max(1, _CHUNK // rows.shape[1])))
     return total / len(rows)

@@ -1,1 +1,1 @@
-"""Frames on their way through a potential: the one loop that batches, evaluates and survives a full device."""
+"""Frames on their way through a potential: one loop batches and evaluates them and survives full device memory."""

@@ -1,4 +1,4 @@
-"""Labelled frames → this rank's forward passes, each with its targets."""
+"""Turns labelled frames into this rank's forward passes, each with its targets."""
 
 from collections.abc import Iterator, Sequence
 
@@ -21,10 +21,10 @@ class LabelledStream:
     Args:
         backend: The potential.
         frames: Frames of all ranks.
-        communicator: Decides which batches are this rank's.
-        batch_atoms: Most atoms of a batch.
-        forces: Whether the potential's forces are wanted, or features and energies alone.
-        gradients: Whether `ForwardPass.gradients` are wanted.
+        communicator: Decides which batches belong to this rank.
+        batch_atoms: Largest number of atoms in a batch.
+        forces: Whether the potential's forces are needed, or only features and energies.
+        gradients: Whether `ForwardPass.gradients` are needed.
         keys: Names of the labels, as in `labels_of`.
         title: Title of the progress bar; empty for none.
 
@@ -61,7 +61,7 @@ class LabelledStream:
 
 
 def predicted_forces(backend: Backend, frames: Sequence[Atoms], batch_atoms: int) -> np.ndarray:
-    """(n_atoms, 3) eV/Å, of all frames one after the other.
+    """(n_atoms, 3) forces of all frames, one frame after the other, eV/Å.
 
     Raises:
         InputError: The potential cannot evaluate a frame.
@@ -76,7 +76,13 @@ def _forces(forward_pass: ForwardPass) -> np.ndarray:
 
 
 def targets_of(labels: Sequence[Labels], forward_pass: ForwardPass, first: int = 0) -> Targets:
-    """Reference values of a batch whose first frame is number `first`, as float64 tensors beside its forward pass."""
+    """Reference values of a batch as float64 tensors on the device of its forward pass.
+
+    Args:
+        labels: Labels of each frame.
+        forward_pass: Forward pass of the batch.
+        first: Number of its first frame.
+    """
     counts = forward_pass.n_atoms_of_frame.tolist()
     return Targets(
         frames=torch.arange(first, first + len(counts), device=forward_pass.energy.device),
@@ -89,7 +95,7 @@ def targets_of(labels: Sequence[Labels], forward_pass: ForwardPass, first: int =
 def _joined(
     values: Sequence[np.ndarray | float | None], shapes: Sequence[tuple[int, ...]], forward_pass: ForwardPass
 ) -> Tensor | None:
-    """One tensor of all frames' values, NaN for those without; None where all are without."""
+    """One tensor with the values of all frames, NaN for frames without a value; None if no frame has one."""
     if all(value is None for value in values):
         return None
     filled = [np.full(shape, np.nan if v is None else v) for v, shape in zip(values, shapes, strict=True)]

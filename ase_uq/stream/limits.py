@@ -1,18 +1,18 @@
-"""How much is evaluated together."""
+"""The size of the batches that are evaluated."""
 
 import math
 
 
 class BatchLimit:
-    """How much is evaluated together: halved where the device runs out of memory, and carefully grown back.
+    """The largest allowed batch: halved if the device runs out of memory, and carefully grown back.
 
     Args:
-        n_atoms: Most atoms of a batch at the start, and the most it ever grows to.
-        n_edges: The same of edges, for dense structures have many more of them; by default 60 for each atom.
+        n_atoms: Largest number of atoms in a batch at the start, which later limits do not exceed.
+        n_edges: The same for edges, of which dense structures have many more; by default 60 per atom.
 
     Attributes:
-        n_atoms: Most atoms now.
-        n_edges: Most edges now.
+        n_atoms: Largest number of atoms now.
+        n_edges: Largest number of edges now.
     """
 
     _PATIENCE = 20  # batches that must fit before a larger one is tried
@@ -34,25 +34,25 @@ class BatchLimit:
 
     @property
     def is_reduced(self) -> bool:
-        """Whether it is lower than at the start."""
+        """Whether the limit is lower than at the start."""
         return self._scale < 1
 
     def fits(self, n_atoms: float, n_edges: float) -> bool:
-        """Whether so many may be evaluated together."""
+        """Whether a batch of this size may be evaluated."""
         return n_atoms <= self.n_atoms and n_edges <= self.n_edges
 
     def halve(self, n_atoms: float, n_edges: float) -> None:
-        """After a batch of this size did not fit: from now on half of it."""
+        """Sets the limit to half of a batch that did not fit."""
         size = min(self._scale, max(n_atoms / self._most[0], n_edges / self._most[1]))
         self._failed, self._scale, self._successes = size, size / 2, 0
 
     def count_success(self) -> None:
-        """After a batch that fitted; many of them in a row let the next ones be larger, short of what failed."""
+        """Counts a batch that fitted; after many in a row the limit grows, but stays below the size that failed."""
         self._successes += 1
         if self._scale == 1 or self._successes < self._PATIENCE:
             return
         if self._scale * self._GROWTH > 0.9 * self._failed:
-            # Just below what failed it stays, until much has gone well: another process may have left the device.
+            # Just below that size it stays until many more fitted: another process may have left the device by then.
             if self._successes < 10 * self._PATIENCE:
                 return
             self._failed = math.inf

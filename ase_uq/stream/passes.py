@@ -1,7 +1,7 @@
-"""The one loop over frames: batched by atoms and edges, collated ahead, evaluated, and shrunk on a full device.
+"""The one loop over frames: it batches by atoms and edges, collates ahead, evaluates, and halves what does not fit.
 
-Fits, evaluations, scores, selections, the latent map and the report all take frames through a potential here. None of
-them is ended by a device that is too small for a batch, and each learns which frames cannot be used, and why.
+Fits, evaluations, scores, selections, the latent map and the report all evaluate their frames here. None of them fails
+because a batch does not fit into the device's memory, and each learns which frames cannot be used, and why.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -28,7 +28,7 @@ class Pass[T]:
     Args:
         numbers: Numbers of the frames in their source.
         frames: Structures.
-        value: What `use` made of their forward pass.
+        value: What `use` returned for their forward pass.
     """
 
     numbers: list[int]
@@ -42,8 +42,8 @@ class LeftOut:
 
     Args:
         number: Number of the frame in its source.
-        reason: What is wrong with it, for people.
-        n_atoms: Atoms of the frame; 0 where it cannot be read.
+        reason: What is wrong with it, in words.
+        n_atoms: Number of its atoms; 0 if it cannot be read.
     """
 
     number: int
@@ -67,22 +67,26 @@ def passes[T](
     """Evaluates this rank's frames, in their order.
 
     A batch that does not fit into the device's memory is halved, and the next ones are smaller; later they grow again.
-    A batch with a frame that is refused is halved until that frame stands alone. A frame that is left out comes before
-    the first batch that reaches beyond it.
+    A batch with a refused frame is halved until that frame is alone. A frame that is left out is yielded before the
+    first batch with a later frame.
 
     Args:
         backend: The potential.
         source: Frames of all ranks.
-        use: What is wanted of a forward pass. It is called again for parts of a batch that did not fit, so it must
-            remember nothing; it may raise `InputError` to refuse a frame. The forward pass is freed before the next.
-        batch_atoms: Most atoms evaluated together, and sixty times as many edges.
-        start: Number of the first frame that is wanted.
-        forces: Whether forces and stress are wanted.
-        gradients: Whether `ForwardPass.gradients` are wanted. A derivative of one structure runs through the graph of
+        use: Takes what is needed from a forward pass. It is called again for parts of a batch that did not fit, so
+            it must keep no state; it may raise `InputError` to refuse a frame. The forward pass is freed before the
+            next one.
+        batch_atoms: Largest number of atoms evaluated together; the limit for edges is sixty times as high.
+        start: Number of the first frame to evaluate.
+        forces: Whether forces and stress are needed.
+        gradients: Whether `ForwardPass.gradients` are needed. A derivative of one structure runs through the graph of
             its whole batch, so each structure is then evaluated alone.
-        communicator: Decides which frames are this rank's; one process by default.
-        n_workers: Processes that parse and collate beside the device.
+        communicator: Decides which frames belong to this rank; one process by default.
+        n_workers: Number of processes that parse and collate while the device evaluates; 0 for none.
         title: Title of the progress bar; empty for none.
+
+    Yields:
+        The batches that were evaluated, and the frames that were left out.
 
     Raises:
         InputError: A single frame does not fit into the device's memory.
@@ -110,10 +114,10 @@ def passes[T](
 
 
 def complete[T](events: Iterable[Pass[T] | LeftOut]) -> Iterator[Pass[T]]:
-    """The passes, where no frame may be left out.
+    """The passes alone, if no frame may be left out.
 
     Raises:
-        InputError: One was.
+        InputError: A frame was left out.
     """
     for event in events:
         if isinstance(event, LeftOut):
@@ -123,7 +127,7 @@ def complete[T](events: Iterable[Pass[T] | LeftOut]) -> Iterator[Pass[T]]:
 
 @dataclass(frozen=True)
 class _Loop[T]:
-    """What evaluates prepared batches, in parts where they do not fit."""
+    """Evaluates prepared batches, in parts if they do not fit."""
 
     backend: Backend
     use: Callable[[ForwardPass], T]
@@ -170,7 +174,7 @@ class _Loop[T]:
         if len(frames) == 1:
             raise InputError(
                 f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
-                f"{self.backend.device}. Go on on a device with more."
+                f"{self.backend.device}. Use a device with more memory."
             )
         self.limit.halve(*self._size(frames))
         if self.backend.device.type == "cuda":
@@ -182,6 +186,6 @@ class _Loop[T]:
 
 
 def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:
-    """The second half and the first: the last is taken next."""
+    """The second half, then the first: the last entry is taken next."""
     middle = len(frames) // 2
     return [(numbers[middle:], frames[middle:], None), (numbers[:middle], frames[:middle], None)]

@@ -1,4 +1,4 @@
-"""Frames on their way to the device: parsed, counted, checked and collated beside it, in a thread or in processes."""
+"""Prepares frames while the device evaluates: a thread or processes parse, count, check and collate them."""
 
 import os
 import signal
@@ -30,15 +30,15 @@ _Chunk = list[tuple[int, Item]]
 
 @dataclass
 class Prepared:
-    """Frames to be evaluated together, and those among them that cannot be read.
+    """Frames to be evaluated together, and the frames between them that cannot be read.
 
     Args:
-        numbers: Of the frames in the source.
+        numbers: Numbers of the frames in the source.
         frames: Structures.
         unreadable: Number of each frame that could not be read, and why.
-        n_atoms: Atoms of all frames.
-        n_edges: About how many neighbours they have; see `count_edges`.
-        data: What the collator made of the frames; None where that is left to the potential.
+        n_atoms: Number of atoms in all frames.
+        n_edges: Approximate number of neighbours of all atoms; see `count_edges`.
+        data: What the collator returned for the frames; None if collating is left to the potential.
     """
 
     numbers: list[int] = field(default_factory=list)
@@ -50,18 +50,18 @@ class Prepared:
 
 
 class Preparation:
-    """Makes batches ahead of the device, in order; a context manager.
+    """Prepares batches ahead of the device, in order; a context manager.
 
-    A thread reads. It also parses and counts, until worker processes have started, which takes seconds; from then on
-    they do, and collate as well. Should one of them die, the thread goes on alone.
+    A thread reads. It also parses and counts until worker processes have started, which takes seconds; from then on
+    they do so, and collate as well. If one of them dies, the thread goes on alone.
 
     Args:
         items: Frames and their numbers, parsed or not.
-        limit: How much is evaluated together.
-        cutoff: Of the potential's neighbours, Å.
-        collator: The potential's; None leaves collating to it.
-        n_workers: Processes beside this one; 0 for none.
-        communicator: Decides which chunks of the items are this rank's; one process by default.
+        limit: Largest allowed batch.
+        cutoff: Cutoff of the potential's neighbours, Å.
+        collator: Collator of the potential; None leaves collating to the potential.
+        n_workers: Number of worker processes; 0 for none.
+        communicator: Decides which chunks of the items belong to this rank; one process by default.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Preparation:
         n_workers: int = 0,
         communicator: Communicator | None = None,
     ) -> None:
-        # Cut to the size of the start, however small batches become: all ranks must cut alike.
+        # Chunks keep the size of the start, however small batches become, because all ranks must cut alike.
         self._chunks = shard(chunks_of(items, limit.n_atoms), communicator or Serial())
         self._limit, self._cutoff, self._collator, self._n_workers = limit, cutoff, collator, n_workers
         self._open = ExitStack()
@@ -85,7 +85,7 @@ class Preparation:
                 n_workers, initializer=_begin_worker, initargs=(os.getpid(),), env={"OMP_NUM_THREADS": "1"}
             )
             self._open.callback(self._processes.shutdown, wait=True, kill_workers=True)
-            # What unpickles the collator has imported the potential's package.
+            # A process that unpickles the collator has imported the potential's package.
             self._starting = [self._processes.submit(_started, collator) for _ in range(n_workers)]
         self._thread = ThreadPoolExecutor(1, "frames of ase_uq")
         self._open.callback(self._thread.shutdown, wait=True, cancel_futures=True)
@@ -106,11 +106,11 @@ class Preparation:
         return self._processes is not None and all(future.done() for future in self._starting)
 
     def _next(self) -> tuple[_Chunk | None, "list[Prepared] | Future[list[Prepared]] | None"]:
-        """The next chunk, and its batches or who is making them."""
+        """The next chunk, and its batches or the future that gives them; None and None at the end."""
         chunk = next(self._chunks, None)
         if chunk is None:
             return None, None
-        processes = self._processes  # the other thread may give them up at any time
+        processes = self._processes  # the other thread may drop the processes at any time
         if processes is not None and self._has_started():
             try:
                 return chunk, processes.submit(prepare, _portable(chunk), *self._how(), self._collator)
@@ -126,7 +126,7 @@ class Preparation:
             return work
         try:
             return work.result()
-        except Exception as error:  # a process was killed, or frames hold what cannot be sent to one
+        except Exception as error:  # a process was killed, or frames cannot be pickled
             self._go_on_alone(error)
             return prepare(chunk, *self._how())
 
@@ -149,12 +149,12 @@ class Preparation:
 
 
 def chunks_of(items: Iterable[tuple[int, Item]], n_atoms: float) -> Iterator[_Chunk]:
-    """Consecutive items of at most so many atoms; a larger one stands alone."""
+    """Cuts items into consecutive chunks of at most `n_atoms` atoms; a larger item is a chunk of its own."""
     chunk: _Chunk = []
     filled = 0
     for number, item in items:
         size = 0 if isinstance(item, Unreadable) else item.n_atoms if isinstance(item, Unparsed) else len(item)
-        size = max(1, size)  # however many have no atoms, a chunk of them ends
+        size = max(1, size)  # ends a chunk even if its items have no atoms
         if chunk and filled + size > n_atoms:
             yield chunk
             chunk, filled = [], 0
@@ -167,14 +167,14 @@ def chunks_of(items: Iterable[tuple[int, Item]], n_atoms: float) -> Iterator[_Ch
 def prepare(
     chunk: _Chunk, n_atoms: float, n_edges: float, cutoff: float, collator: Collator | None = None
 ) -> list[Prepared]:
-    """Batches of a chunk: one, or more where its structures are dense.
+    """Batches of a chunk: one, or more if its structures are dense.
 
     Args:
         chunk: Frames and their numbers.
-        n_atoms: Most atoms of a batch.
-        n_edges: Most edges of a batch.
-        cutoff: Of the potential's neighbours, Å.
-        collator: The potential's; None leaves collating to it, as do structures that it refuses.
+        n_atoms: Largest number of atoms in a batch.
+        n_edges: Largest number of edges in a batch.
+        cutoff: Cutoff of the potential's neighbours, Å.
+        collator: Collator of the potential; None leaves collating to the potential, as for batches that it refuses.
     """
     batch = Prepared()
     batches = [batch]
@@ -200,20 +200,20 @@ def prepare(
 def _collated(frames: Sequence[Atoms], collator: Collator) -> Any:
     try:
         return collator(frames) if frames else None
-    except InputError:  # the potential will find out which one it is
+    except InputError:  # the potential will find out which structure is refused
         return None
 
 
 def count_edges(atoms: Atoms, cutoff: float) -> float:
-    """About how many neighbours closer than the cutoff (Å) all atoms have together, without a neighbour list.
+    """Approximate number of neighbours within the cutoff (Å), summed over all atoms, without a neighbour list.
 
-    Exact without periodic boundaries; with them it is what the mean density of the cell gives, if that is more.
+    Exact without periodic boundaries. With them, what the mean density of the cell gives, N²/V·(4/3)πr³, if larger.
     """
     if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
         return 0.0  # the potential will refuse it
     if not np.isfinite(cutoff):
         return float(len(atoms)) ** 2
-    if len(atoms) < 200:  # a tree takes longer to build
+    if len(atoms) < 200:  # building a tree would take longer
         n_open = 2.0 * np.count_nonzero(pdist(atoms.positions) < cutoff)
     else:
         tree = KDTree(atoms.positions)
@@ -227,7 +227,7 @@ def count_edges(atoms: Atoms, cutoff: float) -> float:
 
 
 def _portable(chunk: _Chunk) -> _Chunk:
-    """Without calculators, which may hold a potential."""
+    """The chunk without calculators, which may hold a potential."""
     return [(number, item.copy() if isinstance(item, Atoms) else item) for number, item in chunk]
 
 
@@ -238,11 +238,11 @@ def _begin_worker(parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process after its parent, which may be killed without a word."""
+    """Ends this process after its parent, which may be killed without notice."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def _started(collator: Collator | None) -> None:
-    """Nothing: the argument is what matters."""
+    """Does nothing: unpickling the argument is what matters."""

@@ -319,5 +319,5 @@ def test_unknown_loader():
 def test_missing_checkpoint_and_missing_file():
     with pytest.raises(FileNotFoundError, match=r"there is no orb checkpoint my\.ckpt"):
         load_backend("orb:orb_v3_direct_20_omat@my.ckpt")
-    with pytest.raises(ArtefactError, match=r"my\.safetensors is no file that exists"):
+    with pytest.raises(ArtefactError, match=r"there is no file my\.safetensors"):
         load_backend("orb:my.safetensors")

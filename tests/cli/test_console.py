@@ -44,7 +44,7 @@ def test_main_exits_with_the_code(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_:
         main(["info", "nothing.safetensors"])
     assert exit_.value.code == 1
-    assert capsys.readouterr().err == "error: nothing.safetensors is no file that exists.\n"
+    assert capsys.readouterr().err == "error: there is no file nothing.safetensors.\n"
 
 
 def failing_app(error: Exception) -> typer.Typer:

@@ -9,6 +9,6 @@ def test_info_is_the_summary(run, files):
 
 def test_what_is_no_uncertainty_model(run, files):
     missing, other = run("info", "no.safetensors"), run("info", files.train)
-    assert (missing.exit_code, missing.stderr) == (1, "error: no.safetensors is no file that exists.\n")
+    assert (missing.exit_code, missing.stderr) == (1, "error: there is no file no.safetensors.\n")
     assert other.exit_code == 1
     assert "An ase_uq uncertainty model was expected" in other.stderr

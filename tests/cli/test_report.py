@@ -171,7 +171,7 @@ def test_bad_files(tell, tmp_path):
     for settings, part in (
         ({"frames": "no.xyz"}, "there is no file no.xyz"),
         ({"frames": "empty.xyz"}, "empty.xyz is empty"),
-        ({"uq": ("--uq", "no.uq")}, "no.uq is no file that exists"),
+        ({"uq": ("--uq", "no.uq")}, "there is no file no.uq"),
         ({"uq": ("--uq", "half.uq")}, "half.uq cannot be read as safetensors"),
     ):
         result = tell(**settings)

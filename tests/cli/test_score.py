@@ -87,7 +87,7 @@ def test_what_was_interrupted_goes_on_with_the_same_command(score, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     result = score("--batch-atoms", 27)
     assert result.exit_code == 0
-    assert "of them were there from an interrupted run" in result.stdout
+    assert "frames were scored by an interrupted run" in result.stdout
     assert [atoms.info["source_frame"] for atoms in read("out.xyz", ":")] == list(range(25))
     assert [path.name for path in tmp_path.iterdir()] == ["out.xyz"]
 

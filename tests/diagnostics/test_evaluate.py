@@ -306,12 +306,12 @@ def test_energies_without_an_energy_uncertainty(predictor, model, frames):
 
 def test_bad_labels_are_named(predictor, frames):
     frames[7].arrays["REF_forces"][0, 0] = np.nan
-    with pytest.raises(LabelError, match="test frame 7 has a reference forces that is not finite"):
+    with pytest.raises(LabelError, match="test frame 7 has non-finite values in its reference forces"):
         evaluate(predictor, frames)
     del frames[7].arrays["REF_forces"]
     frames[7].info["REF_forces"] = np.zeros(3)
     frames[3].info["REF_energy"] = np.inf
-    with pytest.raises(LabelError, match="test frame 3 has a reference energy that is not finite"):
+    with pytest.raises(LabelError, match="test frame 3 has non-finite values in its reference energy"):
         evaluate(predictor, frames)
 
 

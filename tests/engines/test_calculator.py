@@ -221,7 +221,7 @@ class TestConstruction:
             UncertainCalculator(ToyCalculator(ELEMENTS, seed=3), model)
 
     def test_a_missing_file_is_refused(self, tmp_path: Path):
-        with pytest.raises(ArtefactError, match="is no file that exists"):
+        with pytest.raises(ArtefactError, match="there is no file"):
             UncertainCalculator(ToyCalculator(ELEMENTS), tmp_path / "nowhere")
 
     def test_a_calculator_that_no_backend_knows_is_refused(self, model: UncertaintyModel):

@@ -618,13 +618,15 @@ class TestRefusals:
             train[4].arrays["REF_forces"][1, 2] = value
         else:
             train[4].info["REF_stress"] = np.array([0, 0, value, 0, 0, 0])
-        with pytest.raises(LabelError, match=f"training frame 4 has a reference {kind} that is not finite"):
+        with pytest.raises(LabelError, match=f"training frame 4 has non-finite values in its reference {kind}"):
             quick(calculator, train, held_out)
 
     def test_forces_of_another_shape(self, calculator, train, held_out):
         held_out[2].arrays["REF_forces"] = held_out[2].arrays["REF_forces"][:, :2]
         n_atoms = len(held_out[2])
-        expected = f"calibration frame 2 has forces of shape ({n_atoms}, 2), its {n_atoms} atoms want ({n_atoms}, 3)"
+        expected = (
+            f"calibration frame 2 has forces of shape ({n_atoms}, 2), but its {n_atoms} atoms need ({n_atoms}, 3)"
+        )
         with pytest.raises(LabelError, match=re.escape(expected)):
             quick(calculator, train, held_out)
 

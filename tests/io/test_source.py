@@ -138,7 +138,7 @@ def lines(tmp_path: Path) -> list[str]:
         (lambda lines: [*lines[:24], "Na 0.1 0.2\n", *lines[25:]], [0, 1, 3, 4], {2: "tuple of length 3"}),
         (lambda lines: [*lines[:24], "Qq 0.1 0.2 0.3\n", *lines[25:]], [0, 1, 3, 4], {2: "KeyError"}),
         (lambda lines: [*lines[:20], "\n", *lines[20:], "\n", "\n"], [0, 1, 2, 3, 4], {}),
-        (lambda lines: [*lines[:20], "7\n", *lines[21:]], [0, 1, 3, 4], {2: "it has 8 lines of atoms, and says that"}),
+        (lambda lines: [*lines[:20], "7\n", *lines[21:]], [0, 1, 3, 4], {2: "8 lines of atoms, but its first line"}),
     ],
 )
 def test_a_damaged_frame_costs_no_other(tmp_path: Path, lines: list[str], edit, kept: list[int], bad: dict[int, str]):

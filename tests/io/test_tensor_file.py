@@ -108,11 +108,11 @@ class TestNoCode:
 
 class TestRefusals:
     def test_a_missing_file(self, tmp_path: Path):
-        with pytest.raises(ArtefactError, match=r"missing\.safetensors is no file that exists"):
+        with pytest.raises(ArtefactError, match=r"there is no file .*missing\.safetensors"):
             read_tensor_file(tmp_path / "missing.safetensors", KIND, 1)
 
     def test_a_folder(self, tmp_path: Path):
-        with pytest.raises(ArtefactError, match="is no file that exists"):
+        with pytest.raises(ArtefactError, match="there is no file"):
             read_tensor_file(tmp_path, KIND, 1)
 
     def test_another_kind(self, path: Path):

@@ -329,7 +329,7 @@ def test_what_is_there_is_not_scored_again(source: Path, uq: Path, out: Path, mo
     scored = score(source, "toy:", uq, out=out, batch_atoms=20, progress=False)
     assert (scored.n_resumed, len(numbers)) == (done, 20 - done)
     assert out.read_text().startswith(before)
-    assert f"{done} of them were there from an interrupted run" in scored.summary()
+    assert f"{done} frames were scored by an interrupted run" in scored.summary()
     assert_scored(out, source, uq)
 
 
@@ -581,10 +581,10 @@ def test_not_a_number_is_the_worst(out: Path):
 @pytest.mark.parametrize(
     ("out_name", "csv_name", "message"),
     [
-        ("in.xyz", None, "in.xyz is read from: it would be overwritten"),
-        ("out.xyz", "in.xyz", "in.xyz is read from: it would be overwritten"),
-        ("out.xyz", "out.xyz", "out.xyz is two of the outputs: it would be overwritten"),
-        ("link.xyz", None, "link.xyz is read from: it would be overwritten"),
+        ("in.xyz", None, "in.xyz is the input: it would be overwritten"),
+        ("out.xyz", "in.xyz", "in.xyz is the input: it would be overwritten"),
+        ("out.xyz", "out.xyz", "out.xyz is given for two outputs: it would be overwritten"),
+        ("link.xyz", None, "link.xyz is the input: it would be overwritten"),
     ],
 )
 def test_outputs_do_not_overwrite_what_is_read_or_each_other(

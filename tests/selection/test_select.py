@@ -246,11 +246,11 @@ class TestRefusals:
         [
             ({"n": 41}, "41 frames were asked for and the pool has 40. Ask for fewer, or label all of them"),
             ({"n": 0}, "0 frames were asked for; 1 or more was expected"),
-            ({"strategy": "best"}, "strategy is one of 'lcmd', 'maxdet', .*, not 'best'"),
-            ({"per": "atom"}, "per is one of 'structure', 'environment', not 'atom'"),
+            ({"strategy": "best"}, "strategy must be one of 'lcmd', 'maxdet', .*, not 'best'"),
+            ({"per": "atom"}, "per must be one of 'structure', 'environment', not 'atom'"),
             ({"strategy": "bands", "flag": 0.1}, "chooses between two thresholds: give flag and halt"),
             ({"flag": 0.5, "halt": 0.5}, "flag is 0.5 eV/Å and halt is 0.5 eV/Å, so no frame lies between"),
-            ({"duplicates": 1.0}, "duplicates is a share of the typical distance from 0 to below 1, not 1.0"),
+            ({"duplicates": 1.0}, "duplicates must be a share of the typical distance from 0 to below 1, not 1.0"),
             ({"strategy": "maxdet", "noise": -1.0}, "the noise is -1.0; a number above 0 was expected"),
         ],
     )

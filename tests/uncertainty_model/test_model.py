@@ -327,7 +327,7 @@ class TestDamage:
                 UncertaintyModel.load(tmp_path / name)
 
     def test_a_missing_file_is_named(self, tmp_path: Path):
-        with pytest.raises(ArtefactError, match=r"nowhere\.uq\.safetensors is no file that exists"):
+        with pytest.raises(ArtefactError, match=r"there is no file .*nowhere\.uq\.safetensors"):
             UncertaintyModel.load(tmp_path / "nowhere.uq.safetensors")
 
     def test_a_method_that_is_not_installed_is_named(self, model: UncertaintyModel, tmp_path: Path):
