@@ -657,7 +657,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
 
 def test_a_patience_in_a_relaxation_is_refused(model: UncertainModel):
     monitor = ReplicaMonitor(model, halt=0.5, patience=10)
-    with pytest.raises(ValueError, match="waits in fs of simulated time, and an optimiser has none"):
+    with pytest.raises(ValueError, match="waits for simulated time in fs, and an optimiser has none"):
         monitor.optimize(copies(1), optimizer=ts.Optimizer.fire)
 
 
