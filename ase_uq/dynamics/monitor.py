@@ -31,9 +31,9 @@ class UncertaintyMonitor:
         dyn.attach(UncertaintyMonitor(dyn, halt=0.5, flag=0.3, frames="flagged.xyz"))
 
     At each step it takes the standard deviations of the forces that the calculator has just computed (without another
-    model call), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and gives it to the rules. The reading is
-    infinite if `gamma` of an atom is, because the uncertainty model has never seen its element. A reading at or above
-    a threshold reaches that level; NaN reaches both levels. Fixed atoms count like all others; leave them out with
+    model call), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and gives it to the rules. An atom of an
+    element that the uncertainty model has never seen, with infinite `gamma`, has infinite ε_i. A reading at or above a
+    threshold reaches that level; NaN reaches both levels. Fixed atoms count like all others; leave them out with
     `indices`.
 
     It works in every ASE molecular dynamics and optimiser, also on cell filters, with constraints, in a dimer, and on

@@ -184,8 +184,8 @@ class _Several(Rule):
 
     def _judgements(self, state: list | None, reading: float, time: float | None) -> tuple[list, list[bool]]:
         states = [None] * len(self.rules) if state is None else state
-        judged = [rule.judge(each, reading, time) for rule, each in zip(self.rules, states, strict=True)]
-        return [each for each, _ in judged], [triggered for _, triggered in judged]
+        judged = [rule.judge(before, reading, time) for rule, before in zip(self.rules, states, strict=True)]
+        return [after for after, _ in judged], [triggered for _, triggered in judged]
 
 
 class AnyOf(_Several):
