@@ -1,7 +1,7 @@
 """Actions: what happens when a level is reached.
 
-An action is any callable that takes one `Event`. Those here, and your own function, can be mixed in a list; they run
-in order, and an exception from one ends the run there.
+An action is any callable that takes one `Event`. The actions here and your own functions can be mixed in a list; they
+run in order, and an exception in one of them ends the run there.
 """
 
 import os
@@ -36,15 +36,15 @@ class Event:
 
     Args:
         level: `"ok"`, `"flag"` or `"halt"`.
-        step: Step number; it goes on where a restored run was left. The number of the calculation in a
-            `WatchedCalculator`, of the judged minimum in basin hopping.
+        step: Step number, which continues in a restored run. In a `WatchedCalculator` it is the number of the
+            calculation, in basin hopping that of the judged minimum.
         time_fs: Simulated time, fs; None in an optimiser.
-        reading: Reduced force uncertainty that triggered, or is nearest to its threshold, eV/Å; on a path that of the
-            worst image. NaN also where there is none: a monitor with only checks, or a step that skipped it.
-        threshold: Threshold of the same rule, eV/Å; NaN where a check triggered.
-        reason: What triggered, for people: the rule, the worst atom and its element, or the check; empty at `"ok"`.
-        atoms: The running structure itself, with its calculator; copy it to keep it. A copy with its results where
-            the calculator holds those of another structure by now.
+        reading: Reduced force uncertainty that triggered, or is nearest to its threshold, eV/Å; on a path, that of the
+            worst image. Also NaN if there is none: in a monitor with only checks, or at a step that skipped it.
+        threshold: Threshold of the same rule, eV/Å; NaN if a check triggered.
+        reason: What triggered, in words: the rule, the worst atom and its element, or the check; empty at `"ok"`.
+        atoms: The running structure itself, with its calculator; copy it to keep it. If the calculator already holds
+            the results of another structure, a copy with its own results.
         dynamics: The run; None in a `WatchedCalculator`.
         image: Number of the image on a path, from 1 for the first that moves; None without a path.
     """
@@ -65,15 +65,15 @@ Action = Callable[[Event], Any]
 
 @dataclass(frozen=True)
 class Halt:
-    """Ends the run at this step, which stays whole: `run()` goes on from it.
+    """Ends the run after this step is complete: `run()` goes on from it.
 
     Args:
         mode: `"raise"` raises `UncertaintyHalt` out of `run()`; `"stop"` lets `run()` return as if its steps were
-            done. What has a loop of its own that cannot be told to stop raises in either mode: SwitchLangevin,
-            BasinHopping, a NEBOptimizer with the method "static", and whatever uses a `WatchedCalculator`.
+            done. Loops that cannot be told to stop raise in either mode: SwitchLangevin, BasinHopping, a NEBOptimizer
+            with the method "static", and everything that uses a `WatchedCalculator`.
 
     Raises:
-        ValueError: Another mode.
+        ValueError: `mode` is neither of the two.
     """
 
     mode: Literal["raise", "stop"] = "raise"
@@ -85,18 +85,18 @@ class Halt:
     def __call__(self, event: Event) -> None:
         dynamics, error = event.dynamics, UncertaintyHalt
         if self.mode == "stop" and dynamics is not None:
-            # SciPy owns the loop of these; ASE gives this exception to leave it quietly.
+            # The loop of these is in SciPy; ASE has this exception to leave it quietly.
             if isinstance(dynamics, SciPyOptimizer | SciPyGradientlessOptimizer):
                 raise Converged
             if isinstance(dynamics, NEBOptimizer):
                 error = _EndOfODE
-            # Only a loop that never looks at max_steps can have run past it; basin hopping does not even count.
+            # Only a loop that ignores max_steps can have run past it; basin hopping does not even count steps.
             elif not isinstance(dynamics, BasinHopping) and dynamics.nsteps <= dynamics.max_steps:
                 dynamics.max_steps = dynamics.nsteps
                 return
         when = "" if event.time_fs is None else f" ({event.time_fs:.6g} fs)"
         if dynamics is None:
-            where, then = f"calculation {event.step}", "Its results stand: what asks for them again goes on"
+            where, then = f"calculation {event.step}", "Its results are kept: asking for them again does not halt"
         else:
             where, then = f"step {event.step}{when}", "run() goes on from this step"
         raise error(
@@ -108,19 +108,19 @@ class Halt:
 
 
 class _EndOfODE(UncertaintyHalt, OptimizerConvergenceError):
-    """The one exception that NEBOptimizer takes for a quiet end of its method "ode"; "static" lets it through."""
+    """The only exception that quietly ends NEBOptimizer's method "ode"; its method "static" lets it through."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Appends the frame to an extended XYZ file, on the disk before the run goes on.
+    """Appends the frame to an extended XYZ file; it is on the disk before the run goes on.
 
-    The frame carries every result, and `flag_reason`, `flag_level`, `flag_step`, `flag_time_fs` (not in an
+    The frame has every result, and `flag_reason`, `flag_level`, `flag_step`, `flag_time_fs` (not in an
     optimiser), `flag_image` (on a path), `flag_reading` and `flag_threshold` in its info. `REF_*` labels of the
-    structure that the run began with are left out: they are not this frame's.
+    structure that the run began with are left out, since they do not belong to this frame.
 
     Args:
-        path: File; what an earlier run left in it stays.
+        path: File to append to; the frames of earlier runs in it are kept.
 
     Raises:
         ValueError: The file cannot be written.
@@ -135,14 +135,14 @@ class Flag:
         write_frames(self.path, [_flagged(event, event.level, event.reason)], append=True)
 
     def before(self, events: Sequence[Event], alarm: Event) -> None:
-        """Appends the frames that led to an alarm, with `flag_level="before"` and what they were themselves."""
+        """Appends the frames that led to an alarm, with `flag_level="before"` and their own step and reading."""
         reason = f"before the {alarm.level} at step {alarm.step}"
         write_frames(self.path, [_flagged(event, "before", reason) for event in events], append=True)
 
 
 @dataclass(frozen=True)
 class Log:
-    """Writes one line of CSV an event: step, time in fs, reading in eV/Å, level.
+    """Writes one line of CSV per event: step, time in fs, reading in eV/Å, level.
 
     Args:
         target: File to append to, an open text stream, or `"-"` for standard output.
@@ -181,7 +181,7 @@ class Call:
     """Calls a function with the event.
 
     Args:
-        function: Takes the `Event`; what it returns is ignored.
+        function: Function of one `Event`; its return value is ignored.
 
     Raises:
         TypeError: `function` cannot be called.
@@ -198,7 +198,7 @@ class Call:
 
 
 def _flagged(event: Event, level: str, reason: str) -> Atoms:
-    """The frame of an event as it is written."""
+    """The frame of an event as it is written to the file."""
     frame = annotated(
         event.atoms,
         flag_reason=reason,

@@ -1,7 +1,7 @@
-"""Checks: what is wrong with a frame whatever its uncertainty says.
+"""Checks find frames that are wrong, whatever their uncertainty.
 
-Like rules they are pure: what a check must remember between two frames is a state that it is handed and hands back.
-A check that finds something says it in plain ASCII, since that goes into files that other programs read.
+Like rules they are pure: what a check must remember between two frames is a state that it receives and returns. Its
+messages are plain ASCII, since they go into files that other programs read.
 """
 
 import math
@@ -19,7 +19,7 @@ from ase.neighborlist import natural_cutoffs, neighbor_list
 # times and C-C over two bonds at 1.7 times, while thermal stretching stays within 1.2.
 _BONDED = 1.3
 
-# A window of fewer samples has no spread to speak of; a spread below this share of the energy (or of 1 eV) is rounding
+# A window of fewer samples has no meaningful spread; a spread below this share of the energy (or of 1 eV) is rounding
 # in single precision, or a relaxation that has come to rest.
 _FEWEST_SAMPLES = 20
 _ROUNDING = 1e-6
@@ -27,13 +27,13 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """What checks look at.
+    """One frame, as checks look at it.
 
     Args:
         atoms: The structure; never changed.
-        energy: eV; None where it is not known.
-        forces: (n_atoms, 3) eV/Å; None where they are not known.
-        time: Simulated time, fs; None where there is none, as in an optimiser.
+        energy: Energy, eV; None if unknown.
+        forces: (n_atoms, 3) forces, eV/Å; None if unknown.
+        time: Simulated time, fs; None if there is none, as in an optimiser.
     """
 
     atoms: Atoms
@@ -43,18 +43,18 @@ class Snapshot:
 
 
 class Check(ABC):
-    """Base of all checks. Subclasses are frozen dataclasses; a state is None at first and always JSON-able."""
+    """Base of all checks. Subclasses are frozen dataclasses; a state is None at first and always a JSON value."""
 
     @abstractmethod
     def inspect(self, state: Any, snapshot: Snapshot) -> tuple[Any, str]:
         """Inspects one frame; a pure function.
 
         Args:
-            state: What the frame before handed back; None at the first frame.
+            state: State that the frame before returned; None at the first frame.
             snapshot: The frame.
 
         Returns:
-            The state for the next frame, and what is wrong with this one, for people; empty where nothing is.
+            The state for the next frame, and what is wrong with this one, in words; empty if nothing is.
         """
 
 
@@ -64,27 +64,27 @@ class Finite(Check):
 
     def inspect(self, state: Any, snapshot: Snapshot) -> tuple[None, str]:
         atoms, energy = snapshot.atoms, snapshot.energy
-        found = [_not_finite("position", atoms.positions, atoms)]
+        complaints = [_not_finite("position", atoms.positions, atoms)]
         if energy is not None and not math.isfinite(energy):
-            found.append(f"energy is {energy:g} eV")
+            complaints.append(f"energy is {energy:g} eV")
         if snapshot.forces is not None:
-            found.append(_not_finite("force", snapshot.forces, atoms))
-        return None, "; ".join(filter(None, found))
+            complaints.append(_not_finite("force", snapshot.forces, atoms))
+        return None, "; ".join(filter(None, complaints))
 
 
 @dataclass(frozen=True)
 class MaxTemperature(Check):
     """Finds a kinetic temperature above a limit.
 
-    The temperature of a single frame fluctuates by sqrt(2/f) of itself, with f degrees of freedom: 11 % for 83 atoms,
-    a third for 7. Leave room for six times that: little more than the thermostat for a large cell, three times it
-    for a small molecule. Atoms that cannot move have no temperature and are never found.
+    The temperature of a single frame fluctuates by sqrt(2/f) of itself, with f degrees of freedom: 9 % for 83 atoms,
+    a third for 7. Leave room for six times that: a limit little above the thermostat's temperature for a large cell,
+    three times it for a small molecule. Atoms that cannot move have no temperature, so they pass.
 
     Args:
         kelvin: The limit, K.
 
     Raises:
-        ValueError: It is not positive.
+        ValueError: `kelvin` is not positive.
     """
 
     kelvin: float
@@ -110,9 +110,9 @@ class Bonds(Check):
     liquid do, give `longest=math.inf` to look for fused atoms alone.
 
     Args:
-        longest: A bond is broken when longer than this many times its first length; above 1.
+        longest: A bond is broken when longer than this many times its length in the first frame; above 1.
         shortest: Two atoms are fused when closer than this many times the sum of their covalent radii, unless they
-            were in the first frame; between 0 and 1.
+            were that close in the first frame; between 0 and 1.
 
     Raises:
         ValueError: A parameter is outside its range.
@@ -123,9 +123,11 @@ class Bonds(Check):
 
     def __post_init__(self) -> None:
         if not self.longest > 1:
-            raise ValueError(f"longest is above 1, in first lengths of a bond, not {self.longest!r}.")
+            raise ValueError(f"longest is above 1, in units of the first length of a bond, not {self.longest!r}.")
         if not 0 < self.shortest < 1:
-            raise ValueError(f"shortest lies between 0 and 1, in sums of covalent radii, not at {self.shortest!r}.")
+            raise ValueError(
+                f"shortest lies between 0 and 1, in units of the sum of covalent radii, not at {self.shortest!r}."
+            )
 
     def inspect(self, state: dict[str, list] | None, snapshot: Snapshot) -> tuple[dict[str, list] | None, str]:
         atoms = snapshot.atoms
@@ -137,8 +139,8 @@ class Bonds(Check):
             bonds = [[i, j, length] for (i, j), length in pairs.items() if i != j]
             return {"bonds": bonds, "close": [list(pair) for pair in close]}, ""
         fused = {pair: length for pair, length in close.items() if list(pair) not in state["close"]}
-        found = [self._broken(state["bonds"], atoms), self._fused(fused, atoms)]
-        return state, "; ".join(filter(None, found))
+        complaints = [self._broken(state["bonds"], atoms), self._fused(fused, atoms)]
+        return state, "; ".join(filter(None, complaints))
 
     def _broken(self, bonds: Sequence[Sequence[float]], atoms: Atoms) -> str:
         if not bonds:
@@ -146,7 +148,7 @@ class Bonds(Check):
         table = np.asarray(bonds, float)
         pairs, first = table[:, :2].astype(int), table[:, 2]
         vectors = atoms.positions[pairs[:, 1]] - atoms.positions[pairs[:, 0]]
-        _, lengths = find_mic(vectors, atoms.cell, cast(Any, atoms.pbc))  # ASE's annotation knows one bool only
+        _, lengths = find_mic(vectors, atoms.cell, cast(Any, atoms.pbc))  # ASE's annotation allows only one bool
         ratios = lengths / first
         n_broken = int(np.count_nonzero(ratios > self.longest))
         if not n_broken:
@@ -176,13 +178,13 @@ class EnergySpike(Check):
 
     The potential energy per atom is compared with mean and standard deviation of the window of samples before it; the
     sample itself is not among them, since it would widen the spread that it is measured with. Nothing is found before
-    there are 20 samples. A deviation below a millionth of the energy counts as that much, which is rounding. A jump
-    enters the window like any other sample, so an energy that stays at its new level is found once.
+    there are 20 samples. A standard deviation below a millionth of the energy is rounding and counts as that much. A
+    jump enters the window like any other sample, so an energy that stays at its new level is found once.
 
     Args:
-        sd: Standard deviations from the mean from which on it is a jump.
-        window: Samples that are looked back on, at least 20.
-        rises_only: Let falls pass, as a relaxation wants them.
+        sd: Distance from the mean, in standard deviations, at or above which it is a jump.
+        window: Number of samples to look back on, at least 20.
+        rises_only: Whether to ignore falls, which a relaxation should have.
 
     Raises:
         ValueError: `sd` is not positive, or `window` is below 20.
@@ -205,7 +207,7 @@ class EnergySpike(Check):
             return before, ""
         energy = snapshot.energy / len(snapshot.atoms)
         if not math.isfinite(energy):
-            # Not kept: it would hide all that comes after it.
+            # Not kept in the window, where it would hide all later jumps.
             return before, f"energy is {snapshot.energy:g} eV"
         after = [*before, energy][-self.window :]
         if len(before) < _FEWEST_SAMPLES:
@@ -223,7 +225,7 @@ class EnergySpike(Check):
 
 
 def _pairs_within(atoms: Atoms, times: float) -> dict[tuple[int, int], float]:
-    """Pairs i ≤ j closer than so many times the sum of their covalent radii, at their nearest images, and how far."""
+    """Distances of pairs i ≤ j closer than `times` the sum of their covalent radii, at their nearest images."""
     first, second, distances = neighbor_list("ijd", atoms, times * np.array(natural_cutoffs(atoms)))
     nearest: dict[tuple[int, int], float] = {}
     for i, j, distance in zip(first.tolist(), second.tolist(), distances.tolist(), strict=True):
@@ -244,7 +246,7 @@ def _name(atoms: Atoms, index: int) -> str:
 
 
 def _others(n: int, noun: str) -> str:
-    """How many more there are than the one that was named."""
+    """Text for the others beside the one that was named."""
     return "" if n == 1 else f", and {n - 1} more {noun}{'s' if n > 2 else ''}"
 
 

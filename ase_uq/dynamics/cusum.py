@@ -1,4 +1,4 @@
-"""The CUSUM rule: readings that have drifted upwards, though each is below any threshold."""
+"""The CUSUM rule finds readings that have drifted upwards, although each is below any threshold."""
 
 import math
 from collections.abc import Sequence
@@ -12,45 +12,47 @@ from ase_uq.dynamics.rules import Rule
 from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement, conformal, extremes
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 
-# Of a CUSUM: independent readings without which mean and spread are not known (with fewer, simulated runs alarmed more
-# often than promised), series of the bootstrap, readings of all of them together (a second of work), and length of a
-# block in independent readings. Where blocks meet, readings have forgotten each other: 1/(2·10) of the variance of
-# their sums is lost, which longer blocks would keep, but there would be too few of them to differ.
+# Fewest independent readings that tell mean and spread: with fewer, simulated runs alarmed more often than promised.
 _FEWEST_INDEPENDENT = 100
+
+# Number of series of the bootstrap, and most readings of all of them together (a second of work).
 _SERIES = 400
 _MOST_READINGS = 20_000_000
+
+# Length of a bootstrap block, in independent readings. Readings of different blocks are uncorrelated, so 1/(2·10) of
+# the variance of their sums is lost. Longer blocks would lose less, but there would be too few different ones.
 _BLOCK = 10
 
 
 @dataclass(frozen=True)
 class Cusum(Rule):
-    """Triggers when readings add up to more than reference runs ever do: a small rise that stays is found early.
+    """Triggers when readings add up to more than in reference runs: a small rise that lasts is found early.
 
-    One-sided cumulative sum of x = (log reading - mean)/sd, with mean and sd of the reference runs:
-    S ← max(0, S + (x - drift)·Δt/interval), alarm at S ≥ h. S counts simulated time and not steps; one reading
-    stands for no longer than readings remember, since beyond that it says nothing. S never grows beyond h, so that
-    the alarm ends soon after its cause. NaN and infinity trigger at once.
+    S is the one-sided cumulative sum of x = (log reading - mean)/sd, with mean and sd of the reference runs:
+    S ← max(0, S + (x - drift)·Δt/interval), with an alarm at S ≥ h. S counts simulated time, not steps. One reading
+    counts for no longer than `memory`, the time over which readings are correlated: it says nothing about later times.
+    S never grows beyond h, so that the alarm ends soon after its cause. NaN and infinity trigger at once.
 
-    h follows from the false alarms that are allowed: Siegmund's run length between two of them, for independent
-    readings, times the long-run variance 2τ of correlated ones; it is raised where runs put together from blocks of
-    the reference runs alarm more often than that, and to the conformal quantile of the sums of the reference runs
-    themselves where these are long and many enough, each against mean and sd of all the others. All allow for what a
-    short reference leaves unknown; what holds is a share on average over references, and that of one may be several
-    times as large.
+    h follows from the allowed false alarms. It is the largest of three limits: Siegmund's, from the run length between
+    two false alarms of independent readings, scaled by 2τ for correlated ones; the limit at which runs put together
+    from blocks of the reference runs alarm as often as allowed; and, if the reference runs are long and many enough,
+    the conformal quantile of their own largest sums, each run against mean and sd of all the others. All three allow
+    for what a short reference leaves unknown. The share of false alarms holds on average over references; with a
+    single reference it may be several times as large.
 
     Source: Page, Biometrika 41, 100 (1954); Siegmund, Sequential Analysis, 1985, for the run length.
 
     Args:
-        criterion: The false alarms that are allowed.
-        drift: Rise that is let pass, in standard deviations of the reference: half of what should be found.
-        mean: Of the logarithms of the reference; this and all below are set by `resolved`.
-        sd: Of the logarithms of the reference.
-        h: Where S is an alarm.
+        criterion: The allowed false alarms.
+        drift: Rise to ignore, in standard deviations of the reference: half of the rise that should be found.
+        mean: Mean of the logarithms of the reference readings; `resolved` sets this and everything below.
+        sd: Standard deviation of the logarithms of the reference readings.
+        h: Value of S from which on there is an alarm.
         interval: Time between two readings of the reference, fs.
-        memory: Time for which one reading stands at most, 2τ·interval, fs.
+        memory: Longest time for which one reading counts, 2τ·interval, fs.
 
     Raises:
-        TypeError: `criterion` is no `FalseAlarms`.
+        TypeError: `criterion` is not a `FalseAlarms`.
         ValueError: `drift` is not positive.
     """
 
@@ -76,7 +78,7 @@ class Cusum(Rule):
 
     @property
     def threshold(self) -> float:
-        """exp(mean + drift·sd), eV/Å: from this reading on the sum grows."""
+        """exp(mean + drift·sd), eV/Å: readings above this make the sum grow."""
         mean, sd, *_ = self._numbers()
         return math.exp(mean + self.drift * sd)
 
@@ -118,9 +120,9 @@ class Cusum(Rule):
         total, before = (0.0, time - interval) if state is None else state
         if math.isnan(reading) or reading == math.inf:
             return [total, time], True
-        # A clock that was set back tells no time since the last reading; it counts as a first one does.
+        # If the clock was set back, the time since the last reading is unknown; the reading counts like a first one.
         elapsed = min(time - before if time >= before else interval, memory)
-        # Of no atom, or of no uncertainty at all, as low as can be; times no time at all that would be NaN.
+        # Without atoms or uncertainty the score is -inf; the product with an elapsed time of 0 would be NaN.
         score = (math.log(reading) - mean) / sd if reading > 0 else -math.inf
         total = min(h, max(0.0, total + (score - self.drift) * elapsed / interval)) if elapsed > 0 else total
         return [total, time], total >= h
@@ -130,8 +132,8 @@ class Cusum(Rule):
         if runs.n_steps < needed:
             raise ValueError(
                 f"{self} needs at least {needed} readings of reference runs, {_FEWEST_INDEPENDENT} times the "
-                f"{memory * runs.interval:.3g} fs that they remember; the uncertainty model has {runs.n_steps}. Make "
-                "longer reference runs, or more."
+                f"{memory * runs.interval:.3g} fs over which they are correlated; the uncertainty model has "
+                f"{runs.n_steps}. Make longer reference runs, or more."
             )
 
     def _numbers(self) -> tuple[float, float, float, float, float]:
@@ -145,22 +147,26 @@ class Cusum(Rule):
 
 
 def cusum_limit(run_length: float, drift: float) -> float:
-    """Where a CUSUM of independent standard normal readings alarms, with so many readings between two false alarms.
+    """Limit h of a CUSUM of independent standard normal readings, from the run length between two false alarms.
 
     Siegmund: run_length = (e^(2kb) - 2kb - 1)/(2k²) with k the drift and b = h + 1.166; h is at least zero.
+
+    Args:
+        run_length: Mean number of readings between two false alarms.
+        drift: Rise to ignore, in standard deviations.
     """
     scaled = 2 * drift**2 * run_length
-    # y = 2kb solves e^y - y - 1 = scaled, of which the left side is above at e^y = (scaled + 3)².
+    # y = 2kb solves e^y - y - 1 = scaled; the left side is larger at e^y = (scaled + 3)², which brackets the root.
     y = brentq(lambda y: math.expm1(y) - y - scaled, 0.0, 2 * math.log(scaled + 3))
     return max(0.0, cast(float, y) / (2 * drift) - 1.166)
 
 
 def _memory(scores: Sequence[np.ndarray]) -> float:
-    """Readings 2τ that are worth one independent one.
+    """Number of readings, 2τ, that are worth one independent reading.
 
-    τ stands one standard error above its estimate, τ·sqrt(2(2W + 1)/n) with Sokal's window W = 5τ: too short a memory
-    would break the promise, too long a one only delays an alarm. Where the means of the runs differ by more than it
-    explains, runs remember all their lives, and the spread of the means tells for how long.
+    τ is taken one standard error, τ·sqrt(2(2W + 1)/n) with Sokal's window W = 5τ, above its estimate: too short a
+    memory would break the promise, too long a memory only delays an alarm. If the means of the runs differ by more than
+    that explains, readings are correlated throughout a run, and the spread of the means gives the memory.
 
     Source: Madras and Sokal, J. Stat. Phys. 50, 109 (1988).
     """
@@ -172,14 +178,14 @@ def _memory(scores: Sequence[np.ndarray]) -> float:
 
 
 def _largest_sums(scores: np.ndarray, drift: float) -> np.ndarray:
-    """(n_series, n_readings) → (n_series,): the most that each CUSUM reaches."""
+    """(n_series, n_readings) → (n_series,): the largest value of each CUSUM."""
     sums = np.cumsum(scores - drift, 1)
     return (sums - np.minimum(np.minimum.accumulate(sums, 1), 0)).max(1)
 
 
 def _seen_limit(logs: Sequence[np.ndarray], drift: float, length: int, per_run: float) -> float:
-    """The sum that reference runs of this length reach in a share `per_run`; 0 where they are too few or too short."""
-    if len(logs) < 2:  # nothing to hold the only one against
+    """Sum that a share `per_run` of reference runs of this length reaches; 0 if they are too few or too short."""
+    if len(logs) < 2:  # no other run to compare it with
         return 0.0
     maxima, runs = [], []
     for number, log in enumerate(logs):
@@ -196,18 +202,18 @@ def _seen_limit(logs: Sequence[np.ndarray], drift: float, length: int, per_run: 
 def _bootstrapped_limit(
     scores: Sequence[np.ndarray], memory: float, drift: float, length: int, per_run: float
 ) -> float:
-    """The sum that a share `per_run` of runs of this length reaches, by blocks of the reference runs."""
+    """Sum that a share `per_run` of runs of this length reaches, for runs made from blocks of the reference runs."""
     rng = np.random.default_rng(0)
     n_steps = sum(map(len, scores))
-    seen = min(length, _MOST_READINGS // _SERIES)
+    simulated_length = min(length, _MOST_READINGS // _SERIES)
     block = math.ceil(_BLOCK * memory)
     maxima = []
     for _ in range(_SERIES // 50):
-        drawn = extremes.block_bootstrap(scores, seen, 50, block, rng)
-        # The mean of the reference is known to sqrt(memory/n) only, and a run drifts by all of that error.
+        drawn = extremes.block_bootstrap(scores, simulated_length, 50, block, rng)
+        # The mean of the reference has a standard error of sqrt(memory/n), which shifts every reading of a run.
         error = rng.normal(0, math.sqrt(memory / n_steps), (50, 1))
         maxima.append(_largest_sums(drawn + error, drift))
-    # Runs longer than those seen have as many chances more: P(no alarm) is a power of the length.
-    limit = np.quantile(np.concatenate(maxima), (1 - per_run) ** (seen / length), method="higher")
-    # An alarm is a sum at or above h: that of the quantile itself is none.
+    # Longer runs than the simulated ones have proportionally more chances: P(no alarm) is a power of the length.
+    limit = np.quantile(np.concatenate(maxima), (1 - per_run) ** (simulated_length / length), method="higher")
+    # Sums at or above h are alarms, but a sum at the quantile must not be one.
     return float(np.nextafter(limit, np.inf))

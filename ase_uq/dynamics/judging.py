@@ -1,4 +1,4 @@
-"""Judging one step: every rule and check on every structure, and the one verdict that comes of it."""
+"""Judging one step: every rule and check on every structure, and the one verdict that results."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,11 +20,11 @@ _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One structure of a step, with what is known of it.
+    """One structure of a step, with its force uncertainties.
 
     Args:
-        snapshot: What the checks look at.
-        norms: (n_atoms,) ε_i, eV/Å; None where there is no uncertainty.
+        snapshot: Snapshot for the checks.
+        norms: (n_atoms,) ε_i, eV/Å; None if there is no uncertainty.
         image: Number of the image on a path; None for the only structure.
     """
 
@@ -33,7 +33,7 @@ class Observation:
     image: int | None = None
 
     def reading(self, reduction: Reduction) -> float:
-        """Of this structure, eV/Å."""
+        """The reading of this structure, eV/Å."""
         assert self.norms is not None
         return reduction(self.norms, self.snapshot.atoms.numbers)
 
@@ -43,14 +43,14 @@ class Observation:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What comes of one step.
+    """The result of judging one step.
 
     Args:
         level: The highest level that was reached.
-        reading: Of the watch that triggered, else of the one nearest to its threshold, eV/Å; NaN without any.
-        threshold: Of the same watch, eV/Å; NaN where a check triggered.
-        reason: What triggered, for people; empty at level `"ok"`.
-        image: The image it happened at; None for the only structure.
+        reading: Reading of the watch that triggered, else of the one nearest to its threshold, eV/Å; NaN without any.
+        threshold: Threshold of the same watch, eV/Å; NaN if a check triggered.
+        reason: What triggered, in words; empty at level `"ok"`.
+        image: Number of the image that triggered; None for the only structure.
     """
 
     level: Level = "ok"
@@ -61,15 +61,15 @@ class Verdict:
 
 
 class Judge:
-    """The rules and checks of one run and what they remember.
+    """The rules and checks of one run, and their states.
 
-    Of several images a rule judges the worst reading, with one state for the path; a check remembers each image.
+    With several images a rule judges the worst reading, with one state for the path; a check has a state per image.
 
     Args:
-        policy: What is watched for.
+        policy: What to watch for.
 
     Raises:
-        ValueError: Nothing is.
+        ValueError: There is nothing to watch for.
     """
 
     def __init__(self, policy: WatchPolicy) -> None:
@@ -85,12 +85,12 @@ class Judge:
         self._checks: list[dict[str, Any]] = [{} for _ in self.checks]
 
     def settle(self, calculator: BaseCalculator, symbols: Sequence[str], time: float | None) -> None:
-        """Turns the rules into numbers by a calculator.
+        """Turns the criteria of the rules into numbers.
 
         Args:
-            calculator: Must know its calibration data where a rule has a criterion.
-            symbols: Of the atoms that are looked at.
-            time: Time of the run now, fs; None where it has none.
+            calculator: Calculator, which must have calibration data if a rule has a criterion.
+            symbols: Chemical symbols of the atoms that are looked at.
+            time: Current time of the run, fs; None if it has none.
 
         Raises:
             ValueError: A rule cannot be settled with this calculator.
@@ -104,11 +104,11 @@ class Judge:
                 self._rules[level] = [None] * len(watches)
 
     def __call__(self, observations: Sequence[Observation], time: float | None) -> Verdict | None:
-        """The verdict on a step; None where there is nothing to judge: no uncertainty and no checks.
+        """The verdict on a step; None if there is nothing to judge: no uncertainty and no checks.
 
         Args:
             observations: The structures of the step.
-            time: Simulated time, fs; None where there is none.
+            time: Simulated time, fs; None if there is none.
         """
         uncertain = [observation for observation in observations if observation.norms is not None]
         by_rules = self._by_rules(uncertain, time) if uncertain and self.watches else None
@@ -117,7 +117,7 @@ class Judge:
         return self._by_checks(observations, by_rules or Verdict())
 
     def state(self) -> dict[str, Any]:
-        """What the rules and checks remember, and of what uncertainty model; `json.dumps` takes it."""
+        """The states of rules and checks, and which uncertainty model they belong to, as JSON values."""
         return {
             "fingerprint": self._fingerprint,
             "uncertainty_model": self._model,
@@ -135,10 +135,10 @@ class Judge:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes a state up; a rule or check that was not there before begins anew.
+        """Goes on from a state; a rule or check that was not there before begins anew.
 
         Raises:
-            ValueError: Other levels, or another uncertainty model.
+            ValueError: The state has other levels, or another uncertainty model.
         """
         if set(state["rules"]) != set(self.watches):
             raise ValueError(
@@ -153,18 +153,18 @@ class Judge:
         self._checks = [dict(checked.get(str(check), {})) for check in self.checks]
 
     def _by_rules(self, observations: Sequence[Observation], time: float | None) -> Verdict | None:
-        found: list[tuple[tuple[int, float], Verdict]] = []
+        ranked: list[tuple[tuple[int, float], Verdict]] = []
         for name, watches in self.watches.items():
             for number, watch in enumerate(watches):
                 readings = [observation.reading(watch.reduction) for observation in observations]
-                worst = int(np.argmax(readings))  # the first NaN, where there is one
+                worst = int(np.argmax(readings))  # the first NaN, if there is one
                 reading, threshold = readings[worst], float(watch.rule.threshold)
                 self._rules[name][number], triggered = watch.rule.judge(self._rules[name][number], reading, time)
                 level: Level = name if triggered else "ok"
                 reason = _reason(name, watch, observations[worst], reading) if triggered else ""
                 verdict = Verdict(level, reading, threshold, reason, observations[worst].image)
-                found.append(((_RANKS[level], _excess(reading, threshold)), verdict))
-        return max(found, key=lambda ranked: ranked[0])[1] if found else None
+                ranked.append(((_RANKS[level], _excess(reading, threshold)), verdict))
+        return max(ranked, key=lambda entry: entry[0])[1] if ranked else None
 
     def _by_checks(self, observations: Sequence[Observation], verdict: Verdict) -> Verdict:
         complaints: list[tuple[str, int | None]] = []
@@ -182,7 +182,7 @@ class Judge:
         return Verdict("halt", verdict.reading, math.nan, text, complaints[0][1])
 
     def _check_model(self, state: Mapping[str, Any], before: Mapping[tuple[str, str], Mapping[str, Any]]) -> None:
-        """Raises ValueError where the potential or its fit is another, or the same rules have other numbers."""
+        """Raises ValueError if the potential or its fit has changed, or the same rules have other numbers."""
         changed = []
         for what, key, now in (
             ("potential", "fingerprint", self._fingerprint),
@@ -198,13 +198,13 @@ class Judge:
                     changed.append(f"{level} by {_name(watch)} {then:.4g} eV/Å then, {now:.4g} eV/Å now")
         if changed:
             raise ValueError(
-                f"this is a restart with another uncertainty model ({'; '.join(changed)}). Make the monitor on the "
-                "calculator of the run before; or leave restore() out, so that it begins anew with this one."
+                f"this is a restart with another uncertainty model ({'; '.join(changed)}). Make the monitor with the "
+                "calculator of the earlier run, or leave restore() out to begin anew with this one."
             )
 
 
 def checked(calculator: BaseCalculator | None, *, uncertain: bool) -> BaseCalculator:
-    """The calculator; raises ValueError where there is none or, if `uncertain`, it gives no uncertainties."""
+    """The same calculator; raises ValueError if there is none or, with `uncertain`, it gives no uncertainties."""
     if calculator is None:
         raise ValueError("the structure has no calculator. Set atoms.calc = UncertainCalculator(...) first.")
     if uncertain and KEY not in calculator.implemented_properties:
@@ -219,14 +219,15 @@ def symbols_looked_at(reduction: Reduction, atoms: Atoms) -> list[str]:
     """Chemical symbols of the atoms that a reduction looks at.
 
     Raises:
-        ValueError: It looks at none, so that nothing could ever trigger.
+        ValueError: It looks at no atom, so that nothing could ever trigger.
         IndexError: An index lies beyond the structure.
     """
     if reduction(np.zeros(len(atoms)), atoms.numbers) == -math.inf:
         elements = None if reduction.elements is None else list(reduction.elements)
         raise ValueError(
             f"no atom of {atoms.get_chemical_formula()} is looked at with elements={elements} and "
-            f"indices={reduction.indices}, so the monitor could never trigger."
+            f"indices={reduction.indices}, so the monitor could never trigger. Give elements or "
+            "indices that the structure has."
         )
     symbols = atoms.get_chemical_symbols()
     return [symbols[index] for index in _looked_at(reduction, atoms)]
@@ -241,7 +242,7 @@ def _looked_at(reduction: Reduction, atoms: Atoms) -> np.ndarray:
 
 
 def _excess(reading: float, threshold: float) -> float:
-    """How near a reading is to its threshold: 1 at it; NaN and infinity are beyond any."""
+    """Ratio of a reading to its threshold; infinity if the reading is NaN or infinite."""
     return math.inf if math.isnan(reading) or reading == math.inf else reading / threshold
 
 
@@ -259,6 +260,6 @@ def _reason(level: Level, watch: Watch, observation: Observation, reading: float
 
 
 def _name(watch: Watch) -> str:
-    """What tells a watch from the others of its level, the same in every run."""
+    """A name that tells a watch from the others of its level, the same in every run."""
     elements = watch.reduction.elements
     return str(watch.asked) if elements is None else f"{watch.asked} of {' '.join(elements)}"

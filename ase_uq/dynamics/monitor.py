@@ -26,51 +26,52 @@ from ase_uq.io.results import annotated
 
 
 class UncertaintyMonitor:
-    """Watches the force uncertainty of a run; flags, halts, logs or calls you. It never changes the dynamics.
+    """Watches the force uncertainty of a run; flags, halts, logs or calls your function. It never changes the dynamics.
 
         dyn.attach(UncertaintyMonitor(dyn, halt=0.5, flag=0.3, frames="flagged.xyz"))
 
-    Each step it is called at, it takes the standard deviations of the forces that the calculator has just computed
-    (no model call is made for it), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and hands it to the
-    rules. An atom whose `gamma` is infinite, of an element the uncertainty model has never seen, reads infinity.
-    A reading at or above a threshold reaches that level; NaN reaches both. Fixed atoms count like all others; leave
-    them out with `indices`.
+    At each step it takes the standard deviations of the forces that the calculator has just computed (without another
+    model call), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and gives it to the rules. An atom of an
+    element that the uncertainty model has never seen, with infinite `gamma`, has infinite ε_i. A reading at or above a
+    threshold reaches that level; NaN reaches both levels. Fixed atoms count like all others; leave them out with
+    `indices`.
 
     It works in every ASE molecular dynamics and optimiser, also on cell filters, with constraints, in a dimer, and on
-    the images of a NEB. A step is judged once, also where `run()` shows it again, and not at all where the calculator
-    skipped its uncertainty, but for the checks. Observers attached after the monitor do not see a step at which it
-    raises. A resumed run is judged as before, so it halts again at its next step above the threshold unless the cause
-    is gone; a new `atoms.calc` is picked up, with its own criterion of the thresholds.
+    the images of a NEB. A step is judged once, even if `run()` shows it again; if the calculator skipped its
+    uncertainty, only the checks judge it. Observers attached after the monitor do not see a step at which it raises.
+    A resumed run is judged as before, so it halts again at its next step above the threshold unless the cause is gone.
+    A new `atoms.calc` is noticed, and turns criteria into its own thresholds.
 
-    On a path every image between the ends is read. The rules judge the largest reading, so their memory is that of
-    the path, not of an image; checks remember each image. Criteria are asked of the first image's calculator. Images
-    may share a calculator, and a dimer one between its ends and its centre, where it remembers several structures, as
-    `UncertainCalculator` does: another has lost the results by then, and the monitor says so rather than computing
-    them again. `BasinHopping` shows each new lowest minimum. For the steps in between, and for searches that are no
-    ASE dynamics, such as `AutoNEB`, `MinimaHopping` or `Vibrations`, use a `WatchedCalculator`.
+    On a path every image between the ends is read. The rules judge the largest reading, so they have one memory for
+    the whole path; checks remember each image. The first image's calculator turns criteria into numbers. Images may
+    share a calculator, and so may the ends and the centre of a dimer, if it remembers several structures, as
+    `UncertainCalculator` does. Another calculator has lost the results by then, and the monitor raises an error rather
+    than computing them again. `BasinHopping` shows each new lowest minimum. For the steps in between, and for searches
+    that are not ASE dynamics, such as `AutoNEB`, `MinimaHopping` or `Vibrations`, use a `WatchedCalculator`.
 
     Args:
-        dynamics: The run to attach it to.
-        policy: What is watched for; made of the `options` where it is left out.
-        before: Frames to keep from before an alarm, of the last judged steps: they go to `frames` ahead of the
-            flagged or halting one, oldest first, with `flag_level="before"`, and never twice. A restart forgets them.
-        frames: Extended XYZ file to which every flagged frame and the halting one are appended, as by `Flag`.
+        dynamics: The run that it will be attached to.
+        policy: What to watch for; if None, it is made from the `options`.
+        before: Number of frames to keep from before an alarm, of the last judged steps. They go to `frames` ahead of
+            the flagged or halting frame, oldest first, with `flag_level="before"`, and are never written twice. A
+            restart forgets them.
+        frames: Extended XYZ file to which every flagged or halting frame is appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
         on_flag: Action or actions at the flag level; None for nothing more than `frames`.
-        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, instead of a `policy`.
 
     Attributes:
         policy: What is watched for.
         last: The `Event` of the last judged step; None before.
-        n_flagged: Steps that reached the flag level but not the halt level.
-        n_halted: Steps that reached the halt level.
+        n_flagged: Number of steps that reached the flag level but not the halt level.
+        n_halted: Number of steps that reached the halt level.
 
     Raises:
-        ValueError: What `WatchPolicy` refuses, nothing to watch for, levels in the wrong order, no atom to look at, a
-            calculator without uncertainties, a file that cannot be written, a rule that needs the time of a run that
-            has none, or `before` without `frames`.
-        TypeError: A threshold, a check or an action that is none, or a policy and options.
+        ValueError: `WatchPolicy` raises it, there is nothing to watch for, the levels are in the wrong order, there is
+            no atom to look at, the calculator has no uncertainties, a file cannot be written, a rule needs simulated
+            time but the run has none, or `before` is given without `frames`.
+        TypeError: A threshold, check or action has the wrong type, or both a policy and options are given.
     """
 
     def __init__(
@@ -107,20 +108,20 @@ class UncertaintyMonitor:
 
     @property
     def watches(self) -> dict[Level, tuple[Watch, ...]]:
-        """The rules of each level with their numbers, and what they read: one, or one an element."""
+        """The rules of each level with their numbers and reductions: one rule, or one per element."""
         return dict(self._judge.watches)
 
     @property
     def halt(self) -> Rule | None:
         """The rule of the halt level, with its threshold as a number; None without that level.
 
-        The lowest of several, where elements have their own.
+        If elements have rules of their own, the one with the lowest threshold.
         """
         return self._lowest("halt")
 
     @property
     def flag(self) -> Rule | None:
-        """The rule of the flag level, as `halt` is that of the halt level."""
+        """The rule of the flag level, chosen as in `halt`."""
         return self._lowest("flag")
 
     @property
@@ -132,11 +133,12 @@ class UncertaintyMonitor:
         return self._counts["halt"]
 
     def __call__(self) -> None:
-        """Judges the present step. ASE calls it; call it yourself in a loop of your own.
+        """Judges the current step. ASE calls it; in a loop of your own, call it yourself.
 
         Raises:
-            UncertaintyHalt: By the action `Halt`.
-            ValueError: The calculator has no uncertainties, or the monitor is attached twice or to another run.
+            UncertaintyHalt: Raised by the action `Halt`.
+            ValueError: The calculator has no uncertainties or has lost the results, or the monitor is attached twice
+                or to another run.
         """
         if len(self._attached()) > 1:
             raise ValueError(
@@ -160,7 +162,7 @@ class UncertaintyMonitor:
         if verdict is None:
             return
         event = self._event(verdict, step, time, results)
-        # Before the actions: one of them may raise, and the step is judged all the same.
+        # Set before the actions: one of them may raise, but the step counts as judged.
         self._judged_step, self._judged_positions = step, self._positions()
         self._counts[event.level] += 1
         self.last = event
@@ -169,7 +171,7 @@ class UncertaintyMonitor:
             action(event)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` needs to go on in another process; `json.dumps` takes it."""
+        """What `restore` needs to go on in another process, as JSON values."""
         return {
             "step": self._step(),
             "time_fs": self._time(),
@@ -181,19 +183,19 @@ class UncertaintyMonitor:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes on from a state: the dynamics now stands at the step where `state()` was taken.
 
-        Steps and time count on from there, also in a new dynamics whose own count begins at 0, and the step that
-        was judged last is not judged, or written, again. A rule or check that was given otherwise than before, such
-        as a higher number, begins anew.
+        Steps and time count on from there, also in a new dynamics whose own count begins at 0, and the last judged
+        step is neither judged nor written again. A rule or check that has changed, for example to a higher number,
+        begins anew.
 
         Args:
-            state: What `state()` returned, of a monitor with the same levels.
+            state: Return value of `state()` of a monitor with the same levels.
 
         Raises:
             ValueError: It is not such a state, has other levels, or was taken with another uncertainty model.
         """
         missing = [key for key in self.state() if key not in state]
         if missing:
-            raise ValueError(f"this is no state of an UncertaintyMonitor: it lacks {missing[0]!r}.")
+            raise ValueError(f"this is not a state of an UncertaintyMonitor: it lacks {missing[0]!r}.")
         self._judge.restore(state)
         self._counts = dict(state["counts"])
         self._step_offset += state["step"] - self._step()
@@ -203,7 +205,7 @@ class UncertaintyMonitor:
         self._judged_step, self._judged_positions = state["judged_step"], None
 
     def _prepare(self) -> None:
-        """Turns the asked rules into numbers by the present calculators."""
+        """Turns criteria into numbers with the current calculators."""
         uncertain = bool(self.policy.rules)
         self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
         symbols = symbols_looked_at(self.policy.reduction, self._structures[0].atoms)
@@ -214,12 +216,12 @@ class UncertaintyMonitor:
         return min(rules, key=lambda rule: rule.threshold, default=None)
 
     def _step(self) -> int:
-        # Basin hopping counts no steps; each minimum that it shows is one.
+        # Basin hopping counts no steps; each minimum that it shows counts as one.
         counted = sum(self._counts.values()) if isinstance(self.dynamics, BasinHopping) else self.dynamics.nsteps
         return counted + self._step_offset
 
     def _time(self) -> float | None:
-        # FIRE and MDMin have a `dt` too, but theirs is not a time of anything.
+        # FIRE and MDMin have a `dt` too, but it is not a simulated time.
         if not isinstance(self.dynamics, MolecularDynamics):
             return None
         return float(self.dynamics.nsteps * self.dynamics.dt / units.fs + self._time_offset)
@@ -228,23 +230,23 @@ class UncertaintyMonitor:
         return np.concatenate([structure.atoms.positions for structure in self._structures])
 
     def _was_judged(self, step: int) -> bool:
-        # ASE shows step 0 again when a run that was halted there is resumed. Positions tell it from a structure
-        # that was changed in between; they are unknown after `restore`.
+        # ASE shows step 0 again when a run that was halted there is resumed. Positions tell whether the structure was
+        # changed in between; they are unknown after `restore`.
         if step != self._judged_step:
             return False
         before = self._judged_positions
         return before is None or np.array_equal(before, self._positions(), equal_nan=True)
 
     def _attached(self) -> list[int]:
-        """Intervals at which it is attached to its own run."""
-        found = []
+        """Intervals at which the monitor is attached to its own run."""
+        intervals = []
         for function, interval, *_ in self.dynamics.observers:
             if function is self or getattr(function, "__self__", None) is self:
-                found.append(int(interval))
-        return found
+                intervals.append(int(interval))
+        return intervals
 
     def _check_moves(self, step: int) -> None:
-        """Raises ValueError where the run it was made for stands still while it is called: it is another's observer."""
+        """Raises ValueError if the monitor is called while its own run stands still, so that another run calls it."""
         before, times = self._still
         self._still = step, times + 1 if step == before else 1
         if self._still[1] < 3 or self._attached() or not isinstance(self.dynamics, MolecularDynamics):
@@ -253,51 +255,54 @@ class UncertaintyMonitor:
         raise ValueError(
             f"this monitor was made for a {name} that stands at step {step} while the monitor is called again and "
             "again, so it sees neither steps nor time. Attach it to the run that it was made with, or make another "
-            "UncertaintyMonitor for this one."
+            "UncertaintyMonitor for the run that calls it."
         )
 
     def _check_interval(self) -> None:
-        """Warns where false alarms were counted on rarer readings than those of this run."""
+        """Warns if false alarms were counted on less frequent readings than those of this run."""
         runs = getattr(getattr(self._calculators[0], "uncertainty_model", None), "reference", None)
         if runs is None or not isinstance(self.dynamics, MolecularDynamics):
             return
         every = getattr(self._calculators[0], "every", 1) * min(self._attached(), default=1)
         between = self.dynamics.dt / units.fs * every
         counted = {
-            str(m) for watches in self.watches.values() for watch in watches for m in counted_alarms(watch.asked)
+            str(criterion)
+            for watches in self.watches.values()
+            for watch in watches
+            for criterion in counted_alarms(watch.asked)
         }
         if counted and between < (1 - 1e-6) * runs.interval:
             warnings.warn(
-                f"{' and '.join(sorted(counted))} was counted on readings every {runs.interval:.4g} fs, and this run "
-                f"is read every {between:.4g} fs: there will be more false alarms than that. Make reference runs with "
-                "readings as often as here.",
+                f"{' and '.join(sorted(counted))} was counted on readings every {runs.interval:.4g} fs, but this run "
+                f"is read every {between:.4g} fs: there will be more false alarms than allowed. Make reference runs "
+                f"with readings every {between:.4g} fs.",
                 UQWarning,
                 stacklevel=2,
             )
 
     def _check_first(self, step: int, results: Sequence[Mapping[str, Any] | None]) -> None:
-        """Raises ValueError where nothing will ever be judged, or only a part: no later step would say so."""
-        for structure, found in zip(self._structures, results, strict=True):
+        """Raises ValueError if nothing, or not every structure, will ever be judged: no later step would raise."""
+        for structure, structure_results in zip(self._structures, results, strict=True):
             calculator = type(structure.atoms.calc).__name__
             what = "the structure" if structure.image is None else f"image {structure.image}"
-            if found is None:
+            if structure_results is None:
                 raise ValueError(
-                    f"{calculator} no longer has the results of {what} at step {step}: others share it, and it keeps "
-                    "one structure at a time. Use UncertainCalculator, which remembers several, or give each image a "
-                    "calculator of its own."
+                    f"{calculator} no longer has the results of {what} at step {step}: other structures share "
+                    "it, and it keeps the results of one at a time. Use UncertainCalculator, which remembers several, "
+                    "or give each image a calculator of its own."
                 )
             every = getattr(structure.atoms.calc, "every", 1)
-            if self.policy.rules and every == 1 and norms_of(structure.atoms, found) is None:
+            if self.policy.rules and every == 1 and norms_of(structure.atoms, structure_results) is None:
                 raise ValueError(
-                    f"{calculator} promises {KEY} but its results of {what} at step {step} have none. "
-                    "Ask for it where the calculator is made."
+                    f"{calculator} promises {KEY} but its results of {what} at step {step} lack it. "
+                    "Request it when making the calculator."
                 )
 
         every = max(getattr(calculator, "every", 1) for calculator in self._calculators)
         if every > 1 and len({id(calculator) for calculator in self._calculators}) < len(self._structures):
             warnings.warn(
-                f"images share a calculator with every={every}, which counts them all together: it may always be the "
-                "same ones that have uncertainties. Give it every=1, or each image its own.",
+                f"images share a calculator with every={every}, which counts their calculations together: the same "
+                "images may always be the ones with uncertainties. Give it every=1, or each image its own calculator.",
                 UQWarning,
                 stacklevel=2,
             )
@@ -329,7 +334,7 @@ class UncertaintyMonitor:
         )
 
     def _keep_before(self, event: Event) -> None:
-        """Remembers a frame without an alarm; with one, writes those that it remembers."""
+        """Remembers the frame of a step without an alarm; at an alarm, writes the remembered frames."""
         if not self._recent.maxlen:
             return
         if event.level == "ok":

@@ -1,4 +1,4 @@
-"""What is watched: the levels, their rules and actions, and how atoms become one reading."""
+"""What to watch for: the levels, their rules and actions, and the reduction of the atoms to one reading."""
 
 import functools
 import math
@@ -23,7 +23,7 @@ type Asked = float | Criterion | PerElement | Rule
 
 @runtime_checkable
 class _Calibrated(Protocol):
-    """A calculator that knows its calibration data, as `UncertainCalculator` does."""
+    """A calculator that has calibration data, as `UncertainCalculator` does."""
 
     def threshold_data(self, reduction: Reduction) -> ThresholdData: ...
 
@@ -34,8 +34,8 @@ class Watch:
 
     Args:
         asked: The rule as the user gave it.
-        rule: The same with numbers.
-        reduction: How the atoms become its reading.
+        rule: The same rule with numbers instead of criteria.
+        reduction: Reduction of the atoms to its reading.
     """
 
     asked: Rule
@@ -60,36 +60,37 @@ class WatchOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class WatchPolicy:
-    """What is watched for, as one value for `UncertaintyMonitor`, `WatchedCalculator`, `relax` and `ReplicaMonitor`.
+    """What to watch for, as one object for `UncertaintyMonitor`, `WatchedCalculator`, `relax` and `ReplicaMonitor`.
 
         policy = WatchPolicy(halt=0.5, flag=Quantile(0.99), patience=20)
         dyn.attach(UncertaintyMonitor(dyn, policy=policy, frames="flagged.xyz"))
 
-    All of them take its fields as keywords as well, in place of a policy.
+    All of them also take its fields as keywords, instead of a policy.
 
     Args:
-        halt: Number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule, from which on the run is halted.
-        flag: The same for frames to keep; below `halt`.
-        patience: fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the frames
-            of the wait are those worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
+        halt: Threshold at which the run is halted: a number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule.
+        flag: Threshold at which frames are kept, given in the same way; below `halt`.
+        patience: Time in fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the
+            frames during the wait are worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
         at_once: Number or criterion above `halt` at which the run is halted without patience.
-        refractory: fs after a flag for which no other frame is flagged.
+        refractory: Time in fs after a flag in which no other frame is flagged.
         reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
         elements: Chemical symbols to look at; None for all.
         indices: Atom indices to look at; None for all.
-        checks: What halts the run beside the uncertainty: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need
-            none, so with them `halt` and `flag` may be left out.
-        every: Uncertainties are wanted once in so many steps. The calculator decides which steps have them, so make
-            one for the policy, `UncertainCalculator(..., every=policy.every)`; checks look at every step.
+        checks: Checks that halt the run for other reasons: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need no
+            uncertainty, so with them `halt` and `flag` may be left out.
+        every: Number of steps from one uncertainty to the next. The calculator decides which steps have them, so make
+            it with the same number, `UncertainCalculator(..., every=policy.every)`; checks look at every step.
 
     Attributes:
-        rules: The rules of the levels as they were asked for, flag before halt.
-        reduction: How the atoms of a structure become one reading.
+        rules: The rules of the levels as the user gave them, flag before halt.
+        reduction: Reduction of the atoms of a structure to one reading.
 
     Raises:
-        ValueError: A threshold that is not positive, `patience` without a plain `halt` to belong to, `at_once` without
-            `patience` or not above `halt`, `refractory` without `flag`, or what is no reduction.
-        TypeError: A threshold or a check that is none, or indices that are a mask.
+        ValueError: A threshold is not positive, `patience` is given without a plain `halt`, `at_once` without
+            `patience` or not above `halt`, or `refractory` without `flag`, `every` is not a whole number of 1 or more,
+            or `reduce` is not a reduction.
+        TypeError: A threshold or check has the wrong type, or `indices` is a mask.
     """
 
     halt: Asked | None = None
@@ -109,35 +110,35 @@ class WatchPolicy:
         if not isinstance(self.every, Integral) or self.every < 1:
             raise ValueError(f"every is a number of steps, 1 or more, not {self.every!r}.")
         reduction = _reduction(self)
-        made = {
+        fields = {
             "elements": reduction.elements,
             "indices": reduction.indices,
             "checks": as_checks(self.checks),
             "rules": _rules(self),
             "reduction": reduction,
         }
-        for name, value in made.items():
+        for name, value in fields.items():
             object.__setattr__(self, name, value)
 
     @property
     def levels(self) -> tuple[Level, ...]:
-        """Those that can be reached; none where there is nothing to watch for."""
+        """Levels that can be reached; empty if there is nothing to watch for."""
         return (*self.rules, "halt") if self.checks else tuple(self.rules)
 
     def settled(
         self, calculator: BaseCalculator, symbols: Sequence[str], time: float | None
     ) -> dict[Level, tuple[Watch, ...]]:
-        """The rules with numbers in place of criteria, by the calibration data of a calculator.
+        """The rules with numbers instead of criteria, from the calibration data of a calculator.
 
-        A rule with `PerElement` becomes one for each element, on readings of the atoms of that element alone.
+        A rule with `PerElement` becomes one rule per element, which reads only the atoms of that element.
 
         Args:
-            calculator: Asked for `threshold_data(reduction)` where a rule has a criterion.
+            calculator: Calculator, which must have `threshold_data(reduction)` if a rule has a criterion.
             symbols: Chemical symbols of the atoms that are looked at, in any order and number.
-            time: Time of the run now, fs; None if it has none.
+            time: Current time of the run, fs; None if it has none.
 
         Raises:
-            ValueError: The calculator cannot say what a criterion means, the flag is not below the halt, or a rule
+            ValueError: The calculator cannot turn a criterion into a number, the flag is not below the halt, or a rule
                 needs a time that the run does not have.
         """
         elements = [s for s in dict.fromkeys(symbols) if self.elements is None or s in self.elements]
@@ -152,7 +153,7 @@ class WatchPolicy:
                 return (Watch(rule, rule, self.reduction),)
             if not isinstance(calculator, _Calibrated):
                 raise ValueError(
-                    f"{type(calculator).__name__} knows no calibration data to turn {rule.criteria[0]} into a number. "
+                    f"{type(calculator).__name__} has no calibration data to turn {rule.criteria[0]} into a number. "
                     "Use UncertainCalculator, or give the threshold in eV/Å."
                 )
             if not any(isinstance(criterion, PerElement) for criterion in rule.criteria):
@@ -167,30 +168,30 @@ class WatchPolicy:
             for halt in by_level.get("halt", ()):
                 _check_order_of_watches(flag, halt)
         for watch in (watch for several in by_level.values() for watch in several):
-            # Rules are pure, so this costs nothing; one that needs a time says so now, not hours from now.
+            # Rules are pure, so this changes nothing; a rule that needs a time raises now, not hours later.
             watch.rule.judge(None, 0.0, time)
         return by_level
 
 
 def as_policy(policy: WatchPolicy | None, **options: Unpack[WatchOptions]) -> WatchPolicy:
-    """The policy that was given, or that of the keywords.
+    """The policy that was given, or one made from the keywords.
 
     Raises:
-        TypeError: Both were given, or a keyword is no field of a policy.
-        ValueError: As of `WatchPolicy`.
+        TypeError: Both were given, or a keyword is not a field of a policy.
+        ValueError: As for `WatchPolicy`.
     """
     if policy is None:
         return WatchPolicy(**options)
     if options:
         raise TypeError(
-            f"a policy and {' and '.join(options)} were given, and both say what is watched for. Give the policy "
-            f"alone; to change it, dataclasses.replace(policy, {next(iter(options))}=...)."
+            f"a policy and {' and '.join(options)} were given, but both say what to watch for. Give the policy "
+            f"alone; to change it, use dataclasses.replace(policy, {next(iter(options))}=...)."
         )
     return policy
 
 
 def check_order(flag: float, halt: float, of: str = "", advice: str = "") -> None:
-    """Raises ValueError where a flag, eV/Å, is not below the halt; the message ends with `advice`."""
+    """Raises ValueError if a flag, eV/Å, is not below the halt; the message ends with `advice`."""
     if not flag < halt:
         raise ValueError(
             f"flag is {flag:.4g} eV/Å and halt is {halt:.4g} eV/Å{of}, so no frame lies between them. Give a flag "
@@ -199,24 +200,24 @@ def check_order(flag: float, halt: float, of: str = "", advice: str = "") -> Non
 
 
 def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
-    """The false alarms of a rule that are counted a reading, for which it matters how often readings are taken."""
+    """The criteria of a rule that count false alarms per reading, so that the time between readings matters."""
     match rule:
         case _OfValue(value=FalseAlarms() as criterion):
             return (criterion,)
         case _Several(rules=rules):
-            return tuple(criterion for own in rules for criterion in counted_alarms(own))
-        case Refractory(rule=own):
-            return counted_alarms(own)
+            return tuple(criterion for inner in rules for criterion in counted_alarms(inner))
+        case Refractory(rule=inner):
+            return counted_alarms(inner)
     return ()
 
 
 def as_rule(level: Asked) -> Rule:
-    """A rule as it is; a number in eV/Å or a criterion as a `Threshold`."""
+    """A rule unchanged; a number in eV/Å or a criterion as a `Threshold`."""
     return level if isinstance(level, Rule) else Threshold(level)
 
 
 def as_checks(checks: Check | Sequence[Check]) -> tuple[Check, ...]:
-    """One check or several as a tuple; raises TypeError for what is none."""
+    """One check or several as a tuple; raises TypeError for anything else."""
     several = (checks,) if isinstance(checks, Check) else tuple(checks)
     for check in several:
         if not isinstance(check, Check):
@@ -242,18 +243,18 @@ def actions_of_levels(
     on_halt: Action | Sequence[Action] | None,
     on_flag: Action | Sequence[Action] | None,
 ) -> dict[Level, tuple[Action, ...]]:
-    """What is done at each level, in order: the log, the frame, and the user's actions.
+    """The actions of each level, in order: the log, the frame, and the user's actions.
 
     Args:
-        levels: Those that can be reached.
-        frames: File of flagged and halting frames; None for none.
-        log: File, stream or `"-"` for every judged step; None for none.
-        on_halt: At the halt level; None for `Halt()`.
-        on_flag: At the flag level; None for nothing more.
+        levels: Levels that can be reached.
+        frames: File for flagged and halting frames; None for no file.
+        log: File, stream or `"-"` for every judged step; None for no log.
+        on_halt: Actions at the halt level; None for `Halt()`.
+        on_flag: Actions at the flag level; None for nothing more.
 
     Raises:
-        ValueError: An action that could never run, or a file that cannot be written.
-        TypeError: An action that cannot be called.
+        ValueError: An action could never run, or a file cannot be written.
+        TypeError: An action cannot be called.
     """
     for level, actions in (("halt", on_halt), ("flag", on_flag)):
         if actions is not None and level not in levels:
@@ -285,7 +286,7 @@ def _rules(policy: WatchPolicy) -> dict[Level, Rule]:
         rules["halt"] = waiting if at_once is None else AnyOf(waiting, Threshold(at_once))
     elif at_once is not None:
         raise ValueError(
-            f"at_once is where the run halts without patience, and no patience is given. Give patience in fs, or "
+            f"at_once is the threshold of a halt without patience, but patience is not given. Give patience in fs, or "
             f"halt={at_once} alone."
         )
     return rules
@@ -295,7 +296,7 @@ def _reduction(policy: WatchPolicy) -> Reduction:
     elements, indices = policy.elements, policy.indices
     if indices is not None and np.asarray(indices).dtype == bool:
         raise TypeError(
-            "indices are numbers of atoms, not a mask, in which True would be atom 1. Give np.flatnonzero(mask)."
+            "indices are numbers of atoms, not a mask: True would be read as atom 1. Give np.flatnonzero(mask)."
         )
     return Reduction(
         policy.reduce,
@@ -305,19 +306,19 @@ def _reduction(policy: WatchPolicy) -> Reduction:
 
 
 def _check_order_of_watches(flag: Watch, halt: Watch) -> None:
-    """Raises ValueError where a flag could never come before a halt on the same atoms."""
+    """Raises ValueError if a flag could never come before a halt on the same atoms."""
     flagged, halted = flag.reduction.elements, halt.reduction.elements
     if flagged is not None and halted is not None and not set(flagged) & set(halted):
         return
-    # A rule that waits lets frames at its threshold be flagged, but a flag above it is a mistake all the same.
+    # While a rule waits, frames at its threshold can be flagged, but a flag above the threshold is still a mistake.
     waits = halt.rule.at_once == math.inf and isinstance(halt.rule, Patience)
     halts = math.nextafter(halt.rule.threshold, math.inf) if waits else halt.rule.at_once
-    criteria = [m for watch in (flag, halt) for m in watch.asked.criteria]
-    per_element = any(isinstance(m, PerElement) for m in criteria)
+    criteria = [criterion for watch in (flag, halt) for criterion in watch.asked.criteria]
+    per_element = any(isinstance(criterion, PerElement) for criterion in criteria)
     check_order(
         flag.rule.threshold,
         halts,
         f" for {' '.join(flagged or halted or ())}" if per_element else "",
-        # What a criterion comes to is news to its user, who may not know which of two is the lower.
+        # Users do not know the number that a criterion becomes, and may not know which of two is the lower.
         f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else "",
     )

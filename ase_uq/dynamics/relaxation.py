@@ -1,8 +1,8 @@
-"""Relaxations that stop where the potential no longer knows, and say how far to trust what they found.
+"""Relaxations that stop where the potential is no longer reliable, and say how far to trust their result.
 
-How far atoms could still move is not said: the only Hessian at hand is the optimiser's, which knows the few directions
-it went along and takes the soft ones for stiff. What it says is too small, up to ten times, and the more so the closer
-a relaxation began to its minimum.
+They do not estimate how far atoms could still move: the only Hessian at hand is the optimiser's, which knows only the
+few directions of its steps and takes soft directions for stiff ones. Estimates from it are up to ten times too small,
+and the more so the closer a relaxation began to its minimum.
 """
 
 import math
@@ -34,26 +34,26 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": 
 
 @dataclass(frozen=True)
 class Relaxation:
-    """What a relaxation came to, and how far to trust it; `str()` says it for people.
+    """Result of a relaxation, and how far to trust it; `str()` describes it in words.
 
-    All of it is about the last structure, whatever the status. Uncertainties are standard deviations, those of
-    forces ε_i = sqrt(Σ_c σ_ic²) of an atom, the largest among the atoms that may move.
+    All values describe the last structure, whatever the status. Uncertainties are standard deviations. The force
+    uncertainty of an atom is ε_i = sqrt(Σ_c σ_ic²); the largest among the atoms that may move is given.
 
     Args:
-        status: `"converged"`; `"uncertain"`, halted by a threshold or a check; or `"unfinished"`, out of steps.
-        reason: Why it was halted; empty unless it is `"uncertain"`.
-        n_steps: Steps of the optimiser.
-        fmax: Largest force that was asked for, eV/Å.
-        largest_force: Of an atom, or of the cell where that is relaxed too, eV/Å.
+        status: `"converged"`; `"uncertain"`, halted by a threshold or a check; or `"unfinished"`, all steps used.
+        reason: Why it was halted; empty unless `status` is `"uncertain"`.
+        n_steps: Number of steps of the optimiser.
+        fmax: Largest force at which it counts as converged, eV/Å.
+        largest_force: Largest force on an atom, or on the cell if that is relaxed too, eV/Å.
         forces_uncertainty: Largest ε_i, eV/Å.
-        atom: Index of that atom.
-        symbol: Its element.
-        gamma: Largest `gamma`; None where the calculator has none.
-        energy: eV.
-        energy_uncertainty: eV; None where the calculator has none.
-        start_energy: Of the structure it began with, eV.
-        start_energy_uncertainty: eV; None where the calculator has none.
-        stress_uncertainty: Largest of a component, eV/Å³; None unless the cell is relaxed.
+        atom: Index of the atom with the largest ε_i.
+        symbol: Element of that atom.
+        gamma: Largest `gamma`; None if the calculator has none.
+        energy: Energy, eV.
+        energy_uncertainty: Uncertainty of the energy, eV; None if the calculator has none.
+        start_energy: Energy of the first structure, eV.
+        start_energy_uncertainty: Uncertainty of that energy, eV; None if the calculator has none.
+        stress_uncertainty: Largest uncertainty of a stress component, eV/Å³; None unless the cell is relaxed.
     """
 
     status: Literal["converged", "uncertain", "unfinished"]
@@ -77,32 +77,33 @@ class Relaxation:
 
     @property
     def is_located(self) -> bool:
-        """Whether it converged, and forces are known as well as `fmax` asks there."""
+        """Whether it converged, with a force uncertainty of at most `fmax` and a finite `gamma`."""
         return self.converged and self.forces_uncertainty <= self.fmax and self.gamma != math.inf
 
     @property
     def gain(self) -> float:
-        """Energy that the relaxation gained, eV; positive where it went downhill."""
+        """Energy that the relaxation gained, eV; positive if it went downhill."""
         return self.start_energy - self.energy
 
     @property
     def gain_uncertainty(self) -> float | None:
-        """sqrt(σ_start² + σ_end²), eV, as if the errors of both ends had nothing in common.
+        """sqrt(σ_start² + σ_end²), eV, as if the errors at both ends were independent.
 
-        Those of similar structures have, so it is rather too large. None where the calculator has no uncertainty.
+        Errors of similar structures are correlated, so it is rather too large. None if the calculator has no energy
+        uncertainty.
         """
         if self.energy_uncertainty is None or self.start_energy_uncertainty is None:
             return None
         return math.hypot(self.energy_uncertainty, self.start_energy_uncertainty)
 
     def describe(self) -> str:
-        """A few lines for people: how it ended, and what is known of forces, energy and cell there."""
+        """A few lines of text: how it ended, and how certain forces, energy and cell are there."""
         lines = [self._outcome(), self._forces(), self._energy()]
         if self.stress_uncertainty is not None:
             lines.append(f"the stress on the cell is uncertain by up to {self.stress_uncertainty / units.GPa:.2g} GPa")
         if self.gamma is not None and not self.gamma <= 1:
             lines.append(
-                "an element is there that the uncertainty model has never seen: no uncertainty can be believed"
+                "an element here was never seen by the uncertainty model: no uncertainty can be believed"
                 if self.gamma == math.inf
                 else f"gamma is up to {self.gamma:.3g}: beyond the calibration data (1), uncertainties are a hint only"
             )
@@ -128,7 +129,7 @@ class Relaxation:
             return line
         if self.is_located:
             return f"{line}: the minimum is located as well as was asked for"
-        return f"{line}, more than {self.fmax:g}: the minimum is located only to that"
+        return f"{line}, more than {self.fmax:g}: the minimum is located only to that accuracy"
 
     def _energy(self) -> str:
         line = f"energy {self.energy:.6f} eV"
@@ -159,43 +160,43 @@ def relax(
     progress: bool = False,
     **options: Unpack[WatchOptions],
 ) -> Relaxation:
-    """Relaxes a structure until forces are small, or until the potential no longer knows.
+    """Relaxes a structure until forces are small, or until the potential is no longer reliable.
 
         relaxation = relax(atoms, fmax=0.02, halt=Quantile(0.999))
         print(relaxation)
 
-    `atoms` is left at the last structure. Call `relax` again to go on from a stopped one: the first structure is judged
-    too, so with a higher `halt` or none. It costs no model call beyond those of the optimiser, unless the calculator
-    skipped the uncertainties of the last structure.
+    `atoms` is left at the last structure. To go on from a halted relaxation, call `relax` again with a higher `halt` or
+    none, since the first structure is judged too. There are no model calls beyond those of the optimiser, unless the
+    calculator skipped the uncertainties of the first or last structure.
 
     Args:
-        atoms: Structure with an `UncertainCalculator`; constraints hold.
-        fmax: Converged where no force on an atom is larger, eV/Å.
-        steps: Most steps.
+        atoms: Structure with an `UncertainCalculator`; its constraints are kept.
+        fmax: Largest force on an atom at which the relaxation counts as converged, eV/Å.
+        steps: Largest number of steps.
         optimizer: `"bfgs"`, `"lbfgs"`, `"fire"` or an optimiser class of ASE.
         cell: Whether to relax the cell too, with `FrechetCellFilter`.
-        policy: What is watched for, if anything; made of the `options` where it is left out.
-        before: As of `UncertaintyMonitor`.
-        frames: As of `UncertaintyMonitor`.
-        log: As of `UncertaintyMonitor`.
+        policy: What to watch for, if anything; if None, it is made from the `options`.
+        before: As in `UncertaintyMonitor`.
+        frames: As in `UncertaintyMonitor`.
+        log: As in `UncertaintyMonitor`.
         trajectory: Extended XYZ file to which every step is added, with its uncertainties.
         progress: Whether to show a progress bar.
-        options: Fields of `WatchPolicy`, such as `halt`, in place of a `policy`.
+        options: Fields of `WatchPolicy`, such as `halt`, instead of a `policy`.
 
     Raises:
-        ValueError: A number that is not positive, an unknown optimiser, a cell that is not periodic or has no stress,
-            a calculator without uncertainties, or what `UncertaintyMonitor` refuses.
-        TypeError: `optimizer` is no optimiser of ASE, or what `UncertaintyMonitor` refuses.
+        ValueError: A number is not positive, the optimiser is unknown, a cell to relax is not periodic or has no
+            stress, the calculator has no uncertainties, or `UncertaintyMonitor` raises it.
+        TypeError: `optimizer` is not an optimiser of ASE, or `UncertaintyMonitor` raises it.
     """
     for name, value in (("fmax", fmax), ("steps", steps)):
         if not 0 < value < math.inf:
             raise ValueError(f"{name} of a relaxation is a positive number, not {value!r}.")
-    make = _optimizer(optimizer)
+    optimizer_class = _optimizer(optimizer)
     policy = as_policy(policy, **options)
     calculator = checked(atoms.calc, uncertain=True)
     target = _cell(atoms, calculator) if cell else atoms
     start_energy, start_energy_uncertainty = _energy(atoms, calculator)
-    run = make(cast(Atoms, target), logfile=None)  # ASE's annotation knows no filters
+    run = optimizer_class(cast(Atoms, target), logfile=None)  # ASE's annotation leaves out filters
     if trajectory is not None:
         run.attach(_add_frame, 1, trajectory, atoms, run)
     monitor = None
@@ -206,16 +207,16 @@ def relax(
         if progress:
             run.attach(_show, 1, bar, run, atoms)
         if monitor is not None:
-            run.attach(monitor)  # last: what comes after it does not see a step at which it raises
+            run.attach(monitor)  # last: observers after it miss a step at which it raises
         try:
             status = "converged" if run.run(fmax, steps) else "unfinished"
             if monitor is not None:
-                # Where the calculator skipped the uncertainty of the last structure, that is judged now.
+                # If the calculator skipped the uncertainty of the last structure, this structure is judged now.
                 _read(atoms, calculator, KEY)
                 monitor()
         except UncertaintyHalt:
             if monitor is None or monitor.last is None or monitor.last.level != "halt":
-                raise  # by a watch of the user's own
+                raise  # raised by the user's own watch
             status, reason = "uncertain", monitor.last.reason
     energy, energy_uncertainty = _energy(atoms, calculator)
     norms = _free_norms(atoms, calculator)
@@ -239,28 +240,30 @@ def relax(
     )
 
 
-def _optimizer(chosen: str | type[Optimizer]) -> type[Optimizer]:
-    if isinstance(chosen, str):
-        if chosen.lower() not in OPTIMIZERS:
+def _optimizer(optimizer: str | type[Optimizer]) -> type[Optimizer]:
+    if isinstance(optimizer, str):
+        if optimizer.lower() not in OPTIMIZERS:
             raise ValueError(
-                f"there is no optimiser {chosen!r}; there are {', '.join(OPTIMIZERS)}. Give one of them or a class "
+                f"there is no optimiser {optimizer!r}; there are {', '.join(OPTIMIZERS)}. Give one of them or a class "
                 "of ASE, such as ase.optimize.FIRE2."
             )
-        return OPTIMIZERS[chosen.lower()]
-    if not (isinstance(chosen, type) and issubclass(chosen, Optimizer)):
-        raise TypeError(f"an optimiser is one of {', '.join(OPTIMIZERS)} or an optimiser class of ASE, not {chosen!r}.")
-    return chosen
+        return OPTIMIZERS[optimizer.lower()]
+    if not (isinstance(optimizer, type) and issubclass(optimizer, Optimizer)):
+        raise TypeError(
+            f"an optimiser is one of {', '.join(OPTIMIZERS)} or an optimiser class of ASE, not {optimizer!r}."
+        )
+    return optimizer
 
 
 def _cell(atoms: Atoms, calculator: BaseCalculator) -> Filter:
     if not atoms.pbc.all():
         missing = [name for name, periodic in zip("abc", atoms.pbc, strict=True) if not periodic]
         raise ValueError(
-            f"cell=True relaxes all of the cell, and the structure is not periodic along {' and '.join(missing)}. "
+            f"cell=True relaxes the whole cell, but the structure is not periodic along {' and '.join(missing)}. "
             "Leave cell out, or set atoms.pbc = True if it is a crystal."
         )
     if "stress" not in calculator.implemented_properties:
-        raise ValueError(f"{type(calculator).__name__} gives no stress, which relaxes a cell. Leave cell out.")
+        raise ValueError(f"{type(calculator).__name__} gives no stress, which cell=True needs. Leave cell out.")
     return FrechetCellFilter(atoms)
 
 
@@ -273,7 +276,7 @@ def _energy(atoms: Atoms, calculator: BaseCalculator) -> tuple[float, float | No
 
 
 def _read(atoms: Atoms, calculator: BaseCalculator, key: str) -> Any:
-    """A result, also where the calculator skipped the uncertainties of this step."""
+    """A result, calculated now if the calculator skipped the uncertainties of this step."""
     return calculator.get_property(key, atoms)
 
 
@@ -284,7 +287,7 @@ def _stress_uncertainty(atoms: Atoms, calculator: BaseCalculator) -> float | Non
 
 
 def _free_norms(atoms: Atoms, calculator: BaseCalculator) -> np.ndarray:
-    """(n_atoms,) ε_i, eV/Å; -inf for atoms that are fixed, whose forces decide nothing, unless all are."""
+    """(n_atoms,) ε_i, eV/Å; -inf for fixed atoms, whose forces do not matter, unless all are fixed."""
     norms = atom_norms(_read(atoms, calculator, KEY))
     is_fixed = np.zeros(len(atoms), bool)
     for constraint in atoms.constraints:

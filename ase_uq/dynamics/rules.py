@@ -1,7 +1,7 @@
-"""Rules: when the readings of a run mean that a level is reached.
+"""Rules decide when the readings of a run reach a level.
 
-A rule holds hyper-parameters only. Whatever it must remember between two steps is a state that it is handed and
-hands back, so that the same readings give the same alarms and a run can be restarted from a JSON file.
+A rule holds hyper-parameters only. Whatever it must remember between two steps is a state that it receives and
+returns, so that the same readings give the same alarms and a run can be restarted from a JSON file.
 """
 
 import math
@@ -15,12 +15,12 @@ from ase_uq.thresholds.data import ThresholdData
 
 Level = Literal["ok", "flag", "halt"]
 
-# Times are step numbers times a step that is not a round binary number: 40 steps of 0.5 fs must count as 20 fs.
+# Times are step numbers times a time step with a rounding error: 40 steps of 0.5 fs must count as 20 fs.
 _TIME_TOLERANCE = 1e-6
 
 
 class Rule(ABC):
-    """Base of all rules. Subclasses are frozen dataclasses; a state is None at first and always JSON-able."""
+    """Base of all rules. Subclasses are frozen dataclasses; a state is None at first and always a JSON value."""
 
     @property
     @abstractmethod
@@ -29,12 +29,12 @@ class Rule(ABC):
 
     @property
     def at_once(self) -> float:
-        """From this reading on, eV/Å, it triggers at the first step; infinity for a rule that always waits."""
+        """Reading, eV/Å, from which on it triggers without waiting; infinity for a rule that always waits."""
         return self.threshold
 
     @property
     def criteria(self) -> tuple[Criterion | PerElement, ...]:
-        """What the calibration data must turn into numbers; empty for a rule of numbers."""
+        """Criteria that calibration data must turn into numbers; empty for a rule with numbers."""
         return ()
 
     @abstractmethod
@@ -42,8 +42,8 @@ class Rule(ABC):
         """The same rule with every criterion replaced by its number in eV/Å.
 
         Args:
-            threshold_data: Of all atoms that are looked at.
-            element: Of those of one element, for `PerElement`; where it is too little, or None, all atoms count.
+            threshold_data: Data of all atoms that are looked at.
+            element: Data of the atoms of one element, for `PerElement`; if None or too few, all atoms count.
 
         Raises:
             ValueError: The data cannot support a criterion.
@@ -54,9 +54,9 @@ class Rule(ABC):
         """Judges one step; a pure function.
 
         Args:
-            state: What the step before handed back; None at the first step.
+            state: State that the step before returned; None at the first step.
             reading: Reduced force uncertainty of this step, eV/Å; NaN always triggers.
-            time: Simulated time, fs; None where the dynamics has no time, as in an optimiser.
+            time: Simulated time, fs; None if the dynamics has no time, as in an optimiser.
 
         Returns:
             The state for the next step, and whether the rule triggers now.
@@ -127,7 +127,7 @@ class Patience(_OfValue):
     that has broken does not recover.
 
     Args:
-        value: As for `Threshold`.
+        value: Threshold, as for `Threshold`.
         fs: Simulated time that the reading must stay above, fs.
 
     Raises:
@@ -152,11 +152,11 @@ class Patience(_OfValue):
     def judge(self, state: float | None, reading: float, time: float | None) -> tuple[float | None, bool]:
         if time is None:
             raise ValueError(
-                f"{self} waits in fs of simulated time, and an optimiser has none. Use Threshold({self.value}) here."
+                f"{self} waits for simulated time in fs, and an optimiser has none. Use Threshold({self.value}) here."
             )
         if not _reaches(reading, self.threshold):
             return None, False
-        # A clock that was set back, as `dyn.nsteps = 0` does, must not make the rule wait for the old time.
+        # After the clock was set back, as by `dyn.nsteps = 0`, the rule must not wait until the old time is reached.
         since = time if state is None else min(state, time)
         return since, math.isnan(reading) or time - since > self.fs - _TIME_TOLERANCE
 
@@ -184,19 +184,19 @@ class _Several(Rule):
 
     def _judgements(self, state: list | None, reading: float, time: float | None) -> tuple[list, list[bool]]:
         states = [None] * len(self.rules) if state is None else state
-        judged = [rule.judge(own, reading, time) for rule, own in zip(self.rules, states, strict=True)]
-        return [own for own, _ in judged], [triggered for _, triggered in judged]
+        judged = [rule.judge(before, reading, time) for rule, before in zip(self.rules, states, strict=True)]
+        return [after for after, _ in judged], [triggered for _, triggered in judged]
 
 
 class AnyOf(_Several):
     """Triggers when any of its rules does; its threshold is the lowest of theirs.
 
     Args:
-        rules: Two or more.
+        rules: Two or more rules.
 
     Raises:
-        ValueError: Fewer, or a `Patience` beside a `Threshold` that is not above it, so that nothing ever waits.
-        TypeError: One is no rule.
+        ValueError: There are fewer, or a `Threshold` is not above a `Patience` beside it, so that nothing ever waits.
+        TypeError: One of them is not a rule.
     """
 
     def __init__(self, *rules: Rule) -> None:
@@ -232,11 +232,11 @@ class AllOf(_Several):
     """Triggers when all of its rules do at the same step; its threshold is the highest of theirs.
 
     Args:
-        rules: Two or more.
+        rules: Two or more rules.
 
     Raises:
-        ValueError: Fewer.
-        TypeError: One is no rule.
+        ValueError: There are fewer.
+        TypeError: One of them is not a rule.
     """
 
     def __str__(self) -> str:
@@ -263,12 +263,12 @@ class Refractory(Rule):
     trigger; an alarm within the silence does not prolong it.
 
     Args:
-        rule: What triggers.
-        fs: Simulated time of the silence, fs.
+        rule: Rule that triggers.
+        fs: Length of the silence in simulated time, fs.
 
     Raises:
         ValueError: `fs` is not positive.
-        TypeError: `rule` is no rule.
+        TypeError: `rule` is not a rule.
     """
 
     rule: Rule
@@ -301,7 +301,7 @@ class Refractory(Rule):
     def judge(self, state: Sequence | None, reading: float, time: float | None) -> tuple[list, bool]:
         if time is None:
             raise ValueError(
-                f"a refractory time is one of {self.fs:g} fs of simulated time, and an optimiser has none. Use "
+                f"a refractory time of {self.fs:g} fs needs simulated time, and an optimiser has none. Use "
                 f"{self.rule} without it here."
             )
         inner, since = (None, None) if state is None else state
@@ -329,6 +329,6 @@ def _check(value: Any) -> None:
         )
     if not float(value) > 0:
         raise ValueError(
-            f"a threshold is a positive number in eV/Å, not {value!r}. Take the force uncertainty from which on "
-            "you no longer trust the run, or a criterion such as Quantile(0.99)."
+            f"a threshold is a positive number in eV/Å, not {value!r}. Give the force uncertainty above which you "
+            "no longer trust the run, or a criterion such as Quantile(0.99)."
         )

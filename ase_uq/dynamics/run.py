@@ -1,4 +1,4 @@
-"""Molecular dynamics under a monitor, with a trajectory from which another process goes on."""
+"""Molecular dynamics under a monitor, with a trajectory from which another process can go on."""
 
 import os
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from ase_uq.sampling.ensembles import set_temperature
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a run begins to count.
+    """Step and time at which a run begins to count.
 
     Args:
         step: Step of its first structure.
@@ -33,7 +33,7 @@ class Origin:
 
     @classmethod
     def at_end_of(cls, last: Atoms) -> Self:
-        """The place of the last frame of a trajectory; the beginning where no run has written it."""
+        """The origin at the last frame of a trajectory; step 0 if no run has written that frame."""
         if not {"step", "time_fs"} <= last.info.keys():
             return cls(written=True)
         return cls(int(last.info["step"]), float(last.info["time_fs"]), written=True, judged=True)
@@ -52,19 +52,19 @@ def run_md(
     origin: Origin = _BEGINNING,
     after_step: Callable[[], None] | None = None,
 ) -> bool:
-    """Runs dynamics until the monitor halts them; the trajectory ends with the last step, from which to go on.
+    """Runs dynamics for a number of steps, or until the monitor halts it; the trajectory ends with the last step.
 
     Args:
         dynamics: The run, at its start.
-        monitor: Made for it, and not attached yet.
-        steps: Steps to run.
-        trajectory: Extended XYZ file to which frames are added, with `step` and `time_fs`; None for none.
-        interval: Steps between its frames.
-        origin: What the structure at the start is, where an earlier run has written it.
-        after_step: Called after each step has been judged, that of a halt included.
+        monitor: Monitor made for this run, and not attached yet.
+        steps: Number of steps to run.
+        trajectory: Extended XYZ file to which frames are added, with `step` and `time_fs`; None for no file.
+        interval: Steps between frames of the trajectory.
+        origin: Place of the first structure, if an earlier run has written it.
+        after_step: Function called after each step has been judged, including a step that halts.
 
     Returns:
-        Whether it was halted.
+        Whether the run was halted.
     """
     if origin.judged:
         place = {"step": origin.step, "time_fs": origin.time_fs, "judged_step": origin.step}
@@ -79,7 +79,7 @@ def run_md(
             info = {"step": step, "time_fs": origin.time_fs + dynamics.get_time() / units.fs}
             write_frames(trajectory, [annotated(dynamics.atoms, **info)], append=True)
 
-    # The monitor comes first, so that the others know its reading; a step at which it raises is the last one anyway.
+    # The monitor comes first, so that the others see its reading; a step at which it raises is the last one anyway.
     dynamics.attach(monitor)
     dynamics.attach(write, interval=interval)
     if after_step is not None:
@@ -96,7 +96,7 @@ def run_md(
 
 
 def ramp(dynamics: MolecularDynamics, start: float, end: float, steps: int) -> Callable[[], None]:
-    """An observer that takes a thermostat evenly from one temperature to another, K, in so many steps."""
+    """An observer that changes the thermostat's temperature linearly from `start` to `end`, K, over `steps` steps."""
 
     def heat() -> None:
         set_temperature(dynamics, start + (end - start) * dynamics.nsteps / steps)

@@ -1,4 +1,4 @@
-"""The structures that a run moves, and what their calculators know of them without another calculation."""
+"""The structures that a run moves, and the results that their calculators have without another calculation."""
 
 import math
 from collections.abc import Mapping
@@ -31,15 +31,15 @@ class Structure:
 
 
 def structures_of(dynamics: BaseDynamics) -> tuple[Structure, ...]:
-    """What a run moves: its one structure, also under filters and in a dimer, or the images between two ends.
+    """The structures that a run moves: one, also under filters and in a dimer, or the images between two ends.
 
     Raises:
-        TypeError: It is no run at all.
-        ValueError: It moves neither.
+        TypeError: `dynamics` is not a run.
+        ValueError: It moves neither a structure nor a path.
     """
     if not isinstance(dynamics, BaseDynamics):
         raise TypeError(
-            f"what is watched is a run, such as Langevin(atoms, ...) or BFGS(atoms), not {type(dynamics).__name__}."
+            f"a monitor watches a run, such as Langevin(atoms, ...) or BFGS(atoms), not {type(dynamics).__name__}."
         )
     moved: Any = dynamics.atoms
     alone = True
@@ -51,16 +51,16 @@ def structures_of(dynamics: BaseDynamics) -> tuple[Structure, ...]:
         if not hasattr(moved, "atoms"):
             raise ValueError(
                 f"{type(dynamics).__name__} moves a {type(moved).__name__}, which is neither a structure nor a path "
-                "of at least three images. Score the frames it makes afterwards."
+                "of at least three images. Score its frames afterwards."
             )
         moved = moved.atoms
     return (Structure(moved, alone=alone),)
 
 
 def results_of(structure: Structure) -> Mapping[str, Any] | None:
-    """Results of a structure that cost no model call; None where its calculator has forgotten them.
+    """Results of a structure that cost no model call; None if its calculator has forgotten them.
 
-    They hold no uncertainty where the calculator skipped it.
+    They have no uncertainty if the calculator skipped it.
     """
     atoms, calculator = structure.atoms, structure.atoms.calc
     assert calculator is not None
@@ -69,8 +69,8 @@ def results_of(structure: Structure) -> Mapping[str, Any] | None:
         return {}
     if not calculator.check_state(atoms):
         return calculator.results
-    # A single structure was moved since its forces were computed, as by `atoms.wrap`: the run asks for these forces
-    # next and gets them from the cache. Any other must be remembered.
+    # A single structure was moved since its forces were computed, as by `atoms.wrap`: computing them here costs
+    # nothing, since the run needs them next and gets them from the cache. Other structures must be remembered.
     if structure.alone or not calculator.calculation_required(atoms, ["forces"]):
         calculator.get_property("forces", atoms)
         return calculator.results
@@ -80,7 +80,7 @@ def results_of(structure: Structure) -> Mapping[str, Any] | None:
 def norms_of(atoms: Atoms, results: Mapping[str, Any]) -> np.ndarray | None:
     """(n_atoms,) ε_i in eV/Å, infinite for an atom of an element never seen; None without an uncertainty.
 
-    Of broken positions all are NaN, whatever the calculator says.
+    If a position is not finite, all are NaN, whatever the calculator says.
     """
     if not np.isfinite(atoms.positions).all():
         return np.full(len(atoms), math.nan)

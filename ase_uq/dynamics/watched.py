@@ -1,4 +1,4 @@
-"""A calculator that judges every calculation, for whatever moves atoms without being an ASE dynamics."""
+"""A calculator that judges every calculation, for algorithms that move atoms without being an ASE dynamics."""
 
 import os
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ class Record(NamedTuple):
     """One judged calculation.
 
     Attributes:
-        step: Its number, from 0 on.
-        reading: Reduced force uncertainty, eV/Å; NaN where there was none.
+        step: Number of the calculation, from 0 on.
+        reading: Reduced force uncertainty, eV/Å; NaN without one.
         level: `"ok"`, `"flag"` or `"halt"`.
     """
 
@@ -33,42 +33,42 @@ class Record(NamedTuple):
 
 
 class WatchedCalculator(Calculator):
-    """Another calculator, each of whose calculations is judged as a monitor judges a step.
+    """Wraps a calculator, and judges each of its calculations as a monitor judges a step.
 
     For vibrations, phonons, elastic constants, equations of state, the steps of basin or minima hopping and the
-    images of an AutoNEB: all that uses a calculator without showing its steps to an observer.
+    images of an AutoNEB: everything that uses a calculator without showing its steps to an observer.
 
         atoms.calc = WatchedCalculator(UncertainCalculator(...), halt=0.5, flag=0.3, frames="flagged.xyz")
         Vibrations(atoms).run()
         max(atoms.calc.records, key=lambda record: record.reading)  # the worst displacement
 
     Results are those of the wrapped calculator, bit for bit, and none is computed twice. The step of an event is the
-    number of the calculation. There is no time between calculations, so rules that need one are refused. A halt is
-    always an `UncertaintyHalt` out of whatever asked for the results. These stand: asking again for the same
-    structure gives them without a second halt.
+    number of the calculation. There is no simulated time between calculations, so rules that need it are refused. A
+    halt always raises `UncertaintyHalt` in the code that asked for the results. The results are kept: asking again for
+    the same structure gives them without a second halt.
 
-    What was under way is left as it is: `Vibrations` leaves the atom displaced and an empty file, so set the
-    positions back and call `clean(empty_files=True)` before its `run()` goes on.
+    The interrupted algorithm is not cleaned up: `Vibrations` leaves the atom displaced and an empty file, so set the
+    positions back and call `clean(empty_files=True)` before calling its `run()` again.
 
     Args:
         calculator: Calculator with uncertainties, such as an `UncertainCalculator`.
-        policy: What is watched for; made of the `options` where it is left out.
+        policy: What to watch for; if None, it is made from the `options`.
         frames: As in `UncertaintyMonitor`.
         log: As in `UncertaintyMonitor`.
         on_halt: As in `UncertaintyMonitor`.
         on_flag: As in `UncertaintyMonitor`.
-        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, instead of a `policy`.
 
     Attributes:
         policy: What is watched for.
         calculator: The wrapped calculator.
-        implemented_properties: A list of this instance, with those of the wrapped one.
+        implemented_properties: Properties of the wrapped calculator; a list of this instance.
         last: The `Event` of the last judged calculation; None before.
-        records: A `Record` of every judged calculation, in their order.
+        records: A `Record` of every judged calculation, in order.
 
     Raises:
-        ValueError: As `UncertaintyMonitor` does, and for a rule that needs time.
-        TypeError: As `UncertaintyMonitor` does.
+        ValueError: As for `UncertaintyMonitor`, or if a rule needs time.
+        TypeError: As for `UncertaintyMonitor`.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class WatchedCalculator(Calculator):
         self._judge = Judge(self.policy)
         self.calculator = checked(calculator, uncertain=bool(self.policy.rules))
         self.implemented_properties = list(calculator.implemented_properties)
-        self._settle([])  # mistakes are told now, not at the first calculation
+        self._settle([])  # raises mistakes now, not at the first calculation
         self._symbols: list[str] | None = None
         self._actions = actions_of_levels(self.policy.levels, frames, log, on_halt, on_flag)
         self._n_calculations = 0
@@ -97,11 +97,11 @@ class WatchedCalculator(Calculator):
 
     @property
     def watches(self) -> dict[Level, tuple[Watch, ...]]:
-        """The rules of each level with their numbers, and what they read: one, or one an element."""
+        """The rules of each level with their numbers and reductions: one rule, or one per element."""
         return dict(self._judge.watches)
 
     def check_state(self, atoms: Atoms, tol: float = 1e-15) -> list[str]:
-        """What changed since the last calculation, also among what only the wrapped calculator reads."""
+        """What changed since the last calculation, including inputs that only the wrapped calculator reads."""
         return super().check_state(atoms, tol=tol) or list(self.calculator.check_state(atoms, tol=tol))
 
     def calculate(
@@ -110,10 +110,10 @@ class WatchedCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """Asks the wrapped calculator, and judges a structure that is new.
+        """Runs the wrapped calculator, and judges a new structure.
 
         Raises:
-            UncertaintyHalt: By the action `Halt`.
+            UncertaintyHalt: Raised by the action `Halt`.
         """
         self.results = {}
         super().calculate(atoms, list(properties), list(system_changes))
@@ -129,7 +129,7 @@ class WatchedCalculator(Calculator):
             self._judge_now()
 
     def export_properties(self) -> Properties:
-        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        """Results for `atoms.get_properties`: those that ASE has a name for."""
         return known_to_ase(self.results)
 
     def _judge_now(self) -> None:
@@ -162,7 +162,7 @@ class WatchedCalculator(Calculator):
             action(self.last)
 
     def _settle(self, symbols: Sequence[str]) -> None:
-        # With a time all rules can be settled; then one that cannot judge without it is named here.
+        # With a time all rules can be settled; a rule that cannot judge without one is then named below.
         self._judge.settle(self.calculator, symbols, 0.0)
         for watch in (watch for watches in self._judge.watches.values() for watch in watches):
             try:

@@ -30,7 +30,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["UncertainDriver"]
 
-# Where i-PI looks for what to load.
+# i-PI reads these two names to find the class.
 __DRIVER_NAME__ = "ase_uq"
 __DRIVER_CLASS__ = "UncertainDriver"
 
@@ -48,23 +48,22 @@ class UncertainDriver(Dummy_driver):
 
     Energy, forces and virial are those of `UncertainCalculator`, in i-PI's atomic units. The extras are JSON with the
     keys, shapes and ASE units (eV, eV/Å, eV/Å³) of the calculator's results: `energy_uncertainty`,
-    `forces_uncertainty`, `gamma` and the others of that table; not those of each method, which would make them many
-    times as long. i-PI converts no extras: they stand in its files as they are here.
+    `forces_uncertainty`, `gamma` and so on. The results of each method are left out: they would make the extras many
+    times as long. i-PI does not convert extras, so its files have them in these units.
 
-    Beads that i-PI sends together (`batch_size`) are one forward pass, or one each where a method reads derivatives.
+    Beads that i-PI sends together (`batch_size`) take one forward pass, or one each if a method needs derivatives.
 
     Args:
-        template: File with the elements in i-PI's order; its charge, spin and periodicity are the potential's too.
-            Without periodicity i-PI's cell is not looked at, and the virial is zero, as it is of a potential without
-            a stress.
+        template: File with the elements in i-PI's order, and with the charge, spin and periodicity to use. Without
+            periodicity i-PI's cell is ignored and the virial is zero, as it also is for a potential without a stress.
         model: SPEC of the potential, such as `mace:my.model`.
         uq: File of its uncertainty model.
-        verbose: i-PI's; unused.
-        verbosity: i-PI's; unused.
+        verbose: Argument of i-PI's drivers; unused.
+        verbosity: Argument of i-PI's drivers; unused.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ArtefactError: The file is not a whole, unaltered uncertainty model.
+        ArtefactError: The file is not a complete, unaltered uncertainty model.
     """
 
     def __init__(self, template: str, model: str, uq: str, verbose: bool = False, verbosity: Any = None) -> None:
@@ -73,11 +72,14 @@ class UncertainDriver(Dummy_driver):
         super().__init__(verbose)
 
     def compute(self, cell: Any, pos: Any) -> Answer | list[Answer]:
-        """Answers to one structure, or to a list of them.
+        """Evaluates one structure, or each of a list.
 
         Args:
-            cell: (3, 3) in bohr with the vectors as columns, or a list of such.
-            pos: (n_atoms, 3) in bohr, or a list of such.
+            cell: (3, 3) cell in bohr with the vectors as columns, or a list of cells.
+            pos: (n_atoms, 3) positions in bohr, or a list of positions.
+
+        Returns:
+            Energy, forces (n_atoms, 3) and virial (3, 3) in atomic units, and the extras as JSON; a list for a list.
 
         Raises:
             InputError: The number of atoms is not that of the template.
@@ -88,7 +90,8 @@ class UncertainDriver(Dummy_driver):
 
     def _answers(self, cells: Sequence[np.ndarray], positions: Sequence[np.ndarray]) -> list[Answer]:
         frames = [self._structure(cell, pos) for cell, pos in zip(cells, positions, strict=True)]
-        return [_answer(atoms, found) for atoms, found in zip(frames, self._predictor.predict(frames), strict=True)]
+        predictions = self._predictor.predict(frames)
+        return [_answer(atoms, prediction) for atoms, prediction in zip(frames, predictions, strict=True)]
 
     def _structure(self, cell: np.ndarray, positions: np.ndarray) -> Atoms:
         atoms = self._template.copy()
@@ -104,10 +107,10 @@ class UncertainDriver(Dummy_driver):
 
 
 def _answer(atoms: Atoms, prediction: Prediction) -> Answer:
-    found = prediction.results
+    results = prediction.results
     virial = np.zeros((3, 3))
-    if atoms.pbc.any() and "stress" in found:
-        virial = -atoms.get_volume() * voigt_6_to_full_3x3_stress(np.asarray(found["stress"], float))
-    extras = {key: np.asarray(found[key], float).tolist() for key in UNCERTAINTIES if key in found}
-    forces = np.asarray(found["forces"], float)
-    return found["energy"] * _ENERGY, forces * _FORCE, virial * _ENERGY, json.dumps(extras)
+    if atoms.pbc.any() and "stress" in results:
+        virial = -atoms.get_volume() * voigt_6_to_full_3x3_stress(np.asarray(results["stress"], float))
+    extras = {key: np.asarray(results[key], float).tolist() for key in UNCERTAINTIES if key in results}
+    forces = np.asarray(results["forces"], float)
+    return results["energy"] * _ENERGY, forces * _FORCE, virial * _ENERGY, json.dumps(extras)

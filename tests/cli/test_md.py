@@ -454,7 +454,7 @@ def test_wrong_usage(md, words, part):
     [
         (["--halt", "q0.9999"], "calibration frames"),
         (["--flag", 1, "--patience", 5], "patience belongs to halt"),
-        (["--halt", 1, "--at-once", 2], "no patience is given"),
+        (["--halt", 1, "--at-once", 2], "patience is not given"),
         (["--halt", 1, "--refractory", 5], "refractory belongs to flag"),
         (["--halt", "alarms=0.1@9ps"], "the uncertainty model has none. Make them with `ase-uq reference`"),
         (["--halt", 1, "--ensemble", "npt"], "START is not periodic along all three vectors"),

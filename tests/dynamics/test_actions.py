@@ -95,7 +95,7 @@ def test_halt_leaves_the_ode_of_a_path_quietly_and_its_other_method_loudly():
 
 def test_halt_of_a_calculator_speaks_of_calculations():
     with pytest.raises(
-        UncertaintyHalt, match=r"halted at calculation 12: .*Its results stand: what asks for them again"
+        UncertaintyHalt, match=r"halted at calculation 12: .*Its results are kept: asking for them again"
     ):
         Halt()(event(dynamics=None, time_fs=None))
 

@@ -229,13 +229,13 @@ def test_atoms_that_change_partners_are_watched_for_fusion_alone():
 
 @pytest.mark.parametrize("longest", [1, 0.5, 0, -1, NAN])
 def test_a_longest_bond_within_its_first_length_is_refused(longest):
-    with pytest.raises(ValueError, match=r"longest is above 1, in first lengths of a bond, not"):
+    with pytest.raises(ValueError, match=r"longest is above 1, in units of the first length of a bond, not"):
         Bonds(longest=longest)
 
 
 @pytest.mark.parametrize("shortest", [1, 0, -1, 2, NAN])
 def test_a_shortest_distance_outside_its_range_is_refused(shortest):
-    with pytest.raises(ValueError, match=r"shortest lies between 0 and 1, in sums of covalent radii, not at"):
+    with pytest.raises(ValueError, match=r"shortest lies between 0 and 1, in units of the sum of covalent radii"):
         Bonds(shortest=shortest)
 
 

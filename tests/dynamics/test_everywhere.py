@@ -366,7 +366,7 @@ def test_a_calculator_without_memory_cannot_be_shared_and_is_not_called_again():
         dynamics = BFGS(NEB(images, method="improvedtangent", allow_shared_calculator=True), logfile=None)
         if watched:
             attached(dynamics, halt=100.0)
-            error, message = ValueError, r"Uncertain no longer has the results of image 1 at step 0: others share it"
+            error, message = ValueError, r"no longer has the results of image 1 at step 0: other structures share it"
         else:
             dynamics.attach(lambda: 1 / 0)
             error, message = ZeroDivisionError, "division by zero"

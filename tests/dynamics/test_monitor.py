@@ -560,7 +560,7 @@ def test_a_restored_monitor_goes_on_as_if_the_run_had_not_ended(tmp_path, own_co
 
 def test_only_a_state_of_the_same_levels_is_taken():
     monitor = UncertaintyMonitor(verlet(crystal()), halt=0.5)
-    with pytest.raises(ValueError, match=r"no state of an UncertaintyMonitor: it lacks 'step'"):
+    with pytest.raises(ValueError, match=r"not a state of an UncertaintyMonitor: it lacks 'step'"):
         monitor.restore({})
     other = UncertaintyMonitor(verlet(crystal()), halt=0.5, flag=0.3)
     with pytest.raises(ValueError, match=r"levels \['halt'\], this monitor \['flag', 'halt'\]"):
@@ -629,7 +629,7 @@ def test_a_restart_with_another_uncertainty_model_is_refused():
     message = (
         r"restart with another uncertainty model \(halt by a threshold of Quantile\(0.7\) 0.7 eV/Å then, 1.4 eV/Å "
     )
-    with pytest.raises(ValueError, match=message + r"now\). Make the monitor on the calculator of the run before"):
+    with pytest.raises(ValueError, match=message + r"now\). Make the monitor with the calculator of the earlier run"):
         UncertaintyMonitor(verlet(crystal(readings=np.linspace(0, 2, 101))), halt=Quantile(0.7), flag=0.1).restore(
             state
         )
@@ -712,7 +712,7 @@ def test_mistakes_are_told_when_the_monitor_is_made(options, error, message):
 
 @pytest.mark.parametrize("optimiser", [BFGS, FIRE])  # FIRE has a `dt`, which is no time
 def test_patience_in_an_optimiser_is_refused(optimiser):
-    with pytest.raises(ValueError, match=r"fs of simulated time, and an optimiser has none"):
+    with pytest.raises(ValueError, match=r"simulated time in fs, and an optimiser has none"):
         UncertaintyMonitor(optimiser(crystal(), logfile=None), halt=0.5, patience=20)
 
 
@@ -730,7 +730,7 @@ def test_a_calculator_that_breaks_its_promise_is_refused_at_the_first_step():
     dynamics = verlet(crystal([0.1], skipped=range(10)))
     attached(dynamics, halt=0.5)
     with pytest.raises(
-        ValueError, match=r"Uncertain promises forces_uncertainty but its results of the structure at step 0 have none"
+        ValueError, match=r"Uncertain promises forces_uncertainty but its results of the structure at step 0 lack it"
     ):
         dynamics.run(5)
 
@@ -750,7 +750,7 @@ def test_meanings_need_a_calculator_that_knows_its_calibration_data():
 
     atoms = crystal()
     atoms.calc = Bare()
-    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn Quantile\(0.9\) into a number"):
+    with pytest.raises(ValueError, match=r"Bare has no calibration data to turn Quantile\(0.9\) into a number"):
         UncertaintyMonitor(verlet(atoms), halt=Quantile(0.9))
 
 
@@ -819,12 +819,12 @@ def test_a_loop_of_ones_own_moves_its_run():
 
 @pytest.mark.parametrize("what", [lambda: crystal(), lambda: None])
 def test_what_is_no_run_is_refused(what):
-    with pytest.raises(TypeError, match=r"what is watched is a run, such as .*, not (Atoms|NoneType)"):
+    with pytest.raises(TypeError, match=r"a monitor watches a run, such as .*, not (Atoms|NoneType)"):
         UncertaintyMonitor(what(), halt=0.5)
 
 
 def test_a_mask_is_not_taken_for_numbers_of_atoms():
-    with pytest.raises(TypeError, match=r"not a mask, .*np.flatnonzero"):
+    with pytest.raises(TypeError, match=r"not a mask: .*np.flatnonzero"):
         UncertaintyMonitor(verlet(crystal()), halt=0.5, indices=[True, False, False, False])
 
 
@@ -840,7 +840,7 @@ def test_readings_more_often_than_those_of_the_reference_are_warned_of(rule, dt,
         warnings.simplefilter("always")
         dynamics.run(4)
     assert [
-        "every 2 fs, and this run is read every 1 fs" in str(w.message) for w in caught if w.category is UQWarning
+        "every 2 fs, but this run is read every 1 fs" in str(w.message) for w in caught if w.category is UQWarning
     ] == ([True] * warns)
 
 

@@ -209,7 +209,7 @@ def test_levels_that_make_no_sense_are_refused():
         WatchPolicy(halt=Threshold(0.5), patience=20)
     with pytest.raises(ValueError, match=r"refractory belongs to flag, which is not given"):
         WatchPolicy(halt=0.5, refractory=20)
-    with pytest.raises(ValueError, match=r"at_once is where the run halts without patience, and no patience is given"):
+    with pytest.raises(ValueError, match=r"at_once is the threshold of a halt without patience, but patience is"):
         WatchPolicy(halt=0.5, at_once=1.5)
     with pytest.raises(ValueError, match=r"0.4 eV/Å triggers at once and is not above 0.5 eV/Å.*Give at_once above"):
         WatchPolicy(halt=0.5, patience=20, at_once=0.4)
@@ -311,7 +311,7 @@ def test_a_cusum_is_settled_by_reference_runs():
 
 @pytest.mark.parametrize("value", [Quantile(0.9), PerElement(Quantile(0.9))])
 def test_a_meaning_without_calibration_data_is_refused(value):
-    with pytest.raises(ValueError, match=r"Bare knows no calibration data to turn .*Quantile\(0.9\).* into a number"):
+    with pytest.raises(ValueError, match=r"Bare has no calibration data to turn .*Quantile\(0.9\).* into a number"):
         WatchPolicy(halt=value).settled(Bare(), SYMBOLS, None)
 
 

@@ -206,7 +206,7 @@ def test_a_minimum_is_located_only_to_the_uncertainty_of_its_forces():
         in str(known)
     )
     assert (
-        "forces are uncertain by up to 0.21 eV/Å (atom 1, Al), more than 0.05: the minimum is located only to that"
+        "uncertain by up to 0.21 eV/Å (atom 1, Al), more than 0.05: the minimum is located only to that accuracy"
         in str(unknown)
     )
 
@@ -268,7 +268,7 @@ def test_without_uncertainties_of_energy_stress_and_gamma_nothing_is_said_of_the
     [
         (0.5, None),
         (3.25, "gamma is up to 3.25: beyond the calibration data (1), uncertainties are a hint only"),
-        (math.inf, "an element is there that the uncertainty model has never seen: no uncertainty can be believed"),
+        (math.inf, "an element here was never seen by the uncertainty model: no uncertainty can be believed"),
     ],
 )
 def test_beyond_the_calibration_data_it_says_so(gamma, text):
@@ -401,7 +401,7 @@ def test_a_slab_has_no_cell_to_relax():
     atoms = fcc111("Cu", (1, 1, 3), vacuum=5)
     atoms.calc = Uncertain()
     with pytest.raises(
-        ValueError, match=r"cell=True relaxes all of the cell, and the structure is not periodic along c. Leave"
+        ValueError, match=r"cell=True relaxes the whole cell, but the structure is not periodic along c. Leave"
     ):
         relax(atoms, cell=True)
 
@@ -409,7 +409,7 @@ def test_a_slab_has_no_cell_to_relax():
 def test_a_cell_needs_a_stress():
     atoms = crystal()
     atoms.calc.implemented_properties = ["energy", "forces", *EXTRA]
-    with pytest.raises(ValueError, match=r"Uncertain gives no stress, which relaxes a cell. Leave cell out"):
+    with pytest.raises(ValueError, match=r"Uncertain gives no stress, which cell=True needs. Leave cell out"):
         relax(atoms, cell=True)
 
 

@@ -535,7 +535,7 @@ def test_rules_are_made_of_rules_only():
 
 
 def test_rules_over_time_say_that_optimisers_have_no_time():
-    with pytest.raises(ValueError, match=r"fs of simulated time, and an optimiser has none. Use Threshold\(0.5\)"):
+    with pytest.raises(ValueError, match=r"simulated time in fs, and an optimiser has none. Use Threshold\(0.5\)"):
         Patience(0.5, fs=20).judge(None, 0.0, None)
     with pytest.raises(ValueError, match=r"adds up over simulated time, and an optimiser has none. Use Threshold\(Fal"):
         CUSUM.judge(None, 0.0, None)

@@ -87,7 +87,7 @@ def test_a_halt_raises_out_of_whatever_asked_and_the_results_stand(mode, tmp_pat
     calculator = watched(atoms, halt=0.5, frames=tmp_path / "a.xyz", on_halt=Halt(mode=mode))
     atoms.get_forces()
     atoms.positions[0, 0] += 0.01
-    with pytest.raises(UncertaintyHalt, match=r"halted at calculation 1: force uncertainty .*atom 1 \(Al.*stand") as e:
+    with pytest.raises(UncertaintyHalt, match=r"halted at calculation 1: force uncertainty .*atom 1 \(Al.*kept") as e:
         atoms.get_forces()
     assert (e.value.step, e.value.reading, e.value.threshold) == (1, 0.8, 0.5)
     assert np.isfinite(atoms.get_forces()).all()

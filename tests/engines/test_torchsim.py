@@ -219,7 +219,7 @@ def test_charge_and_spin_are_read_from_the_state(model: UncertainModel, monkeypa
 
 def test_another_dtype_is_refused(model: UncertainModel):
     state = ts.initialize_state(copies(1), model.device, torch.float32)
-    with pytest.raises(TypeError, match=r"the state is in torch.float32 and the potential in torch.float64\. Make it"):
+    with pytest.raises(TypeError, match=r"the state is in torch.float32 and the potential in torch.float64\. Make"):
         model(state)
 
 
@@ -657,7 +657,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
 
 def test_a_patience_in_a_relaxation_is_refused(model: UncertainModel):
     monitor = ReplicaMonitor(model, halt=0.5, patience=10)
-    with pytest.raises(ValueError, match="waits in fs of simulated time, and an optimiser has none"):
+    with pytest.raises(ValueError, match="waits for simulated time in fs, and an optimiser has none"):
         monitor.optimize(copies(1), optimizer=ts.Optimizer.fire)
 
 
@@ -692,9 +692,9 @@ def test_a_reporter_that_is_a_dictionary_is_refused(model: UncertainModel):
 @pytest.mark.parametrize("wrong", ["leapfrog", (ts.nve_init,), None])
 def test_what_is_no_integrator_or_optimizer_is_refused(model: UncertainModel, wrong: Any):
     monitor = ReplicaMonitor(model, halt=1.0)
-    with pytest.raises(TypeError, match=r"is no integrator\. Give one of nve, nvt_vrescale"):
+    with pytest.raises(TypeError, match=r"is not an integrator\. Give one of nve, nvt_vrescale"):
         run(monitor, model, copies(1), wrong)
-    with pytest.raises(TypeError, match=r"is no optimizer\. Give one of gradient_descent, fire"):
+    with pytest.raises(TypeError, match=r"is not an optimizer\. Give one of gradient_descent, fire"):
         monitor.optimize(copies(1), optimizer=wrong)
 
 

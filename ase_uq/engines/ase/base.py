@@ -1,4 +1,4 @@
-"""What calculators with uncertainties share: thresholds from their uncertainty model, and which inputs they read."""
+"""Base classes of calculators with uncertainties: thresholds from the uncertainty model, and the inputs they read."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -18,13 +18,13 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 class Calibrated:
-    """Something with a predictor, which can therefore turn criteria into thresholds."""
+    """Base of classes with a predictor, which can turn criteria into thresholds."""
 
     predictor: Predictor
 
     @property
     def uncertainty_model(self) -> UncertaintyModel:
-        """What was fitted for the potential."""
+        """The uncertainty model that was fitted for the potential."""
         return self.predictor.uncertainty_model
 
     def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
@@ -32,7 +32,7 @@ class Calibrated:
         return self.uncertainty_model.threshold(criterion, reduction)
 
     def threshold_data(self, reduction: Reduction | None = None) -> ThresholdData:
-        """What thresholds are made of; see `UncertaintyModel.threshold_data`."""
+        """Data for thresholds; see `UncertaintyModel.threshold_data`."""
         return self.uncertainty_model.threshold_data(reduction)
 
 
@@ -40,12 +40,12 @@ class CalibratedCalculator(Calibrated, Calculator):
     """An ASE calculator with a predictor; a subclass sets `results` in `calculate`, after `_begin`."""
 
     def _begin(self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]) -> Atoms:
-        """Forgets the last results and copies what is calculated now, so that changes of it are noticed."""
-        # What fails later must not leave the results of the structure before, which would pass for this one's.
+        """Forgets the last results and copies the structure to calculate, so that later changes are noticed."""
+        # If the calculation fails, the results of the structure before must not pass for those of this one.
         self.results = {}
         Calculator.calculate(self, atoms, list(properties), list(system_changes))
         assert self.atoms is not None
-        # ASE's copy shares what stands in info: an array changed in place would pass for unchanged.
+        # ASE's copy shares the values in info: an array changed in place would pass for unchanged.
         keys = self.predictor.backend.info_keys
         self.atoms.info |= {key: deepcopy(self.atoms.info[key]) for key in keys if key in self.atoms.info}
         return self.atoms
@@ -63,7 +63,7 @@ class CalibratedCalculator(Calibrated, Calculator):
         return changes
 
     def export_properties(self) -> Properties:
-        """What `atoms.get_properties` gives: the results that ASE has a name for."""
+        """Results for `atoms.get_properties`: those that ASE has a name for."""
         return known_to_ase(self.results)
 
 

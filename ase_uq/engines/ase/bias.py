@@ -1,13 +1,13 @@
-"""Uncertainty-driven dynamics: a bias that pulls a run to where the potential does not know. Not physical dynamics.
+"""Uncertainty-driven dynamics: a bias that pulls a run to where the potential is uncertain. Not physical.
 
     E = E_potential + E_bias,    E_bias = A·[exp(-σ_E² / (N·B²)) - 1],    F_bias = -∂E_bias/∂R
 
 With σ_E the calibrated standard deviation of the total energy and N the number of atoms, E_bias falls from 0 where the
 potential is certain to -A where it is not. The derivative of σ_E² is taken through the method and its calibration down
-to what one forward pass of the potential gave, and from there to the positions by one further backward pass.
+to the output of one forward pass of the potential, and from there to the positions by one further backward pass.
 
 Source: Kulichenko et al., Nature Computational Science 3, 230 (2023). Their σ_E² is a sum over the N_M members of an
-ensemble, and the exponent there σ_E²/(N_M·N·B²); here it is a variance already.
+ensemble, and their exponent is σ_E²/(N_M·N·B²); here σ_E² is already a variance.
 """
 
 import warnings
@@ -30,27 +30,26 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 
 class UncertaintyBias(CalibratedCalculator):
-    """A potential plus a bias towards its own uncertainty. What it runs is NOT physical dynamics.
+    """A potential plus a bias towards its own uncertainty. Runs with it are NOT physical dynamics.
 
-    Use it to find frames worth labelling: temperatures, barriers, rates and averages of such a run mean nothing. Halt
-    it where the uncertainty is larger than you want labelled, as any other run.
+    Use it to find frames worth labelling: temperatures, barriers, rates and averages of such a run mean nothing. Like
+    any other run, halt it at uncertainties larger than those of frames that you want to label.
 
         calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
         atoms.calc = UncertaintyBias(calc, height=0.3, width=0.001)
 
-    `results` has `energy`, `free_energy` and `forces` of the biased surface, beside them `unbiased_energy` and
-    `unbiased_forces` of the potential (to rounding), `bias_energy` and `bias_forces`, and all uncertainties. There is
-    no stress and no energy of single atoms: the bias has a stress that is not calculated, so cells cannot be relaxed or
-    coupled to a barostat. A step costs up to twice as much as without: the graph of the forward pass is kept, and there
-    is one more backward pass through it. Uncertainties are calculated at each step, whatever `every` of the calculator
-    says.
+    `results` has `energy`, `free_energy` and `forces` of the biased surface, `unbiased_energy` and `unbiased_forces` of
+    the potential (to rounding), `bias_energy` and `bias_forces`, and all uncertainties. There is no stress and no
+    energy of single atoms: the stress of the bias is not calculated, so cells cannot be relaxed or coupled to a
+    barostat. A step costs up to twice as much as without the bias: the graph of the forward pass is kept, and there is
+    one more backward pass through it. Uncertainties are calculated at each step, whatever `every` the calculator has.
 
     Args:
         calculator: The potential with its uncertainty model, which must have been calibrated on energies.
-        height: A, eV: the most that the bias lowers the energy; 0 is the plain potential.
-        width: B, eV a root of the number of atoms: the bias has gone 63 % of its way where σ_E = B·√N. With the usual
-            `energy_uncertainty` of frames that the potential knows, over √N, it works from there on; much larger, it
-            is never felt.
+        height: A, eV: the most by which the bias lowers the energy; 0 gives the plain potential.
+        width: B, eV/√atom: the bias has reached 63 % of its height where σ_E = B·√N. If B is the usual
+            `energy_uncertainty`, divided by √N, of frames that the potential knows, the bias acts from there on; with a
+            much larger B it never acts.
 
     Attributes:
         implemented_properties: Keys that `results` holds after a calculation; a list of this instance.
@@ -58,8 +57,8 @@ class UncertaintyBias(CalibratedCalculator):
     Raises:
         TypeError: The calculator is not an `UncertainCalculator`.
         ValueError: `height` is negative or `width` not positive, or the model has no uncertainty of energies.
-        InputError: When it calculates: the potential is compiled, or this method's uncertainty of energies does not
-            follow from what can be differentiated.
+        InputError: During a calculation: the potential is compiled, or this method's uncertainty of energies does not
+            follow from quantities that can be differentiated.
     """
 
     def __init__(self, calculator: UncertainCalculator, *, height: float, width: float) -> None:
@@ -72,13 +71,13 @@ class UncertaintyBias(CalibratedCalculator):
         if not 0 <= height < np.inf:
             raise ValueError(f"height is an energy in eV, 0 or above, not {height!r}.")
         if not 0 < width < np.inf:
-            raise ValueError(f"width is a positive number in eV a root of the number of atoms, not {width!r}.")
+            raise ValueError(f"width is a positive number in eV per square root of the number of atoms, not {width!r}.")
         model = calculator.uncertainty_model
         self._name = model.primary if model.combination is None else model.combination.inputs.anchor
         self._fitted = model.methods[self._name]
         if "energy" not in self._fitted.calibrators:
             raise ValueError(
-                "the uncertainty model knows no uncertainty of energies: its calibration frames had no energy labels. "
+                "the uncertainty model has no uncertainty of energies: its calibration frames had no energy labels. "
                 "Fit it with frames that have them."
             )
         self.calculator, self.height, self.width = calculator, float(height), float(width)
@@ -88,8 +87,8 @@ class UncertaintyBias(CalibratedCalculator):
         parts = ["unbiased_energy", "unbiased_forces", "bias_energy", "bias_forces"]
         self.implemented_properties = [*biased, *parts, *uncertainties]
         warnings.warn(
-            "UncertaintyBias is not physical dynamics: its forces lead to where the potential does not know. Use it to "
-            "find frames to label, and for nothing that is measured.",
+            "UncertaintyBias is not physical dynamics: its forces lead to where the potential is uncertain. Use it to "
+            "find frames to label, not to measure anything.",
             UQWarning,
             stacklevel=2,
         )
@@ -105,25 +104,25 @@ class UncertaintyBias(CalibratedCalculator):
         if self.height:
             backend = self.predictor.backend
             forward_pass = backend.forward(backend.collate([atoms]), gradients=True)
-            own = self.predictor.predictions(forward_pass)[0].results
+            unbiased = self.predictor.predictions(forward_pass)[0].results
             bias_energy, bias_forces = self._bias(forward_pass)
-        else:  # keeping a graph changes the last bit of the forces, and costs
-            own = self.predictor.predict([atoms])[0].results
+        else:  # keeping a graph changes the last bit of the forces, and costs time
+            unbiased = self.predictor.predict([atoms])[0].results
             bias_energy, bias_forces = 0.0, np.zeros((len(atoms), 3))
-        energy = own["energy"] + bias_energy
+        energy = unbiased["energy"] + bias_energy
         self.results = {
-            **{key: value for key, value in own.items() if key not in STANDARD},
+            **{key: value for key, value in unbiased.items() if key not in STANDARD},
             "energy": energy,
             "free_energy": energy,
-            "forces": own["forces"] + bias_forces,
-            "unbiased_energy": own["energy"],
-            "unbiased_forces": own["forces"],
+            "forces": unbiased["forces"] + bias_forces,
+            "unbiased_energy": unbiased["energy"],
+            "unbiased_forces": unbiased["forces"],
             "bias_energy": bias_energy,
             "bias_forces": bias_forces,
         }
 
     def _bias(self, forward_pass: ForwardPass) -> tuple[float, np.ndarray]:
-        """Energy, eV, and (n_atoms, 3) forces, eV/Å."""
+        """Energy, eV, and (n_atoms, 3) forces, eV/Å, of the bias."""
         variance, pull = _variance_and_pull(forward_pass, self._fitted, self._name)
         scale = len(pull) * self.width**2
         # ∂E_bias/∂σ² · (-∂σ²/∂R)
@@ -133,12 +132,12 @@ class UncertaintyBias(CalibratedCalculator):
 
 @dataclass(frozen=True)
 class _Leaves:
-    """Where the derivative of an uncertainty stops and the potential begins.
+    """Tensors at which the derivative of an uncertainty stops and the potential begins.
 
     Args:
-        forward_pass: An evaluation made of the leaves.
+        forward_pass: A forward pass that consists of the leaves.
         routed: Leaves whose derivatives by the positions are known, by name.
-        others: Those whose derivatives are not, by what a message calls them.
+        others: Leaves whose derivatives are not known, by their name in messages.
     """
 
     forward_pass: ForwardPass
@@ -186,21 +185,21 @@ def _variance_and_pull(e: ForwardPass, fitted: FittedMethod, name: str) -> tuple
     """σ_E² in eV² of the one frame of a forward pass, and (n_atoms, 3) -∂σ_E²/∂R in eV²/Å.
 
     Raises:
-        InputError: It depends on something else than features, distances and positions, or on nothing at all.
+        InputError: It depends on something other than features, distances and positions, or on nothing at all.
     """
     leaves = _Leaves.of(e)
     with torch.enable_grad():
         raw = fitted.head(leaves.forward_pass)
-        # Calibrated per atom of a structure.
+        # The calibrated variance is that of the energy per atom.
         variance = (e.n_atoms_of_frame.double() ** 2 * fitted.calibrators["energy"].variance(raw.energy)).sum()
     everything = {**leaves.routed, **leaves.others}
-    found = [None] * len(everything)
+    gradients = [None] * len(everything)
     if variance.requires_grad:
-        found = torch.autograd.grad(variance, list(everything.values()), allow_unused=True)
-    slopes = {key: slope for key, slope in zip(everything, found, strict=True) if slope is not None}
+        gradients = torch.autograd.grad(variance, list(everything.values()), allow_unused=True)
+    slopes = {key: slope for key, slope in zip(everything, gradients, strict=True) if slope is not None}
     strange = [key for key in leaves.others if key in slopes]
     if strange or not slopes:
-        on = f"comes from {' and '.join(strange)}" if strange else "is no function of the potential's features"
+        on = f"comes from {' and '.join(strange)}" if strange else "is not a function of the potential's features"
         raise InputError(
             f"the uncertainty of energies by {name} {on}, which has no derivative by the positions here. Fit the "
             "uncertainty model with methods=['bll']."
@@ -208,7 +207,7 @@ def _variance_and_pull(e: ForwardPass, fitted: FittedMethod, name: str) -> tuple
     assert e.gradients is not None
     none = torch.zeros_like(e.features)
     pull = e.gradients.of_features(slopes.get("features", none), slopes.get("energy_features")).double()
-    if "vector" in slopes:  # R_source - R_target and a lattice vector
+    if "vector" in slopes:  # vector = R_source - R_target plus a lattice vector
         slope = slopes["vector"].double()
         pull = pull.index_add(0, e.edges.source, -slope).index_add(0, e.edges.target, slope)
     if "positions" in slopes:

@@ -1,4 +1,4 @@
-"""The ASE calculator: the user's own, with uncertainties in its results."""
+"""The ASE calculator: wraps the user's own, with uncertainties in its results."""
 
 import os
 import warnings
@@ -21,43 +21,43 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 class UncertainCalculator(CalibratedCalculator):
     """A potential whose results carry calibrated standard deviations, from the same forward pass.
 
-    A drop-in for the calculator it wraps: energy, forces and stress are that one's, bit for bit. `results` holds the
-    standard results, the uncertainties, and the wrapped calculator's extras of each atom (orb's `confidence`). Its
-    other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`.
+    A drop-in replacement for the calculator it wraps: energy, forces and stress are the same, bit for bit. `results`
+    holds the standard results, the uncertainties, and the wrapped calculator's per-atom extras (orb's `confidence`).
+    Its other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`.
 
         calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
         atoms.calc = calc
         atoms.get_forces(); calc.results["forces_uncertainty"]
 
-    Structures that were calculated lately cost no second forward pass when they come again: the images of a band or a
-    dimer that share one calculator, the fixed ends of a path, a move that is taken back. The results of the last 100
-    structures, or 100 000 atoms, are remembered for it; with 500 atoms that takes 15 µs a step. `reset` forgets them:
-    call it after the potential itself was changed.
+    Recently calculated structures cost no second forward pass when they come again: the images of a band or a dimer
+    that share one calculator, the fixed ends of a path, a move that is taken back. The results of the last 100
+    structures, or 100 000 atoms, are remembered, which takes 15 µs per step with 500 atoms. `reset` forgets them: call
+    it after the potential itself was changed.
 
-    With `every=N` only the 1st, the N+1th, ... calculation takes uncertainties; the others run the bare potential and
-    their `results` have none. What is saved is the cost of the methods, next to nothing for `bll` and much for `ntk`.
-    An uncertainty that is asked for at a skipped step, by `get_property("forces_uncertainty", atoms)`, is calculated
-    after all, at the price of another forward pass; with `allow_calculation=False` it is None instead. Calculations
-    of all structures are counted together: of images that share a calculator it may be the same ones each time.
+    With `every=N` only the 1st, the N+1th, ... calculation includes uncertainties; the others run the bare potential
+    and their `results` have none. This saves the cost of the methods, next to nothing for `bll` and much for `ntk`. An
+    uncertainty requested at a skipped step, by `get_property("forces_uncertainty", atoms)`, costs another forward pass;
+    with `allow_calculation=False` it is None instead. Calculations of all structures are counted together: if images
+    share a calculator, the same images may have the uncertainties each time.
 
     Args:
         calculator: The user's MACE or orb calculator (also inside a `SumCalculator`), or a SPEC string such as
             `"mace:my.model"` or `"orb:orb_v3_direct_20_omat"`.
-        uncertainty_model: What `fit` made for this potential: a model or the path of its file.
-        every: Uncertainties are calculated once in so many calculations. Forces are the same whatever it is.
-        interval: Confidence in (0, 1) for `forces_interval` in the results: (n_atoms,) eV/Å, which the norm of the
-            force error of an atom of a frame like those of the calibration does not exceed with that probability.
-            None leaves it out.
+        uncertainty_model: Uncertainty model that `fit` made for this potential, or the path of its file.
+        every: Number of calculations from one with uncertainties to the next. Forces do not depend on it.
+        interval: Confidence in (0, 1) for `forces_interval` in the results, (n_atoms,) eV/Å: in frames like those of
+            the calibration, the norm of an atom's force error does not exceed it with that probability. None leaves it
+            out.
 
     Attributes:
         implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
             with uncertainties, without the extras; a list of this instance.
-        every: As given.
-        uncertainty_model: The model in use.
+        every: Number of calculations from one with uncertainties to the next.
+        uncertainty_model: The uncertainty model in use.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ArtefactError: The file is not a whole, unaltered uncertainty model.
+        ArtefactError: The file is not a complete, unaltered uncertainty model.
         ValueError: `every` is not a whole number of 1 or more, or the calibration data cannot support the interval.
     """
 
@@ -84,9 +84,9 @@ class UncertainCalculator(CalibratedCalculator):
         self._n_calculated = 0
         self._memory = Memory()
         if uncertainty_model.gradients and self.every == 1:
-            dear = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
+            costly = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
             warnings.warn(
-                f"{' and '.join(dear)} takes further backward passes at every step, many times the cost of the rest. "
+                f"{' and '.join(costly)} takes further backward passes at every step, many times the cost of the rest. "
                 "For dynamics fit an uncertainty model without it, or give every=N for uncertainties at each Nth step.",
                 UQWarning,
                 stacklevel=2,
@@ -98,34 +98,34 @@ class UncertainCalculator(CalibratedCalculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = all_changes,
     ) -> None:
-        """One forward pass, or none for a structure that is remembered; every result is set, whichever was asked for.
+        """One forward pass, or none for a remembered structure; every result is set, whichever was requested.
 
-        At a step that `every` skips, uncertainties are set only where one of them is among `properties`.
+        At a step that `every` skips, uncertainties are set only if one of them is among `properties`.
         """
         atoms = self._begin(atoms, properties, system_changes)
         inputs = inputs_of(atoms, self.predictor.backend.info_keys)
-        asked = self._uncertain.intersection(properties)
-        known = self._memory.recall(inputs)
-        if known and asked <= known.keys():
-            self.results = known
+        requested = self._uncertain.intersection(properties)
+        remembered = self._memory.recall(inputs)
+        if remembered and requested <= remembered.keys():
+            self.results = remembered
             return
-        wanted = bool(asked) or self._n_calculated % self.every == 0
+        wanted = bool(requested) or self._n_calculated % self.every == 0
         predicted = self.predictor.predict([atoms], uncertainties=wanted)[0].results
-        # A structure that is calculated again for an uncertainty takes no other's turn, and what was handed out for
-        # it stands: a GPU need not give the same bits twice.
-        if not known:
+        # Calculating a structure again for an uncertainty does not count towards `every`, and the results that were
+        # returned before are kept: a GPU need not give the same bits twice.
+        if not remembered:
             self._n_calculated += 1
-        self.results = predicted | known
+        self.results = predicted | remembered
         self._memory.keep(inputs, len(atoms), self.results)
 
     def reset(self) -> None:
-        """Forgets all results, also of structures before the last; the next calculation takes uncertainties."""
+        """Forgets all results, also those of earlier structures; the next calculation includes uncertainties."""
         super().reset()
         self._memory = Memory()
         self._n_calculated = 0
 
     def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
-        """Whether these properties cost a forward pass: not those of a structure that is remembered."""
+        """Whether these properties cost a forward pass; False for a structure that is remembered."""
         if not super().calculation_required(atoms, list(properties)):
             return False
         return not set(properties) <= self._memory.recall(inputs_of(atoms, self.predictor.backend.info_keys)).keys()

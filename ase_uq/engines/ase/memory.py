@@ -1,4 +1,4 @@
-"""Results of recent structures, found again by every bit of what the potential reads."""
+"""Results of recent structures, found again if every bit of the potential's inputs is the same."""
 
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms
 
-# A band of images or the ends of a dimer, twice over; some 30 MB of results at the most.
+# Room for a band of images or the ends of a dimer, twice over; at most about 30 MB of results.
 _MOST_STRUCTURES, _MOST_ATOMS = 100, 100_000
 
 
@@ -19,14 +19,14 @@ class Memory:
         self._n_atoms = 0
 
     def recall(self, inputs: Hashable | None) -> dict[str, Any]:
-        """Results of these inputs; empty where there are none."""
+        """Results of these inputs; empty if there are none."""
         if inputs not in self._kept:
             return {}
         self._kept.move_to_end(inputs)
         return copied_results(self._kept[inputs][1])
 
     def keep(self, inputs: Hashable | None, n_atoms: int, results: Mapping[str, Any]) -> None:
-        """Adds or replaces results; those not used for the longest time go, but never the last."""
+        """Adds or replaces results; those unused for the longest time are dropped, but never the newest."""
         if inputs is None:
             return
         before, _ = self._kept.pop(inputs, (0, {}))
@@ -38,7 +38,7 @@ class Memory:
 
 
 def inputs_of(atoms: Atoms, info_keys: Sequence[str]) -> Hashable | None:
-    """What the potential reads of a structure, to the last bit; None where it cannot be compared, as with NaN."""
+    """The inputs of the potential, to the last bit; None if they cannot be compared, as with NaN."""
     arrays = atoms.arrays
     values = (
         arrays["positions"],
@@ -54,7 +54,7 @@ def inputs_of(atoms: Atoms, info_keys: Sequence[str]) -> Hashable | None:
 
 
 def _bits(value: Any) -> Hashable | None:
-    """A value as something to compare exactly, whatever its precision; None for NaN and for objects."""
+    """A value in a form for exact comparison, whatever its precision; None for NaN and for objects."""
     if value is None:
         return ()
     array = np.asarray(value)
@@ -67,5 +67,5 @@ def _bits(value: Any) -> Hashable | None:
 
 
 def copied_results(results: Mapping[str, Any]) -> dict[str, Any]:
-    """Results whose arrays may be changed without changing those that are remembered."""
+    """Copies of results, whose arrays may be changed without changing the remembered ones."""
     return {key: value.copy() if isinstance(value, np.ndarray) else value for key, value in results.items()}

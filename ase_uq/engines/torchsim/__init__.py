@@ -10,7 +10,7 @@
     )
     print([replica.reason for replica in monitor.replicas if replica.halted])
 
-Importing this package imports torch_sim, which makes a folder `.torchsim` in the user's home.
+Importing this package imports torch_sim, which creates a folder `.torchsim` in the user's home.
 """
 
 from ase_uq.errors import MissingDependency

@@ -1,4 +1,4 @@
-"""A potential with uncertainties as TorchSim's model."""
+"""A potential with uncertainties as a TorchSim model."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -24,25 +24,25 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 class UncertainModel(Calibrated, ModelInterface):
-    """A potential whose outputs carry calibrated standard deviations, from the same forward pass: TorchSim's model.
+    """A potential whose outputs carry calibrated standard deviations, from the same forward pass, as a TorchSim model.
 
-    What it returns is what `UncertainCalculator` returns for each system, in TorchSim's form: `energy` (n_systems,),
-    `forces` (n_atoms, 3), `stress` (n_systems, 3, 3) where the potential has one, and under the keys of the
-    calculator `energies` and `forces_uncertainty`, `gamma`, ... with n_atoms rows, `energy_uncertainty` and
-    `stress_uncertainty` (Voigt) with n_systems rows. Everything is detached, on the model's device and in its dtype,
-    to which uncertainties are rounded; eV, eV/Å, eV/Å³. TorchSim's integrators and optimisers keep the uncertainties
-    in the state, `state.forces_uncertainty`, and `ts.static` returns them.
+    It returns the results of `UncertainCalculator` for each system, in TorchSim's form: `energy` (n_systems,), `forces`
+    (n_atoms, 3) and, if the potential has one, `stress` (n_systems, 3, 3). The other keys are those of the calculator:
+    `energies`, `forces_uncertainty`, `gamma`, ... with n_atoms rows, `energy_uncertainty` and `stress_uncertainty`
+    (Voigt) with n_systems rows. Units are eV, eV/Å and eV/Å³. Everything is detached, on the model's device and in its
+    dtype, to which uncertainties are rounded. TorchSim's integrators and optimisers keep the uncertainties in the
+    state, `state.forces_uncertainty`, and `ts.static` returns them.
 
-    Neighbour lists are those of the potential's own package, so the structures go through the CPU at every step.
+    The potential's own package builds the neighbour lists, so the structures go through the CPU at every step.
 
     Args:
         calculator: The user's MACE or orb calculator, a backend, or a SPEC string such as `"mace:my.model"`.
-        uncertainty_model: What `fit` made for this potential: a model or the path of its file.
+        uncertainty_model: Uncertainty model that `fit` made for this potential, or the path of its file.
         interval: Confidence in (0, 1) of `forces_interval`; None leaves it out. See `UncertainCalculator`.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ArtefactError: The file is not a whole, unaltered uncertainty model.
+        ArtefactError: The file is not a complete, unaltered uncertainty model.
         ValueError: The calibration data cannot support the interval.
     """
 
@@ -67,22 +67,25 @@ class UncertainModel(Calibrated, ModelInterface):
     def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
         """One forward pass over all systems of a state, which is not changed.
 
-        Charge and spin, where the potential reads them, are taken from system extras of the state of these names.
+        Charge and spin, if the potential reads them, are taken from the state's system extras of these names.
 
         Args:
             state: Systems in the model's dtype, on its device.
-            kwargs: Not used; TorchSim's interface has them.
+            kwargs: Unused, but part of TorchSim's interface.
+
+        Returns:
+            Outputs by key, as the class describes them.
 
         Raises:
             TypeError: The state has another dtype.
             ValueError: The state is on another device.
-            InputError: A system has an element that the potential does not know, positions that are not finite, or
-                lacks a charge or spin.
+            InputError: A system has an element that the potential does not know, has positions that are not finite,
+                or lacks a charge or spin.
         """
         return self._outputs(state, dict(enumerate(self.predictor.predict(self._frames(state)))))
 
     def _frames(self, state: ts.SimState, systems: Sequence[int] | None = None) -> list[Atoms]:
-        """Systems of a state, all by default, with what the potential reads."""
+        """Systems of a state, all by default, with the inputs that the potential reads."""
         self._check(state)
         keys = [key for key in self.predictor.backend.info_keys if state.has_extras(key)]
         info = {key: getattr(state, key).detach().cpu().numpy() for key in keys}
@@ -104,29 +107,29 @@ class UncertainModel(Calibrated, ModelInterface):
     def _check(self, state: ts.SimState) -> None:
         if state.dtype != self.dtype:
             raise TypeError(
-                f"the state is in {state.dtype} and the potential in {self.dtype}. Make it with "
+                f"the state is in {state.dtype} and the potential in {self.dtype}. Make the state with "
                 "ts.initialize_state(frames, model.device, model.dtype), or load the potential with another dtype."
             )
         if state.device != self.device:
             raise ValueError(
-                f"the state is on {state.device} and the potential on {self.device}. Make it with "
+                f"the state is on {state.device} and the potential on {self.device}. Make the state with "
                 "ts.initialize_state(frames, model.device, model.dtype)."
             )
         missing = [key for key in self.predictor.backend.required_info_keys if not state.has_extras(key)]
         if missing:
             wanted = {key: key for key in missing}
             raise InputError(
-                f"the state has no {' and '.join(missing)}, which this potential reads. Make it with "
+                f"the state has no {' and '.join(missing)}, which this potential reads. Make the state with "
                 f"ts.io.atoms_to_state(frames, model.device, model.dtype, system_extras_map={wanted})."
             )
 
     def _outputs(self, state: ts.SimState, predictions: Mapping[int, Prediction]) -> dict[str, Tensor]:
-        """Predictions of systems by their number as tensors; rows of a system without one are 0."""
+        """Predictions, given by the number of their system, as tensors; rows of systems without one are 0."""
         outputs = {}
         atoms_of = np.split(np.arange(state.n_atoms), np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1])
         first = next(iter(predictions.values()))
         for key, example in first.results.items():
-            if key == "free_energy":  # the energy once more, under the name ASE's optimisers ask for
+            if key == "free_energy":  # the energy again, under the name that ASE's optimisers ask for
                 continue
             entry = find_property(key)
             per_atom = entry is None or entry.per_atom  # extras are per atom

@@ -25,23 +25,23 @@ from ase_uq.engines.torchsim.model import UncertainModel
 from ase_uq.io.results import annotated
 from ase_uq.prediction import Prediction
 
-# Carried by the systems of a run: which replica each one is, wherever an autobatcher puts it.
+# Name of an extra of each system: the number of its replica, wherever an autobatcher puts the system.
 _REPLICA = "replica"
 
 
 @dataclass(frozen=True)
 class Replica:
-    """What became of one system of a run.
+    """The outcome of one system of a run.
 
     Args:
-        number: Its place among the systems that were given.
+        number: Index among the systems that were given.
         formula: Chemical formula.
-        step: Last judged step: that at which it was halted, or the last of the run.
+        step: Last judged step: the one at which it was halted, or the last of the run.
         time_fs: Simulated time of that step, fs; None in a relaxation.
         reading: Reduced force uncertainty at that step, eV/Å; NaN without one.
         halted: Whether it was halted.
-        reason: Why, for people; empty where it was not.
-        n_flagged: Steps that reached the flag level but not the halt level.
+        reason: Why it was halted, in words; empty if it was not.
+        n_flagged: Number of steps that reached the flag level but not the halt level.
     """
 
     number: int
@@ -55,33 +55,33 @@ class Replica:
 
 
 class ReplicaMonitor:
-    """Runs TorchSim's dynamics and relaxations, and halts each replica on its own where the model no longer knows.
+    """Runs TorchSim's dynamics and relaxations, and halts each replica where the model is no longer reliable.
 
-    At every step the force uncertainties that the step has just computed are judged replica by replica, by the rules
-    of `UncertaintyMonitor`, each replica with a memory of its own. One that reaches `halt` stays where it is: its
-    rows of the state, momenta and optimiser memory included, are those of that step until the run ends, the potential
-    no longer evaluates it, and a reporter writes it no more. The others go on as if nothing had happened, with the
-    same random numbers. In a relaxation the halted replica also leaves the batch at the next swap, as a converged one
-    does. Nothing is raised; `replicas` says what happened. A replica whose positions or cell stop being finite is
-    halted too, whatever the levels, and put back to the step before.
+    At every step the force uncertainties that the step has just computed are judged by the rules of
+    `UncertaintyMonitor`, which remember each replica separately. A replica that reaches `halt` stays where it is: until
+    the run ends its rows of the state, with momenta and optimiser memory, remain those of that step, the potential no
+    longer evaluates it, and a reporter no longer writes it. The others go on unaffected, with the same random numbers.
+    In a relaxation the halted replica also leaves the batch at the next swap, as a converged one does. Nothing is
+    raised; `replicas` tells what happened. A replica whose positions or cell are no longer finite is always halted, and
+    put back to the step before.
 
     To go on, give the final state to `integrate` again. Every run begins anew, so a halted replica halts again at step
     0 unless the levels were raised; `state[[r.number for r in monitor.replicas if not r.halted]]` are the others.
 
     Args:
-        model: The model to run, which turns criteria into numbers.
-        policy: What is watched for; made of the `options` where it is left out. `indices` are those of each replica.
-        frames: Extended XYZ file to which every flagged frame and the halting ones are appended, with all results and
-            the number of the `replica` beside the keys that `Flag` writes.
-        options: Fields of `WatchPolicy`, such as `halt` and `flag`, in place of a `policy`.
+        model: The model to run, which also turns criteria into numbers.
+        policy: What to watch for; if None, it is made from the `options`. `indices` count within each replica.
+        frames: Extended XYZ file to which every flagged or halting frame is appended, with all results and the number
+            of the `replica` beside the keys that `Flag` writes.
+        options: Fields of `WatchPolicy`, such as `halt` and `flag`, instead of a `policy`.
 
     Attributes:
         policy: What is watched for.
-        replicas: What became of each system in the last run, in their order; empty before.
+        replicas: The outcome of each system in the last run, in their order; empty before.
 
     Raises:
-        ValueError: What `WatchPolicy` refuses, nothing to watch for, or a file that cannot be written.
-        TypeError: A threshold or check that is none, or a policy and options.
+        ValueError: `WatchPolicy` raises it, there is nothing to watch for, or a file cannot be written.
+        TypeError: A threshold or check has the wrong type, or both a policy and options are given.
     """
 
     def __init__(
@@ -114,15 +114,15 @@ class ReplicaMonitor:
             system: ASE Atoms, several of them, or a state; what `ts.integrate` takes.
             integrator: As for `ts.integrate`.
             trajectory_reporter: A reporter; it writes each replica up to the step at which that was halted.
-            options: `n_steps`, `temperature` (K), `timestep` (ps), `autobatcher`, and what else `ts.integrate` takes.
+            options: `n_steps`, `temperature` (K), `timestep` (ps), `autobatcher`, and others of `ts.integrate`.
 
         Returns:
             The final state, with all systems in the order they were given.
 
         Raises:
-            ValueError: Levels in the wrong order, or a criterion that the calibration data cannot support.
-            InputError: A system that the potential cannot take.
-            TypeError: The reporter is a dictionary, or the integrator is none.
+            ValueError: Levels are in the wrong order, or the calibration data cannot support a criterion.
+            InputError: The potential cannot evaluate a system.
+            TypeError: The reporter is a dictionary, or the integrator is unknown.
         """
         functions = self._watching(integrator, ts.INTEGRATOR_REGISTRY, "integrator")
         state = self._begin(system, 0.0)
@@ -148,16 +148,16 @@ class ReplicaMonitor:
             optimizer: As for `ts.optimize`.
             convergence_fn: As for `ts.optimize`; None for its default, an energy change below 1 meV.
             trajectory_reporter: A reporter; it writes each replica up to the step at which that was halted.
-            options: `max_steps`, `autobatcher`, `init_kwargs`, and what else `ts.optimize` takes.
+            options: `max_steps`, `autobatcher`, `init_kwargs`, and others of `ts.optimize`.
 
         Returns:
             The final state, with all systems in the order they were given.
 
         Raises:
-            ValueError: Levels in the wrong order, a criterion that the calibration data cannot support, or a rule that
-                waits for a time, which a relaxation does not have.
-            InputError: A system that the potential cannot take.
-            TypeError: The reporter is a dictionary, or the optimizer is none.
+            ValueError: Levels are in the wrong order, the calibration data cannot support a criterion, or a rule needs
+                simulated time, which a relaxation does not have.
+            InputError: The potential cannot evaluate a system.
+            TypeError: The reporter is a dictionary, or the optimizer is unknown.
         """
         functions = self._watching(optimizer, ts.OPTIM_REGISTRY, "optimizer")
         state = self._begin(system, None)
@@ -178,7 +178,7 @@ class ReplicaMonitor:
         return _without_numbers(final)
 
     def _begin(self, system: Any, time: float | None) -> ts.SimState:
-        """The state of a new run, with its replicas numbered; whatever is wrong with one is said now."""
+        """The state of a new run, with its replicas numbered; raises now if anything is wrong with one."""
         state = ts.initialize_state(system, self.model.device, self.model.dtype)
         frames = self.model._frames(state)
         self.model.predictor.backend.check(frames, name="system")
@@ -188,7 +188,7 @@ class ReplicaMonitor:
             symbols = symbols_looked_at(self.policy.reduction, atoms)
             if (kind := tuple(sorted(set(symbols)))) not in settled:
                 settled[kind] = copy.deepcopy(self._judge)
-                # Of a calculator only its calibration data are asked for, and the model knows them as well.
+                # Only the calibration data of the calculator are read, and the model has them as well.
                 settled[kind].settle(cast(BaseCalculator, self.model), kind, time)
             self._judges.append(copy.deepcopy(settled[kind]))
             self.replicas.append(Replica(number, atoms.get_chemical_formula(), time_fs=time))
@@ -203,8 +203,8 @@ class ReplicaMonitor:
         functions = chosen if isinstance(chosen, tuple) else registry.get(chosen, ())
         if len(functions) != 2 or not all(map(callable, functions)):
             raise TypeError(
-                f"{chosen!r} is no {what}. Give one of {', '.join(registry)}, or two functions, for the first state "
-                "and for a step."
+                f"{chosen!r} is not an {what}. Give one of {', '.join(registry)}, or two functions, for the first "
+                "state and for a step."
             )
         begin, move = functions
 
@@ -234,7 +234,7 @@ class ReplicaMonitor:
         return torch.tensor(halted, device=state.device)
 
     def _judge_systems(self, state: Any, dt: Tensor | float | None) -> None:
-        """Judges what the last forward pass has evaluated; `dt` is None at the first structure."""
+        """Judges the systems that the last forward pass has evaluated; `dt` is None at the first structure."""
         numbers = state.system_extras[_REPLICA].tolist()
         for system in self._watched.broken:
             replica = self._next(numbers[system], dt)
@@ -271,7 +271,7 @@ class ReplicaMonitor:
         )
 
     def _with_motion(self, state: Any) -> Iterator[Atoms]:
-        """The evaluated structures with masses, which a state may have its own, and in dynamics momenta."""
+        """The evaluated structures with the masses of the state and, in dynamics, its momenta."""
         ends = np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1]
         masses = np.split(state.masses.cpu().double().numpy(), ends)
         momenta = np.split(state.momenta.cpu().double().numpy(), ends) if hasattr(state, "momenta") else None
@@ -284,7 +284,7 @@ class ReplicaMonitor:
 
     @contextmanager
     def _reporting(self, reporter: ts.TrajectoryReporter | None) -> Iterator[None]:
-        """While it lasts, the reporter is not shown a replica that was halted before the step."""
+        """Inside this context the reporter is not shown replicas that were halted before the step."""
         if reporter is None:
             yield
             return
@@ -295,7 +295,7 @@ class ReplicaMonitor:
             )
         report = reporter.report
 
-        def of_the_running(state: Any, step: int | list[int], model: Any = None) -> list[dict[str, Tensor]]:
+        def report_running(state: Any, step: int | list[int], model: Any = None) -> list[dict[str, Tensor]]:
             left_out = self._watched.left_out
             if left_out is None or not left_out.any():
                 return report(state, step, model)
@@ -310,8 +310,8 @@ class ReplicaMonitor:
             finally:
                 reporter.trajectories = trajectories
 
-        # On the instance, over the method of its class, whichever that is.
-        vars(reporter)["report"] = of_the_running
+        # Set on the instance, where it hides the method of whichever class the reporter has.
+        vars(reporter)["report"] = report_running
         try:
             yield
         finally:
@@ -319,17 +319,17 @@ class ReplicaMonitor:
 
 
 class _Watched(ModelInterface):
-    """The model as an integrator sees it: it evaluates what still runs, and remembers what it found.
+    """The model as an integrator sees it: it evaluates the systems that still run, and remembers their predictions.
 
     Args:
-        model: The model.
+        model: The model that evaluates them.
 
     Attributes:
-        left_out: (n_systems,) systems not to evaluate; None for none.
-        broken: Systems that could not be evaluated in the last pass, for positions or cells that are not finite.
-        systems: Numbers of those that were, in the batch.
-        frames: Their structures.
-        predictions: What was found for them.
+        left_out: (n_systems,) whether to leave out each system; None to leave out none.
+        broken: Systems that could not be evaluated in the last pass, since positions or cell are not finite.
+        systems: Numbers, within the batch, of the systems that were evaluated.
+        frames: Structures of these systems.
+        predictions: Predictions for these systems.
     """
 
     def __init__(self, model: UncertainModel) -> None:
@@ -344,7 +344,7 @@ class _Watched(ModelInterface):
         self.predictions: list[Prediction] = []
 
     def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
-        """Outputs as the model gives them; rows of systems that were not evaluated are 0."""
+        """The outputs of the model; rows of systems that were not evaluated are 0."""
         halted = set() if self.left_out is None else set(torch.nonzero(self.left_out)[:, 0].tolist())
         moved_away = ~torch.isfinite(state.positions).all(1)
         wrong = {*state.system_idx[moved_away].tolist()}
@@ -373,7 +373,7 @@ def _event(replica: Replica, verdict: Verdict, frame: Atoms) -> Event:
 
 
 def _rows(state: Any) -> dict[tuple[str, str], Tensor]:
-    """Copies of everything that a state has for each atom and each system; integrators may write in place."""
+    """Copies of all per-atom and per-system tensors of a state, since integrators may write in place."""
     return {
         (scope, name): value.clone()
         for scope in ("per-atom", "per-system")
@@ -383,16 +383,16 @@ def _rows(state: Any) -> dict[tuple[str, str], Tensor]:
 
 
 def _put_back(state: Any, before: Mapping[tuple[str, str], Tensor], systems: Tensor) -> None:
-    """Gives the rows of some systems, (n_systems,) booleans, the values that they had before."""
+    """Resets the rows of the chosen systems, (n_systems,) booleans, to the values that they had before."""
     if not systems.any():
         return
     for (scope, name), then in before.items():
         now = getattr(state, name)
-        # The history of L-BFGS grows: there the shape is new, and what a halted replica has in it is never used.
+        # The history of L-BFGS grows, so its shape may differ; a halted replica's part of it is never used.
         if name == "system_idx" or now.shape != then.shape:
             continue
-        chosen = systems if scope == "per-system" else systems[state.system_idx]
-        setattr(state, name, torch.where(chosen.reshape(-1, *[1] * (now.ndim - 1)), then, now))
+        rows = systems if scope == "per-system" else systems[state.system_idx]
+        setattr(state, name, torch.where(rows.reshape(-1, *[1] * (now.ndim - 1)), then, now))
 
 
 def _without_numbers(state: Any) -> Any:
