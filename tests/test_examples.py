@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,14 +14,21 @@ from ase.io import read
 from ase_uq import UncertainCalculator, embedded
 from ase_uq.thresholds.reduction import atom_norms
 
+from . import preloaded
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def commands() -> Iterator[None]:
+    with preloaded.bin() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join([str(folder), os.environ["PATH"]]))
+        yield
+
+
 def run(name: str, folder: Path, *arguments: str) -> str:
-    # Nine atoms: more threads would wait for each other.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, EXAMPLES / name, *arguments]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=500)
+    command = ["python", EXAMPLES / name, *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -1,6 +1,6 @@
-"""Every `python` and `bash` block of README.md and docs/ runs as it stands, one process each, from top to bottom.
+"""Every `python` and `bash` block of README.md and docs/ runs as it stands, from top to bottom.
 
-The blocks of a page share a folder.
+Each has a process of its own (see preloaded.py); the blocks of a page share a folder.
 
 Blocks of another kind (`sh`: the installation) are not run here; the test command is itself one of them. The files
 that the README calls the reader's own (`my.model`, `train.xyz`, ...) are made from the embedded potentials.
@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,14 @@ from ase.io import read, write
 
 from ase_uq import embedded
 
+from . import preloaded
+
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # More frames take longer and show nothing else.
-FRAMES = {"train*.xyz": 60, "calibration*.xyz": 100, "test*.xyz": 40, "finished.xyz": 40}
+FRAMES = {"train*.xyz": 30, "calibration*.xyz": 100, "test*.xyz": 20, "finished.xyz": 20}
 READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
@@ -93,9 +96,16 @@ def shorten(folder: Path) -> None:
             write(file, read(file, f":{count}"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def commands() -> Iterator[None]:
+    """As in an activated environment: its `python` and `ase-uq`."""
+    with preloaded.bin() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]))
+        yield
+
+
 def run(command: list[str], folder: Path, **variables: str) -> None:
-    # As in an activated environment.
-    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"} | variables
+    environment = os.environ | variables
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode and "UncertaintyHalt" not in done.stderr:
         pytest.fail(f"{done.stdout}\n{done.stderr}", pytrace=False)

@@ -2,13 +2,13 @@
 
 import csv
 import errno
+import multiprocessing
 import signal
-import subprocess
-import sys
 import time
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -233,11 +233,20 @@ score({source!r}, "toy:", {uq!r}, out={out!r}, csv={csv!r}, batch_atoms=20, prog
 """
 
 
+def started(script: str) -> ForkServerProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ase_uq.backends.toy", "ase_uq.scoring.score"])
+    process = context.Process(target=exec, args=(script, {}))
+    process.start()
+    return process
+
+
 def killed(source: Path, uq: Path, out: Path, kill: str = "pass", more: str = "") -> None:
     table = out.with_suffix(".csv")
     script = SCRIPT.format(kill=kill, more=more, source=str(source), uq=str(uq), out=str(out), csv=str(table))
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    process = started(script)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not table.exists()
 
 
@@ -283,14 +292,14 @@ def test_a_process_killed_from_outside_again_and_again_arrives(source: Path, uq:
     part = out.with_name("out.xyz.part")
     sizes = [0]
     for wait in (0.12, 0.31, 0.07):
-        process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.DEVNULL)
+        process = started(script)
         deadline = time.monotonic() + 60
-        while not (part.exists() and part.stat().st_size > sizes[-1]) and process.poll() is None:
+        while not (part.exists() and part.stat().st_size > sizes[-1]) and process.is_alive():
             assert time.monotonic() < deadline
             time.sleep(0.002)
         time.sleep(wait)
         process.kill()
-        process.wait()
+        process.join()
         if out.exists():
             break
         sizes.append(part.stat().st_size)

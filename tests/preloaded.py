@@ -1,0 +1,133 @@
+"""Commands of the reader's, in processes that are forked from one in which the potentials' packages are imported.
+
+A fresh interpreter imports mace, orb and torch for longer than most blocks of the documentation then run. `bin()` is a
+folder for the PATH with a `python` and an `ase-uq` that hand their arguments, files, folder and environment over to
+that one process; it forks for each, and what a command leaves behind goes with its process. What depends on a fresh
+interpreter (another PYTHONPATH, an option of Python's) gets one.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+MODULES = (
+    "ase_uq.cli",
+    "ase_uq.backends.mace",
+    "ase_uq.backends.orb",
+    "ase_uq.engines.ase.calculator",
+    "ase_uq.fitting.fit",
+    "ase_uq.report.page",
+    "matplotlib.pyplot",
+)
+CLIENT = """#!{python} -SE
+import json, os, socket, sys
+request = json.dumps([{name!r}, sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+with socket.socket(socket.AF_UNIX) as there:
+    there.connect({address!r})
+    socket.send_fds(there, [len(request).to_bytes(8, "big")], [0, 1, 2])
+    there.sendall(request)
+    told = there.recv(1)
+sys.exit(told[0] if told else "the process died")
+"""
+
+
+@contextmanager
+def bin() -> Iterator[Path]:
+    """The folder; the process ends with the context."""
+    with tempfile.TemporaryDirectory() as folder:
+        address = os.path.join(folder, "socket")
+        for name in ("python", "ase-uq"):
+            client = Path(folder, name)
+            client.write_text(CLIENT.format(python=sys.executable, name=name, address=address))
+            client.chmod(0o755)
+        command = [sys.executable, "-W", "ignore", __file__, address]
+        server = subprocess.Popen(command, stdout=subprocess.PIPE)
+        with server:
+            assert server.stdout is not None
+            assert b"ready\n" in server.stdout  # after what packages print
+            yield Path(folder)
+            server.kill()
+
+
+def serve(address: str) -> None:
+    for module in MODULES:
+        importlib.import_module(module)
+    gc.freeze()  # a collection in a child would copy every page
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
+    with socket.socket(socket.AF_UNIX) as here:
+        here.bind(address)
+        here.listen()
+        print("ready", flush=True)
+        while True:
+            client, _ = here.accept()
+            with client:
+                if not os.fork():
+                    here.close()
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                    answer(client)
+
+
+def answer(client: socket.socket) -> None:
+    """Runs what a client asks for, in this process, which ends with it."""
+    size, files, *_ = socket.recv_fds(client, 8, 3)
+    request = b""
+    while len(request) < int.from_bytes(size, "big"):
+        request += client.recv(1 << 16)
+    name, arguments, folder, environment = json.loads(request)
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # as the first import of mace does
+    code = run(name, arguments)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    client.sendall(bytes([code]))
+    os._exit(0)  # to take down what was imported would take seconds
+
+
+def run(name: str, arguments: list[str]) -> int:
+    """What the command exits with."""
+    if "PYTHONPATH" in os.environ or (name == "python" and arguments[0].startswith("-") and arguments[0] != "-c"):
+        return subprocess.run([Path(sys.executable).with_name(name), *arguments]).returncode
+    try:
+        if name == "ase-uq":
+            sys.argv = [name, *arguments]
+            importlib.import_module("ase_uq.cli").main()
+        elif arguments[0] == "-c":
+            sys.argv = ["-c", *arguments[2:]]
+            sys.path[0] = ""
+            sys.modules["__main__"] = module = types.ModuleType("__main__")
+            exec(compile(arguments[1], "<string>", "exec"), vars(module))
+        else:
+            sys.argv = arguments
+            sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))
+            runpy.run_path(arguments[0], run_name="__main__")
+    except SystemExit as error:
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 1
+        return int(error.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
