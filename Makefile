@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 	$(BIN)/ase-uq demo
 
 test: lint
-	$(BIN)/pytest $(PARALLEL)
+	$(BIN)/pytest $(PARALLEL) --cov --cov-report=term
 
 # Old packages beside new ones that they need warn of what will be gone one day; that is no fault of ours.
 test-lowest: $(VENV)/.installed-dev

@@ -428,9 +428,9 @@ def test_a_browser_shows_the_page(labelled, tmp_path, width):
     common = [BROWSER, *BROWSE, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},{height}"]
     holder = f"file://{tmp_path / 'holder.html'}"
     environment = os.environ | {"HOME": str(tmp_path)}
-    told = subprocess.run(
-        [*common, "--dump-dom", holder], capture_output=True, text=True, timeout=300, check=True, env=environment
-    )
+    shot = tmp_path / "page.png"
+    command = [*common, "--dump-dom", f"--screenshot={shot}", holder]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True, env=environment)
     assert "Content Security Policy" not in told.stderr
     assert "Uncaught" not in told.stderr
     found = re.search(r'<pre id="found">(\{.*\})</pre>', told.stdout)
@@ -441,10 +441,6 @@ def test_a_browser_shows_the_page(labelled, tmp_path, width):
     assert state["broken"] == 0
     assert state["asked"] == []
     assert state["turning"] >= 6
-    shot = tmp_path / "page.png"
-    subprocess.run(
-        [*common, f"--screenshot={shot}", holder], capture_output=True, timeout=300, check=True, env=environment
-    )
     with Image.open(shot) as image:
         pixels = np.asarray(image.convert("RGB"), int)[:, :width]
     assert pixels.shape[:2] == (height, width)
