@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -10,6 +11,10 @@ import torch
 # variable is for the processes that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
+
+# Where a test does not say how many cases it needs. A busy machine is slow, not wrong: there is no deadline.
+hypothesis.settings.register_profile("suite", max_examples=30, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 # Begun last, they would keep one process busy while the others have nothing left to do.

@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # More frames take longer and show nothing else.
-FRAMES = {"train*.xyz": 30, "calibration*.xyz": 100, "test*.xyz": 20, "finished.xyz": 20}
+FRAMES = {"train*.xyz": 40, "calibration*.xyz": 100, "test*.xyz": 20, "finished.xyz": 20}
 READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
