@@ -7,6 +7,7 @@ frames before the first one wanted are skipped unparsed, and a damaged frame is 
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from ase.io.trajectory import TrajectoryReader
 
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.formats import CUTTERS
-from ase_uq.io.frames import Frames
 
+Frames = str | os.PathLike[str] | Sequence[Atoms]
 _NAMED = 10  # number of left-out frames with a warning each
 
 
