@@ -76,6 +76,8 @@ def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None, which: str
 def _found(atoms: Atoms, results: Mapping[str, Any], names: tuple[str, str, str]) -> dict[str, Any]:
     """Which of energy, forces and stress a frame has under these names."""
     stores = {"energy": atoms.info, "forces": atoms.arrays, "stress": atoms.info}
+    if "timestep" in atoms.info and results.get("energy") == 0:
+        results = {key: value for key, value in results.items() if key != "energy"}  # ASE's, of a dump of LAMMPS
     values = {
         kind: store.get(name, results.get(name)) for (kind, store), name in zip(stores.items(), names, strict=True)
     }
