@@ -2,11 +2,13 @@
 
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from ase.io.extxyz import (
     per_atom_properties,
     per_config_properties,
 )
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
@@ -30,9 +33,28 @@ from ase_uq.properties import PROPERTIES, STANDARD, find_property
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
 # To the reader these are the numbers, the charges of a calculator, constraints, and results of the whole structure.
 _RESERVED_COLUMNS = (*_RESERVED, "Z", "charge", "move_mask", *per_config_properties)
+_COMPRESSED = (".gz", ".bz2", ".xz")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character, which has no bytes
 _INT32 = np.iinfo(np.int32)
 _COLUMN = re.compile(r"[^\s:\"'=\\]+")
+
+
+def check_xyz_name(path: str | os.PathLike[str]) -> None:
+    """Refuses the name of another format for a file of frames, which are written as extended XYZ.
+
+    Raises:
+        ValueError: ASE, and with it `read_frames`, would take the file for another format, or for compressed.
+    """
+    name = Path(path).name
+    try:
+        taken_for = "" if name.endswith(_COMPRESSED) else filetype(name, read=False)
+    except UnknownFileTypeError:  # a name without a suffix
+        return
+    if not taken_for or (taken_for in ioformats and taken_for not in ("xyz", "extxyz")):
+        raise ValueError(
+            f"{path} would be written as extended XYZ, but its name is that of {taken_for or 'a compressed file'}: "
+            "give a name that ends in .xyz or .extxyz."
+        )
 
 
 def unwritable(atoms: Atoms) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ase import Atoms
 
 from ase_uq.errors import InputError, LabelError
-from ase_uq.io.extxyz import frame_text, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_whole, write_all
 from ase_uq.io.results import with_results
 from ase_uq.io.source import Frames, Source, Unreadable
@@ -62,9 +62,10 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
     Raises:
         OSError: The file cannot be written, for example on a full disk. A file to which frames were added is left as
             it was, without half a frame; a new file is removed.
-        ValueError: The existing file ends in the middle of a line, or a structure has a result and a label with the
-            same name.
+        ValueError: The name is that of another format, the existing file ends in the middle of a line, or a structure
+            has a result and a label with the same name.
     """
+    check_xyz_name(path)
     if append:
         check_whole(path)
     frames = list(frames)

@@ -24,6 +24,7 @@ from zlib import crc32
 from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
+from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_writable, write_all
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
@@ -49,12 +50,14 @@ class Journal:
         is_complete: Whether all frames were there already, and only the renaming of files was left to do.
 
     Raises:
+        ValueError: The name of `out` is that of another format.
         FileExistsError: `out` or `csv_file` exists.
         ArtefactError: The files cannot be written, are of another origin, another process is writing them, or the rows
             of a finished work were altered before they got their name.
     """
 
     def __init__(self, out: Path, csv_file: Path | None, origin: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        check_xyz_name(out)
         self.part = out.with_name(out.name + ".part")
         self._rows_part = self.part.with_name(self.part.name + ".csv")
         self._sums_part = self.part.with_name(self.part.name + ".sums")

@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from ase_uq.dynamics.actions import Flag
 from ase_uq.errors import UQWarning
 from ase_uq.io.extxyz import frame_text, unwritable
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
+from ase_uq.scoring.journal import Journal
 
 STD = np.linspace(0.1, 1.5, 15).reshape(5, 3)
 
@@ -216,3 +218,25 @@ def test_whatever_is_written_can_be_read_again(tmp_path, notes, columns):
 def test_a_structure_without_atoms_is_written(tmp_path):
     write_frames(tmp_path / "a.xyz", [Atoms(cell=[1, 1, 1])])
     assert (tmp_path / "a.xyz").read_text().startswith("0\n")
+
+
+@pytest.mark.parametrize("name", ["a.traj", "a.db", "a.json", "a.cif", "a.pdb", "XDATCAR", "a.xyz.gz", "a.extxyz.bz2"])
+def test_names_of_other_formats_are_refused_wherever_frames_are_written(tmp_path, name):
+    path = tmp_path / name
+    for write_to in (
+        lambda path: write_frames(path, [molecule("CH4")]),
+        lambda path: write_frames(str(path), [molecule("CH4")], append=True),
+        lambda path: Journal(path, None, {}),
+        Flag,
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{name} would be written as extended XYZ, but its name is that of .*: give"
+        ):
+            write_to(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a.extxyz", "frames", "a.flagged", "a.xyz.part", "traj", "gz"])
+def test_names_that_are_of_no_other_format_are_written(tmp_path, name):
+    write_frames(tmp_path / name, [molecule("CH4")] * 2)
+    assert (tmp_path / name).read_text().count("Properties=") == 2
