@@ -33,6 +33,7 @@ from ase_uq.properties import PROPERTIES, STANDARD, find_property
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
 # To the reader these are the numbers, the charges of a calculator, constraints, and results of the whole structure.
 _RESERVED_COLUMNS = (*_RESERVED, "Z", "charge", "move_mask", *per_config_properties)
+_WORD = re.compile(r"[\w.:/+-]+", re.ASCII)
 _COMPRESSED = (".gz", ".bz2", ".xz")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character, which has no bytes
 _INT32 = np.iinfo(np.int32)
@@ -170,6 +171,8 @@ def _fits_info(key: Any, value: Any) -> bool:
     if key in per_config_properties and not _is_numeric(value):  # arrays of numbers to the reader
         return False
     if isinstance(value, str):
+        if _WORD.fullmatch(value):  # the usual note, without the time of parsing it
+            return True
         return _is_line(value) and "\\" not in value and _comes_back(key, value)
     if isinstance(value, np.ndarray):
         simple = value.ndim < 2 and value.dtype.kind in "bif"

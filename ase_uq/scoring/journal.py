@@ -141,7 +141,7 @@ class Journal:
             rows = _rows_up_to(self._rows_part, self._sums_part, last)
         self._frames.truncate(end)
         self._rows.truncate(rows.end)
-        self._sums.truncate(rows.count * _SUM_BYTES)
+        self._sums.truncate(rows.n_rows * _SUM_BYTES)
         self._sum = rows.sum
         if not rows.end:
             write_all(self._rows, _HEADER)
@@ -159,7 +159,7 @@ class Journal:
         altered = rows.end != self._rows_part.stat().st_size
         if altered and not overwrite:
             raise ArtefactError(
-                f"{self._rows_part} was altered after row {rows.count}. Give --overwrite (overwrite=True) to start "
+                f"{self._rows_part} was altered after row {rows.n_rows}. Give --overwrite (overwrite=True) to start "
                 f"anew, or remove {self._origin_file} to keep {self._out} without its table."
             )
         return altered
@@ -329,7 +329,7 @@ class _Rows(NamedTuple):
     """Rows that are as they were written: the last one's frame, -1 for none, their number, end and check sum."""
 
     last: int
-    count: int
+    n_rows: int
     end: int
     sum: int
 
@@ -347,7 +347,7 @@ def _rows_up_to(path: Path, sums: Path, last: int | None = None) -> _Rows:
             number, total = line.split(b",", 1)[0], crc32(line, rows.sum)
             if known.read(_SUM_BYTES) != b"%08x\n" % total or (last is not None and int(number) > last):
                 break
-            rows = _Rows(int(number), rows.count + 1, rows.end + len(line), total)
+            rows = _Rows(int(number), rows.n_rows + 1, rows.end + len(line), total)
     return rows
 
 
