@@ -280,7 +280,7 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
 
 def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:
     """The frames that have labels, and their labels; one warning counts the other frames."""
-    pairs = [(atoms, labels_of(atoms, keys)) for atoms in frames]
+    pairs = [(atoms, labels_of(atoms, keys, f"test frame {index}")) for index, atoms in enumerate(frames)]
     for index, (atoms, labels) in enumerate(pairs):
         check_labels(f"test frame {index}", atoms, labels)
     kept = [(atoms, labels) for atoms, labels in pairs if labels.energy is not None or labels.forces is not None]

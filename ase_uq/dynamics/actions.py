@@ -24,6 +24,7 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
+from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_appendable
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
@@ -123,12 +124,13 @@ class Flag:
         path: File to append to; the frames of earlier runs in it are kept.
 
     Raises:
-        ValueError: The file cannot be written.
+        ValueError: The file cannot be written, or its name is that of another format.
     """
 
     path: str | os.PathLike[str]
 
     def __post_init__(self) -> None:
+        check_xyz_name(self.path)
         check_appendable(self.path)
 
     def __call__(self, event: Event) -> None:

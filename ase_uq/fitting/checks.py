@@ -32,15 +32,16 @@ def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | 
             f"there are {len(frames)} {what} frames; at least {FEWEST_FRAMES} are needed, a few hundred are better."
         )
     for index, atoms in enumerate(frames):
-        labels = labels_of(atoms, keys)
+        which = f"{what} frame {index}"
+        labels = labels_of(atoms, keys, which)
         if labels.forces is None and (forces or labels.energy is None):
             wanted = "forces" if forces else "energy or forces"
             names = ", ".join(keys) if keys else "REF_energy and REF_forces, or energy and forces"
             raise LabelError(
-                f"{what} frame {index} has no reference {wanted}. Looked for {names}; its info has "
+                f"{which} has no reference {wanted}. Looked for {names}; its info has "
                 f"{sorted(atoms.info)}, its arrays have {sorted(atoms.arrays)}."
             )
-        check_labels(f"{what} frame {index}", atoms, labels)
+        check_labels(which, atoms, labels)
 
 
 def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:

@@ -1,16 +1,28 @@
 """Extended XYZ: which entries of a structure it can hold, and structures written as its text."""
 
 import io
+import json
+import os
 import re
 import warnings
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.io import write
-from ase.io.extxyz import output_column_format
+from ase.io.extxyz import (
+    SPECIAL_3_3_KEYS,
+    key_val_dict_to_str,
+    key_val_str_to_dict,
+    output_column_format,
+    per_atom_properties,
+    per_config_properties,
+)
+from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
@@ -19,15 +31,36 @@ from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
+# To the reader these are the numbers, the charges of a calculator, constraints, and results of the whole structure.
+_RESERVED_COLUMNS = (*_RESERVED, "Z", "charge", "move_mask", *per_config_properties)
+_WORD = re.compile(r"[\w.:/+-]+", re.ASCII)
+_COMPRESSED = (".gz", ".bz2", ".xz")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")  # half a character, which has no bytes
+_INT32 = np.iinfo(np.int32)
 _COLUMN = re.compile(r"[^\s:\"'=\\]+")
+
+
+def check_xyz_name(path: str | os.PathLike[str]) -> None:
+    """Refuses the name of another format for a file of frames, which are written as extended XYZ.
+
+    Raises:
+        ValueError: ASE, and with it `read_frames`, would take the file for another format, or for compressed.
+    """
+    name = Path(path).name
+    try:
+        taken_for = "" if name.endswith(_COMPRESSED) else filetype(name, read=False)
+    except UnknownFileTypeError:  # a name without a suffix
+        return
+    if not taken_for or (taken_for in ioformats and taken_for not in ("xyz", "extxyz")):
+        raise ValueError(
+            f"{path} would be written as extended XYZ, but its name is that of {taken_for or 'a compressed file'}: "
+            "give a name that ends in .xyz or .extxyz."
+        )
 
 
 def unwritable(atoms: Atoms) -> list[str]:
     """Names of the entries that extended XYZ cannot hold: writing would fail, or the file could not be read again."""
-    info = [repr(key) for key, value in atoms.info.items() if not _fits_info(key, value)]
-    return [f"info[{key}]" for key in info] + [
-        f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_array(key, values)
-    ]
+    return [f"info[{key!r}]" for key in _unfit_info(atoms)] + [f"arrays[{key!r}]" for key in _unfit_arrays(atoms)]
 
 
 def warn_of_unwritable(names: Collection[str]) -> None:
@@ -43,12 +76,13 @@ def warn_of_unwritable(names: Collection[str]) -> None:
 
 def without_unwritable(atoms: Atoms) -> Atoms:
     """The same structure, or a copy without the entries that extended XYZ cannot hold."""
-    if not unwritable(atoms):
+    info, arrays = _unfit_info(atoms), _unfit_arrays(atoms)
+    if not info and not arrays:
         return atoms
     copy = atoms.copy()
-    copy.info = {key: value for key, value in atoms.info.items() if _fits_info(key, value)}
-    for key in [key for key, values in copy.arrays.items() if not _fits_array(key, values)]:
-        del copy.arrays[key]
+    for store, unfit in ((copy.info, info), (copy.arrays, arrays)):
+        for key in unfit:
+            del store[key]
     copy.calc = atoms.calc
     return copy
 
@@ -110,29 +144,94 @@ def _text(frame: Atoms) -> str:
     return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
 
 
+def _unfit_info(atoms: Atoms) -> list[Any]:
+    return [key for key, value in atoms.info.items() if not _fits_info(key, value)]
+
+
+def _unfit_arrays(atoms: Atoms) -> list[Any]:
+    columns = {"species", "pos0", "pos1", "pos2"}
+    unfit: list[Any] = []
+    for key, values in atoms.arrays.items():
+        # The reader numbers the columns of a wide array: one of these names may be that of another array.
+        names = {key} if values.ndim < 2 or values.shape[1] == 1 else {f"{key}{c}" for c in range(values.shape[1])}
+        if not _fits_array(key, values) or (key not in ("numbers", "positions") and columns & names):
+            unfit.append(key)
+        else:
+            columns |= names
+    return unfit
+
+
 def _fits_info(key: Any, value: Any) -> bool:
-    if not isinstance(key, str) or not _is_line(key) or key in _RESERVED:
+    if not isinstance(key, str) or not _is_key(key):
         return False
-    if key == "stress" and np.size(value) not in (6, 9):
-        return False  # ASE would take it for the stress of the frame
+    if key in SPECIAL_3_3_KEYS:  # nine numbers to the reader, and six of a stress are written as nine
+        if not _is_numeric(value, "if"):
+            return False
+        return (isinstance(value, np.ndarray) and value.size == 9) or (key == "stress" and np.shape(value) == (6,))
+    if key in per_config_properties and not _is_numeric(value):  # arrays of numbers to the reader
+        return False
     if isinstance(value, str):
-        return _is_line(value) and not value.endswith("\\")
+        if _WORD.fullmatch(value):  # the usual note, without the time of parsing it
+            return True
+        return _is_line(value) and "\\" not in value and _comes_back(key, value)
     if isinstance(value, np.ndarray):
-        return bool(value.size) and value.dtype.kind in "biufU"
-    return value is None or isinstance(value, bool | int | float | np.number | np.bool_ | list | tuple | dict)
+        simple = value.ndim < 2 and value.dtype.kind in "bif"
+        return bool(value.size) and value.dtype.kind in "biufU" and (simple or _comes_back(key, value))
+    if isinstance(value, list | tuple | dict):
+        return _comes_back(key, value)
+    return value is None or (isinstance(value, bool | int | float | np.number | np.bool_) and np.isrealobj(value))
+
+
+@cache
+def _is_key(key: str) -> bool:
+    if not _is_line(key) or key in _RESERVED:
+        return False
+    with suppress(IndexError, ValueError):  # of a key that is all equals signs, of one that wants nine numbers
+        return key_val_str_to_dict(key_val_dict_to_str({key: 1})).keys() == {key}
+    return key in SPECIAL_3_3_KEYS
+
+
+def _comes_back(key: str, value: Any) -> bool:
+    """Whether ASE's reader finds this entry, and nothing else, in what its writer makes of it."""
+    plain = value.tolist() if isinstance(value, np.ndarray) else value
+    try:
+        text = json.dumps(plain)
+        found = key_val_str_to_dict(key_val_dict_to_str({key: value}))
+        if found.keys() != {key}:
+            return False
+        back = found[key]
+        if isinstance(plain, str):  # text may come back as numbers or truth values
+            return back == value if isinstance(back, str) else bool(np.size(back))
+        return isinstance(back, np.ndarray) or json.dumps(back) == text
+    except (TypeError, ValueError, RecursionError, IndexError):  # no JSON, or none that the reader understands
+        return False
+
+
+def _is_numeric(value: Any, kinds: str = "biuf") -> bool:
+    try:
+        return np.asarray(value).dtype.kind in kinds
+    except ValueError:  # a ragged list
+        return False
 
 
 def _fits_array(key: Any, values: np.ndarray) -> bool:
     if key in ("numbers", "positions"):
         return True
-    if not isinstance(key, str) or not _COLUMN.fullmatch(key) or key in _RESERVED:
+    if not isinstance(key, str) or not _COLUMN.fullmatch(key) or key in _RESERVED_COLUMNS:
         return False
     if values.ndim not in (1, 2) or not values.size:
         return False
     if values.dtype.kind in "OU":
-        return all(isinstance(text, str) and text.split() == [text] for text in values.flat)
-    return values.dtype.kind in "bif"
+        is_result = key in per_atom_properties or key == "initial_charges"  # numbers to the reader
+        return not is_result and all(
+            isinstance(text, str) and text.split() == [text] and _is_line(text) for text in values.flat
+        )
+    if values.dtype.kind == "i":  # 32 bits to the reader
+        return bool(_INT32.min <= values.min() and values.max() <= _INT32.max)
+    return values.dtype.kind in "bf"
 
 
 def _is_line(text: str) -> bool:
-    return text.splitlines() == [text]  # a single line, without a line break at its end
+    """Whether a text is a single line, without a line break at its end, that a file can hold."""
+    # A zero byte in a file is what a power cut leaves.
+    return text.splitlines() == [text] and "\0" not in text and not _SURROGATE.search(text)

@@ -1,8 +1,11 @@
 """Text formats of trajectories, cut into the text of one frame each."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TextIO
+
+from ase.units import Bohr
 
 
 @dataclass(frozen=True)
@@ -41,14 +44,68 @@ def xyz_pieces(file: TextIO) -> Iterator[Piece]:
         if len(lines) < count + 2:
             yield Piece("", problem=f"it is truncated: {len(lines) - 2} of its {count} atoms are there")
             continue
+        header = ipi_header(lines[1])
         while line.lstrip().startswith("VEC"):
             lines.append(line)
             line = file.readline()
         if count and line.strip() and len(line.split()) == len(lines[-1].split()):  # one atom too many
             excess, line = _skipped(file, line)
             yield Piece("", problem=f"it has {count + excess} lines of atoms, but its first line says {count}")
+        elif header is not None and header.problem:
+            yield Piece("", problem=header.problem)
         else:
             yield Piece("".join(lines), count)
+
+
+@dataclass(frozen=True)
+class IPIHeader:
+    """What the comment of a frame that i-PI wrote says.
+
+    Args:
+        scale: Å, in the unit of the positions.
+        cell: Lengths, Å, and angles, degrees, of the cell; None without a cell.
+        problem: Why the frame cannot be used, in words; empty if it can.
+    """
+
+    scale: float = 1.0
+    cell: tuple[float, ...] | None = None
+    problem: str = ""
+
+
+# Lengths of i-PI, Å; it takes what has no unit for atomic units.
+_LENGTHS = {"atomic_unit": Bohr, "": Bohr, "angstrom": 1.0, "ase": 1.0, "nanometer": 10.0, "picometer": 0.01}
+_IPI_CELL = re.compile(r"\bCELL[(\[{](\w+)[)\]}]:?((?:\s+[-+\d.eE]+)*)")
+_IPI_UNIT = re.compile(r"\b(\w+)\{(\w*)\}")
+_IPI_POSITIONS = ("positions", "x_centroid")
+
+
+def ipi_header(comment: str) -> IPIHeader | None:
+    """The comment of a frame of i-PI, `# CELL(abcABC): ... positions{unit} cell{unit}`; None if it is not."""
+    cell = _IPI_CELL.search(comment)
+    if cell is None and not comment.lstrip().startswith("#"):
+        return None
+    units = {name: unit for name, unit in _IPI_UNIT.findall(comment) if name not in ("CELL", "Lattice")}
+    columns = [name for name in units if name != "cell"]
+    if cell is None and not set(columns) & set(_IPI_POSITIONS):
+        return None
+    if any(name not in _IPI_POSITIONS for name in columns):
+        return IPIHeader(problem=f"i-PI wrote {' and '.join(columns)} into it, and positions were expected")
+    if odd := [unit for unit in units.values() if unit not in _LENGTHS]:
+        return IPIHeader(problem=f"the unit {odd[0]!r} of i-PI is none of {', '.join(filter(None, _LENGTHS))}")
+    scale = _LENGTHS[units[columns[0]] if columns else ""]
+    if cell is None:
+        return IPIHeader(scale)
+    try:
+        a, b, c, *angles = map(float, cell[2].split())
+    except ValueError:
+        a, b, c, angles = 0.0, 0.0, 0.0, []
+    if cell[1] != "abcABC" or len(angles) < 3 or min(a, b, c) <= 0 or not all(0 < angle < 180 for angle in angles[:3]):
+        return IPIHeader(
+            problem=f"the cell {cell[0].strip()[:60]!r} of i-PI cannot be read: CELL(abcABC) with three lengths and "
+            "three angles was expected"
+        )
+    length = _LENGTHS[units.get("cell", "")]
+    return IPIHeader(scale, (a * length, b * length, c * length, *angles[:3]))
 
 
 def _skipped(file: TextIO, line: str) -> tuple[int, str]:
@@ -64,18 +121,27 @@ def _is_count(line: str) -> bool:
     return len(line) < 20 and line.strip().isdecimal()
 
 
+_OTHER_UNITS = (
+    "its units are '{}', and 'metal' was expected: convert it, or read it with ase.io.read(..., units=...) and give "
+    "the list of frames"
+)
+
+
 def lammps_pieces(file: TextIO) -> Iterator[Piece]:
     """Frames of LAMMPS text dumps: sections under `ITEM:` lines, the first one `UNITS`, `TIME` or `TIMESTEP`."""
     lines: list[str] = []
-    has_step = False
+    has_step, problem = False, ""
     for line in file:
+        # A dump states its units once, if at all, and ASE's reader takes all for metal.
+        if lines and lines[-1].startswith("ITEM: UNITS"):
+            problem = "" if line.strip() == "metal" else _OTHER_UNITS.format(line.strip())
         if line.startswith(("ITEM: UNITS", "ITEM: TIME")) and has_step:  # also matches TIMESTEP
-            yield _dumped(lines)
+            yield Piece("", problem=problem) if problem else _dumped(lines)
             lines, has_step = [], False
         has_step = has_step or line.startswith("ITEM: TIMESTEP")
         lines.append(line)
     if any(line.strip() for line in lines):
-        yield _dumped(lines)
+        yield Piece("", problem=problem) if problem else _dumped(lines)
 
 
 def _dumped(lines: Sequence[str]) -> Piece:

@@ -6,19 +6,17 @@ ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_fram
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from ase import Atoms
-from ase.io import iread
 
-from ase_uq.errors import LabelError
-from ase_uq.io.extxyz import frame_text, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.errors import InputError, LabelError
+from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_whole, write_all
 from ase_uq.io.results import with_results
-
-Frames = str | os.PathLike[str] | Sequence[Atoms]
+from ase_uq.io.source import Frames, Source, Unreadable
 
 
 def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
@@ -36,20 +34,15 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
         if not checked:
             raise LabelError(f"{name}: the list has no structures.")
         return checked
-    path = Path(frames)
-    if not path.is_file():
-        raise LabelError(f"{name}: there is no file {path}.")
-    read: list[Atoms] = []
+    path, read = Path(frames), []
     try:
-        for atoms in iread(path, ":"):
-            read.append(with_results(atoms))  # noqa: PERF401  (what was read before an error is counted)
-    except Exception as error:  # ASE's readers raise anything from KeyError to UnknownFileTypeError
-        if path.stat().st_size == 0:
-            raise LabelError(f"{name}: the file {path} is empty.") from error
-        raise LabelError(
-            f"{name}: {path} cannot be read after structure {len(read)} ({type(error).__name__}: {error}). "
-            "It is truncated or not in a format that ASE knows."
-        ) from error
+        source = Source(path)
+    except InputError as error:
+        raise LabelError(f"{name}: {error}") from error
+    for number, atoms in source.read():
+        if isinstance(atoms, Unreadable):
+            raise LabelError(f"{name}: {path} cannot be read after structure {number}: {atoms.reason.rstrip('.')}.")
+        read.append(with_results(atoms))
     if not read:
         raise LabelError(f"{name}: the file {path} has no structures.")
     return read
@@ -69,9 +62,10 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
     Raises:
         OSError: The file cannot be written, for example on a full disk. A file to which frames were added is left as
             it was, without half a frame; a new file is removed.
-        ValueError: The existing file ends in the middle of a line, or a structure has a result and a label with the
-            same name.
+        ValueError: The name is that of another format, the existing file ends in the middle of a line, or a structure
+            has a result and a label with the same name.
     """
+    check_xyz_name(path)
     if append:
         check_whole(path)
     frames = list(frames)

@@ -1,5 +1,7 @@
 """Reference values that frames carry: finding and checking them, and removing those that no longer hold."""
 
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,32 +33,55 @@ class Labels:
     stress: np.ndarray | None
 
 
-def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None) -> Labels:
+def labels_of(atoms: Atoms, keys: tuple[str, str, str] | None = None, which: str = "a frame") -> Labels:
     """Reference values of a frame.
 
     Args:
         atoms: Frame with `REF_energy` in info, `REF_forces` in arrays and `REF_stress` in info, or with the
-            results of a reference calculator attached.
+            results of a reference calculator attached. Where only some of the labels were renamed, the results
+            complete them.
         keys: Names of energy, forces and stress to use instead.
+        which: Name of the frame in error texts, such as "training frame 4".
 
     Returns:
         The labels; all None if the frame has neither an energy nor forces.
 
     Raises:
-        LabelError: The stress has neither 6 nor 9 numbers.
+        LabelError: The results of its calculator belong to another structure, the energy is not a number, forces or
+            stress are not numbers, or the stress has neither 6 nor 9 of them.
     """
-    for energy_key, forces_key, stress_key in (keys,) if keys else LABEL_KEYS:
-        results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
-        energy = atoms.info.get(energy_key, results.get(energy_key))
-        forces = atoms.arrays.get(forces_key, results.get(forces_key))
-        stress = atoms.info.get(stress_key, results.get(stress_key))
-        if energy is not None or forces is not None:
-            return Labels(
-                None if energy is None else float(energy),
-                None if forces is None else np.asarray(forces, float),
-                None if stress is None else _voigt(stress),
-            )
-    return Labels(None, None, None)
+    results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
+    found = _found(atoms, results, keys or LABEL_KEYS[0])
+    changed = atoms.calc.check_state(atoms) if isinstance(atoms.calc, Calculator) and results else []
+    if not keys:
+        # Results of another structure do not matter where the frame has labels of its own.
+        plain = _found(atoms, {} if found and changed else results, LABEL_KEYS[1])
+        # Beside forces that are not the reference, an energy is that of a potential, too.
+        if not found or all(kind not in found or np.array_equal(found[kind], plain[kind]) for kind in plain):
+            found = plain | found
+    own = {kind for names in ((keys,) if keys else LABEL_KEYS) for kind in _found(atoms, {}, names)}
+    if changed and found.keys() - own:
+        raise LabelError(
+            f"{which} has a calculator with the results of another structure ({', '.join(changed)} differ): several "
+            "frames share it, or the atoms were changed after the calculation. Give each frame its own results, as in "
+            "atoms.calc = SinglePointCalculator(atoms, energy=..., forces=...), or write the frames to a file one by "
+            "one."
+        )
+    if found.keys() <= {"stress"}:
+        return Labels(None, None, None)
+    labels = {kind: _AS_LABEL[kind](value, which) for kind, value in found.items()}
+    return Labels(labels.get("energy"), labels.get("forces"), labels.get("stress"))
+
+
+def _found(atoms: Atoms, results: Mapping[str, Any], names: tuple[str, str, str]) -> dict[str, Any]:
+    """Which of energy, forces and stress a frame has under these names."""
+    stores = {"energy": atoms.info, "forces": atoms.arrays, "stress": atoms.info}
+    if "timestep" in atoms.info and results.get("energy") == 0:
+        results = {key: value for key, value in results.items() if key != "energy"}  # ASE's, of a dump of LAMMPS
+    values = {
+        kind: store.get(name, results.get(name)) for (kind, store), name in zip(stores.items(), names, strict=True)
+    }
+    return {kind: value for kind, value in values.items() if value is not None}
 
 
 def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
@@ -111,8 +136,32 @@ def keep_structure(atoms: Atoms, *further: str) -> None:
         del atoms.arrays[name]
 
 
-def _voigt(stress: Any) -> np.ndarray:
-    stress = np.asarray(stress, float)
+def _numbers(kind: str, value: Any, which: str) -> np.ndarray:
+    try:
+        return np.asarray(value, float)
+    except (TypeError, ValueError):
+        raise LabelError(f"{which} has {kind} of {str(value)[:40]!r}; numbers were expected.") from None
+
+
+def _energy(value: Any, which: str) -> float:
+    with suppress(TypeError, ValueError):
+        number = np.asarray(value, float)
+        if number.size == 1:
+            return float(number.reshape(()))
+    raise LabelError(f"{which} has a reference energy of {str(value)[:40]!r}; one number in eV was expected.")
+
+
+def _forces(value: Any, which: str) -> np.ndarray:
+    return _numbers("reference forces", value, which)
+
+
+def _voigt(value: Any, which: str) -> np.ndarray:
+    stress = _numbers("a reference stress", value, which)
     if stress.size not in (6, 9):
-        raise LabelError(f"a reference stress has shape {stress.shape}; 6 (Voigt) or 9 numbers were expected.")
-    return stress if stress.shape == (6,) else full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+        raise LabelError(
+            f"{which} has a reference stress of shape {stress.shape}; 6 (Voigt) or 9 numbers were expected."
+        )
+    return stress.reshape(6) if stress.size == 6 else full_3x3_to_voigt_6_stress(stress.reshape(3, 3))
+
+
+_AS_LABEL: dict[str, Callable[[Any, str], Any]] = {"energy": _energy, "forces": _forces, "stress": _voigt}

@@ -68,14 +68,15 @@ def drop_uncertainties(atoms: Atoms) -> None:
 def with_results(atoms: Atoms) -> Atoms:
     """Adds the uncertainties in info and arrays to the stored results; returns the same structure."""
     results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
+    known = len(results)
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
         for key, value in store.items():
             entry = find_property(key)
             # A user's own info entry with a name like `gamma_only` is not an array over atoms.
             if key.startswith(UNCERTAINTIES) and entry is not None and entry.per_atom == per_atom:
                 results[key] = value
-    if any(key not in STANDARD for key in results):
-        atoms.calc = StoredResults(atoms, {k: v for k, v in results.items() if find_property(k) is not None})
+    if len(results) > known:
+        atoms.calc = StoredResults(atoms, results)
     return atoms
 
 

@@ -7,6 +7,7 @@ frames before the first one wanted are skipped unparsed, and a damaged frame is 
 
 import hashlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,14 +18,15 @@ from typing import Any, TextIO, cast
 import ase.db
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import Calculator
 from ase.io import iread
 from ase.io.formats import filetype, get_ioformat, open_with_compression
 from ase.io.trajectory import TrajectoryReader
 
 from ase_uq.errors import InputError, UQWarning
-from ase_uq.io.formats import CUTTERS
-from ase_uq.io.frames import Frames
+from ase_uq.io.formats import CUTTERS, ipi_header
 
+Frames = str | os.PathLike[str] | Sequence[Atoms]
 _NAMED = 10  # number of left-out frames with a warning each
 
 
@@ -62,7 +64,16 @@ class Unparsed:
     def _parsed(self) -> Atoms:
         # The reader that ase.io.read calls, without its preparations, which take as long as parsing a small frame.
         reader: Any = get_ioformat(self.format).read
-        (atoms,) = reader(io.StringIO(self.text), slice(None))
+        count, comment, *_ = self.text.split("\n", 2) if self.format in ("extxyz", "xyz") else ("", "")
+        header = ipi_header(comment)
+        text = self.text if header is None else self.text.replace(f"{count}\n{comment}", count + "\n", 1)
+        (atoms,) = reader(io.StringIO(text), slice(None))
+        if header is not None:
+            atoms.positions *= header.scale
+            if header.cell is not None:
+                atoms.cell, atoms.pbc = header.cell, True
+        if self.format == "lammps-dump-text" and isinstance(atoms.calc, Calculator):
+            del atoms.calc.results["energy"]  # 0, which ASE's reader makes up beside forces
         return atoms
 
 

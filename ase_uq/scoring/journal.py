@@ -1,8 +1,9 @@
 """Writes results to disk so that the work can be resumed where it stopped, whatever kills the process.
 
-While the work goes on, `OUT.part` has the frames, `OUT.part.csv` one row per frame, and `OUT.part.json` what they were
-made from. The rows of a batch are written before its frames, so the frames decide: resuming cuts off a torn last frame
-and every row after the last whole frame. `OUT` appears, complete, when everything is there.
+While the work goes on, `OUT.part` has the frames, `OUT.part.csv` one row per frame, `OUT.part.sums` a check sum of the
+rows up to each of them, and `OUT.part.json` what they were made from. The rows of a batch are written before its
+frames, so the frames decide: resuming cuts off a torn last frame, every row after the last whole frame, and everything
+from the first row that was altered. `OUT` appears, complete, when everything is there.
 """
 
 import csv
@@ -17,15 +18,19 @@ from contextlib import ExitStack, suppress
 from dataclasses import astuple, fields, replace
 from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
+from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_writable, write_all
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
+_HEADER = (",".join(field.name for field in fields(FrameScore)) + "\n").encode()
+_SUM_BYTES = 9  # eight hexadecimal digits and the end of the line
 # A killed process loses nothing that was written. A power cut may lose what was written in this many seconds.
 _SECONDS_AT_RISK = 5.0
 
@@ -45,19 +50,25 @@ class Journal:
         is_complete: Whether all frames were there already, and only the renaming of files was left to do.
 
     Raises:
+        ValueError: The name of `out` is that of another format.
         FileExistsError: `out` or `csv_file` exists.
-        ArtefactError: The files cannot be written, are of another origin, or another process is writing them.
+        ArtefactError: The files cannot be written, are of another origin, another process is writing them, or the rows
+            of a finished work were altered before they got their name.
     """
 
     def __init__(self, out: Path, csv_file: Path | None, origin: Mapping[str, Any], *, overwrite: bool = False) -> None:
+        check_xyz_name(out)
         self.part = out.with_name(out.name + ".part")
         self._rows_part = self.part.with_name(self.part.name + ".csv")
+        self._sums_part = self.part.with_name(self.part.name + ".sums")
         self._origin_file = self.part.with_name(self.part.name + ".json")
         self._out, self._csv = out, csv_file
         self.next_frame = self.n_resumed = 0
         self.is_complete = self._origin_file.exists() and out.exists() and not self.part.exists()
         known = self._known(origin, overwrite)
         self.is_complete = self.is_complete and known
+        if self.is_complete and self._rows_altered(overwrite):
+            known = self.is_complete = False
         if self.is_complete:
             return
         for path in (out, csv_file):
@@ -72,6 +83,7 @@ class Journal:
             self._frames = self._open.enter_context(_appended(self.part))
             _lock(self._frames, self.part)
             self._rows = self._open.enter_context(_appended(self._rows_part))
+            self._sums = self._open.enter_context(_appended(self._sums_part))
             if known:
                 self._take_up()
             else:
@@ -113,8 +125,9 @@ class Journal:
     def _begin(self, origin: Mapping[str, Any]) -> None:
         self._frames.truncate(0)
         self._rows.truncate(0)
-        header = ",".join(field.name for field in fields(FrameScore))
-        write_all(self._rows, header.encode() + b"\n")
+        self._sums.truncate(0)
+        write_all(self._rows, _HEADER)
+        self._sum = crc32(_HEADER)
         temporary = self._origin_file.with_name(self._origin_file.name + ".new")
         temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
         os.replace(temporary, self._origin_file)
@@ -122,15 +135,34 @@ class Journal:
     def _take_up(self) -> None:
         """Cuts both files after the last frame that is whole in both."""
         n_frames, last, end = _whole_frames(self.part)
-        last_row, rows_end = _rows_up_to(self._rows_part, last)
-        if last_row < last:  # the rows were tampered with, or a power cut took them
-            n_frames, last, end = _whole_frames(self.part, upto=last_row)
-            last, rows_end = _rows_up_to(self._rows_part, last)
+        rows = _rows_up_to(self._rows_part, self._sums_part, last)
+        if rows.last < last:  # the rows were tampered with, or a power cut took them
+            n_frames, last, end = _whole_frames(self.part, upto=rows.last)
+            rows = _rows_up_to(self._rows_part, self._sums_part, last)
         self._frames.truncate(end)
-        self._rows.truncate(rows_end)
-        if not rows_end:
-            write_all(self._rows, ",".join(field.name for field in fields(FrameScore)).encode() + b"\n")
+        self._rows.truncate(rows.end)
+        self._sums.truncate(rows.n_rows * _SUM_BYTES)
+        self._sum = rows.sum
+        if not rows.end:
+            write_all(self._rows, _HEADER)
         self.next_frame, self.n_resumed = last + 1, n_frames
+
+    def _rows_altered(self, overwrite: bool) -> bool:
+        """Whether the rows of a finished work are others than were written, and are to be made anew.
+
+        Raises:
+            ArtefactError: They are others, and may not be replaced.
+        """
+        if not self._rows_part.exists():
+            return False
+        rows = _rows_up_to(self._rows_part, self._sums_part)
+        altered = rows.end != self._rows_part.stat().st_size
+        if altered and not overwrite:
+            raise ArtefactError(
+                f"{self._rows_part} was altered after row {rows.n_rows}. Give --overwrite (overwrite=True) to start "
+                f"anew, or remove {self._origin_file} to keep {self._out} without its table."
+            )
+        return altered
 
     def rows(self) -> Iterator[FrameScore]:
         """The rows written so far, one by one."""
@@ -153,8 +185,14 @@ class Journal:
         # A row must be one line, whatever a parser's message was.
         rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
         csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
+        encoded = [line.encode() for line in lines]
+        sums: list[bytes] = []
+        for line in encoded:
+            self._sum = crc32(line, self._sum)
+            sums.append(b"%08x\n" % self._sum)
         try:
-            write_all(self._rows, "".join(lines).encode())
+            write_all(self._sums, b"".join(sums))
+            write_all(self._rows, b"".join(encoded))
             write_all(self._frames, "".join(frames).encode())
             if time.monotonic() - self._synced > _SECONDS_AT_RISK:
                 self._sync()
@@ -176,13 +214,14 @@ class Journal:
                 _move(self._rows_part, self._csv)
             self._origin_file.unlink()
             self._rows_part.unlink(missing_ok=True)
+            self._sums_part.unlink(missing_ok=True)
         except OSError as error:
             raise self.refused_write(error) from error
 
     def discard(self) -> None:
         """Removes the files written so far."""
         self._open.close()
-        for path in (self.part, self._rows_part, self._origin_file):
+        for path in (self.part, self._rows_part, self._sums_part, self._origin_file):
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
@@ -199,7 +238,7 @@ class Journal:
         self.close()
 
     def _sync(self) -> None:
-        for file in (self._rows, self._frames):
+        for file in (self._sums, self._rows, self._frames):
             os.fsync(file.fileno())
         self._synced = time.monotonic()
 
@@ -286,17 +325,30 @@ def _number_in(comment: bytes) -> int | None:
     return int(numbers[0]) if numbers else None
 
 
-def _rows_up_to(path: Path, last: int) -> tuple[int, int]:
-    """Frame number of the last complete row up to frame `last`, -1 for none, and position in the file where it ends."""
-    last_row, end = -1, 0
-    with open(path, "rb") as file:
-        end = len(header) if (header := file.readline()).endswith(b"\n") else 0
-        for line in file if end else ():
-            number = line.split(b",", 1)[0]
-            if not line.endswith(b"\n") or b"\0" in line or not number.isdigit() or int(number) > last:
+class _Rows(NamedTuple):
+    """Rows that are as they were written: the last one's frame, -1 for none, their number, end and check sum."""
+
+    last: int
+    n_rows: int
+    end: int
+    sum: int
+
+
+def _rows_up_to(path: Path, sums: Path, last: int | None = None) -> _Rows:
+    """The rows up to frame `last`, None for all, and before the first one that is torn or altered."""
+    rows = _Rows(-1, 0, 0, crc32(_HEADER))
+    if not sums.exists():  # a power cut took it
+        return rows
+    with open(path, "rb") as file, open(sums, "rb") as known:
+        if file.readline() != _HEADER:
+            return rows
+        rows = rows._replace(end=len(_HEADER))
+        for line in file:
+            number, total = line.split(b",", 1)[0], crc32(line, rows.sum)
+            if known.read(_SUM_BYTES) != b"%08x\n" % total or (last is not None and int(number) > last):
                 break
-            last_row, end = int(number), end + len(line)
-    return last_row, end
+            rows = _Rows(int(number), rows.n_rows + 1, rows.end + len(line), total)
+    return rows
 
 
 def _shown(value: Any) -> str:

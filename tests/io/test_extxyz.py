@@ -1,7 +1,9 @@
 """Structures as text: what ASE writes, byte for byte, without what cannot be read again."""
 
 import io
+import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,11 +12,16 @@ from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms, FixBondLength, FixCartesian
 from ase.io import write
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
+from ase_uq.dynamics.actions import Flag
 from ase_uq.errors import UQWarning
 from ase_uq.io.extxyz import frame_text, unwritable
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
+from ase_uq.scoring.journal import Journal
 
 STD = np.linspace(0.1, 1.5, 15).reshape(5, 3)
 
@@ -101,6 +108,32 @@ ODD = {
     "info['stress']": ("info", "stress", 1),
     "info[('a', 'b')]": ("info", ("a", "b"), 1),
     "info['Lattice']": ("info", "Lattice", 3),
+    "info['ragged']": ("info", "ragged", [[0, 1, 2], [3, 4]]),
+    "info['virial']": ("info", "virial", np.zeros(6)),
+    "info['dipole']": ("info", "dipole", "2.3 D"),
+    "info['polarization']": ("info", "polarization", {"x": 1}),
+    "info['dielectric_tensor']": ("info", "dielectric_tensor", [[1.0], [1.0, 2.0]]),
+    "info['path']": ("info", "path", "C:\\runs\\new"),
+    "info['tab']": ("info", "tab", "two\tparts"),
+    "info['blank']": ("info", "blank", "  "),
+    "info['json']": ("info", "json", "_JSON [1"),
+    "info['zero']": ("info", "zero", "a\0b"),
+    "info['half']": ("info", "half", "a\ud800b"),
+    "info['quoted']": ("info", "quoted", ['one "line"']),
+    "info['accents']": ("info", "accents", {"who": "Schrödinger"}),
+    "info['deep']": ("info", "deep", {"a": [{"b": "c\\d"}]}),
+    "info['objects']": ("info", "objects", [np.zeros(1)]),
+    "info['names']": ("info", "names", np.array(["a'b", 'c"d'])),
+    "info['a=b']": ("info", "a=b", 1),
+    "arrays['Z']": ("arrays", "Z", np.ones(5, int)),
+    "arrays['charge']": ("arrays", "charge", np.ones(5)),
+    "arrays['move_mask']": ("arrays", "move_mask", np.ones(5, bool)),
+    "arrays['energy']": ("arrays", "energy", np.ones(5)),
+    "arrays['stresses']": ("arrays", "stresses", np.array(["a"] * 5)),
+    "arrays['id']": ("arrays", "id", np.full(5, 2**40)),
+    "arrays['negative']": ("arrays", "negative", np.full(5, -(2**31) - 1)),
+    "arrays['pos1']": ("arrays", "pos1", np.zeros(5)),
+    "arrays['forces_uncertainty2']": ("arrays", "forces_uncertainty2", np.zeros(5)),
     "arrays['tensor']": ("arrays", "tensor", np.zeros((5, 3, 3))),
     "arrays['complex']": ("arrays", "complex", np.zeros(5, complex)),
     "arrays['unsigned']": ("arrays", "unsigned", np.zeros(5, np.uint8)),
@@ -129,6 +162,81 @@ def test_what_the_format_cannot_hold_is_left_out_and_named(tmp_path, name):
     assert not unwritable(found)
 
 
+NAMES = st.text(max_size=8) | st.sampled_from(
+    ["virial", "stress", "dipole", "magmom", "uid", "comment", "Lattice", "a b", "a=b", 'a"b', "_JSON", "1"]
+)
+TEXTS = st.text(max_size=12) | st.text("\\\"'{}[]= ,aT_1\t\n", max_size=12) | st.sampled_from(["_JSON {", "T", "1e5"])
+NOTES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(NAMES, inner, max_size=3) | st.tuples(inner, inner),
+    max_leaves=8,
+)
+FEW = arrays(
+    st.sampled_from([float, np.float32, int, bool, "U3"]), st.sampled_from([(), (1,), (3,), (6,), (3, 3), (2, 2)])
+)
+COLUMNS = st.sampled_from([(2,), (2, 1), (2, 3), (2, 9)]).flatmap(
+    lambda shape: arrays(st.sampled_from([float, np.int64, bool, "U3"]), shape)
+)
+COLUMN_NAMES = st.text("ab01_:Zé ", max_size=3) | st.sampled_from(
+    ["Z", "pos", "pos0", "species", "charge", "charges", "stresses", "move_mask", "forces", "energy", "tags", "momenta"]
+)
+
+
+def as_json(value: object) -> str:
+    """A note as the reader of extended XYZ has it: arrays are lists."""
+    return json.dumps(value, default=lambda array: array.tolist())
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    notes=st.dictionaries(NAMES, NOTES | FEW, max_size=3), columns=st.dictionaries(COLUMN_NAMES, COLUMNS, max_size=3)
+)
+def test_whatever_is_written_can_be_read_again(tmp_path, notes, columns):
+    atoms = Atoms("CO", [[0, 0, 0], [0, 0, 1.2]], info=notes | {"kept": 7})
+    atoms.arrays |= columns
+    lost = set(unwritable(atoms))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Skipping")  # by ASE's writer, of what it leaves out itself
+        warnings.filterwarnings("ignore", "info|arrays", UQWarning)
+        write_frames(tmp_path / "a.xyz", [molecule("H2O"), atoms, molecule("NH3")])
+    first, found, last = read_frames(tmp_path / "a.xyz")
+    assert [str(a.symbols) for a in (first, found, last)] == ["OH2", "CO", "NH3"]
+    assert not found.constraints
+    np.testing.assert_allclose(found.positions, atoms.positions)
+    results = {} if found.calc is None else found.calc.results
+    there = {f"info[{key!r}]" for key in notes if key in found.info or key in results}
+    there |= {f"arrays[{key!r}]" for key in columns if key in found.arrays or key in results}
+    assert lost | there == {f"info[{key!r}]" for key in notes} | {f"arrays[{key!r}]" for key in columns}
+    assert found.info["kept"] == 7
+    for key, note in notes.items():
+        if f"info[{key!r}]" not in lost and isinstance(note, dict):
+            assert as_json(found.info[key]) == as_json(note)
+        if f"info[{key!r}]" not in lost and isinstance(note, str) and isinstance(found.info.get(key), str):
+            assert found.info[key] == note
+
+
 def test_a_structure_without_atoms_is_written(tmp_path):
     write_frames(tmp_path / "a.xyz", [Atoms(cell=[1, 1, 1])])
     assert (tmp_path / "a.xyz").read_text().startswith("0\n")
+
+
+@pytest.mark.parametrize("name", ["a.traj", "a.db", "a.json", "a.cif", "a.pdb", "XDATCAR", "a.xyz.gz", "a.extxyz.bz2"])
+def test_names_of_other_formats_are_refused_wherever_frames_are_written(tmp_path, name):
+    path = tmp_path / name
+    for write_to in (
+        lambda path: write_frames(path, [molecule("CH4")]),
+        lambda path: write_frames(str(path), [molecule("CH4")], append=True),
+        lambda path: Journal(path, None, {}),
+        Flag,
+    ):
+        with pytest.raises(
+            ValueError, match=rf"{name} would be written as extended XYZ, but its name is that of .*: give"
+        ):
+            write_to(path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["a.xyz", "a.extxyz", "frames", "a.flagged", "a.xyz.part", "traj", "gz"])
+def test_names_that_are_of_no_other_format_are_written(tmp_path, name):
+    write_frames(tmp_path / name, [molecule("CH4")] * 2)
+    assert (tmp_path / name).read_text().count("Properties=") == 2

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ase_uq.errors import LabelError
+from ase_uq.io.extxyz import frame_text
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
@@ -192,18 +193,28 @@ def test_a_file_without_structures_is_told(tmp_path):
         read_frames(tmp_path / "a.xyz")
 
 
+@pytest.mark.parametrize("before", [(0,), (3,), (1, 4), (0, 1, 2, 3, 4, 5)])
+@pytest.mark.parametrize("blank", ["\n", " \t\n", "\n\n\n"])
+def test_blank_lines_between_frames_end_nothing(tmp_path, before, blank):
+    frames = [molecule(name) for name in ("CH4", "H2O", "NH3", "CO", "C6H6")]
+    texts = [frame_text(atoms) for atoms in frames]
+    joined = "".join(blank * (number in before) + text for number, text in enumerate([*texts, ""]))
+    (tmp_path / "a.xyz").write_text(joined)
+    assert [str(atoms.symbols) for atoms in read_frames(tmp_path / "a.xyz")] == [str(a.symbols) for a in frames]
+
+
 def test_a_truncated_file_is_told_with_how_far_it_goes(tmp_path):
     path = tmp_path / "a.xyz"
     write_frames(path, [annotated(molecule("CH4"), results_of(5))] * 3)
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:-2]))
-    with pytest.raises(LabelError, match=r"a.xyz cannot be read after structure \d .*truncated"):
+    with pytest.raises(LabelError, match=r"a.xyz cannot be read after structure 2: it is truncated: 3 of its 5 "):
         read_frames(path)
 
 
 def test_a_file_of_something_else_is_told(tmp_path):
     (tmp_path / "a.xyz").write_text("these are not the frames\nyou are looking for\n")
-    with pytest.raises(LabelError, match=r"cannot be read after structure 0 .*not in a format that ASE knows"):
+    with pytest.raises(LabelError, match=r"after structure 0: a number of atoms was expected, found 'these are"):
         read_frames(tmp_path / "a.xyz")
 
 

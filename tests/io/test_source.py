@@ -11,8 +11,11 @@ from ase import Atoms
 from ase.build import bulk, molecule
 from ase.io import iread, write
 from ase.io.trajectory import TrajectoryReader
+from ase.units import Bohr
 
-from ase_uq.errors import InputError
+from ase_uq.errors import InputError, LabelError
+from ase_uq.io.frames import read_frames
+from ase_uq.io.labels import labels_of
 from ase_uq.io.source import Source, Unreadable
 
 
@@ -236,6 +239,111 @@ def test_types_of_a_dump_are_not_taken_for_elements(tmp_path: Path):
     dump(tmp_path / "a.dump", crystals(1), column="q")
     _, bad = split(Source(tmp_path / "a.dump"))
     assert "ASE would take the types for atomic numbers" in bad[0]
+
+
+def forces_dump(path: Path, units: str = "") -> np.ndarray:
+    forces = np.arange(24.0).reshape(8, 3)
+    dump(path, crystals(2))
+    lines = path.read_text().splitlines()
+    numbers = iter([*range(8)] * 2)
+    lines = [
+        f"{line} fx fy fz"
+        if "ATOMS id" in line
+        else f"{line} {' '.join(map(str, forces[next(numbers)]))}"
+        if len(line.split()) == 6 and "ITEM" not in line
+        else line
+        for line in lines
+    ]
+    path.write_text(units + "\n".join(lines) + "\n")
+    return forces
+
+
+def test_a_dump_with_forces_has_no_energy(tmp_path: Path):
+    forces = forces_dump(tmp_path / "a.dump")
+    for frames in (read_frames(tmp_path / "a.dump"), list(iread(tmp_path / "a.dump", ":", format="lammps-dump-text"))):
+        assert len(frames) == 2
+        for atoms in frames:
+            labels = labels_of(atoms)
+            assert labels.energy is None
+            np.testing.assert_array_equal(labels.forces, forces)
+
+
+@pytest.mark.parametrize("units", ["real", "lj", "si"])
+def test_a_dump_in_other_units_is_refused(tmp_path: Path, units: str):
+    forces_dump(tmp_path / "a.dump", f"ITEM: UNITS\n{units}\n")
+    good, bad = split(Source(tmp_path / "a.dump"))
+    assert not good
+    assert list(bad) == [0, 1]
+    assert all(f"its units are '{units}', and 'metal' was expected" in reason for reason in bad.values())
+
+
+def test_what_reads_frames_refuses_dumps_without_elements(tmp_path: Path):
+    dump(tmp_path / "a.dump", crystals(1), column="q")
+    with pytest.raises(LabelError, match="after structure 0: it has no column `element`"):
+        read_frames(tmp_path / "a.dump")
+
+
+def ipi(path: Path, frames: list[Atoms], units: str, position: float = 1.0, length: float = 1.0, name: str = "abcABC"):
+    text = ""
+    for step, atoms in enumerate(frames):
+        a, b, c, *angles = atoms.cell.cellpar()
+        cell = " ".join(f"{x:.8f}" for x in (a * length, b * length, c * length, *angles))
+        text += f"{len(atoms)}\n# CELL({name}): {cell}  Step: {step}  Bead: 0 {units}\n"
+        for symbol, r in zip(atoms.symbols, atoms.positions * position, strict=True):
+            text += f"{symbol:>8} {r[0]:12.8e} {r[1]:12.8e} {r[2]:12.8e}\n"
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("units", "position", "length"),
+    [
+        ("positions{atomic_unit} cell{atomic_unit}", 1 / Bohr, 1 / Bohr),
+        ("x_centroid{angstrom} cell{atomic_unit}", 1.0, 1 / Bohr),
+        ("cell{angstrom} Traj: positions{angstrom}", 1.0, 1.0),
+        ("positions{nanometer}  cell{angstrom}", 0.1, 1.0),
+        ("", 1 / Bohr, 1 / Bohr),
+    ],
+)
+def test_cell_and_units_of_i_pi_are_those_it_states(tmp_path: Path, units: str, position: float, length: float):
+    frames = crystals(2)
+    skewed = Atoms("NaCl", cell=[4, 5, 6, 70, 80, 100], pbc=True, scaled_positions=[[0, 0, 0], [0.5, 0.4, 0.3]])
+    frames.append(skewed)
+    ipi(tmp_path / "a.xyz", frames, units, position, length)
+    for read in (read_frames(tmp_path / "a.xyz"), list(split(Source(tmp_path / "a.xyz"))[0].values())):
+        assert len(read) == 3
+        for atoms, expected in zip(read, frames, strict=True):
+            np.testing.assert_allclose(atoms.positions, expected.positions, atol=1e-6)
+            np.testing.assert_allclose(atoms.cell.array, expected.cell.array, atol=1e-6)
+            assert atoms.pbc.all()
+            assert str(atoms.symbols) == str(expected.symbols)
+
+
+@pytest.mark.parametrize(
+    ("units", "name", "message"),
+    [
+        ("forces{atomic_unit} cell{angstrom}", "abcABC", "i-PI wrote forces into it, and positions were expected"),
+        ("positions{furlong} cell{angstrom}", "abcABC", "the unit 'furlong' of i-PI is none of atomic_unit, angstrom"),
+        ("positions{angstrom} cell{inch}", "abcABC", "the unit 'inch' of i-PI is none of"),
+        (
+            "positions{angstrom} cell{angstrom}",
+            "GENH",
+            r"the cell 'CELL\(GENH\): 5.6.*' of i-PI cannot be read: CELL\(abc",
+        ),
+    ],
+)
+def test_what_i_pi_wrote_in_another_way_is_refused(tmp_path: Path, units: str, name: str, message: str):
+    ipi(tmp_path / "a.xyz", crystals(1), units, name=name)
+    with pytest.raises(LabelError, match=message):
+        read_frames(tmp_path / "a.xyz")
+
+
+@pytest.mark.parametrize(
+    "comment", ["# made by hand", "i = 0, time = 0.0, E = -1.5", 'note="{a}" x={1 2}', "# a{b} c{d}"]
+)
+def test_comments_of_others_are_not_those_of_i_pi(tmp_path: Path, comment: str):
+    (tmp_path / "a.xyz").write_text(f"1\n{comment}\nH 0 0 1.5\n")
+    (atoms,) = read_frames(tmp_path / "a.xyz")
+    assert (atoms.positions[0, 2], atoms.pbc.any()) == (1.5, False)
 
 
 def test_a_damaged_frame_of_a_traj_costs_no_other(tmp_path: Path):

@@ -267,3 +267,79 @@ def test_rows_may_end_on_another_file_system(out: Path, table: Path, monkeypatch
     assert [line.split(",")[0] for line in table.read_text().splitlines()] == ["frame", *"01234567"]
     assert out.read_text() == WHOLE
     assert sorted(path.name for path in out.parent.iterdir()) == sorted([out.name, table.name])
+
+
+def altered(kind: str, data: bytes) -> bytes:
+    lines = data.splitlines(keepends=True)
+    match kind:
+        case "byte-order mark":
+            return b"\xef\xbb\xbf" + data
+        case "line cut":
+            return b"".join(lines[:3] + lines[4:])
+        case "line doubled":
+            return b"".join([*lines[:3], *lines[2:]])
+        case "lines swapped":
+            return b"".join([*lines[:3], lines[4], lines[3], *lines[5:]])
+        case "half a line":
+            return b"".join([*lines[:3], lines[3][:10], *lines[4:]])
+        case "header":
+            return data.replace(b"frame", b"Frame", 1)
+        case "line ends":
+            return data.replace(b"\n", b"\r\n")
+    return data.replace(b"-4.5", b"-4.6")
+
+
+KINDS = ["byte-order mark", "line cut", "line doubled", "lines swapped", "half a line", "header", "line ends", "digit"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_altered_rows_are_made_anew(out: Path, table: Path, kind: str):
+    with Journal(out, table, ORIGIN) as journal:
+        run(journal)
+    rows = out.with_name("out.xyz.part.csv")
+    before = rows.read_bytes()
+    rows.write_bytes(altered(kind, before))
+    assert rows.read_bytes() != before
+    finished(out, table)
+    assert table.read_bytes() == before
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 2000), byte=st.integers(0, 255))
+def test_a_byte_of_the_rows_that_was_altered_never_reaches_the_table(
+    tmp_path_factory: pytest.TempPathFactory, at: int, byte: int
+):
+    folder = tmp_path_factory.mktemp("altered")
+    out, table = folder / "out.xyz", folder / "out.csv"
+    with Journal(out, table, ORIGIN) as journal:
+        run(journal)
+    rows = folder / "out.xyz.part.csv"
+    before = rows.read_bytes()
+    at %= len(before)
+    rows.write_bytes(before[:at] + bytes([byte]) + before[at + 1 :])
+    finished(out, table)
+    assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_altered_rows_of_a_finished_work_are_refused(
+    out: Path, table: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+):
+    with Journal(out, table, ORIGIN) as journal:
+        run(journal)
+
+        def die(*_: object) -> None:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(module, "_move", die)
+        with pytest.raises(KeyboardInterrupt):
+            journal.finish()
+        monkeypatch.undo()
+    rows = out.with_name("out.xyz.part.csv")
+    rows.write_bytes(altered(kind, rows.read_bytes()))
+    with pytest.raises(ArtefactError, match=r"out\.xyz\.part\.csv was altered after row \d\. Give --overwrite"):
+        Journal(out, table, ORIGIN)
+    with Journal(out, table, ORIGIN, overwrite=True) as journal:
+        run(journal)
+        journal.finish()
+    assert out.read_text() == WHOLE
