@@ -14,7 +14,7 @@ from ase.io.extxyz import output_column_format
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
-from ase_uq.io.results import StoredResults, annotated
+from ase_uq.io.results import StoredResults, annotated, hidden_labels
 from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
@@ -54,22 +54,19 @@ def without_unwritable(atoms: Atoms) -> Atoms:
 
 
 def frame_text(atoms: Atoms) -> str:
-    """Text of a structure as `write_frames` writes it, with info, arrays and all results that belong to it.
-
-    Raises:
-        ValueError: A result has the same name as an entry of info or arrays, such as a label called "energy".
-    """
+    """Text of a structure as `write_frames` writes it, with info, arrays and all results that belong to it."""
+    if hidden := hidden_labels(atoms):
+        first = hidden[0]
+        warnings.warn(
+            f"a structure has {', '.join(hidden)} among its results and in its info or arrays, and extended XYZ holds "
+            f"only one of them: the results are written. To keep a label, call it REF_{first}.",
+            UQWarning,
+            stacklevel=3,
+        )
     frame = annotated(atoms)
     results, frame.calc = frame.calc.results if isinstance(frame.calc, StoredResults) else {}, None
     for key in [key for key in results if key in STANDARD]:
-        store = frame.arrays if PROPERTIES[key].per_atom else frame.info
-        if key in store:
-            where = "arrays" if store is frame.arrays else "info"
-            raise ValueError(
-                f"a structure has {key} among its results and in its {where}, and extended XYZ holds only one of them: "
-                f"remove the one in its {where}, or call it REF_{key}."
-            )
-        store[key] = results[key]
+        (frame.arrays if PROPERTIES[key].per_atom else frame.info)[key] = results[key]
     return _text(frame)
 
 

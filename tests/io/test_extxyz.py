@@ -79,11 +79,12 @@ def test_the_text_is_that_of_ase(atoms):
 
 
 @pytest.mark.parametrize(("store", "key", "value"), [("info", "energy", -2.0), ("arrays", "forces", STD)])
-def test_a_label_by_the_name_of_a_result_is_refused(store, key, value):
-    atoms = calculated()
+def test_a_label_by_the_name_of_a_result_gives_way_to_it(store, key, value):
+    atoms, plain = calculated(), frame_text(calculated())
     getattr(atoms, store)[key] = value
-    with pytest.raises(ValueError, match=rf"has {key} among its results and in its {store}.* call it REF_{key}\."):
-        frame_text(atoms)
+    with pytest.warns(UQWarning, match=rf"has {key} among its results .* results are written\. .* call it REF_{key}\."):
+        assert frame_text(atoms) == plain
+    assert key in getattr(atoms, store)
     atoms.calc = None
     assert key in frame_text(atoms)
 
