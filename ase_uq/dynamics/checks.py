@@ -107,8 +107,8 @@ class Bonds(Check):
 
     Bonds are the pairs of the first frame within 1.3 times the sum of their covalent radii, at their nearest periodic
     images. This is for molecules and solids that should stay what they are: where atoms change partners, as ions in a
-    liquid do, give `longest=math.inf` to look for fused atoms alone. A frame with other atoms, as after an exchange with
-    a reservoir, counts as the first one again.
+    liquid do, give `longest=math.inf` to look for fused atoms alone. A frame with other atoms, as after an exchange
+    with a reservoir, counts as the first one again.
 
     Args:
         longest: A bond is broken when longer than this many times its length in the first frame; above 1.

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
 from ase.io.extxyz import output_column_format
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
-from ase_uq.io.results import StoredResults, annotated, hidden_labels
+from ase_uq.io.results import LOST_KEY, StoredResults, annotated, hidden_labels, lost_constraints
 from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
@@ -25,8 +26,11 @@ _COLUMN = re.compile(r"[^\s:\"'=\\]+")
 def unwritable(atoms: Atoms) -> list[str]:
     """Names of the entries that extended XYZ cannot hold: writing would fail, or the file could not be read again."""
     info = [repr(key) for key, value in atoms.info.items() if not _fits_info(key, value)]
-    return [f"info[{key}]" for key in info] + [
-        f"arrays[{key!r}]" for key, values in atoms.arrays.items() if not _fits_array(key, values)
+    arrays = [repr(key) for key, values in atoms.arrays.items() if not _fits_array(key, values)]
+    return [
+        *(f"info[{key}]" for key in info),
+        *(f"arrays[{key}]" for key in arrays),
+        *(f"the constraint {kind}" for kind in _unkept_constraints(atoms)),
     ]
 
 
@@ -94,6 +98,10 @@ def _text(frame: Atoms) -> str:
     """
     if np.shape(frame.info.get("stress", ())) == (6,):
         frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
+    if frame.constraints and (unkept := _unkept_constraints(frame)):
+        frame.info[LOST_KEY] = " ".join(
+            [*unkept, *lost_constraints(frame)]
+        )  # so that a run that goes on from this frame can say so
     if frame.constraints:  # ASE knows how to write them
         buffer = io.StringIO()
         write(buffer, frame, format="extxyz")
@@ -129,6 +137,11 @@ def _fits_array(key: Any, values: np.ndarray) -> bool:
     if values.dtype.kind in "OU":
         return all(isinstance(text, str) and text.split() == [text] for text in values.flat)
     return values.dtype.kind in "bif"
+
+
+def _unkept_constraints(atoms: Atoms) -> list[str]:
+    kept = FixAtoms, FixCartesian
+    return sorted({type(constraint).__name__ for constraint in atoms.constraints if not isinstance(constraint, kept)})
 
 
 def _is_line(text: str) -> bool:

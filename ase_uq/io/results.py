@@ -11,6 +11,8 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
 
+LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
+
 
 class StoredResults(SinglePointCalculator):
     """A `SinglePointCalculator` that also holds keys ASE does not know."""
@@ -72,6 +74,12 @@ def _hidden(atoms: Atoms, results: Mapping[str, Any]) -> list[str]:
 
 def _store(atoms: Atoms, key: str) -> dict[str, Any]:
     return atoms.arrays if PROPERTIES[key].per_atom else atoms.info
+
+
+def lost_constraints(atoms: Atoms) -> list[str]:
+    """Kinds of the constraints that a structure had before a file that could not hold them, and has not again."""
+    kinds = {type(constraint).__name__ for constraint in atoms.constraints}
+    return [kind for kind in str(atoms.info.get(LOST_KEY, "")).split() if kind not in kinds]
 
 
 def drop_uncertainties(atoms: Atoms) -> None:

@@ -192,11 +192,12 @@ def md(
     from ase_uq.sampling.momenta import set_thermal_momenta
 
     rng = seed_all(seed)
-    atoms = read_start(start)
+    goes_on = trajectory is not None and trajectory.exists() and trajectory.samefile(start)
+    atoms = read_start(start, goes_on=goes_on)
     if not atoms.has("momenta"):
         set_thermal_momenta(atoms, temperature, rng)
     origin = Origin()
-    if trajectory is not None and trajectory.exists() and trajectory.samefile(start):
+    if goes_on:
         origin = Origin.at_end_of(atoms)
         # From the seed alone, it would be the noise of the first steps once more.
         rng = np.random.default_rng([seed, origin.step])
