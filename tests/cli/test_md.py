@@ -46,6 +46,19 @@ def test_a_quiet_run_ends_well(md, tmp_path):
     assert all(atoms.has("momenta") for atoms in frames)
 
 
+def test_nothing_flagged_is_an_empty_list(md, run, files, tmp_path):
+    """Not a missing file, at which a script would end."""
+    assert md("--halt", 1000, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    assert (tmp_path / "flagged.xyz").read_bytes() == b""
+    assert md("--halt", 1000, "--flag", 1e-6, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    before = (tmp_path / "flagged.xyz").read_bytes()
+    assert md("--halt", 1000, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    assert (tmp_path / "flagged.xyz").read_bytes() == before != b""
+    words = ["--model", "toy:", "--uq", files.uq, "--out", "relaxed.xyz", "--steps", 1, "--halt", 1000]
+    run("relax", files.start, *words, "--frames", "flagged_too.xyz")
+    assert (tmp_path / "flagged_too.xyz").read_bytes() == b""
+
+
 def test_nothing_of_the_start_stands_beside_later_positions(md, files):
     assert "REF_forces" in read(files.start).arrays
     assert md("--halt", 1000, "--flag", 1e-6, "--frames", "flagged.xyz").exit_code == 0

@@ -26,7 +26,7 @@ from ase_uq.cli.options import (
     Seed,
     check_before,
 )
-from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
 from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
@@ -231,6 +231,7 @@ def md(
             origin=origin,
             after_step=_progress(bar, dynamics, monitor, stopwatch),
         )
+    leave_list(frames)
     if interruption.asked and not halted:
         typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
         raise typer.Exit(INTERRUPTED)
