@@ -134,7 +134,8 @@ def label(frames):
         atoms = frame.copy()
         atoms.calc = reference
         try:
-            energy, forces = atoms.get_potential_energy(), atoms.get_forces()
+            # Of fixed atoms too: their forces are 0 only to those who move them.
+            energy, forces = atoms.get_potential_energy(), atoms.get_forces(apply_constraint=False)
         except CalculationFailed:
             continue  # the self-consistency cycle does not converge for every broken molecule
         atoms.calc = None

@@ -1,5 +1,7 @@
 """The pages as a site: built without a warning, every link and anchor of it leads somewhere."""
 
+import pydoc
+import re
 import shutil
 from pathlib import Path
 
@@ -37,6 +39,13 @@ def test_the_reference_has_every_public_name_and_every_plugin(site: Path):
     wanted += [f"methods.{name}" for name in available_methods()]
     wanted += [f"backends.{name}" for name in ("mace", "orb", "summed", "toy")]
     assert [name for name in wanted if f'id="ase_uq.{name}' not in reference] == []
+
+
+def test_names_in_the_pages_can_be_imported():
+    pages = [*(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    names = {name for page in pages for name in re.findall(r"`(ase_uq(?:\.\w+)+)\b", page.read_text(encoding="utf-8"))}
+    assert "ase_uq.report.page.write_report" in names
+    assert [name for name in names if pydoc.locate(name) is None] == []
 
 
 def test_a_link_to_nowhere_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture):

@@ -77,7 +77,8 @@ Reduce = Annotated[
 ]
 Bonds = Annotated[bool, typer.Option("--bonds", help="Halt if a bond of the start breaks or atoms fuse.")]
 FlaggedFrames = Annotated[
-    Path | None, typer.Option("--frames", metavar="FILE", help="Flagged frames are added to this .xyz file.")
+    Path | None,
+    typer.Option("--frames", metavar="FILE", help="Flagged frames are added to this .xyz file; empty if none is."),
 ]
 Before = Annotated[
     int, typer.Option("--before", min=0, help="Number of frames before a flagged frame that are saved with it.")

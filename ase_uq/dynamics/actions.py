@@ -71,7 +71,8 @@ class Halt:
     Args:
         mode: `"raise"` raises `UncertaintyHalt` out of `run()`; `"stop"` lets `run()` return as if its steps were
             done. Loops that cannot be told to stop raise in either mode: SwitchLangevin, BasinHopping, a NEBOptimizer
-            with the method "static", and everything that uses a `WatchedCalculator`.
+            with the method "static", and everything that uses a `WatchedCalculator`. In a loop of your own over
+            `step()`, "stop" has nothing to stop: look at `n_halted` of the monitor there.
 
     Raises:
         ValueError: `mode` is neither of the two.

@@ -107,7 +107,8 @@ class Bonds(Check):
 
     Bonds are the pairs of the first frame within 1.3 times the sum of their covalent radii, at their nearest periodic
     images. This is for molecules and solids that should stay what they are: where atoms change partners, as ions in a
-    liquid do, give `longest=math.inf` to look for fused atoms alone.
+    liquid do, give `longest=math.inf` to look for fused atoms alone. A frame with other atoms, as after an exchange
+    with a reservoir, counts as the first one again.
 
     Args:
         longest: A bond is broken when longer than this many times its length in the first frame; above 1.
@@ -134,10 +135,13 @@ class Bonds(Check):
         if not (np.isfinite(atoms.positions).all() and np.isfinite(atoms.cell.array).all()):
             return state, "bonds cannot be measured: positions or cell are not finite"
         close = _pairs_within(atoms, self.shortest)
+        numbers = atoms.numbers.tolist()
+        if state is not None and state.get("numbers", numbers) != numbers:
+            state = None  # an older state does not say of which atoms it is
         if state is None:
             pairs = _pairs_within(atoms, _BONDED)
             bonds = [[i, j, length] for (i, j), length in pairs.items() if i != j]
-            return {"bonds": bonds, "close": [list(pair) for pair in close]}, ""
+            return {"bonds": bonds, "close": [list(pair) for pair in close], "numbers": numbers}, ""
         fused = {pair: length for pair, length in close.items() if list(pair) not in state["close"]}
         complaints = [self._broken(state["bonds"], atoms), self._fused(fused, atoms)]
         return state, "; ".join(filter(None, complaints))

@@ -1,6 +1,7 @@
 """The monitor: reads the uncertainty of each step of a run, judges it, and acts."""
 
 import os
+import sys
 import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -95,7 +96,9 @@ class UncertaintyMonitor:
         self._time_offset = 0.0
         self._judged_step: int | None = None
         self._judged_positions: np.ndarray | None = None
-        self._still: tuple[int, int] = (-1, 0)
+        self._own_steps = 0
+        self._seen = dynamics.nsteps, self._positions()
+        self._n_strange = 0
         self.last: Event | None = None
         self._prepare()
         if not isinstance(before, Integral) or before < 0:
@@ -133,20 +136,24 @@ class UncertaintyMonitor:
         return self._counts["halt"]
 
     def __call__(self) -> None:
-        """Judges the current step. ASE calls it; in a loop of your own, call it yourself.
+        """Judges the current step. ASE calls it; in a loop of your own over `dynamics.step()`, call it after each step.
+
+        ASE counts no steps in such a loop, so each call at which the structure has moved counts as one.
 
         Raises:
             UncertaintyHalt: Raised by the action `Halt`.
             ValueError: The calculator has no uncertainties or has lost the results, or the monitor is attached twice
                 or to another run.
         """
-        if len(self._attached()) > 1:
+        attached = self._attached()
+        if len(attached) > 1:
             raise ValueError(
                 f"this monitor is attached to its {type(self.dynamics).__name__} more than once. Attach it once, at "
                 "one interval; to watch for something else as well, make another UncertaintyMonitor."
             )
+        if not attached:
+            self._count_own_step()
         step = self._step()
-        self._check_moves(step)
         if self._was_judged(step):
             return
         if any(s.atoms.calc is not known for s, known in zip(self._structures, self._calculators, strict=True)):
@@ -203,6 +210,7 @@ class UncertaintyMonitor:
         if time is not None and state["time_fs"] is not None:
             self._time_offset += state["time_fs"] - time
         self._judged_step, self._judged_positions = state["judged_step"], None
+        self._seen = self.dynamics.nsteps, self._positions()
 
     def _prepare(self) -> None:
         """Turns criteria into numbers with the current calculators."""
@@ -218,13 +226,14 @@ class UncertaintyMonitor:
     def _step(self) -> int:
         # Basin hopping counts no steps; each minimum that it shows counts as one.
         counted = sum(self._counts.values()) if isinstance(self.dynamics, BasinHopping) else self.dynamics.nsteps
-        return counted + self._step_offset
+        return counted + self._own_steps + self._step_offset
 
     def _time(self) -> float | None:
         # FIRE and MDMin have a `dt` too, but it is not a simulated time.
         if not isinstance(self.dynamics, MolecularDynamics):
             return None
-        return float(self.dynamics.nsteps * self.dynamics.dt / units.fs + self._time_offset)
+        n_steps = self.dynamics.nsteps + self._own_steps
+        return float(n_steps * self.dynamics.dt / units.fs + self._time_offset)
 
     def _positions(self) -> np.ndarray:
         return np.concatenate([structure.atoms.positions for structure in self._structures])
@@ -245,18 +254,32 @@ class UncertaintyMonitor:
                 intervals.append(int(interval))
         return intervals
 
-    def _check_moves(self, step: int) -> None:
-        """Raises ValueError if the monitor is called while its own run stands still, so that another run calls it."""
-        before, times = self._still
-        self._still = step, times + 1 if step == before else 1
-        if self._still[1] < 3 or self._attached() or not isinstance(self.dynamics, MolecularDynamics):
+    def _count_own_step(self) -> None:
+        """Counts a step that `dynamics.step()` made, without ASE's own count.
+
+        Raises:
+            ValueError: Another run calls while this one stands still.
+        """
+        if isinstance(self.dynamics, BasinHopping):
             return
-        name = type(self.dynamics).__name__
-        raise ValueError(
-            f"this monitor was made for a {name} that stands at step {step} while the monitor is called again and "
-            "again, so it sees neither steps nor time. Attach it to the run that it was made with, or make another "
-            "UncertaintyMonitor for the run that calls it."
-        )
+        nsteps, before = self._seen
+        self._seen = self.dynamics.nsteps, self._positions()
+        if self.dynamics.nsteps != nsteps:
+            self._n_strange = 0
+            return
+        caller = _calling_run()
+        if caller is None:
+            self._own_steps += not np.array_equal(before, self._seen[1], equal_nan=True)
+        elif caller is not self.dynamics and isinstance(self.dynamics, MolecularDynamics):
+            self._n_strange += 1
+            if self._n_strange < 3:
+                return
+            name = type(self.dynamics).__name__
+            raise ValueError(
+                f"this monitor was made for a {name} that stands at step {self._step()} while the monitor is called "
+                "again and again, so it sees neither steps nor time. Attach it to the run that it was made with, or "
+                "make another UncertaintyMonitor for the run that calls it."
+            )
 
     def _check_interval(self) -> None:
         """Warns if false alarms were counted on less frequent readings than those of this run."""
@@ -344,3 +367,13 @@ class UncertaintyMonitor:
             assert self._keep is not None
             self._keep.before(self._recent, event)
             self._recent.clear()
+
+
+def _calling_run() -> Any:
+    """The ASE run whose observers are being called; None outside of all runs."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is BaseDynamics.call_observers.__code__:
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None

@@ -13,7 +13,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.calibration import Calibrator, Choice, Residuals, fit_affine, fit_calibrator
 from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
-from ase_uq.fitting.checks import FEWEST_FRAMES
+from ase_uq.fitting.checks import FEWEST_FRAMES, tell_zero_forces
 from ase_uq.fitting.provenance import runs_of
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
@@ -30,7 +30,7 @@ def with_perturbed(
     title = "perturbed" if progress else ""
     stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
     uncertainty, error, numbers, counts = [], [], [], []
-    for forward_pass, targets in stream:
+    for forward_pass, targets in tell_zero_forces("perturbed", stream):
         assert forward_pass.forces is not None
         uncertainty.append(model.apply(forward_pass)["forces_uncertainty"].norm(dim=1))
         error.append(residuals_of(targets.forces, forward_pass.forces).norm(dim=1))
@@ -113,7 +113,7 @@ def observe(
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
     forces, energy, stress, numbers, counts = [], [], [], [], []
-    for forward_pass, targets in stream:
+    for forward_pass, targets in tell_zero_forces("calibration", stream):
         assert forward_pass.forces is not None
         assert targets.forces is not None
         with torch.no_grad():

@@ -1,6 +1,7 @@
 """Checks the frames of a fit before it begins."""
 
 import warnings
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 from ase import Atoms
@@ -8,12 +9,14 @@ from ase import Atoms
 from ase_uq.backends.base import Backend
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
+from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.io.labels import check_labels, labels_of, refuse_own_forces
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
 # Residuals this many times as large as the forces mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
+_NO_FORCE = 0.01  # eV/Å; where symmetry forbids a force, that of the potential is smaller
 
 
 def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
@@ -87,6 +90,35 @@ def check_first_frames(
             f"force residuals ({residual:.3g} eV/Å RMS) are {residual / max(smaller, 1e-12):.0f} times the forces "
             f"({smaller:.3g} eV/Å): the labels are probably in other units than eV and Å, or belong to another "
             "potential. Check their units and their source.",
+            UQWarning,
+            stacklevel=3,
+        )
+
+
+def tell_zero_forces(
+    what: str, batches: Iterable[tuple[ForwardPass, Targets]]
+) -> Iterator[tuple[ForwardPass, Targets]]:
+    """The same batches; after the last, warns of atoms whose reference forces are exactly 0, as constraints make them.
+
+    Args:
+        what: Name of the frames in the warning, such as "calibration".
+        batches: Forward passes with their targets.
+    """
+    n_atoms, largest, frames = 0, 0.0, []
+    for forward_pass, targets in batches:
+        if targets.forces is not None and forward_pass.forces is not None:
+            sizes = forward_pass.forces.double().norm(dim=1)
+            wrong = (targets.forces == 0).all(1) & (sizes > _NO_FORCE)
+            if wrong.any():
+                n_atoms += int(wrong.sum())
+                largest = max(largest, float(sizes[wrong].max()))
+                frames += targets.frames[forward_pass.frame_of_atom[wrong].unique()].tolist()
+        yield forward_pass, targets
+    if frames:
+        warnings.warn(
+            f"{n_atoms} atoms of {len(frames)} {what} frames (the first is frame {frames[0]}) have reference forces of "
+            f"exactly 0, while those of the potential are up to {largest:.3g} eV/Å: they look like labels made with "
+            "constraints, which set the forces of fixed atoms to 0. Label with get_forces(apply_constraint=False).",
             UQWarning,
             stacklevel=3,
         )

@@ -14,6 +14,7 @@ from ase_uq.fitting.checks import (
     check_first_frames,
     check_labelled,
     refuse_overlap,
+    tell_zero_forces,
     without_isolated_atoms,
 )
 from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
@@ -104,7 +105,7 @@ def fit(
     for accumulator in accumulators.values():
         accumulator.progress = progress
     kept = KeptBatches(list(map(len, train_frames)))
-    for forward_pass, targets in stream:
+    for forward_pass, targets in tell_zero_forces("training", stream):
         for accumulator in accumulators.values():
             accumulator.add(forward_pass, targets)
         if combines:

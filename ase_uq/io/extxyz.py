@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from ase import Atoms
+from ase.constraints import FixAtoms, FixCartesian
 from ase.io import write
 from ase.io.extxyz import (
     SPECIAL_3_3_KEYS,
@@ -26,7 +27,7 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
-from ase_uq.io.results import StoredResults, annotated
+from ase_uq.io.results import LOST_KEY, StoredResults, annotated, hidden_labels, lost_constraints
 from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
@@ -60,7 +61,11 @@ def check_xyz_name(path: str | os.PathLike[str]) -> None:
 
 def unwritable(atoms: Atoms) -> list[str]:
     """Names of the entries that extended XYZ cannot hold: writing would fail, or the file could not be read again."""
-    return [f"info[{key!r}]" for key in _unfit_info(atoms)] + [f"arrays[{key!r}]" for key in _unfit_arrays(atoms)]
+    return [
+        *(f"info[{key!r}]" for key in _unfit_info(atoms)),
+        *(f"arrays[{key!r}]" for key in _unfit_arrays(atoms)),
+        *(f"the constraint {kind}" for kind in _unkept_constraints(atoms)),
+    ]
 
 
 def warn_of_unwritable(names: Collection[str]) -> None:
@@ -88,22 +93,19 @@ def without_unwritable(atoms: Atoms) -> Atoms:
 
 
 def frame_text(atoms: Atoms) -> str:
-    """Text of a structure as `write_frames` writes it, with info, arrays and all results that belong to it.
-
-    Raises:
-        ValueError: A result has the same name as an entry of info or arrays, such as a label called "energy".
-    """
+    """Text of a structure as `write_frames` writes it, with info, arrays and all results that belong to it."""
+    if hidden := hidden_labels(atoms):
+        first = hidden[0]
+        warnings.warn(
+            f"a structure has {', '.join(hidden)} among its results and in its info or arrays, and extended XYZ holds "
+            f"only one of them: the results are written. To keep a label, call it REF_{first}.",
+            UQWarning,
+            stacklevel=3,
+        )
     frame = annotated(atoms)
     results, frame.calc = frame.calc.results if isinstance(frame.calc, StoredResults) else {}, None
     for key in [key for key in results if key in STANDARD]:
-        store = frame.arrays if PROPERTIES[key].per_atom else frame.info
-        if key in store:
-            where = "arrays" if store is frame.arrays else "info"
-            raise ValueError(
-                f"a structure has {key} among its results and in its {where}, and extended XYZ holds only one of them: "
-                f"remove the one in its {where}, or call it REF_{key}."
-            )
-        store[key] = results[key]
+        (frame.arrays if PROPERTIES[key].per_atom else frame.info)[key] = results[key]
     return _text(frame)
 
 
@@ -131,6 +133,10 @@ def _text(frame: Atoms) -> str:
     """
     if np.shape(frame.info.get("stress", ())) == (6,):
         frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
+    if frame.constraints and (unkept := _unkept_constraints(frame)):
+        frame.info[LOST_KEY] = " ".join(
+            [*unkept, *lost_constraints(frame)]
+        )  # so that a run that goes on from this frame can say so
     if frame.constraints:  # ASE knows how to write them
         buffer = io.StringIO()
         write(buffer, frame, format="extxyz")
@@ -229,6 +235,11 @@ def _fits_array(key: Any, values: np.ndarray) -> bool:
     if values.dtype.kind == "i":  # 32 bits to the reader
         return bool(_INT32.min <= values.min() and values.max() <= _INT32.max)
     return values.dtype.kind in "bf"
+
+
+def _unkept_constraints(atoms: Atoms) -> list[str]:
+    kept = FixAtoms, FixCartesian
+    return sorted({type(constraint).__name__ for constraint in atoms.constraints if not isinstance(constraint, kept)})
 
 
 def _is_line(text: str) -> bool:

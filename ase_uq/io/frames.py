@@ -55,15 +55,14 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
 
     Args:
         path: File to write.
-        frames: Structures; results are taken from their calculators. Entries that the format cannot hold are left
-            out, with a warning.
+        frames: Structures; results are taken from their calculators. Entries that the format cannot hold, or that have
+            the name of a result, are left out, with a warning.
         append: Whether to add to an existing file.
 
     Raises:
         OSError: The file cannot be written, for example on a full disk. A file to which frames were added is left as
             it was, without half a frame; a new file is removed.
-        ValueError: The name is that of another format, the existing file ends in the middle of a line, or a structure
-            has a result and a label with the same name.
+        ValueError: The name is that of another format, or the existing file ends in the middle of a line.
     """
     check_xyz_name(path)
     if append:

@@ -9,7 +9,9 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 
-from ase_uq.properties import STANDARD, UNCERTAINTIES, find_property
+from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
+
+LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
 
 
 class StoredResults(SinglePointCalculator):
@@ -32,7 +34,8 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
 
     Returns:
         A structure with all results in a calculator of stored values and the uncertainties in `info` and `arrays`
-        as well.
+        as well. Entries of `info` and `arrays` with the name of a result, such as a label "energy", are left out:
+        files hold one value under a name.
     """
     stale = results is None and _is_stale(atoms)
     if results is None:
@@ -43,6 +46,8 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     if stale or any(key not in STANDARD for key in known):
         # Uncertainties that a file or an earlier calculation left would be taken for those of this calculation.
         drop_uncertainties(copy)
+    for key in _hidden(copy, known):
+        del _store(copy, key)[key]
     if known:
         copy.calc = StoredResults(copy, known)
     for key, value in known.items():
@@ -56,6 +61,25 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
             copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
     copy.info.update(info)
     return copy
+
+
+def hidden_labels(atoms: Atoms) -> list[str]:
+    """Names of ASE's own under which a structure has an entry of info or arrays and a current result as well."""
+    return _hidden(atoms, _current_results(atoms))
+
+
+def _hidden(atoms: Atoms, results: Mapping[str, Any]) -> list[str]:
+    return [key for key in STANDARD if key in results and key in _store(atoms, key)]
+
+
+def _store(atoms: Atoms, key: str) -> dict[str, Any]:
+    return atoms.arrays if PROPERTIES[key].per_atom else atoms.info
+
+
+def lost_constraints(atoms: Atoms) -> list[str]:
+    """Kinds of the constraints that a structure had before a file that could not hold them, and has not again."""
+    kinds = {type(constraint).__name__ for constraint in atoms.constraints}
+    return [kind for kind in str(atoms.info.get(LOST_KEY, "")).split() if kind not in kinds]
 
 
 def drop_uncertainties(atoms: Atoms) -> None:

@@ -7,14 +7,15 @@ through these two functions.
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load, save_file
 
 from ase_uq.errors import ArtefactError
 from ase_uq.io.files import as_readable_as_a_new_file, refused_write
@@ -74,12 +75,13 @@ def read_tensor_file(
     if not path.is_file():
         raise ArtefactError(f"there is no file {path}.")
     try:
-        with safe_open(str(path), framework="pt") as file:
-            metadata = file.metadata() or {}
-            # Cloned: torch aligns new tensors, but in the file they may lie 8 bytes off. Their products would be
-            # summed in another order and differ in the last bits from those of the tensors that were written.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        # Read, not mapped: whoever writes over the file must change neither what was checked nor what is used.
+        content = path.read_bytes()
+        # Cloned: torch aligns new tensors, but in the file they may lie 8 bytes off. Their products would be summed in
+        # another order and differ in the last bits from those of the tensors that were written.
+        tensors = {name: tensor.clone() for name, tensor in load(content).items()}
+        metadata = _metadata(content)
+    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
         raise ArtefactError(
             f"{path} cannot be read as safetensors ({error}): it is truncated, damaged, or another kind of file. "
             f"An ase_uq {kind} was expected."
@@ -95,7 +97,24 @@ def read_tensor_file(
             f"{path} was altered after it was written: its contents do not match the digest in its header. "
             "Take it from a backup or make it again."
         )
-    return json.loads(envelope["header"]), tensors
+    header = _json_object(envelope["header"])
+    if header is None:
+        raise ArtefactError(f"{path} has a header that is not a JSON object. Make the file again.")
+    return header, tensors
+
+
+def _metadata(content: bytes) -> Mapping[str, str]:
+    """The texts beside the tensors of a safetensors file that is known to be whole."""
+    (length,) = struct.unpack_from("<Q", content)
+    return json.loads(content[8 : 8 + length]).get("__metadata__") or {}
+
+
+def _json_object(text: Any) -> dict[str, Any] | None:
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _envelope(path: Path, metadata: Mapping[str, str], kind: str) -> dict[str, Any]:

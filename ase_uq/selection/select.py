@@ -182,7 +182,8 @@ def select(
 
     Args:
         pool: Frames without labels: path or list.
-        n: Number of frames to choose; the first k of them are the choice of k frames.
+        n: Number of frames to choose; the first k of them are the choice of k frames. If the pool has fewer, these are
+            the candidates, with a warning.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE or orb, or a SPEC string.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
@@ -202,7 +203,7 @@ def select(
         progress: Whether to show progress bars.
 
     Raises:
-        ValueError: The pool has fewer than `n` frames, the uncertainty model has no method with features, or an option
+        ValueError: The uncertainty model has no method with features, or an option
             is out of range.
         InputError: No frame of the pool can be read and evaluated, or a training frame cannot.
         TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
@@ -211,11 +212,16 @@ def select(
     predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
     levels = _levels(predictor.uncertainty_model, flag, halt)
-    if not isinstance(pool, str | os.PathLike) and pool:
-        _check_size(n, len(pool))  # the size of a file is known only after reading it
     scan = Scan(predictor, head, per, batch_atoms)
     points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
-    _check_size(n, len(numbers), " that can be evaluated" if left_out else "")
+    if len(numbers) < n:
+        which = " that can be evaluated" if left_out else ""
+        warnings.warn(
+            f"{n} frames were asked for and the pool has {len(numbers)}{which}: no more than these can be chosen.",
+            UQWarning,
+            stacklevel=2,
+        )
+        n = len(numbers)
     known = None if train is None else scan.train(train, "train" if progress else "")
     bands, allowed = _bands(readings, levels)
     unit = typical_distance(points)
@@ -247,13 +253,6 @@ def _check_options(
         raise ValueError("the strategy 'bands' chooses between two thresholds: give flag and halt.")
     if not 0 <= duplicates < 1:
         raise ValueError(f"duplicates must be a share of the typical distance from 0 to below 1, not {duplicates!r}.")
-
-
-def _check_size(n: int, n_pool: int, which: str = "") -> None:
-    if n_pool < n:
-        raise ValueError(
-            f"{n} frames were asked for and the pool has {n_pool}{which}. Ask for fewer, or label all of them."
-        )
 
 
 def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:

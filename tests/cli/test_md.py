@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from ase import Atoms, units
 from ase.calculators.lj import LennardJones
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixBondLength
 from ase.io import read, write
 
 import ase_uq.dynamics.run
@@ -44,6 +44,19 @@ def test_a_quiet_run_ends_well(md, tmp_path):
     assert [atoms.info["time_fs"] for atoms in frames] == pytest.approx([0, 2, 4, 5])
     assert [int(row["step"]) for row in rows("run.csv")] == list(range(21))
     assert all(atoms.has("momenta") for atoms in frames)
+
+
+def test_nothing_flagged_is_an_empty_list(md, run, files, tmp_path):
+    """Not a missing file, at which a script would end."""
+    assert md("--halt", 1000, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    assert (tmp_path / "flagged.xyz").read_bytes() == b""
+    assert md("--halt", 1000, "--flag", 1e-6, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    before = (tmp_path / "flagged.xyz").read_bytes()
+    assert md("--halt", 1000, "--frames", "flagged.xyz", steps=2).exit_code == 0
+    assert (tmp_path / "flagged.xyz").read_bytes() == before != b""
+    words = ["--model", "toy:", "--uq", files.uq, "--out", "relaxed.xyz", "--steps", 1, "--halt", 1000]
+    run("relax", files.start, *words, "--frames", "flagged_too.xyz")
+    assert (tmp_path / "flagged_too.xyz").read_bytes() == b""
 
 
 def test_nothing_of_the_start_stands_beside_later_positions(md, files):
@@ -144,6 +157,33 @@ def test_a_trajectory_that_no_run_has_written_is_gone_on_from_its_only_frame(md,
     assert md(*words, start="run.xyz", steps=2).exit_code == 0
     assert [atoms.info.get("step") for atoms in read("run.xyz", ":")] == [None, 1, 2]
     assert [int(row["step"]) for row in rows("run.csv")] == [0, 1, 2]
+
+
+def test_a_run_does_not_go_on_without_its_constraints(md, run, files):
+    atoms = read(files.start)
+    atoms.set_constraint(FixBondLength(0, 1))
+    write("start.traj", atoms)
+    words = ["--halt", 1e9, "--trajectory", "run.xyz", "--append"]
+    first = md(*words, start="start.traj", steps=2)
+    assert first.exit_code == 0
+    assert "the constraint FixBondLengths cannot be kept in extended XYZ and is left out" in _joined(first.stderr)
+    again = md(*words, start="run.xyz", steps=2)
+    assert again.exit_code == 1
+    assert "run.xyz was written without the constraints of its structure (FixBondLengths)" in _joined(again.stderr)
+    assert "write START as .traj, with another --trajectory." in _joined(again.stderr)
+    other = md("--halt", 1e9, start="run.xyz", steps=2)
+    assert other.exit_code == 0
+    assert "this run has none of them" in _joined(other.stderr)
+    relaxed = run("relax", "run.xyz", "--model", "toy:", "--uq", files.uq, "--out", "relaxed.xyz", "--steps", 1)
+    assert "this run has none of them" in _joined(relaxed.stderr)
+    with_them = read("run.xyz")
+    with_them.set_constraint(FixBondLength(0, 1))
+    write("again.traj", with_them)
+    assert "none of them" not in _joined(md("--halt", 1e9, start="again.traj", steps=2).stderr)
+
+
+def _joined(text):
+    return " ".join(text.split())
 
 
 @pytest.mark.parametrize("symbols", ["O", "CO"])

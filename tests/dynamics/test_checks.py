@@ -356,3 +356,13 @@ def test_a_check_changes_neither_the_state_nor_the_frame_that_it_is_handed(check
     assert json.dumps(state) == kept
     assert atoms == before
     assert np.array_equal(atoms.get_momenta(), before.get_momenta())
+
+
+@pytest.mark.parametrize("change", ["fewer", "more", "others"])
+def test_bonds_begin_anew_with_other_atoms(change):
+    """Bonds are pairs of indices, which mean other atoms then: with fewer atoms they even lie beyond the structure."""
+    first = molecule("CH3OH")
+    second = {"fewer": first[:-1], "more": first + Atoms("He", [[5, 5, 5]]), "others": molecule("N2H4")}[change]
+    broken = moved(second, 0, [9, 9, 9])
+    assert reasons(Bonds(), [snapshot(first), snapshot(second), snapshot(second)]) == ["", "", ""]
+    assert "is broken" in reasons(Bonds(), [snapshot(first), snapshot(second), snapshot(broken)])[2]

@@ -43,11 +43,20 @@ from ase.optimize.basin import BasinHopping
 from ase.optimize.precon import Exp, PreconFIRE, PreconLBFGS
 from ase.units import fs
 
-from ase_uq.dynamics import Bonds, Halt, MaxTemperature, UncertaintyMonitor
+from ase_uq.dynamics import Bonds, Halt, MaxTemperature, UncertaintyMonitor, WatchedCalculator
+from ase_uq.dynamics.relaxation import relax
+from ase_uq.dynamics.run import run_md
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import read_frames
 from tests.dynamics.builders import Remembering, Uncertain, crystal, hop
 
+LABELS = {
+    "energy": ("info", -450.0),
+    "free_energy": ("info", -450.0),
+    "stress": ("info", np.full(6, 7.0)),
+    "forces": ("arrays", np.full((4, 3), 7.0)),
+    "energies": ("arrays", np.full(4, 7.0)),
+}
 PRESSURE = {"temperature_K": 600, "pressure_au": 0.0}
 
 
@@ -496,3 +505,45 @@ def test_the_relaxations_inside_basin_hopping_are_watched_where_they_are_made():
     dynamics.run(3)
     assert len(monitors) >= 4
     assert all(monitor.last.step > 0 for monitor in monitors)
+
+
+def _monitored(atoms, file):
+    dynamics = VelocityVerlet(atoms, fs)
+    dynamics.attach(UncertaintyMonitor(dynamics, flag=0.2, halt=0.5, frames=file, before=2))
+    dynamics.run(5)
+
+
+def _watched(atoms, file):
+    atoms.calc = WatchedCalculator(atoms.calc, flag=0.2, halt=0.5, frames=file)
+    for _ in range(5):
+        atoms.rattle(0.01, rng=rng())
+        atoms.get_forces()
+
+
+def _written(atoms, file):
+    dynamics = VelocityVerlet(atoms, fs)
+    assert run_md(dynamics, UncertaintyMonitor(dynamics, halt=0.5), 5, trajectory=file, interval=1)
+    raise UncertaintyHalt("", step=0, reading=0.0, threshold=0.0)
+
+
+def _relaxed(atoms, file):
+    atoms.rattle(0.05, rng=rng())
+    assert relax(atoms, fmax=1e-4, halt=0.5, steps=5, trajectory=file).status == "uncertain"
+    raise UncertaintyHalt("", step=0, reading=0.0, threshold=0.0)
+
+
+@pytest.mark.parametrize("key", LABELS)
+@pytest.mark.parametrize("run", [_monitored, _watched, _written, _relaxed])
+def test_labels_by_the_names_of_results_end_no_run(tmp_path, run, key):
+    """`labels_of` reads these names, so structures have them; the frames have the calculator's results instead."""
+    store, value = LABELS[key]
+    atoms = crystal([0.1, 0.3, 0.6])
+    getattr(atoms, store)[key] = value
+    with pytest.raises(UncertaintyHalt):
+        run(atoms, tmp_path / "frames.xyz")
+    frames = read_frames(tmp_path / "frames.xyz")
+    assert len(frames) >= 2
+    for frame in frames:
+        assert key not in getattr(frame, store)
+        assert key not in frame.calc.results or np.abs(frame.calc.results[key] - value).min() > 1e-3
+    assert key in getattr(atoms, store)  # the running structure is the user's

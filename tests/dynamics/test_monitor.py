@@ -854,3 +854,56 @@ def test_the_same_potential_with_another_fit_is_another_uncertainty_model():
     monitors[1].restore(state)
     with pytest.raises(ValueError, match=r"another uncertainty model \(fit 01234567 then, abcdefgh now\)"):
         monitors[2].restore(state)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda atoms: verlet(atoms, 1.0),
+        lambda atoms: Langevin(
+            atoms, fs, temperature_K=300, friction=0.01 / fs, fixcm=False, rng=np.random.default_rng(0)
+        ),
+        lambda atoms: BFGS(atoms, logfile=None),
+    ],
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_loop_over_step_is_judged_step_by_step(make, first):
+    """ASE counts steps in `run` alone; whether the first structure is judged is up to the loop."""
+    atoms = crystal([0.1, 0.1, 0.1, 0.1, 0.6, 0.1])
+    atoms.rattle(0.05, seed=1)
+    dynamics = make(atoms)
+    monitor, seen = UncertaintyMonitor(dynamics, halt=0.5, on_halt=[]), []
+    if first:
+        monitor()
+        assert monitor.last.step == 0
+    for _ in range(6):
+        dynamics.step()
+        monitor()
+        monitor()  # a step is judged once
+        seen.append((monitor.last.step, monitor.last.time_fs))
+    timed = not isinstance(dynamics, BFGS)
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert [time for _, time in seen] == (pytest.approx([1, 2, 3, 4, 5, 6]) if timed else [None] * 6)
+    assert sum(monitor.state()["counts"].values()) == 6 + first
+    assert monitor.n_halted == 1
+
+
+def test_a_loop_over_step_goes_on_in_another_process_and_after_a_run():
+    atoms = crystal([0.1])
+    dynamics = verlet(atoms, 1.0)
+    monitor = UncertaintyMonitor(dynamics, halt=0.5)
+    for _ in range(3):
+        dynamics.step()
+        monitor()
+    for _ in dynamics.irun(2):
+        monitor()
+    dynamics.step()
+    monitor()
+    assert (monitor.last.step, monitor.last.time_fs) == (6, pytest.approx(6))
+    state = json.loads(json.dumps(monitor.state()))
+    dynamics = verlet(atoms, 1.0)
+    monitor = UncertaintyMonitor(dynamics, halt=0.5)
+    monitor.restore(state)
+    dynamics.step()
+    monitor()
+    assert (monitor.last.step, monitor.last.time_fs) == (7, pytest.approx(7))

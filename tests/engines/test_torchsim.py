@@ -12,6 +12,7 @@ import torch
 import torch_sim as ts
 from ase import Atoms, units
 from ase.build import molecule
+from ase.constraints import FixAtoms, FixBondLength, FixedPlane
 from ase.io import read
 from ase.stress import voigt_6_to_full_3x3_stress
 from torch_sim.models.interface import validate_model_outputs
@@ -701,3 +702,50 @@ def test_what_is_no_integrator_or_optimizer_is_refused(model: UncertainModel, wr
 def test_frames_that_cannot_be_written_are_refused_at_once(model: UncertainModel, tmp_path: Path):
     with pytest.raises(ValueError, match="cannot be written"):
         ReplicaMonitor(model, halt=1.0, frames=tmp_path / "nowhere" / "flagged.xyz")
+
+
+class TestConstraints:
+    """TorchSim drops those of ASE when it makes a state."""
+
+    def frames(self, *constraints: Any) -> list[Atoms]:
+        frames = copies(3)
+        for atoms, constraint in zip(frames, constraints, strict=True):
+            atoms.set_constraint(constraint)
+        return frames
+
+    def test_fixed_atoms_stay(self, model: UncertainModel):
+        frames = self.frames(FixAtoms([0, -1]), [], [FixAtoms([1]), FixAtoms([1])])
+        final = ReplicaMonitor(model, halt=1e9).integrate(
+            frames,
+            integrator=ts.Integrator.nvt_langevin,
+            n_steps=5,
+            temperature=300,
+            timestep=STEP,
+        )
+        for number, (before, after) in enumerate(zip(frames, final.to_atoms(), strict=True)):
+            moved = np.abs(after.positions - before.positions).max(1) > 0
+            still = {0: [0, len(before) - 1], 1: [], 2: [1]}[number]
+            assert np.nonzero(~moved)[0].tolist() == still
+
+    @pytest.mark.filterwarnings("ignore:All systems have reached the maximum:UserWarning")
+    def test_fixed_atoms_stay_in_a_relaxation(self, model: UncertainModel):
+        (atoms, *_) = self.frames(FixAtoms([0]), [], [])
+        atoms.rattle(0.1, seed=1)
+        final = ReplicaMonitor(model, halt=1e9).optimize(atoms, optimizer=ts.Optimizer.fire, max_steps=5)
+        moved = np.abs(final.positions.numpy() - atoms.positions).max(1) > 0
+        assert np.nonzero(~moved)[0].tolist() == [0]
+
+    def test_other_constraints_are_told(self, model: UncertainModel):
+        frames = self.frames(FixBondLength(0, 1), [FixAtoms([0]), FixedPlane(1, [0, 0, 1])], [])
+        with pytest.warns(UQWarning, match=r"TorchSim has no constraints FixBondLengths, FixedPlane: .* run in ASE\."):
+            ReplicaMonitor(model, halt=1e9).integrate(
+                frames, integrator=ts.Integrator.nve, n_steps=1, temperature=300, timestep=STEP
+            )
+
+    def test_a_state_keeps_its_own(self, model: UncertainModel):
+        state = state_of(copies(2), model)
+        state.constraints = [ts.constraints.FixAtoms(atom_idx=[0])]
+        final = ReplicaMonitor(model, halt=1e9).integrate(
+            state, integrator=ts.Integrator.nve, n_steps=3, temperature=300, timestep=STEP
+        )
+        assert torch.equal(final.positions[0], state.positions[0])

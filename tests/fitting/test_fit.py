@@ -697,6 +697,25 @@ class TestWarnings:
             warnings.filterwarnings("error", "force residuals")
             quick(calculator, train, held_out)
 
+    @pytest.mark.parametrize("what", ["training", "calibration", "perturbed"])
+    def test_labels_of_fixed_atoms_that_are_zero(self, calculator, train, held_out, what: str):
+        """`get_forces()` applies constraints, so labels made with it are 0 where an atom is fixed."""
+        perturbed = labelled_frames(12, seed=3)
+        frames = {"training": train, "calibration": held_out, "perturbed": perturbed}[what]
+        for atoms in frames[4:7]:
+            atoms.arrays["REF_forces"][:2] = 0
+        match = rf"^6 atoms of 3 {what} frames \(the first is frame 4\) .* exactly 0, .*\(apply_constraint=False\)\.$"
+        with pytest.warns(UQWarning, match=match) as caught:
+            quick(calculator, train, held_out, perturbed=perturbed, methods=[Mahalanobis(), BLL()])
+        assert sum("exactly 0" in str(warning.message) for warning in caught) == 1
+
+    def test_forces_that_symmetry_forbids_do_not_warn(self, calculator, train, held_out):
+        for atoms in (train[0], held_out[0]):
+            atoms.arrays["REF_forces"][:, 1] = 0  # a component alone, as in a plane
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".* exactly 0")
+            quick(calculator, train, held_out)
+
     def test_errors_that_nothing_explains(self, calculator, train, held_out):
         random = np.random.default_rng(0)
         own = forward_pass_of(load_backend(calculator), held_out)

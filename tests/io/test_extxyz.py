@@ -10,7 +10,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.singlepoint import SinglePointCalculator
-from ase.constraints import FixAtoms, FixBondLength, FixCartesian
+from ase.constraints import FixAtoms, FixBondLength, FixCartesian, FixedPlane, Hookean
 from ase.io import write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,9 +18,9 @@ from hypothesis.extra.numpy import arrays
 
 from ase_uq.dynamics.actions import Flag
 from ase_uq.errors import UQWarning
-from ase_uq.io.extxyz import frame_text, unwritable
+from ase_uq.io.extxyz import extxyz_text, frame_text, unwritable
 from ase_uq.io.frames import read_frames, write_frames
-from ase_uq.io.results import annotated
+from ase_uq.io.results import LOST_KEY, annotated, lost_constraints
 from ase_uq.scoring.journal import Journal
 
 STD = np.linspace(0.1, 1.5, 15).reshape(5, 3)
@@ -72,7 +72,6 @@ def stressed(stress: np.ndarray) -> Atoms:
         stressed(np.arange(9.0).reshape(3, 3)),
         fixed(FixAtoms([0, 2])),
         fixed(FixCartesian([1], [True, False, True])),
-        fixed(FixBondLength(0, 1)),
         bulk("Cu"),
         Atoms(),
         Atoms("U"),
@@ -85,12 +84,39 @@ def test_the_text_is_that_of_ase(atoms):
     assert frame_text(atoms) == buffer.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("constraint", "lost"),
+    [
+        (FixBondLength(0, 1), "FixBondLengths"),
+        ([FixAtoms([2]), Hookean(0, 1, 1.0, 5.0), FixedPlane(0, [0, 0, 1])], "FixedPlane Hookean"),
+        ([FixAtoms([2]), FixCartesian(1, [True, False, True])], None),
+    ],
+)
+def test_constraints_that_a_frame_cannot_keep_are_told_and_marked(tmp_path, constraint, lost):
+    """Who goes on from the file would move what was held."""
+    atoms = fixed(constraint)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        write_frames(tmp_path / "a.xyz", [atoms])
+    messages = [str(one.message) for one in told if one.category is UQWarning]
+    assert len(messages) == bool(lost)
+    assert all(f"the constraint {kind}" in messages[0] for kind in (lost or "").split())
+    (frame,) = read_frames(tmp_path / "a.xyz")
+    assert frame.info.get(LOST_KEY) == lost
+    assert lost_constraints(frame) == (lost or "").split()
+    write_frames(tmp_path / "b.xyz", [frame])  # nothing new to tell, and the mark stays
+    assert read_frames(tmp_path / "b.xyz")[0].info.get(LOST_KEY) == lost
+    again = extxyz_text(atoms, atoms.calc.results)
+    assert (f"{LOST_KEY}=" in again) == bool(lost)
+
+
 @pytest.mark.parametrize(("store", "key", "value"), [("info", "energy", -2.0), ("arrays", "forces", STD)])
-def test_a_label_by_the_name_of_a_result_is_refused(store, key, value):
-    atoms = calculated()
+def test_a_label_by_the_name_of_a_result_gives_way_to_it(store, key, value):
+    atoms, plain = calculated(), frame_text(calculated())
     getattr(atoms, store)[key] = value
-    with pytest.raises(ValueError, match=rf"has {key} among its results and in its {store}.* call it REF_{key}\."):
-        frame_text(atoms)
+    with pytest.warns(UQWarning, match=rf"has {key} among its results .* results are written\. .* call it REF_{key}\."):
+        assert frame_text(atoms) == plain
+    assert key in getattr(atoms, store)
     atoms.calc = None
     assert key in frame_text(atoms)
 

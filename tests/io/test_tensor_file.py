@@ -54,6 +54,36 @@ def test_tensors_lie_where_torch_would_put_them(path: Path):
     assert {tensor.data_ptr() % 64 for tensor in tensors} == {0}
 
 
+@pytest.mark.parametrize("change", ["truncate", "overwrite"])
+def test_a_file_that_changes_changes_nothing_that_was_read(path: Path, monkeypatch: pytest.MonkeyPatch, change: str):
+    """`cp new old` writes into the same file; a mapped one would change in silence, or end the process."""
+    size, load = path.stat().st_size, artefact.load
+
+    def changed() -> None:
+        with open(path, "r+b") as file:
+            file.write(b"\xff" * size)
+            file.truncate(0 if change == "truncate" else size)
+
+    def load_after_change(content: bytes) -> dict[str, torch.Tensor]:
+        changed()
+        return load(content)
+
+    monkeypatch.setattr(artefact, "load", load_after_change)
+    header, tensors = read_tensor_file(path, KIND, 3)
+    changed()
+    assert header == HEADER
+    for name, tensor in TENSORS.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{", "[" * 100_000, None, 3])
+def test_a_header_that_is_no_object_is_refused(tmp_path: Path, text: Any):
+    envelope = {"kind": KIND, "schema": 1, "digest": artefact._digest(KIND, 1, text, {}), "header": text}
+    save_file({}, tmp_path / "b", metadata={"ase_uq": json.dumps(envelope)})
+    with pytest.raises(ArtefactError, match=r"has a header that is not a JSON object\. Make the file again"):
+        read_tensor_file(tmp_path / "b", KIND, 1)
+
+
 def test_bits_that_are_no_numbers_come_back(tmp_path: Path):
     special = torch.tensor([float("nan"), float("inf"), -0.0, 5e-324], dtype=torch.float64)
     write_tensor_file(tmp_path / "b", KIND, 1, {}, {"x": special})

@@ -240,11 +240,19 @@ class TestFrames:
         assert [atoms.info["selected_atom"] for atoms in found.frames(pool)] == [one.atom for one in found.chosen]
 
 
+@pytest.mark.parametrize("strategy", ["lcmd", "maxdet", "maxdist", "top", "random"])
+def test_a_pool_of_fewer_frames_is_taken_whole(select, pool, strategy: str):
+    with pytest.warns(
+        UQWarning, match=r"100 frames were asked for and the pool has 6: no more than these can be chosen\."
+    ):
+        found = select(pool[-6:], 100, strategy=strategy)
+    assert sorted(found.indices) == list(range(6))
+
+
 class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"n": 41}, "41 frames were asked for and the pool has 40. Ask for fewer, or label all of them"),
             ({"n": 0}, "0 frames were asked for; 1 or more was expected"),
             ({"strategy": "best"}, "strategy must be one of 'lcmd', 'maxdet', .*, not 'best'"),
             ({"per": "atom"}, "per must be one of 'structure', 'environment', not 'atom'"),
@@ -326,9 +334,9 @@ class TestRefusals:
             np.testing.assert_allclose(atoms.positions, pool[index].positions, atol=1e-6)
         with (
             pytest.warns(UQWarning, match="frame 2 was left out"),
-            pytest.raises(ValueError, match=r"6 frames were asked for and the pool has 5 that can be evaluated\."),
+            pytest.warns(UQWarning, match=r"6 frames were asked for and the pool has 5 that can be evaluated: no more"),
         ):
-            select(tmp_path / "pool.xyz", 6)
+            assert len(select(tmp_path / "pool.xyz", 6).chosen) == 5
         with pytest.raises(InputError, match=r"training frame 2 of .*pool.xyz cannot be read: it is truncated"):
             select(pool, 2, train=tmp_path / "pool.xyz")
 

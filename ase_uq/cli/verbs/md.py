@@ -26,7 +26,7 @@ from ase_uq.cli.options import (
     Seed,
     check_before,
 )
-from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
 from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
@@ -192,11 +192,12 @@ def md(
     from ase_uq.sampling.momenta import set_thermal_momenta
 
     rng = seed_all(seed)
-    atoms = read_start(start)
+    goes_on = trajectory is not None and trajectory.exists() and trajectory.samefile(start)
+    atoms = read_start(start, goes_on=goes_on)
     if not atoms.has("momenta"):
         set_thermal_momenta(atoms, temperature, rng)
     origin = Origin()
-    if trajectory is not None and trajectory.exists() and trajectory.samefile(start):
+    if goes_on:
         origin = Origin.at_end_of(atoms)
         # From the seed alone, it would be the noise of the first steps once more.
         rng = np.random.default_rng([seed, origin.step])
@@ -230,6 +231,7 @@ def md(
             origin=origin,
             after_step=_progress(bar, dynamics, monitor, stopwatch),
         )
+    leave_list(frames)
     if interruption.asked and not halted:
         typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
         raise typer.Exit(INTERRUPTED)

@@ -22,7 +22,7 @@ from ase_uq.cli.options import (
     Seed,
     check_before,
 )
-from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
 
 HALTED = 3  # exit code
 
@@ -108,6 +108,7 @@ def relax(
         trajectory=trajectory,
         progress=True,
     )
+    leave_list(frames)
     write_frames(out, [annotated(atoms, relax_status=relaxation.status, relax_steps=relaxation.n_steps)])
     typer.echo(relaxation.describe(), err=not relaxation.converged)
     further = {

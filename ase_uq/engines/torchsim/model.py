@@ -16,6 +16,7 @@ from torch_sim.models.interface import ModelInterface
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.engines.ase.base import Calibrated
+from ase_uq.engines.torchsim.constraints import initial_state
 from ase_uq.errors import InputError
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor
@@ -83,6 +84,10 @@ class UncertainModel(Calibrated, ModelInterface):
                 or lacks a charge or spin.
         """
         return self._outputs(state, dict(enumerate(self.predictor.predict(self._frames(state)))))
+
+    def _initial_state(self, system: Any) -> ts.SimState:
+        """The state of systems, in which ASE's `FixAtoms` holds; warns of other constraints."""
+        return initial_state(system, self.device, self.dtype)
 
     def _frames(self, state: ts.SimState, systems: Sequence[int] | None = None) -> list[Atoms]:
         """Systems of a state, all by default, with the inputs that the potential reads."""

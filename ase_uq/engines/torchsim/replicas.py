@@ -179,7 +179,7 @@ class ReplicaMonitor:
 
     def _begin(self, system: Any, time: float | None) -> ts.SimState:
         """The state of a new run, with its replicas numbered; raises now if anything is wrong with one."""
-        state = ts.initialize_state(system, self.model.device, self.model.dtype)
+        state = self.model._initial_state(system)
         frames = self.model._frames(state)
         self.model.predictor.backend.check(frames, name="system")
         settled: dict[tuple[str, ...], Judge] = {}
