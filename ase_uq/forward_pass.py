@@ -148,7 +148,7 @@ class ForwardPass:
         energy_layer: Exact last-layer features of the energy.
         edges: The potential's neighbour list.
         forces: (n_atoms, 3) eV/Å, or None if they were not asked for.
-        stress: (n_frames, 6) eV/Å³ in Voigt order, or None.
+        stress: (n_frames, 6) eV/Å³ in Voigt order, or None; NaN for a frame that has none, as without a cell.
         energies: (n_atoms,) eV, or None if the potential has none.
         force_layer: Last layer of a direct force head, or None for conservative forces.
         vectors: (n_atoms, 3, n_vectors) polar vectors among the channels of the first layer, components x, y, z;

@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 from ase import Atoms
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.errors import UQWarning
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.prediction import Prediction
 from ase_uq.properties import find_property
+from ase_uq.stream.passes import LeftOut, in_parts
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
@@ -49,7 +51,9 @@ class Predictor:
         return (*self.backend.results, *self.uncertainty_model.results, *interval)
 
     def predict(self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True) -> list[Prediction]:
-        """Predictions of structures, evaluated together as one batch.
+        """Predictions of structures, evaluated together as one batch, or in parts if that is too large.
+
+        A structure whose results are not finite does not change those of the others, and a warning names it.
 
         Args:
             frames: Structures; not changed.
@@ -60,15 +64,34 @@ class Predictor:
         Raises:
             InputError: A structure cannot be evaluated.
         """
-        gradients = uncertainties and self.uncertainty_model.gradients
-        # Differentiating for one structure goes through the graph of its whole batch, so each gets a batch of one.
-        batches = [frames[i : i + 1] for i in range(len(frames))] if gradients and frames else [frames]
-        predictions, done = [], first
-        for batch in batches:
-            forward_pass = self.backend.forward(self.backend.collate(batch, first=done), gradients=gradients)
-            predictions += self.predictions(forward_pass, uncertainties=uncertainties)
-            done += len(batch)
+        if len(frames) <= 1:  # a step of molecular dynamics: nothing to be kept apart
+            gradients = uncertainties and self.uncertainty_model.gradients
+            forward_pass = self.backend.forward(self.backend.collate(frames, first=first), gradients=gradients)
+            return self.predictions(forward_pass, uncertainties=uncertainties)
+        predictions = []
+        for number, found in enumerate(self.outcomes(frames, first=first, uncertainties=uncertainties), first):
+            if isinstance(found, LeftOut):
+                raise InputError(f"structure {found.number} cannot be evaluated: {found.reason}")
+            if not np.isfinite(found["forces"]).all() or not np.isfinite(found["energy"]):
+                warnings.warn(
+                    f"structure {number}: the potential's energy or forces are not finite. The other structures are "
+                    "not affected.",
+                    UQWarning,
+                    stacklevel=2,
+                )
+            predictions.append(found)
         return predictions
+
+    def outcomes(
+        self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True
+    ) -> list[Prediction | LeftOut]:
+        """As `predict`, but a structure that cannot be evaluated has its reason in place of a prediction."""
+        found: list[Prediction | LeftOut] = []
+        use = partial(self.predictions, uncertainties=uncertainties)
+        gradients = uncertainties and self.uncertainty_model.gradients
+        for event in in_parts(self.backend, frames, use, first=first, gradients=gradients):
+            found += [event] if isinstance(event, LeftOut) else event.value
+        return found
 
     def predictions(self, forward_pass: ForwardPass, *, uncertainties: bool = True) -> list[Prediction]:
         """Predictions of the structures of a forward pass.
@@ -152,8 +175,14 @@ def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> li
     predictions = []
     for frame, (start, end) in enumerate(zip(starts, ends, strict=True)):
         results = {}
+        # With an energy but no stress at all, it is one that the potential does not give for this structure.
+        no_stress = (
+            "stress" in arrays and np.isnan(arrays["stress"][frame]).all() and np.isfinite(arrays["energy"][frame])
+        )
         for key, array in arrays.items():
             entry = find_property(key)
+            if no_stress and entry is not None and entry.name in ("stress", "stress_uncertainty"):
+                continue
             per_atom = entry is None or entry.per_atom  # extras are per atom
             part = array[start:end] if per_atom else array[frame]
             results[key] = float(part) if part.ndim == 0 else np.array(part)

@@ -1,5 +1,7 @@
 """The one road from structures to numbers."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ase import Atoms
@@ -204,3 +206,41 @@ def test_one_model_serves_two_predictors(predictor: Predictor, frames: list[Atom
     other = Predictor(load_backend(ToyCalculator(ELEMENTS, direct=predictor.backend.direct)), model)
     for one, two in zip(predictor.predict(frames), other.predict(frames), strict=True):
         np.testing.assert_array_equal(one["forces_uncertainty"], two["forces_uncertainty"])
+
+
+@pytest.fixture
+def poisoned(predictor: Predictor, monkeypatch: pytest.MonkeyPatch) -> Predictor:
+    """A potential that makes NaN of a whole batch with a marked structure, and raises an error at another mark."""
+    real = type(predictor.backend)._forward
+
+    def forward(self, batch, forces: bool, gradients: bool):
+        found = real(self, batch, forces, gradients)
+        if any("raises" in atoms.info for atoms in batch.frames):
+            raise IndexError("of the package")
+        if any("nan" in atoms.info for atoms in batch.frames):
+            found = replace(found, energy=found.energy * np.nan, forces=found.forces * np.nan)
+        return found
+
+    monkeypatch.setattr(type(predictor.backend), "_forward", forward)
+    return predictor
+
+
+def test_a_structure_that_is_not_finite_is_named_and_changes_no_other(poisoned: Predictor, frames: list[Atoms]):
+    alone = [poisoned.predict([atoms])[0] for atoms in frames]
+    frames[2].info["nan"] = True
+    with pytest.warns(UQWarning, match="structure 12: the potential's energy or forces are not finite"):
+        together = poisoned.predict(frames, first=10)
+    assert np.isnan(together[2]["forces"]).all()
+    for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+        if number != 2:
+            np.testing.assert_allclose(one["forces_uncertainty"], other["forces_uncertainty"], rtol=1e-9)
+    assert np.isnan(poisoned.predict(frames[2:3])[0]["energy"])
+
+
+def test_a_structure_at_which_the_package_fails_is_named(poisoned: Predictor, frames: list[Atoms]):
+    frames[3].info["raises"] = True
+    wanted = r"structure 13 cannot be evaluated: the potential cannot evaluate it \(IndexError: of the package\)"
+    with pytest.raises(InputError, match=wanted):
+        poisoned.predict(frames, first=10)
+    found = poisoned.outcomes(frames)
+    assert [isinstance(one, Prediction) for one in found] == [number != 3 for number in range(len(frames))]

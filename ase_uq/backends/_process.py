@@ -12,7 +12,7 @@ _SWITCH = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
 
 
 @contextmanager
-def preserved_process(silenced: str = "") -> Iterator[None]:
+def preserved_process(silenced: str = "", *, loading: bool = True) -> Iterator[None]:
     """Undoes the changes that potentials' packages make to the whole process.
 
     Restored are torch's default dtype, random state, precision of float32 products and safe loading, and the list of
@@ -21,6 +21,7 @@ def preserved_process(silenced: str = "") -> Iterator[None]:
     Args:
         silenced: Regular expression for the beginning of the warnings to silence, which are meant for the authors of
             these packages, not for our users; by default all warnings.
+        loading: Whether safe loading is restored.
     """
     switch = os.environ.get(_SWITCH)
     properties = list(BaseCalculator.implemented_properties)
@@ -36,7 +37,6 @@ def preserved_process(silenced: str = "") -> Iterator[None]:
         torch.set_default_dtype(default_dtype)
         torch.random.set_rng_state(random_state)  # new weights, which are soon overwritten, have drawn from it
         torch.set_float32_matmul_precision(precision)
-        if switch is None:
+        if loading:
             os.environ.pop(_SWITCH, None)
-        else:
-            os.environ[_SWITCH] = switch
+            os.environ |= {} if switch is None else {_SWITCH: switch}

@@ -102,6 +102,11 @@ class Backend(ABC):
         raise NotImplementedError("a backend that has _build says in _placed how its data gets to the device")
 
     @property
+    def _exact_settings(self) -> tuple[str, ...]:
+        """Settings of exact additions to the potential, which an uncertainty model of the potential alone may lack."""
+        return ()
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Device on which the potential runs."""
@@ -194,24 +199,37 @@ class Backend(ABC):
 
         Returns:
             None if both are the same; a warning if the weights are stored differently but the probe structure has the
-            same features (other kernels, converted layouts).
+            same features (other kernels, converted layouts), or if this one has corrections in addition.
 
         Raises:
-            PotentialMismatch: The potentials differ; the message names the setting, or the deviation of the probe.
+            PotentialMismatch: The potentials differ; the message names the setting, or the deviation of the probe. Or
+                the probe of one of them is not finite.
         """
-        here = self.identity
+        here, without = self.identity, []
         advice = "Load the potential it was fitted on, or fit again with `ase-uq fit`."
         for key in sorted(fitted.settings.keys() | here.settings.keys()):
             then, now = fitted.settings.get(key), here.settings.get(key)
-            if json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
+            if key not in fitted.settings and key in self._exact_settings:
+                without.append(f"{key}: {now!r}")
+            elif json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
                 raise PotentialMismatch(
                     f"the uncertainty model was fitted on another potential: {key} was {then!r}, here it is "
                     f"{now!r}. {advice}"
                 )
+        for probe, whose in ((here.probe, "this potential"), (fitted.probe, "the uncertainty model")):
+            if not torch.isfinite(probe).all():
+                raise PotentialMismatch(
+                    f"the probe structure's features in {whose} are not finite, so the two cannot be compared. Its "
+                    f"weights or its file are damaged. {advice}"
+                )
+        exact = (
+            f"the uncertainty model was fitted without corrections that this potential has ({'; '.join(without)}): "
+            "they count as exact, so its calibration labels should not have included them"
+        )
         if fitted.weights == here.weights:
-            return None
+            return exact if without else None
         deviation = relative_deviation(here.probe, fitted.probe)
-        if deviation > PROBE_TOLERANCE:
+        if not deviation <= PROBE_TOLERANCE:  # NaN is no agreement
             raise PotentialMismatch(
                 f"the uncertainty model was fitted on other weights: features of the probe structure differ by "
                 f"{deviation:.1e} (relative; at most {PROBE_TOLERANCE:.0e} is the same potential). {advice}"
@@ -219,4 +237,5 @@ class Backend(ABC):
         return (
             "the potential's weights are stored differently from when the uncertainty model was fitted, but its "
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
+            + (f"; {exact}" if without else "")
         )

@@ -34,7 +34,7 @@ def check_structures(
     if not frames:
         raise InputError("there is no structure to evaluate.")
     for number, atoms in enumerate(frames, first):
-        which = f"{name} {number} ({atoms.get_chemical_formula() or 'empty'})"
+        which = f"{name} {number} ({_formula(atoms)})"
         if len(atoms) == 0:
             raise InputError(f"{which} has no atoms.")
         for what, values in (("positions", atoms.positions), ("cell", atoms.cell.array)):
@@ -47,7 +47,7 @@ def check_structures(
         _check_cell(which, atoms)
         unknown = sorted(set(atoms.numbers.tolist()) - elements)
         if unknown:
-            names = ", ".join(chemical_symbols[z] for z in unknown)
+            names = ", ".join(_symbol(z) for z in unknown)
             known = ", ".join(chemical_symbols[z] for z in sorted(elements))
             raise InputError(f"{which} contains {names}, which the potential does not know. It knows {known}.")
         missing = [key for key in required_info_keys if key not in atoms.info]
@@ -56,6 +56,16 @@ def check_structures(
                 f"{which} has no {' and '.join(missing)} in atoms.info, which this potential reads. "
                 f"Set it, for example atoms.info[{missing[0]!r}] = 0."
             )
+
+
+def _symbol(z: int) -> str:
+    return chemical_symbols[z] if 0 <= z < len(chemical_symbols) else f"atomic number {z}"
+
+
+def _formula(atoms: Atoms) -> str:
+    if len(atoms) and not 0 <= atoms.numbers.min() <= atoms.numbers.max() < len(chemical_symbols):
+        return f"{len(atoms)} atoms"  # ASE has no symbol for some of them
+    return atoms.get_chemical_formula() or "empty"
 
 
 def _check_cell(which: str, atoms: Atoms) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from ase import Atoms
-from ase.calculators.calculator import BaseCalculator
+from ase.calculators.calculator import BaseCalculator, PropertyNotImplementedError
 from ase.calculators.mixing import LinearCombinationCalculator
 from ase.stress import full_3x3_to_voigt_6_stress
 from torch import Tensor
@@ -84,6 +84,10 @@ class SummedBackend(Backend):
         return {**self._inner._settings(), "weight_in_sum": self._weight, "added": sorted(corrections, key=str)}
 
     @property
+    def _exact_settings(self) -> tuple[str, ...]:
+        return ("weight_in_sum", "added") if self._weight == 1 else ()  # else σ of the potential alone is another
+
+    @property
     def _weight(self) -> float:
         return float(self.calculator.mixer.weights[self._known])
 
@@ -132,7 +136,12 @@ class SummedBackend(Backend):
         rows = []
         for atoms in batch.frames:
             copy = atoms.copy()  # a calculator may keep or change the structure that it is given
-            rows.append(sum(w * _plain(key, member.get_property(key, copy)) for w, member in self._corrections()))
+            try:
+                rows.append(sum(w * _plain(key, member.get_property(key, copy)) for w, member in self._corrections()))
+            except PropertyNotImplementedError:
+                if key != "stress":
+                    raise
+                rows.append(np.full(6, np.nan))  # without a cell many corrections have no stress, so the sum has none
         joined = np.concatenate(rows) if key in ("energies", "forces") else np.stack(rows)
         # Energies of many atoms need double precision, as in the potentials' own reference energies.
         dtype = inner.energy.dtype if key == "energy" else self.dtype

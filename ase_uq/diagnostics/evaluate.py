@@ -150,7 +150,7 @@ def evaluate(
     Raises:
         LabelError: No frame has labels, a label is not finite, the shape of a label does not fit its frame, or the
             labels are the potential's own forces.
-        InputError: The potential cannot evaluate a frame.
+        InputError: The potential cannot evaluate a frame, or its results for one are not finite.
         TypeError: A bare potential was given without an uncertainty model, or a calculator that has one with another.
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
@@ -315,7 +315,7 @@ def _refuse_own_labels(
         return
     first = [atoms for atoms, _ in with_forces[:4]]
     reference = np.concatenate([forces for _, forces in with_forces[:4]])
-    residuals = reference - predicted_forces(predictor.backend, first, batch_atoms)
+    residuals = reference - predicted_forces(predictor.backend, first, batch_atoms, "labelled test frame")
     error, size = (float(np.sqrt(np.mean(values**2))) for values in (residuals, reference))
     refuse_own_forces("the labels", error, size, purpose="to judge by")
 
@@ -336,7 +336,9 @@ def _observe(
         gradients=predictor.uncertainty_model.gradients,
         title="evaluate" if progress else "",
     )
-    for number, prediction in enumerate(chain.from_iterable(batch.value for batch in complete(events))):
+    for number, prediction in enumerate(
+        chain.from_iterable(batch.value for batch in complete(events, "labelled test frame"))
+    ):
         for quantity, key in _STORED.items():
             label = getattr(labels[number], key)
             if label is None or key not in prediction.results:

@@ -51,7 +51,8 @@ class UncertainDriver(Dummy_driver):
     `forces_uncertainty`, `gamma` and so on. The results of each method are left out: they would make the extras many
     times as long. i-PI does not convert extras, so its files have them in these units.
 
-    Beads that i-PI sends together (`batch_size`) take one forward pass, or one each if a method needs derivatives.
+    Beads that i-PI sends together (`batch_size`) take one forward pass, or one each if a method needs derivatives. A
+    bead whose results are not finite is named in a warning, and the others have the numbers that they have alone.
 
     Args:
         template: File with the elements in i-PI's order, and with the charge, spin and periodicity to use. Without

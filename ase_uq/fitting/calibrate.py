@@ -28,7 +28,8 @@ def with_perturbed(
 ) -> UncertaintyModel:
     """The model with a record of its uncertainties and errors on deliberately bad frames."""
     title = "perturbed" if progress else ""
-    stream = LabelledStream(backend, frames, Serial(), forces=True, gradients=model.gradients, title=title, **options)
+    how = {"forces": True, "gradients": model.gradients, "title": title, "name": "perturbed frame", **options}
+    stream = LabelledStream(backend, frames, Serial(), **how)
     uncertainty, error, numbers, counts = [], [], [], []
     for forward_pass, targets in tell_zero_forces("perturbed", stream):
         assert forward_pass.forces is not None

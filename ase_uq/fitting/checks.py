@@ -81,7 +81,7 @@ def check_first_frames(
     if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
         raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
     reference = np.concatenate([np.asarray(labels_of(atoms, keys).forces) for atoms in first])
-    forces = predicted_forces(backend, first, batch_atoms)
+    forces = predicted_forces(backend, first, batch_atoms, "calibration frame")
     residual, *sizes = (float(np.sqrt(np.mean(values**2))) for values in (reference - forces, reference, forces))
     smaller = min(sizes)
     refuse_own_forces("the calibration labels", residual, smaller, purpose="to calibrate on")

@@ -64,7 +64,7 @@ def fit(
         LabelError: A file is missing, empty or unreadable, there are too few frames, labels are missing or not finite,
             they are the potential's own forces, or calibration frames are training frames.
         ValueError: No method was given, a method is not known, or two have the same name.
-        InputError: The potential cannot evaluate a frame.
+        InputError: The potential cannot evaluate a frame, or its results for one are not finite.
     """
     communicator = communicator or Serial()
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
@@ -98,6 +98,7 @@ def fit(
         forces=combines or any(method.forces for method in makers),
         gradients=any(method.gradients for method in makers),
         title="fit" if progress else "",
+        name="training frame",
         **options,
     )
     # All methods share one pass, so that the potential is evaluated only once.
@@ -118,6 +119,7 @@ def fit(
         forces=True,
         gradients=any(head.gradients for head in heads.values()),
         title="calibrate" if progress else "",
+        name="calibration frame",
         **options,
     )
     observed, batches = observe(heads, held_out, keep=combines)

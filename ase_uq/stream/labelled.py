@@ -27,9 +27,10 @@ class LabelledStream:
         gradients: Whether `ForwardPass.gradients` are needed.
         keys: Names of the labels, as in `labels_of`.
         title: Title of the progress bar; empty for none.
+        name: Word for a frame in messages.
 
     Raises:
-        InputError: On iteration, at a frame that the potential cannot evaluate.
+        InputError: On iteration, at a frame that the potential cannot evaluate, or whose results are not finite.
     """
 
     def __init__(
@@ -43,8 +44,9 @@ class LabelledStream:
         gradients: bool = False,
         keys: tuple[str, str, str] | None = None,
         title: str = "",
+        name: str = "frame",
     ) -> None:
-        self._backend, self._frames, self._keys = backend, frames, keys
+        self._backend, self._frames, self._keys, self._name = backend, frames, keys, name
         self._how = {
             "communicator": communicator,
             "batch_atoms": batch_atoms,
@@ -55,19 +57,19 @@ class LabelledStream:
 
     def __iter__(self) -> Iterator[tuple[ForwardPass, Targets]]:
         events = passes(self._backend, Source(self._frames), lambda forward_pass: forward_pass, **self._how)
-        for batch in complete(events):
+        for batch in complete(events, self._name):
             labels = [labels_of(atoms, self._keys) for atoms in batch.frames]
             yield batch.value, targets_of(labels, batch.value, batch.numbers[0])
 
 
-def predicted_forces(backend: Backend, frames: Sequence[Atoms], batch_atoms: int) -> np.ndarray:
-    """(n_atoms, 3) forces of all frames, one frame after the other, eV/Å.
+def predicted_forces(backend: Backend, frames: Sequence[Atoms], batch_atoms: int, name: str = "frame") -> np.ndarray:
+    """(n_atoms, 3) forces of all frames, one frame after the other, eV/Å; `name` is the word for a frame in messages.
 
     Raises:
-        InputError: The potential cannot evaluate a frame.
+        InputError: The potential cannot evaluate a frame, or its results are not finite.
     """
     events = passes(backend, Source(frames), _forces, batch_atoms=batch_atoms)
-    return np.concatenate([batch.value for batch in complete(events)])
+    return np.concatenate([batch.value for batch in complete(events, name)])
 
 
 def _forces(forward_pass: ForwardPass) -> np.ndarray:

@@ -1,7 +1,9 @@
 """The one loop over frames: it batches by atoms and edges, collates ahead, evaluates, and halves what does not fit.
 
-Fits, evaluations, scores, selections, the latent map and the report all evaluate their frames here. None of them fails
-because a batch does not fit into the device's memory, and each learns which frames cannot be used, and why.
+Fits, evaluations, scores, selections, the latent map and the report all evaluate their frames here, and replicas and
+beads, which come as a batch, in parts of it that can be evaluated. None of them fails because a batch does not fit into
+the device's memory, and each learns which frames cannot be used, and why. A frame that a potential's package refuses
+with any error, or gives numbers that are not finite, changes nothing for the others.
 """
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -17,6 +19,14 @@ from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
+from ase_uq.stream.failures import (
+    is_fatal,
+    is_out_of_memory,
+    named,
+    not_finite,
+    reason_of_error,
+    reason_of_not_finite,
+)
 from ase_uq.stream.limits import BatchLimit
 from ase_uq.stream.preparation import Preparation, Prepared, count_edges
 
@@ -67,8 +77,9 @@ def passes[T](
     """Evaluates this rank's frames, in their order.
 
     A batch that does not fit into the device's memory is halved, and the next ones are smaller; later they grow again.
-    A batch with a refused frame is halved until that frame is alone. A frame that is left out is yielded before the
-    first batch with a later frame.
+    A batch with a frame that is refused, at which the potential's package raises any error, or whose results are not
+    finite is halved until that frame is alone. A frame that is left out is yielded before the first batch with a later
+    frame.
 
     Args:
         backend: The potential.
@@ -113,15 +124,49 @@ def passes[T](
                 bar.update(1 if isinstance(event, LeftOut) else len(event.frames))
 
 
-def complete[T](events: Iterable[Pass[T] | LeftOut]) -> Iterator[Pass[T]]:
+def in_parts[T](
+    backend: Backend,
+    frames: Sequence[Atoms],
+    use: Callable[[ForwardPass], T],
+    *,
+    first: int = 0,
+    gradients: bool = False,
+) -> Iterator[Pass[T] | LeftOut]:
+    """Evaluates structures that belong together, such as replicas: as one batch, or in parts where that fails.
+
+    Args:
+        backend: The potential.
+        frames: Structures.
+        use: As for `passes`.
+        first: Number of the first structure, for messages.
+        gradients: As for `passes`.
+
+    Yields:
+        As `passes`, but a structure whose results are not finite is evaluated alone and not left out.
+
+    Raises:
+        InputError: A single structure does not fit into the device's memory.
+    """
+    n_atoms = 1 if gradients else max(1, sum(map(len, frames)))
+    loop = _Loop(backend, use, True, gradients, BatchLimit(n_atoms), keeps_not_finite=True)
+    for batch in [frames[i : i + 1] for i in range(len(frames))] if gradients else [frames]:
+        yield from loop.evaluated(Prepared(list(range(first, first + len(batch))), list(batch)))
+        first += len(batch)
+
+
+def complete[T](events: Iterable[Pass[T] | LeftOut], name: str = "frame") -> Iterator[Pass[T]]:
     """The passes alone, if no frame may be left out.
+
+    Args:
+        events: What `passes` yields.
+        name: Word for a frame in messages.
 
     Raises:
         InputError: A frame was left out.
     """
     for event in events:
         if isinstance(event, LeftOut):
-            raise InputError(event.reason)
+            raise InputError(f"{name} {event.number} cannot be used: {event.reason}")
         yield event
 
 
@@ -134,6 +179,7 @@ class _Loop[T]:
     forces: bool
     gradients: bool
     limit: BatchLimit
+    keeps_not_finite: bool = False  # where it is alone, a structure whose results are not finite is not left out
 
     def evaluated(self, prepared: Prepared) -> Iterator[Pass[T] | LeftOut]:
         left_out = [LeftOut(number, reason) for number, reason in prepared.unreadable]
@@ -161,16 +207,28 @@ class _Loop[T]:
 
         The error itself is not kept: its traceback would hold on to the tensors of the pass that failed.
         """
+        evaluated = False
         try:
             batch = (
                 self.backend.collate(frames, first=numbers[0]) if data is None else self.backend.received(frames, data)
             )
             forward_pass = self.backend.forward(batch, forces=self.forces, gradients=self.gradients)
+            evaluated = True
+            # One such structure may make the whole batch NaN, in the potential or in what is made of the pass.
+            alone = len(frames) == 1
+            if not (alone and self.keeps_not_finite) and (name := not_finite(forward_pass)):
+                return reason_of_not_finite(name, frames[0]) if alone else f"its {name} are not finite"
             return Pass(numbers, frames, self.use(forward_pass))
         except InputError as error:
             return str(error)
-        except torch.OutOfMemoryError:
-            pass
+        except Exception as error:  # potentials' packages raise anything
+            if not is_out_of_memory(error):
+                if evaluated:
+                    raise
+                if is_fatal(error):
+                    error.add_note(f"It was raised at {named(frames, numbers[0])}. Start a new process to go on.")
+                    raise
+                return reason_of_error(error)
         if len(frames) == 1:
             raise InputError(
                 f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "

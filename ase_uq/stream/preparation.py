@@ -21,7 +21,7 @@ from scipy.spatial.distance import pdist
 
 from ase_uq.backends.base import Collator
 from ase_uq.communicator import Communicator, Serial, shard
-from ase_uq.errors import InputError, UQWarning
+from ase_uq.errors import UQWarning
 from ase_uq.io.source import Item, Unparsed, Unreadable
 from ase_uq.stream.limits import BatchLimit
 
@@ -200,7 +200,9 @@ def prepare(
 def _collated(frames: Sequence[Atoms], collator: Collator) -> Any:
     try:
         return collator(frames) if frames else None
-    except InputError:  # the potential will find out which structure is refused
+    except MemoryError:
+        raise  # this process is short of it, and so are the others
+    except Exception:  # packages raise anything; the potential will find out at which structure
         return None
 
 

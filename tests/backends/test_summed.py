@@ -5,16 +5,18 @@ from typing import Any
 import numpy as np
 import pytest
 from ase.build import bulk, molecule
-from ase.calculators.calculator import Calculator, all_changes
+from ase.calculators.calculator import Calculator, PropertyNotImplementedError, all_changes
 from ase.calculators.emt import EMT
 from ase.calculators.lj import LennardJones
 from ase.calculators.mixing import AverageCalculator, LinearCombinationCalculator, SumCalculator
 
+from ase_uq import Predictor, UncertainCalculator, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.mace.backend import MACECalculator
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import PotentialMismatch
 from ase_uq.testing.backends import BackendContract, standard_frames
+from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
 from .builders import make_mace, make_orb, water
 
@@ -138,6 +140,66 @@ def test_results_are_those_that_all_have():
     assert load_backend(SumCalculator([ToyCalculator(), Dispersion(implemented=("energy",))])).results == ("energy",)
 
 
+class WithoutStress(Dispersion):
+    """As D3 programs are: a stress where there is a cell, and ASE's error where there is none."""
+
+    def calculate(self, atoms=None, properties=("energy",), system_changes=tuple(all_changes)):
+        super().calculate(atoms, properties, system_changes)
+        if self.atoms.cell.rank < 3:
+            del self.results["stress"]
+
+    def get_property(self, name, atoms=None, allow_calculation=True):
+        if name == "stress" and (atoms or self.atoms).cell.rank < 3:
+            raise PropertyNotImplementedError("stress")
+        return super().get_property(name, atoms, allow_calculation)
+
+
+class TestACorrectionWithoutStressInVacuum:
+    """What the bare sum gives for a structure, and nothing more, whatever it is evaluated with."""
+
+    def calculator(self) -> SumCalculator:
+        return SumCalculator([ToyCalculator(ELEMENTS), WithoutStress()])
+
+    def frames(self) -> list:
+        return [atoms for pair in zip(labelled_frames(2), labelled_frames(2, cell=4.5), strict=True) for atoms in pair]
+
+    @pytest.mark.filterwarnings("ignore::ase_uq.errors.UQWarning")
+    @pytest.mark.parametrize("cell", [None, 4.5])
+    @pytest.mark.parametrize("methods", [["bll"], ["bll", "pdrum", "kernel"]])
+    def test_the_others_are_there(self, methods: list[str], cell: float | None):
+        train, held_out = (labelled_frames(20, seed=seed, cell=cell) for seed in (1, 2))
+        model = fit(self.calculator(), train, held_out, methods=methods, progress=False)
+        predictor = Predictor(load_backend(self.calculator()), model)
+        together = predictor.predict(self.frames())
+        for atoms, prediction in zip(self.frames(), together, strict=True):
+            (alone,) = predictor.predict([atoms])
+            bare = self.calculator()
+            assert ("stress" in prediction.results) == ("stress" in alone.results) == (atoms.cell.rank == 3)
+            assert {key for key in prediction.results if "stress" in key} <= (
+                {*predictor.results} if atoms.cell else set()
+            )
+            np.testing.assert_allclose(prediction["forces"], bare.get_property("forces", atoms), atol=1e-10)
+            for key, value in prediction.results.items():
+                assert np.isfinite(value).all(), key
+                np.testing.assert_allclose(value, alone[key], rtol=1e-6, atol=1e-9, err_msg=key)
+        atoms = labelled_frames(1)[0].copy()
+        atoms.calc = UncertainCalculator(self.calculator(), model)
+        assert np.isfinite(atoms.get_forces()).all()
+        with pytest.raises(PropertyNotImplementedError):
+            atoms.get_stress()
+
+    def test_other_results_must_be_there(self):
+        class WithoutForces(WithoutStress):
+            def get_property(self, name, atoms=None, allow_calculation=True):
+                if name == "forces":
+                    raise PropertyNotImplementedError("forces")
+                return super().get_property(name, atoms, allow_calculation)
+
+        backend = load_backend(SumCalculator([ToyCalculator(), WithoutForces()]))
+        with pytest.raises(PropertyNotImplementedError, match="forces"):
+            backend.forward(backend.collate([water()]))
+
+
 def test_energies_of_atoms_are_added_up():
     total = SumCalculator([ToyCalculator(), LennardJones(sigma=2.0, epsilon=0.01, rc=4.0)])
     silicon = bulk("Si").repeat(2)
@@ -165,9 +227,16 @@ def test_corrections_are_part_of_the_identity():
     with_pairs = load_backend(SumCalculator([ToyCalculator(), LennardJones()]))
     with pytest.raises(PotentialMismatch, match=r"added was .*LennardJones.*, here it is .*Dispersion"):
         with_dispersion.check_identity(with_pairs.identity)
-    with pytest.raises(PotentialMismatch, match=r"added was None, here it is .*Dispersion"):
-        with_dispersion.check_identity(load_backend(ToyCalculator()).identity)
     halved = LinearCombinationCalculator([ToyCalculator(), Dispersion()], [0.5, 1.0])
+    bare = load_backend(ToyCalculator())
+    # A correction that is added to the whole potential counts as exact, and so is not missed; nothing else is.
+    warning = with_dispersion.check_identity(bare.identity)
+    assert warning is not None
+    assert "fitted without corrections that this potential has (added: [[1.0, 'Dispersion', {}]]; weight" in warning
+    with pytest.raises(PotentialMismatch, match=r"added was None, here it is .*Dispersion"):
+        load_backend(halved).check_identity(bare.identity)
+    with pytest.raises(PotentialMismatch, match=r"added was .*Dispersion.*, here it is None"):
+        bare.check_identity(with_dispersion.identity)
     with pytest.raises(PotentialMismatch, match=r"weight_in_sum was 0\.5, here it is 1\.0"):
         with_dispersion.check_identity(load_backend(halved).identity)
 

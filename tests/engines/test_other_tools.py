@@ -407,6 +407,21 @@ def test_beads_that_are_sent_together_are_one_forward_pass(folder: Path, driver_
         )
 
 
+def test_a_bead_that_is_not_finite_is_named_and_changes_no_other(folder: Path, driver_file: str):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+    beads = [molecule_in() for _ in range(3)]
+    beads[1].positions[0] = beads[1].positions[1]
+    cells, positions = zip(*(in_bohr(atoms) for atoms in beads), strict=True)
+    with pytest.warns(UQWarning, match="structure 1: the potential's energy or forces are not finite"):
+        together = driver(list(cells), list(positions))
+    alone = driver(cells[0], positions[0])
+    for number in (0, 2):
+        np.testing.assert_allclose(together[number][1], alone[1], atol=1e-6)
+    assert np.isnan(together[1][1]).any()
+
+
 def test_driver_refuses_another_number_of_atoms(folder: Path, driver_file: str):
     from ase_uq.engines.ipi_driver import UncertainDriver
 

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -380,13 +381,13 @@ def with_a_bad_one(mace: UncertainModel, cell: float | None = None) -> tuple[lis
 def test_a_halted_replica_is_not_evaluated_any_more_and_nothing_is_when_all_are(mace: UncertainModel):
     model, (frames, level) = mace, with_a_bad_one(mace)
     sizes = []
-    predict = model.predictor.predict
+    outcomes = model.predictor.outcomes
 
     def counting(frames: Sequence[Atoms], **options: Any) -> Any:
         sizes.append(len(frames))
-        return predict(frames, **options)
+        return outcomes(frames, **options)
 
-    model.predictor.predict = counting  # pyright: ignore[reportAttributeAccessIssue]
+    model.predictor.outcomes = counting  # pyright: ignore[reportAttributeAccessIssue]
     try:
         run(ReplicaMonitor(model, halt=level), model, frames, n_steps=3, temperature=50)
         assert sizes == [4, 3, 3, 3]
@@ -394,7 +395,7 @@ def test_a_halted_replica_is_not_evaluated_any_more_and_nothing_is_when_all_are(
         run(ReplicaMonitor(model, halt=1e-6), model, frames, n_steps=3, temperature=50)
         assert sizes == [4]
     finally:
-        del model.predictor.predict
+        del model.predictor.outcomes
 
 
 def test_patience_is_that_of_the_rule_on_the_readings_of_each_replica(
@@ -539,6 +540,34 @@ def test_a_replica_that_blows_up_does_not_take_the_others_with_it(model: Uncerta
     own = final.system_idx == 1
     assert torch.equal(final.positions[own], steps[2][own])
     without = run(None, model, copies(3), n_steps=6, temperature=50)
+    torch.testing.assert_close(final.positions[~own], without.positions[~own], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["nan", "error"])
+def test_a_replica_that_cannot_be_evaluated_halts_alone(kind: str, model: UncertainModel, monkeypatch):
+    backend = type(model.predictor.backend)
+    real = backend._forward
+
+    def forward(self, batch, forces: bool, gradients: bool):
+        found = real(self, batch, forces, gradients)
+        if any(np.ptp(atoms.positions) < 0.1 for atoms in batch.frames):
+            if kind == "error":
+                raise ValueError("too dense")
+            found = replace(found, energy=found.energy * np.nan, forces=found.forces * np.nan)
+            found = replace(found, features=found.features * np.nan)
+        return found
+
+    monkeypatch.setattr(backend, "_forward", forward)
+    systems = copies(3)
+    systems[1].positions *= 0.001
+    monitor = ReplicaMonitor(model, halt=1e3)
+    final = run(monitor, model, systems, n_steps=3, temperature=50)
+    assert [(replica.halted, replica.step) for replica in monitor.replicas] == [(False, 3), (True, 0), (False, 3)]
+    if kind == "error":
+        wanted = "the potential cannot evaluate it (ValueError: too dense) at step 0"
+        assert monitor.replicas[1].reason == wanted
+    own = final.system_idx == 1
+    without = run(None, model, [systems[0], copies(3)[1], systems[2]], n_steps=3, temperature=50)
     torch.testing.assert_close(final.positions[~own], without.positions[~own], rtol=1e-9, atol=1e-9)
 
 

@@ -753,11 +753,11 @@ def test_an_error_halfway_leaves_nothing_behind(
     original, count = ToyBackend._forward, iter(range(100))
 
     def failing(self: ToyBackend, batch: Any, forces: bool, gradients: bool):
-        if next(count) == 3:
-            raise RuntimeError("out of memory")
+        if next(count) >= 3:
+            raise RuntimeError("broken")
         return original(self, batch, forces, gradients)
 
     monkeypatch.setattr(ToyBackend, "_forward", failing)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(InputError, match=r"training frame \d+ cannot be used: .* \(RuntimeError: broken\)"):
         quick(calculator, train, held_out, batch_atoms=20)
     assert os.listdir(tmp_path) == []

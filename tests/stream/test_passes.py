@@ -1,6 +1,7 @@
 """The one loop over frames: every user of it survives a full device, learns what was left out, and can be sharded."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from ase_uq.diagnostics.latent import frame_features
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
+from ase_uq.stream.failures import not_finite, reason_of_not_finite
 from ase_uq.stream.passes import LeftOut, Pass, complete, passes
 from ase_uq.testing.methods import labelled_frames
 
@@ -176,6 +178,148 @@ class TestLeftOut:
         frames[1].positions[0] = np.inf
         with pytest.raises(InputError, match="positions of structure 1 "):
             list(complete(iter(energies(frames))))
+
+
+# What packages raise where memory cannot be had, and what they raise at a structure.
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+    MemoryError(),
+    MemoryError("Unable to allocate 3.64 TiB for an array with shape (707106, 707106) and data type float64"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("Failed to allocate 1073741824 bytes on device 'cuda:0'"),
+    RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 8589934592 bytes."),
+    RuntimeError("std::bad_alloc"),
+]
+ERRORS = [
+    AssertionError(),
+    IndexError("list index out of range"),
+    KeyError("spin"),
+    NotImplementedError("mixed boundaries"),
+    OverflowError("too many neighbours"),
+    RuntimeError("The size of tensor a (3) must match the size of tensor b (2)"),
+    TypeError("unhashable type"),
+    ValueError("pbc along all three vectors or none"),
+    ZeroDivisionError("float division by zero"),
+]
+
+
+def spoilt(frames: list[Atoms], number: int = 3) -> list[Atoms]:
+    """Copies with their labels, one of which the potential cannot evaluate."""
+    copies = [atoms.copy() for atoms in frames]
+    for new, old in zip(copies, frames, strict=True):
+        new.calc = old.calc
+    copies[number].info["bad"] = True
+    return copies
+
+
+@pytest.fixture
+def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None]:
+    """Makes the potential raise an error for each batch with a marked frame, or make NaN of all of its frames."""
+
+    def make(error: Exception | None) -> None:
+        real = ToyBackend._forward
+
+        def forward(self: ToyBackend, batch, forces: bool, gradients: bool) -> ForwardPass:
+            found = real(self, batch, forces, gradients)
+            if not any("bad" in atoms.info for atoms in batch.frames):
+                return found
+            if error is not None:
+                raise error
+            return replace(
+                found,
+                energy=found.energy * np.nan,
+                features=found.features * np.nan,
+                forces=None if found.forces is None else found.forces * np.nan,
+            )
+
+        monkeypatch.setattr(ToyBackend, "_forward", forward)
+
+    return make
+
+
+class TestOneBadFrame:
+    """It is named, and the others have the numbers that they have alone, whoever evaluates them."""
+
+    @pytest.mark.parametrize("error", [None, *ERRORS], ids=lambda error: type(error).__name__)
+    def test_is_left_out_alone(self, error: Exception | None, bad: Callable[[Exception | None], None]):
+        expected = [e for event in complete(iter(energies(TEST))) for e in event.value]
+        bad(error)
+        events = energies(spoilt(TEST), batch_atoms=1000)
+        (left_out,) = [event for event in events if isinstance(event, LeftOut)]
+        assert left_out.number == 3
+        wanted = "numbers that are not finite: its energy" if error is None else f"({type(error).__name__}: {error}"
+        assert wanted.replace("'", "") in left_out.reason.replace("'", "")
+        found = dict(pair for e in events if isinstance(e, Pass) for pair in zip(e.numbers, e.value, strict=True))
+        assert found == pytest.approx({n: value for n, value in enumerate(expected) if n != 3}, rel=1e-12)
+
+    @pytest.mark.parametrize("error", [None, ValueError("no")], ids=["nan", "error"])
+    def test_score_and_select_leave_it_out(
+        self, error: Exception | None, bad: Callable, model: UncertaintyModel, tmp_path: Path
+    ):
+        bad(error)
+        scored = score(spoilt(TEST), "toy:", model, out=tmp_path / "out.xyz", progress=False)
+        assert (scored.n_frames, scored.n_left_out) == (len(TEST) - 1, 1)
+        assert all(np.isfinite(atoms.arrays["forces_uncertainty"]).all() for atoms in read(tmp_path / "out.xyz", ":"))
+        found = select(spoilt(TEST), 5, calculator="toy:", uncertainty_model=model, progress=False)
+        assert list(found.left_out) == [3]
+        with pytest.raises(InputError, match=r"training frame 3 "):
+            select(TEST, 5, calculator="toy:", uncertainty_model=model, train=spoilt(TRAIN), progress=False)
+
+    @pytest.mark.parametrize("error", [None, ValueError("no")], ids=["nan", "error"])
+    def test_fit_and_evaluate_refuse_it(self, error: Exception | None, bad: Callable, model: UncertaintyModel):
+        bad(error)
+        parts = {"training": TRAIN, "calibration": CALIBRATION, "perturbed": TEST}
+        for name in parts:
+            train, calibration, perturbed = (
+                spoilt(frames, 13) if part == name else frames for part, frames in parts.items()
+            )
+            with pytest.raises(InputError, match=f"{name} frame 13 cannot be used: the potential"):
+                fit("toy:", train, calibration, perturbed=perturbed, methods=["bll"], progress=False)
+        with pytest.raises(InputError, match="labelled test frame 13 cannot be used: the potential"):
+            evaluate("toy:", spoilt(TEST, 13), model, progress=False)
+
+    @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
+    def test_memory_of_any_kind_makes_batches_smaller(self, error: Exception, monkeypatch: pytest.MonkeyPatch):
+        expected = [e for event in complete(iter(energies(TEST))) for e in event.value]
+        real = ToyBackend._forward
+
+        def forward(self: ToyBackend, batch, forces: bool, gradients: bool) -> ForwardPass:
+            if sum(map(len, batch.frames)) > 30:
+                raise error
+            return real(self, batch, forces, gradients)
+
+        monkeypatch.setattr(ToyBackend, "_forward", forward)
+        found = [e for event in complete(iter(energies(TEST, batch_atoms=1000))) for e in event.value]
+        assert found == pytest.approx(expected, rel=1e-12)
+
+    def test_a_device_that_is_lost_ends_the_loop(self, bad: Callable[[Exception | None], None]):
+        bad(RuntimeError("CUDA error: device-side assert triggered"))
+        with pytest.raises(RuntimeError, match="device-side assert") as caught:
+            energies(spoilt(TEST), batch_atoms=1000)
+        assert caught.value.__notes__ == ["It was raised at frames 0 to 19. Start a new process to go on."]
+
+    def test_errors_of_what_is_made_of_a_pass_are_not_the_frames(self):
+        with pytest.raises(ZeroDivisionError):
+            list(passes(load_backend("toy:"), Source(TEST), lambda _: 1 // 0, batch_atoms=40))
+
+    def test_atoms_on_one_another_are_named(self):
+        atoms = Atoms("H2O", [(0, 0, 0), (0, 0, 0.9), (0, 0.001, 0.9)])
+        assert reason_of_not_finite("forces", atoms) == (
+            "the potential gives numbers that are not finite: its forces. Atoms 1 and 2 are 0.001 Å apart."
+        )
+        assert "Look at its positions" in reason_of_not_finite("forces", TEST[0])
+
+    def test_a_stress_that_there_is_not_is_no_fault(self):
+        events = passes(load_backend("toy:"), Source(TEST[:2]), lambda forward_pass: forward_pass, batch_atoms=40)
+        (event,) = complete(events)
+        stress = event.value.stress
+        assert stress is not None
+        stress[0] = torch.nan
+        assert not_finite(event.value) == ""
+        stress[1, 2] = torch.inf
+        assert not_finite(event.value) == "stress"
 
 
 class TestShards:

@@ -22,7 +22,7 @@ from loky import wrap_non_picklable_objects
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Collator
-from ase_uq.errors import UQWarning
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.source import Item, Source, Unreadable
 from ase_uq.stream.limits import BatchLimit
 from ase_uq.stream.preparation import Preparation, Prepared, chunks_of, count_edges, prepare
@@ -156,6 +156,16 @@ for batch in Preparation(items, BatchLimit(1), 5.0, collator, n_workers=1):
         atoms.calc = load_backend("toy:").calculator
         atoms.calc.unsendable = threading.Lock()
         assert self.run(naming(), 1, atoms)[-1].frames[0].calc is None
+
+    @pytest.mark.parametrize(
+        "error", [InputError("no"), AssertionError(), IndexError("list index"), RuntimeError("no")]
+    )
+    def test_a_structure_at_which_the_package_fails_is_left_to_the_potential(self, error: Exception):
+        def build(_: Sequence[Atoms]) -> None:
+            raise error
+
+        (batch,) = prepare([(0, WATER)], 100, 1e6, 5.0, Collator(ELEMENTS, (), build))
+        assert (batch.numbers, batch.data) == ([0], None)
 
 
 class TestChunks:

@@ -34,7 +34,7 @@ def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
         ValueError: MACE has no pretrained model of this name.
     """
     with preserved_process():
-        # MACE calls torch.load without weights_only, since its files are pickled modules.
+        # MACE calls torch.load without weights_only, since its files are pickled modules. The switch may be off again.
         os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"
         if prefix == "mace":
             dtype = dtype or "float64"

@@ -129,11 +129,12 @@ class UncertainModel(Calibrated, ModelInterface):
             )
 
     def _outputs(self, state: ts.SimState, predictions: Mapping[int, Prediction]) -> dict[str, Tensor]:
-        """Predictions, given by the number of their system, as tensors; rows of systems without one are 0."""
+        """Predictions, given by the number of their system, as tensors; rows of systems without a result are 0."""
         outputs = {}
         atoms_of = np.split(np.arange(state.n_atoms), np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1])
-        first = next(iter(predictions.values()))
-        for key, example in first.results.items():
+        # A structure may lack a result that others have, such as the stress of a correction.
+        examples = {key: value for each in predictions.values() for key, value in each.results.items()}
+        for key, example in examples.items():
             if key == "free_energy":  # the energy again, under the name that ASE's optimisers ask for
                 continue
             entry = find_property(key)
@@ -141,9 +142,13 @@ class UncertainModel(Calibrated, ModelInterface):
             shape = np.shape(example)[1:] if per_atom else (3, 3) if key == "stress" else np.shape(example)
             values = np.zeros((state.n_atoms if per_atom else len(atoms_of), *shape))
             for system, prediction in predictions.items():
+                if key not in prediction.results:
+                    continue
                 value = prediction[key]
                 values[atoms_of[system] if per_atom else system] = (
                     voigt_6_to_full_3x3_stress(value) if key == "stress" else value
                 )
             outputs[key] = torch.from_numpy(values).to(self.device, self.dtype)
+        if self.compute_stress and "stress" not in outputs:
+            outputs["stress"] = torch.zeros(len(atoms_of), 3, 3, device=self.device, dtype=self.dtype)
         return outputs

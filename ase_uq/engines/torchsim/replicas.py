@@ -24,6 +24,7 @@ from ase_uq.dynamics.structures import norms_of
 from ase_uq.engines.torchsim.model import UncertainModel
 from ase_uq.io.results import annotated
 from ase_uq.prediction import Prediction
+from ase_uq.stream.passes import LeftOut
 
 # Name of an extra of each system: the number of its replica, wherever an autobatcher puts the system.
 _REPLICA = "replica"
@@ -62,8 +63,8 @@ class ReplicaMonitor:
     the run ends its rows of the state, with momenta and optimiser memory, remain those of that step, the potential no
     longer evaluates it, and a reporter no longer writes it. The others go on unaffected, with the same random numbers.
     In a relaxation the halted replica also leaves the batch at the next swap, as a converged one does. Nothing is
-    raised; `replicas` tells what happened. A replica whose positions or cell are no longer finite is always halted, and
-    put back to the step before.
+    raised; `replicas` tells what happened. A replica whose positions or cell are no longer finite, or which the
+    potential cannot evaluate, is always halted, and put back to the step before.
 
     To go on, give the final state to `integrate` again. Every run begins anew, so a halted replica halts again at step
     0 unless the levels were raised; `state[[r.number for r in monitor.replicas if not r.halted]]` are the others.
@@ -221,7 +222,7 @@ class ReplicaMonitor:
             before = _rows(state)
             state = move(state=state, model=self._watched, **options)
             broken = torch.zeros_like(halted)
-            broken[self._watched.broken] = True
+            broken[list(self._watched.broken)] = True
             _put_back(state, before, halted | broken)
             self._judge_systems(state, options.get("dt", 0.0))
             return state
@@ -230,19 +231,18 @@ class ReplicaMonitor:
 
     def _halted(self, state: Any) -> Tensor:
         """(n_systems,) whether each system of a batch was halted."""
-        halted = [self.replicas[number].halted for number in state.system_extras[_REPLICA].tolist()]
-        return torch.tensor(halted, device=state.device)
+        numbers = state.system_extras[_REPLICA].tolist()
+        return torch.tensor([self.replicas[number].halted for number in numbers], device=state.device)
 
     def _judge_systems(self, state: Any, dt: Tensor | float | None) -> None:
         """Judges the systems that the last forward pass has evaluated; `dt` is None at the first structure."""
         numbers = state.system_extras[_REPLICA].tolist()
-        for system in self._watched.broken:
+        for system, problem in self._watched.broken.items():
             replica = self._next(numbers[system], dt)
-            reason = f"positions or cell are no longer finite at step {replica.step}; put back to the step before"
-            self._note(replica, Verdict("halt", reason=reason))
-        for system, atoms, prediction in zip(
-            self._watched.systems, self._with_motion(state), self._watched.predictions, strict=True
-        ):
+            back = "" if dt is None else "; put back to the step before"
+            self._note(replica, Verdict("halt", reason=f"{problem} at step {replica.step}{back}"))
+        evaluated = zip(self._watched.systems, self._with_motion(state), self._watched.predictions, strict=True)
+        for system, atoms, prediction in evaluated:
             replica, results = self._next(numbers[system], dt), prediction.results
             snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
             verdict = self._judges[replica.number]([Observation(snapshot, norms_of(atoms, results))], replica.time_fs)
@@ -326,10 +326,9 @@ class _Watched(ModelInterface):
 
     Attributes:
         left_out: (n_systems,) whether to leave out each system; None to leave out none.
-        broken: Systems that could not be evaluated in the last pass, since positions or cell are not finite.
+        broken: Systems that could not be evaluated in the last pass, and why.
         systems: Numbers, within the batch, of the systems that were evaluated.
-        frames: Structures of these systems.
-        predictions: Predictions for these systems.
+        frames, predictions: Structures of these systems, and predictions for them.
     """
 
     def __init__(self, model: UncertainModel) -> None:
@@ -338,21 +337,22 @@ class _Watched(ModelInterface):
         self._device, self._dtype = model.device, model.dtype
         self._compute_forces, self._compute_stress = model.compute_forces, model.compute_stress
         self.left_out: Tensor | None = None
-        self.broken: list[int] = []
-        self.systems: list[int] = []
-        self.frames: list[Atoms] = []
-        self.predictions: list[Prediction] = []
+        self.broken: dict[int, str] = {}
+        self.systems, self.frames, self.predictions = list[int](), list[Atoms](), list[Prediction]()
 
     def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
         """The outputs of the model; rows of systems that were not evaluated are 0."""
-        halted = set() if self.left_out is None else set(torch.nonzero(self.left_out)[:, 0].tolist())
-        moved_away = ~torch.isfinite(state.positions).all(1)
-        wrong = {*state.system_idx[moved_away].tolist()}
+        halted = set() if self.left_out is None else {*torch.nonzero(self.left_out)[:, 0].tolist()}
+        wrong = {*state.system_idx[~torch.isfinite(state.positions).all(1)].tolist()}
         wrong |= {*torch.nonzero(~torch.isfinite(state.cell).all(2).all(1))[:, 0].tolist()}
-        self.broken = sorted(wrong - halted)
-        self.systems = [system for system in range(state.n_systems) if system not in wrong | halted]
-        self.frames = self._model._frames(state, self.systems)
-        self.predictions = self._model.predictor.predict(self.frames) if self.frames else []
+        self.broken = dict.fromkeys(sorted(wrong - halted), "positions or cell are no longer finite")
+        running = [system for system in range(state.n_systems) if system not in wrong | halted]
+        frames = self._model._frames(state, running)
+        outcomes = dict(zip(running, self._model.predictor.outcomes(frames), strict=True))
+        self.broken |= {s: one.reason.rstrip(".") for s, one in outcomes.items() if isinstance(one, LeftOut)}
+        self.systems = [system for system in running if system not in self.broken]
+        self.frames = [atoms for system, atoms in zip(running, frames, strict=True) if system not in self.broken]
+        self.predictions = [one for one in outcomes.values() if isinstance(one, Prediction)]
         if not self.frames:
             zeros = {"energy": state.positions.new_zeros(state.n_systems), "forces": torch.zeros_like(state.positions)}
             return zeros | ({"stress": torch.zeros_like(state.cell)} if self.compute_stress else {})

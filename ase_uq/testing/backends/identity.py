@@ -1,6 +1,7 @@
 """Laws of identity: equal weights are the same potential in any precision, different weights are not."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from ase.calculators.calculator import BaseCalculator
@@ -32,6 +33,20 @@ class IdentityLaws(BackendUnderTest):
     def test_identity_depends_on_the_last_layer(self, backend: Backend, spare: BaseCalculator):
         with pytest.raises(PotentialMismatch, match="fitted on other weights"):
             backend.check_identity(_with_larger(self.last_layer(spare), spare))
+
+    def test_nothing_that_is_not_finite_is_the_same(self, backend: Backend, spare: BaseCalculator):
+        own = backend.identity
+        for value in (float("nan"), float("inf")):
+            probe = own.probe.clone()
+            probe[-1, -1] = value
+            for weights in (own.weights, "of another"):
+                with pytest.raises(PotentialMismatch, match="features in the uncertainty model are not finite"):
+                    backend.check_identity(replace(own, probe=probe, weights=weights))
+        weights = _all_weights(spare)
+        nan = [weight.detach() * float("nan") for weight in weights]
+        # Some backends refuse such weights when they are made.
+        with changed(weights, nan), pytest.raises(PotentialMismatch):
+            load_backend(spare).check_identity(own)
 
 
 def _all_weights(calculator: BaseCalculator) -> list[Tensor]:
