@@ -69,29 +69,29 @@ class Predictor:
             forward_pass = self.backend.forward(self.backend.collate(frames, first=first), gradients=gradients)
             return self.predictions(forward_pass, uncertainties=uncertainties)
         predictions = []
-        for number, found in enumerate(self.outcomes(frames, first=first, uncertainties=uncertainties), first):
-            if isinstance(found, LeftOut):
-                raise InputError(f"structure {found.number} cannot be evaluated: {found.reason}")
-            if not np.isfinite(found["forces"]).all() or not np.isfinite(found["energy"]):
+        for number, outcome in enumerate(self.outcomes(frames, first=first, uncertainties=uncertainties), first):
+            if isinstance(outcome, LeftOut):
+                raise InputError(f"structure {number} cannot be evaluated: {outcome.reason}")
+            if not np.isfinite(outcome["forces"]).all() or not np.isfinite(outcome["energy"]):
                 warnings.warn(
                     f"structure {number}: the potential's energy or forces are not finite. The other structures are "
                     "not affected.",
                     UQWarning,
                     stacklevel=2,
                 )
-            predictions.append(found)
+            predictions.append(outcome)
         return predictions
 
     def outcomes(
         self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True
     ) -> list[Prediction | LeftOut]:
         """As `predict`, but a structure that cannot be evaluated has its reason in place of a prediction."""
-        found: list[Prediction | LeftOut] = []
+        outcomes: list[Prediction | LeftOut] = []
         use = partial(self.predictions, uncertainties=uncertainties)
         gradients = uncertainties and self.uncertainty_model.gradients
         for event in in_parts(self.backend, frames, use, first=first, gradients=gradients):
-            found += [event] if isinstance(event, LeftOut) else event.value
-        return found
+            outcomes += [event] if isinstance(event, LeftOut) else event.value
+        return outcomes
 
     def predictions(self, forward_pass: ForwardPass, *, uncertainties: bool = True) -> list[Prediction]:
         """Predictions of the structures of a forward pass.

@@ -39,4 +39,5 @@ def preserved_process(silenced: str = "", *, loading: bool = True) -> Iterator[N
         torch.set_float32_matmul_precision(precision)
         if loading:
             os.environ.pop(_SWITCH, None)
-            os.environ |= {} if switch is None else {_SWITCH: switch}
+            if switch is not None:
+                os.environ[_SWITCH] = switch

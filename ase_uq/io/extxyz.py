@@ -133,11 +133,9 @@ def _text(frame: Atoms) -> str:
     """
     if np.shape(frame.info.get("stress", ())) == (6,):
         frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
-    if frame.constraints and (unkept := _unkept_constraints(frame)):
-        frame.info[LOST_KEY] = " ".join(
-            [*unkept, *lost_constraints(frame)]
-        )  # so that a run that goes on from this frame can say so
     if frame.constraints:  # ASE knows how to write them
+        if unkept := _unkept_constraints(frame):  # a run that goes on from this frame can then say so
+            frame.info[LOST_KEY] = " ".join([*unkept, *lost_constraints(frame)])
         buffer = io.StringIO()
         write(buffer, frame, format="extxyz")
         return buffer.getvalue()
@@ -202,10 +200,10 @@ def _comes_back(key: str, value: Any) -> bool:
     plain = value.tolist() if isinstance(value, np.ndarray) else value
     try:
         text = json.dumps(plain)
-        found = key_val_str_to_dict(key_val_dict_to_str({key: value}))
-        if found.keys() != {key}:
+        entries = key_val_str_to_dict(key_val_dict_to_str({key: value}))
+        if entries.keys() != {key}:
             return False
-        back = found[key]
+        back = entries[key]
         if isinstance(plain, str):  # text may come back as numbers or truth values
             return back == value if isinstance(back, str) else bool(np.size(back))
         return isinstance(back, np.ndarray) or json.dumps(back) == text

@@ -38,10 +38,10 @@ def not_finite(forward_pass: ForwardPass) -> str:
         "energies of the committee": None if members is None else members.energy,
         "forces of the committee": None if members is None else members.forces,
     }
-    found = {name: value.isfinite().all() for name, value in values.items() if value is not None}
-    if bool(torch.stack(list(found.values())).all()):  # one transfer from the device
+    finite = {name: value.isfinite().all() for name, value in values.items() if value is not None}
+    if bool(torch.stack(list(finite.values())).all()):  # one transfer from the device
         return ""
-    return next(name for name, finite in found.items() if not finite)
+    return next(name for name, is_finite in finite.items() if not is_finite)
 
 
 def reason_of_not_finite(name: str, atoms: Atoms) -> str:
