@@ -1,15 +1,20 @@
 """From raw, variance-like scores to standard deviations in ASE units, fitted on held-out frames.
 
-`fit_calibrator` tries both forms and keeps the one that predicts left-out calibration frames better:
+Scores that grow with the distance from the training frames end where the potential knows nothing (`fit_far_field`):
 
-    affine   σ² = a + b·u            one score; (a, b) by the exact one-dimensional profile
-    power    σ² = e^c · Π_k u_k^p_k  all scores; p_k ≥ 0
+    far field   log σ² = c + (log σ∞² - c)·t    t from 0 at the calibration frames to 1 where nothing is known
+
+For other scores `fit_calibrator` tries two forms and keeps the one that predicts left-out calibration frames better:
+
+    affine      σ² = a + b·u                    one score; (a, b) by the exact one-dimensional profile
+    power       σ² = e^c · Π_k u_k^p_k          all scores; p_k ≥ 0
 """
 
 from ase_uq.calibration.affine import AffineCalibrator, fit_affine
 from ase_uq.calibration.base import Calibrator, Residuals, mean_nll
-from ase_uq.calibration.choice import Choice, fit_calibrator
+from ase_uq.calibration.choice import Choice, far_field_choice, fit_calibrator
 from ase_uq.calibration.edges import EdgeTable, fit_edges
+from ase_uq.calibration.far_field import FarFieldCalibrator, fit_far_field
 from ase_uq.calibration.power import PowerCalibrator, fit_power
 
 __all__ = [
@@ -17,11 +22,14 @@ __all__ = [
     "Calibrator",
     "Choice",
     "EdgeTable",
+    "FarFieldCalibrator",
     "PowerCalibrator",
     "Residuals",
+    "far_field_choice",
     "fit_affine",
     "fit_calibrator",
     "fit_edges",
+    "fit_far_field",
     "fit_power",
     "load_calibrator",
     "mean_nll",
@@ -30,5 +38,9 @@ __all__ = [
 
 def load_calibrator(settings: dict) -> Calibrator:
     """The calibrator with these settings, as `Calibrator.settings` gave them."""
-    kinds: dict[str, type[Calibrator]] = {"affine": AffineCalibrator, "power": PowerCalibrator}
+    kinds: dict[str, type[Calibrator]] = {
+        "affine": AffineCalibrator,
+        "far_field": FarFieldCalibrator,
+        "power": PowerCalibrator,
+    }
     return kinds[settings["kind"]].load(settings)

@@ -21,16 +21,19 @@ class Residuals:
         components: Number of components of a row: 3 for an isotropic force score, 1 otherwise.
         groups: (n,) index of the frame (or block of frames) that a row belongs to; rows of one group are not
             independent.
+        limits: (n,) σ∞² of each row, in squared ASE units; None where no calibrator needs it.
     """
 
     scores: np.ndarray
     squares: np.ndarray
     components: int
     groups: np.ndarray
+    limits: np.ndarray | None = None
 
     def only(self, chosen: np.ndarray) -> "Residuals":
         """The chosen rows."""
-        return Residuals(self.scores[chosen], self.squares[chosen], self.components, self.groups[chosen])
+        limits = None if self.limits is None else self.limits[chosen]
+        return Residuals(self.scores[chosen], self.squares[chosen], self.components, self.groups[chosen], limits)
 
 
 class Calibrator(ABC):
@@ -47,8 +50,14 @@ class Calibrator(ABC):
         """The calibrator with these settings."""
 
     @abstractmethod
-    def variance(self, scores: Tensor) -> Tensor:
-        """(..., n_scores) → (...): the variance of each component, in squared ASE units."""
+    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+        """The variance of each component, in squared ASE units.
+
+        Args:
+            scores: (..., n_scores).
+            limit: σ∞², what the variance is where nothing is known, of a shape that broadcasts to (...); only the form
+                with a far field reads it.
+        """
 
     @abstractmethod
     def describe(self) -> str:

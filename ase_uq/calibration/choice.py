@@ -8,6 +8,7 @@ import torch
 
 from ase_uq.calibration.affine import fit_affine
 from ase_uq.calibration.base import Calibrator, Residuals, mean_nll
+from ase_uq.calibration.far_field import fit_far_field
 from ase_uq.calibration.power import fit_power
 
 _FOLDS = 5
@@ -18,8 +19,7 @@ class Choice:
     """A calibrator, and the reasons for choosing it.
 
     Args:
-        calibrator: The calibrator of the better form, fitted on all rows.
-        alternative: The best calibrator of the other form, fitted on all rows.
+        calibrator: The calibrator of the best form, fitted on all rows.
         nll: Cross-validated mean negative log-likelihood per component, for each form.
         constant_nll: The same likelihood for a constant variance; the difference shows what the scores are worth.
         n_rows: Number of rows it was fitted on.
@@ -27,7 +27,6 @@ class Choice:
     """
 
     calibrator: Calibrator
-    alternative: Calibrator
     nll: dict[str, float]
     constant_nll: float
     n_rows: int
@@ -43,32 +42,55 @@ def fit_calibrator(residuals: Residuals) -> Choice:
     Raises:
         ValueError: There are fewer groups than folds.
     """
-    groups = np.unique(residuals.groups)
-    if len(groups) < _FOLDS:
-        raise ValueError(f"calibration needs at least {_FOLDS} frames, but {len(groups)} were given.")
-    fold_of_group = np.arange(len(groups)) * _FOLDS // len(groups)
-    fold = fold_of_group[np.searchsorted(groups, residuals.groups)]
+    fold = _folds(residuals)
     forms: dict[str, Callable[[Residuals], Calibrator]] = {"power": fit_power}
     for column in range(residuals.scores.shape[1]):
         forms[f"affine[{column}]"] = lambda rows, column=column: fit_affine(rows, column)
     nll = {name: _cross_validated(fit, residuals, fold) for name, fit in forms.items()}
-    affine = min((name for name in nll if name != "power"), key=lambda name: nll[name])
-    best, other = sorted(("power", affine), key=lambda name: nll[name])
-    return Choice(
-        forms[best](residuals),
-        forms[other](residuals),
-        nll,
-        _constant_nll(residuals, fold),
-        len(residuals.squares),
-        len(groups),
-    )
+    best = min(nll, key=lambda name: nll[name])
+    return _choice(forms[best](residuals), nll, residuals, fold)
+
+
+def far_field_choice(residuals: Residuals, far: np.ndarray) -> Choice | None:
+    """The form that ends where the potential knows nothing; None if no score grows on the way there.
+
+    Args:
+        residuals: Calibration rows, with their `limits`.
+        far: (n_scores,) log u∞ of each score.
+
+    Raises:
+        ValueError: There are fewer groups than folds.
+    """
+    fold = _folds(residuals)
+    calibrator = fit_far_field(residuals, far)
+    if calibrator is None:
+        return None
+
+    def fit(rows: Residuals) -> Calibrator:
+        return fit_far_field(rows, far) or calibrator
+
+    return _choice(calibrator, {"far field": _cross_validated(fit, residuals, fold)}, residuals, fold)
+
+
+def _choice(calibrator: Calibrator, nll: dict[str, float], residuals: Residuals, fold: np.ndarray) -> Choice:
+    n_groups = len(np.unique(residuals.groups))
+    return Choice(calibrator, nll, _constant_nll(residuals, fold), len(residuals.squares), n_groups)
+
+
+def _folds(residuals: Residuals) -> np.ndarray:
+    """(n,) fold of each row, of consecutive groups."""
+    groups = np.unique(residuals.groups)
+    if len(groups) < _FOLDS:
+        raise ValueError(f"calibration needs at least {_FOLDS} frames, but {len(groups)} were given.")
+    return (np.arange(len(groups)) * _FOLDS // len(groups))[np.searchsorted(groups, residuals.groups)]
 
 
 def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residuals, fold: np.ndarray) -> float:
     total = 0.0
     for k in range(_FOLDS):
         left_out = residuals.only(fold == k)
-        variance = fit(residuals.only(fold != k)).variance(torch.from_numpy(left_out.scores)).numpy()
+        limit = None if left_out.limits is None else torch.from_numpy(left_out.limits)
+        variance = fit(residuals.only(fold != k)).variance(torch.from_numpy(left_out.scores), limit).numpy()
         total += mean_nll(variance, left_out) * len(left_out.squares)
     return total / len(residuals.squares)
 

@@ -10,7 +10,7 @@ import torch
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
-from ase_uq.calibration import Calibrator, Choice, Residuals, fit_affine, fit_calibrator
+from ase_uq.calibration import Choice, Residuals, far_field_choice, fit_affine, fit_calibrator
 from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.checks import FEWEST_FRAMES, tell_zero_forces
@@ -18,6 +18,7 @@ from ase_uq.fitting.provenance import runs_of
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
 from ase_uq.stream.labelled import LabelledStream
+from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.model import UncertaintyModel
 from ase_uq.uncertainty_model.record import CalibrationRecord
@@ -74,6 +75,7 @@ class Observed:
         stress: (n_frames, 6) residuals, eV/Å³; NaN for frames without a label, None for a potential without stress.
         numbers: (n_atoms,) atomic numbers.
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
+        limit: (n_atoms,) σ∞² of the forces, (eV/Å)²; None without a far field.
     """
 
     raw: dict[str, _RawArrays]
@@ -82,6 +84,7 @@ class Observed:
     stress: np.ndarray | None
     numbers: np.ndarray
     n_atoms_of_frame: np.ndarray
+    limit: np.ndarray | None
 
     @property
     def frame_of_atom(self) -> np.ndarray:
@@ -90,7 +93,8 @@ class Observed:
 
     def variance(self, name: str, fitted: FittedMethod) -> np.ndarray:
         """(n_atoms, n_components) calibrated force variances of one method, (eV/Å)²."""
-        return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces)).numpy()
+        limit = None if self.limit is None else torch.from_numpy(self.limit)[:, None]
+        return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces), limit).numpy()
 
     def record(self, variance: np.ndarray, runs: np.ndarray) -> CalibrationRecord:
         """The record that thresholds are made from.
@@ -108,12 +112,12 @@ class Observed:
 
 
 def observe(
-    heads: dict[str, Head], stream: LabelledStream, *, keep: bool
+    heads: dict[str, Head], far_field: FarField | None, stream: LabelledStream, *, keep: bool
 ) -> tuple[Observed, list[tuple[ForwardPass, dict[str, Raw], Targets]]]:
     """Scores and residuals of the calibration frames and, if they are to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
-    forces, energy, stress, numbers, counts = [], [], [], [], []
+    forces, energy, stress, numbers, counts, limits = [], [], [], [], [], []
     for forward_pass, targets in tell_zero_forces("calibration", stream):
         assert forward_pass.forces is not None
         assert targets.forces is not None
@@ -129,6 +133,8 @@ def observe(
             stress.append(residuals_of(targets.stress, forward_pass.stress))
         numbers.append(forward_pass.numbers)
         counts.append(forward_pass.n_atoms_of_frame)
+        if far_field is not None:
+            limits.append(far_field.variance(forward_pass))
 
     def joined(parts: list[torch.Tensor]) -> np.ndarray:
         return torch.cat(parts).cpu().numpy()
@@ -141,18 +147,24 @@ def observe(
         stress=joined(stress) if stress else None,
         numbers=joined(numbers),
         n_atoms_of_frame=joined(counts),
+        limit=joined(limits) if limits else None,
     )
     return observed, batches
 
 
-def calibrated_method(name: str, head: Head, observed: Observed) -> tuple[FittedMethod, Calibrator]:
+def calibrated_method(name: str, head: Head, observed: Observed, far: np.ndarray | None) -> FittedMethod:
     """Calibrates a head, separately for forces, energy and stress.
 
-    Returns:
-        The calibrated method, and the best calibrator of the forces in the form that was not chosen.
+    Args:
+        name: Name of the method.
+        head: The fitted head.
+        observed: Scores and residuals of the calibration frames.
+        far: (n_scores,) logarithms of its force scores where the potential knows nothing; None if its scores do not
+            grow with the distance from the training frames.
     """
     raw = observed.raw[name]
-    choices = {"forces": fit_calibrator(_force_residuals(raw.forces, observed))}
+    forces = _force_residuals(raw.forces, observed)
+    choices = {"forces": (None if far is None else far_field_choice(forces, far)) or fit_calibrator(forces)}
     calibrators = {"forces": choices["forces"].calibrator}
     if (rows := _frame_residuals(raw.energy, observed.energy)) is not None:
         choices["energy"] = fit_calibrator(rows)
@@ -165,16 +177,17 @@ def calibrated_method(name: str, head: Head, observed: Observed) -> tuple[Fitted
     for quantity, choice in choices.items():
         _warn_at_boundaries(name, quantity, choice)
     likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
-    return FittedMethod(head, calibrators, likelihoods), choices["forces"].alternative
+    return FittedMethod(head, calibrators, likelihoods)
 
 
 def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
     """One row per atom for isotropic scores, else one row per component."""
-    squares = observed.forces**2
+    squares, limit = observed.forces**2, observed.limit
     if scores.shape[1] == 1:
-        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom)
+        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom, limit)
     groups = np.repeat(observed.frame_of_atom, 3)
-    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups)
+    limits = None if limit is None else np.repeat(limit, 3)
+    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups, limits)
 
 
 def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
@@ -186,7 +199,7 @@ def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | N
 
 
 def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:
-    boundary = choice.calibrator.settings["boundary"]
+    boundary = choice.calibrator.settings.get("boundary", "")
     if boundary == "useless" or min(choice.nll.values()) >= choice.constant_nll:
         warnings.warn(
             f"{name} tells nothing about the {quantity} errors of the calibration frames: a constant standard "

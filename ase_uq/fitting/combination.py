@@ -9,7 +9,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ase_uq.calibration import Calibrator
+from ase_uq.calibration import FarFieldCalibrator
 from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import UQWarning
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
@@ -21,10 +21,10 @@ from ase_uq.uncertainty_model.combination import (
     Combination,
     CombinationFeatures,
     CombinationInputs,
-    Gate,
     bounded,
     corrections_of_methods,
 )
+from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
@@ -67,24 +67,29 @@ def fit_combination(
     corrections = corrections_of_methods(features, inputs.others)
     ensemble, predicted = _residual_model(training, calibration, title)
     corrections[RESIDUAL] = bounded(predicted)
-    views = features.around if training is None else torch.cat([training[0].around, features.around])
-    gate = Gate.fit(views, features.around)
-    opened = gate(features.around)[:, None]
-    table = {name: (opened * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
+    fade = features.fade.expand_as(features.base)
+    table = {name: (fade * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
-    base = features.base + (1 - opened) * features.careful
-    rows = _Likelihood(base.cpu().numpy(), opened.expand_as(features.base).cpu().numpy(), squares.cpu().numpy(), table)
+    rows = _Likelihood(features.base.cpu().numpy(), fade.cpu().numpy(), squares.cpu().numpy(), table)
     fold = _contiguous(frames.cpu().numpy())
-    likelihoods = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
+    of_folds = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
+    likelihoods = {name: float(values.mean()) for name, values in of_folds.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
+    if not _is_earned(of_folds["anchor"] - of_folds[best]):
+        best = "anchor"
     constant, fitted = rows.fitted(candidates[best])
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(inputs, gate, kept, constant if weights else 0.0, weights, likelihoods)
+    combination = Combination(inputs, kept, constant if weights else 0.0, weights, likelihoods)
     variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
     return Fitted(combination, variance)
+
+
+def _is_earned(gains: np.ndarray) -> bool:
+    """Whether the mean gain of the folds is above its standard error: by chance, few frames seem to favour anything."""
+    return float(gains.mean()) > float(gains.std(ddof=1)) / len(gains) ** 0.5
 
 
 def _residual_model(
@@ -144,20 +149,20 @@ class _Likelihood:
     """Likelihood of the components of the calibration atoms; all arrays are (n_atoms, n_components).
 
     Args:
-        base: log σ² before corrections.
-        gate: Opening of the gate, in [0, 1].
+        base: log σ² of the anchor.
+        fade: Share of the corrections that counts, in [0, 1].
         squares: Squared residuals, (eV/Å)².
-        corrections: Corrections of log σ² times the gate, by name.
+        corrections: Corrections of log σ² times that share, by name.
     """
 
     base: np.ndarray
-    gate: np.ndarray
+    fade: np.ndarray
     squares: np.ndarray
     corrections: dict[str, np.ndarray]
 
     def log_variance(self, columns: Sequence[str], constant: float, weights: np.ndarray) -> np.ndarray:
-        """The sum base + gate · c + Σ_k s_k · correction_k over the columns."""
-        total = self.base + self.gate * constant
+        """The sum base + fade · c + Σ_k s_k · correction_k over the columns."""
+        total = self.base + self.fade * constant
         for name, weight in zip(columns, weights, strict=True):
             total = total + weight * self.corrections[name]
         return total
@@ -168,13 +173,13 @@ class _Likelihood:
 
     def only(self, chosen: np.ndarray) -> "_Likelihood":
         corrections = {name: value[chosen] for name, value in self.corrections.items()}
-        return _Likelihood(self.base[chosen], self.gate[chosen], self.squares[chosen], corrections)
+        return _Likelihood(self.base[chosen], self.fade[chosen], self.squares[chosen], corrections)
 
     def fitted(self, columns: Sequence[str]) -> tuple[float, np.ndarray]:
         """(c, s) of largest likelihood with s ≥ 0, a convex problem. Without corrections the constant is 0."""
         if not columns:
             return 0.0, np.zeros(0)
-        design = np.stack([self.gate, *(self.corrections[name] for name in columns)])
+        design = np.stack([self.fade, *(self.corrections[name] for name in columns)])
         axes = tuple(range(1, design.ndim))
 
         def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
@@ -188,14 +193,13 @@ class _Likelihood:
         solution = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options).x
         return float(solution[0]), solution[1:]
 
-    def cross_validated(self, columns: Sequence[str], fold: np.ndarray) -> float:
-        """Mean negative log-likelihood of a component, each fold with the weights fitted on the other folds."""
-        total = 0.0
+    def cross_validated(self, columns: Sequence[str], fold: np.ndarray) -> np.ndarray:
+        """(n_folds,) mean negative log-likelihood of a component of each fold, with weights fitted on the others."""
+        parts = []
         for k in range(_FOLDS):
             left_out = self.only(fold == k)
-            log_variance = left_out.log_variance(columns, *self.only(fold != k).fitted(columns))
-            total += left_out.nll(log_variance) * left_out.base.size
-        return total / self.base.size
+            parts.append(left_out.nll(left_out.log_variance(columns, *self.only(fold != k).fitted(columns))))
+        return np.array(parts)
 
 
 class KeptBatches:
@@ -227,40 +231,37 @@ class KeptBatches:
             self.batches.append((replace(forward_pass, gradients=None, members=None), targets))
 
 
-def inputs_of(
-    calibrated: Mapping[str, tuple[FittedMethod, Calibrator]], elements: frozenset[int]
-) -> CombinationInputs | None:
+def inputs_of(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> CombinationInputs | None:
     """How the combination reads a batch; None, with a warning, if no method can be its anchor.
 
     Args:
-        calibrated: By name: the calibrated method, and the calibrator of its forces in the other form.
+        fitted: The calibrated methods by name.
         elements: Atomic numbers of the training frames.
     """
-    fitted = {name: method for name, (method, _) in calibrated.items()}
-    growing = [name for name, method in fitted.items() if method.head.grows]
-    if not growing:
+    anchors = [name for name, method in fitted.items() if isinstance(method.calibrators["forces"], FarFieldCalibrator)]
+    if not anchors:
         warnings.warn(
-            f"none of {', '.join(fitted)} measures a distance that a combination can fall back on, so they are not "
-            "combined and the first is the primary estimator. Fit 'bll' with them.",
+            f"the scores of {', '.join(fitted)} do not grow towards frames that the potential knows nothing of, so "
+            "they are not combined and the first is the primary estimator. Fit 'bll' with them.",
             UQWarning,
             stacklevel=3,
         )
         return None
     # Training frames are kept without gradients, so methods that need these cannot be evaluated on them.
-    kept = [name for name in growing if not fitted[name].head.gradients]
-    anchor = (kept or growing)[0]
+    kept = [name for name in anchors if not fitted[name].head.gradients]
+    anchor = (kept or anchors)[0]
     return CombinationInputs(
         anchor=anchor,
         others=tuple(name for name in fitted if name != anchor),
         distances=tuple(name for name in kept if name != anchor),
         elements=tuple(sorted(elements)),
-        calibrators={name: method.calibrators["forces"] for name, method in fitted.items()},
-        alternative=calibrated[anchor][1],
+        methods=fitted,
     )
 
 
 def combine(
     inputs: CombinationInputs,
+    far_field: FarField | None,
     heads: Mapping[str, Head],
     training: Sequence[tuple[ForwardPass, Targets]],
     calibration: Sequence[tuple[ForwardPass, dict[str, Raw], Targets]],
@@ -271,6 +272,7 @@ def combine(
 
     Args:
         inputs: How the combination reads a batch.
+        far_field: What forces may be wrong by where the potential knows nothing.
         heads: Heads by method.
         training: Kept training batches of this rank.
         calibration: Calibration batches with their raw scores.
@@ -282,8 +284,8 @@ def combine(
     if heads[inputs.anchor].gradients:
         training = ()  # they were kept without gradients
     with torch.no_grad():
-        trained = [_rows(only, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
-        held_out = [_rows(inputs, e, raws, t) for e, raws, t in calibration]
+        trained = [_rows(only, far_field, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
+        held_out = [_rows(inputs, far_field, e, raws, t) for e, raws, t in calibration]
     gathered = _gathered(_joined_rows(trained) if trained else None, held_out[0][0], communicator)
     return fit_combination(inputs, gathered, _joined_rows(held_out), title="combine" if progress else "")
 
@@ -291,11 +293,18 @@ def combine(
 AtomRows = tuple[CombinationFeatures, torch.Tensor, torch.Tensor]
 
 
-def _rows(inputs: CombinationInputs, forward_pass: ForwardPass, raws: Mapping[str, Raw], targets: Targets) -> AtomRows:
+def _rows(
+    inputs: CombinationInputs,
+    far_field: FarField | None,
+    forward_pass: ForwardPass,
+    raws: Mapping[str, Raw],
+    targets: Targets,
+) -> AtomRows:
     """Features, squared residuals and frame numbers of the atoms of a batch."""
     assert forward_pass.forces is not None
     squares = (residuals_of(targets.forces, forward_pass.forces)) ** 2
-    features = inputs.features(forward_pass, raws)
+    limit = None if far_field is None else far_field.variance(forward_pass)
+    features = inputs.features(forward_pass, raws, limit)
     if features.base.shape[1] == 1:
         squares = squares.mean(1, keepdim=True)
     return features, squares, targets.frames[forward_pass.frame_of_atom]
@@ -311,34 +320,17 @@ def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Co
 
     `like` has the widths and the device of the features.
     """
-    widths = [
-        like.base.shape[1],
-        like.careful.shape[1],
-        like.around.shape[1],
-        like.network_inputs.shape[1],
-        like.base.shape[1],
-        1,
-    ]
+    parts = ("base", "fade", "network_inputs")
+    widths = [*(getattr(like, part).shape[1] for part in parts), like.base.shape[1], 1]
     flat = None
     if rows is not None:
         features, squares, frames = rows
-        flat = torch.cat(
-            [
-                features.base,
-                features.careful,
-                features.around,
-                features.network_inputs,
-                squares,
-                frames[:, None].double(),
-            ],
-            1,
-        )
+        columns = [getattr(features, part) for part in parts]
+        flat = torch.cat([*columns, squares, frames[:, None].double()], 1)
     flat = gather(flat, communicator)
     if flat is None:
         return None
     flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
-    base, careful, around, network_inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(
-        widths, 1
-    )
-    others = base.new_zeros((*base.shape, 0))
-    return CombinationFeatures(base, careful, others, around, network_inputs), squares, frames[:, 0].long()
+    base, fade, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    features = CombinationFeatures(base, fade, base.new_zeros((*base.shape, 0)), inputs)
+    return features, squares, frames[:, 0].long()

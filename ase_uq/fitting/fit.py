@@ -18,6 +18,7 @@ from ase_uq.fitting.checks import (
     without_isolated_atoms,
 )
 from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
+from ase_uq.fitting.know_nothing import ShortestDistances, know_nothing
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.methods import available_methods, make_method
@@ -106,12 +107,24 @@ def fit(
     for accumulator in accumulators.values():
         accumulator.progress = progress
     kept = KeptBatches(list(map(len, train_frames)))
+    shortest = ShortestDistances()
     for forward_pass, targets in tell_zero_forces("training", stream):
         for accumulator in accumulators.values():
             accumulator.add(forward_pass, targets)
+        shortest.add(forward_pass)
         if combines:
             kept.add(forward_pass, targets)
     heads = {name: a.finish(communicator).to(backend.device) for name, a in accumulators.items()}
+    elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
+    nothing = know_nothing(
+        backend,
+        heads,
+        train_frames,
+        shortest.finish(sorted(elements), communicator),
+        batch_atoms=batch_atoms,
+        title="rattle" if progress else "",
+    )
+    far_field = None if nothing is None else nothing.far_field
     held_out = LabelledStream(
         backend,
         calibration_frames,
@@ -122,15 +135,14 @@ def fit(
         name="calibration frame",
         **options,
     )
-    observed, batches = observe(heads, held_out, keep=combines)
-    calibrated = {name: calibrated_method(name, head, observed) for name, head in heads.items()}
-    fitted = {name: method for name, (method, _) in calibrated.items()}
-    elements = frozenset(int(z) for atoms in train_frames for z in atoms.numbers)
+    observed, batches = observe(heads, far_field, held_out, keep=combines)
+    far = {} if nothing is None else nothing.scores
+    fitted = {name: calibrated_method(name, head, observed, far.get(name)) for name, head in heads.items()}
     primary = leading = makers[0].name
     variance, combination = observed.variance(leading, fitted[leading]), None
-    if combines and (inputs := inputs_of(calibrated, elements)) is not None:
+    if combines and (inputs := inputs_of(fitted, elements)) is not None:
         primary, leading = "combined", inputs.anchor
-        combined = combine(inputs, heads, kept.batches, batches, communicator, progress)
+        combined = combine(inputs, far_field, heads, kept.batches, batches, communicator, progress)
         variance, combination = combined.variance, combined.combination.to(backend.device)
     model = UncertaintyModel(
         identity=backend.identity,
@@ -140,5 +152,6 @@ def fit(
         record=observed.record(variance, runs_of(calibration_frames)),
         provenance=provenance_of(train_frames, calibration_frames),
         combination=combination,
+        far_field=far_field,
     )
     return model if perturbed_frames is None else with_perturbed(model, backend, perturbed_frames, progress, options)

@@ -1,24 +1,18 @@
-"""The primary estimator if several methods are fitted: learned where the calibration data support it.
+"""The primary estimator if several methods are fitted: learned where the calibration frames support it.
 
-    log σ² = A + g·(c + Σ_k s_k·t_k) + (1 - g)·t_A,    0 ≤ s_k ≤ 1
+    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = 1 - t between 0 and 1
 
-A is the anchor, the calibrated site sums of the first method that measures a distance (the Bayesian last layer by
-default; methods without additional passes come first): it grows with the distance from the training frames without
-limit. The t_k correct it:
+A is the anchor, the calibrated log σ² of the first method that measures a distance (the Bayesian last layer by default;
+methods without additional passes come first). It ends where the potential knows nothing, and t is the way there
+(`calibration.far_field`). The t_k correct it near the calibration frames:
 
     of a method      by the difference between its calibrated log σ² and that of the anchor
     of the errors    by an ensemble of small networks, which reads the features of an atom and the mean of the features
                      around it, its element, the predicted force and the distances around it, and is trained for the
                      likelihood of errors about the anchor
 
-and are bounded, |t_k| ≤ 2. The gate g, between 0 and 1, switches them off where nothing supports them: likelihood on
-frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere. The gate looks at the
-distances at the atom and around it. Their mean, the level, may be fairly large. Their pattern, near sites compared with
-far ones, must occur in the calibration data: an atom deep in a slab looks like an atom of the bulk, but the atoms
-around it do not.
-
-Where the gate is closed, the anchor itself is an extrapolation. Two forms of it were calibrated, an affine one and a
-power law, and there the larger one counts: t_A ≥ 0 is the amount by which the other form exceeds A, bounded as well.
+and are bounded, |t_k| ≤ 2. They fade with the way: likelihood on frames like the training frames picks corrections that
+are wrong by orders of magnitude elsewhere, and what a network answers out there means nothing.
 
 The likelihood of left-out calibration frames decides which corrections are kept. Networks are trained on training and
 calibration frames by cross-fitting: the prediction for a calibration frame comes from a network that has not seen it.
@@ -29,24 +23,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ase_uq.calibration import Calibrator, load_calibrator
+from ase_uq.calibration import FarFieldCalibrator
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
-from ase_uq.numerics.buffers import Buffers, tensors_of
+from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.sites import RADII, around, mean_around
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
-_PATTERN_RIDGE = 1e-3  # of the standardised pattern, so that directions that hardly vary decide nothing
-_PATTERN_QUANTILE, _PATTERN_SLOPE = 0.999, 4.0
-_LEVEL_QUANTILE, _LEVEL_SLOPE = 0.999, 2.0
 RESIDUAL = "residual"  # name of the correction by networks
 
 
@@ -56,16 +47,15 @@ class CombinationFeatures:
 
     Args:
         base: (n_atoms, n_components) log σ² of the anchor.
-        careful: (n_atoms, n_components) t_A ≥ 0.
+        fade: (n_atoms, n_components) share of the corrections that counts: 1 at the calibration frames, 0 where nothing
+            is known.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
-        around: (n_atoms, n_views) logarithms of the distance of the anchor, at the atom and around it.
         network_inputs: (n_atoms, n_inputs) inputs of the networks.
     """
 
     base: Tensor
-    careful: Tensor
+    fade: Tensor
     others: Tensor
-    around: Tensor
     network_inputs: Tensor
 
     @classmethod
@@ -83,83 +73,69 @@ class CombinationInputs:
         others: Names of the other methods.
         distances: Names of those other methods whose distance is an input of the networks.
         elements: Atomic numbers that the networks distinguish.
-        calibrators: Calibrator of the forces of each method, by name.
-        alternative: Calibrator of the forces of the anchor in the other form.
+        methods: The fitted methods by name.
     """
 
     anchor: str
     others: tuple[str, ...]
     distances: tuple[str, ...]
     elements: tuple[int, ...]
-    calibrators: Mapping[str, Calibrator]
-    alternative: Calibrator
+    methods: Mapping[str, FittedMethod]
 
-    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> CombinationFeatures:
-        """The features of a batch, which must have forces."""
-        assert forward_pass.forces is not None
-        sites = around(raws[self.anchor].distance, forward_pass.edges, RADII)
-        views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).clamp(min=_SMALLEST).log()
-        base = _log_variance(self.calibrators[self.anchor], raws[self.anchor])
-        careful = _log_variance(self.alternative, raws[self.anchor]) - base
-        others = [
-            _log_variance(self.calibrators[name], raws[name], base.shape[1]).expand_as(base) for name in self.others
-        ]
-        features = forward_pass.features.double()
-        kinds = torch.tensor(self.elements, device=forward_pass.numbers.device)
-        columns = [
-            features,
-            # Neighbours pull at the atom, so their errors are part of its force error.
-            mean_around(features, forward_pass.edges, _NEIGHBOURHOOD),
-            views,
-            (forward_pass.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
-            (forward_pass.numbers[:, None] == kinds).double(),
-            *(raws[name].distance.clamp(min=_SMALLEST).log()[:, None] for name in self.distances),
-        ]
+    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> CombinationFeatures:
+        """The features of a batch, which must have forces; `limit` is σ∞² of `FarField`."""
+        calibrator = self.methods[self.anchor].calibrators["forces"]
+        assert isinstance(calibrator, FarFieldCalibrator)
+        base = self.log_variance(self.anchor, raws, limit)
+        others = [self.log_variance(name, raws, limit, base.shape[1]).expand_as(base) for name in self.others]
+        views = views_of(forward_pass, raws[self.anchor])
         return CombinationFeatures(
             base=base,
-            careful=bounded(careful.clamp(min=0)),
+            fade=(1 - calibrator.way(raws[self.anchor].forces)).clamp(0, 1),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
-            around=views,
-            network_inputs=torch.cat(columns, 1),
+            network_inputs=network_inputs(
+                forward_pass, views, self.elements, [raws[name].distance for name in self.distances]
+            ),
         )
 
+    def log_variance(self, name: str, raws: Mapping[str, Raw], limit: Tensor | None, n_components: int = 3) -> Tensor:
+        """(n_atoms, n_components) log σ² of a method, or of its mean variance for an anchor with one component."""
+        variance = self.methods[name].force_variance(raws[name], limit)
+        if n_components == 1:  # the anchor does not distinguish components
+            variance = variance.mean(1, keepdim=True)
+        return variance.clamp(min=1e-300).log()
 
-class Gate(Buffers):
-    """1 where the distances at and around an atom are like those of the calibration data, falling to 0 elsewhere.
+
+def views_of(forward_pass: ForwardPass, raw: Raw) -> Tensor:
+    """(n_atoms, n_views) logarithms of a method's distance, at each atom and around it."""
+    sites = around(raw.distance, forward_pass.edges, RADII)
+    return torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).clamp(min=_SMALLEST).log()
+
+
+def network_inputs(
+    forward_pass: ForwardPass, views: Tensor, elements: Sequence[int], distances: Sequence[Tensor]
+) -> Tensor:
+    """(n_atoms, n_inputs) what force errors may depend on.
 
     Args:
-        tensors: `centre` and `spread` (n_views - 1,) of the pattern, which is the other views minus the first;
-            `precision` (n_views - 1, n_views - 1) of the standardised pattern; `edges` (2,) of the logarithm of its
-            squared distance and of the mean view.
+        forward_pass: The batch, with forces.
+        views: As of `views_of`.
+        elements: Atomic numbers that are distinguished.
+        distances: (n_atoms,) distances of further methods.
     """
-
-    centre: Tensor
-    spread: Tensor
-    precision: Tensor
-    edges: Tensor
-
-    @classmethod
-    def fit(cls, views: Tensor, calibration: Tensor) -> "Gate":
-        """The gate for the (n, n_views) views of all atoms; the views of the calibration atoms set its edges."""
-        pattern = views[:, 1:] - views[:, :1]
-        centre, spread = pattern.mean(0), pattern.std(0).clamp(min=1e-9)
-        z = (pattern - centre) / spread
-        eye = torch.eye(z.shape[1], dtype=z.dtype, device=z.device)
-        precision = torch.linalg.inv(z.T @ z / len(z) + _PATTERN_RIDGE * eye)
-        gate = cls({"centre": centre, "spread": spread, "precision": precision, "edges": z.new_zeros(2)})
-        far, level = gate._far(calibration).cpu().numpy(), calibration.mean(1).cpu().numpy()
-        edges = [np.quantile(far, _PATTERN_QUANTILE), np.quantile(level, _LEVEL_QUANTILE)]
-        gate.edges = torch.tensor(edges, dtype=z.dtype, device=z.device)
-        return gate
-
-    def _far(self, views: Tensor) -> Tensor:
-        z = (views[:, 1:] - views[:, :1] - self.centre) / self.spread
-        return ((z @ self.precision) * z).sum(1).clamp(min=_SMALLEST).log()
-
-    def forward(self, views: Tensor) -> Tensor:
-        """(n, n_views) → (n,) values between 0 and 1."""
-        pattern = torch.sigmoid(_PATTERN_SLOPE * (self.edges[0] - self._far(views)))
-        return pattern * torch.sigmoid(_LEVEL_SLOPE * (self.edges[1] - views.mean(1)))
+    assert forward_pass.forces is not None
+    features = forward_pass.features.double()
+    kinds = torch.tensor(elements, device=forward_pass.numbers.device)
+    columns = [
+        features,
+        # Neighbours pull at the atom, so their errors are part of its force error.
+        mean_around(features, forward_pass.edges, _NEIGHBOURHOOD),
+        views,
+        (forward_pass.forces.double().norm(dim=1, keepdim=True) + _FORCE_FLOOR).log(),
+        (forward_pass.numbers[:, None] == kinds).double(),
+        *(distance.clamp(min=_SMALLEST).log()[:, None] for distance in distances),
+    ]
+    return torch.cat(columns, 1)
 
 
 class Combination(torch.nn.Module):
@@ -167,7 +143,6 @@ class Combination(torch.nn.Module):
 
     Args:
         inputs: How features are read from a batch.
-        gate: Decides where corrections count.
         ensemble: Networks of the residual model, or None if it was not kept.
         constant: c.
         weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
@@ -177,7 +152,6 @@ class Combination(torch.nn.Module):
     def __init__(
         self,
         inputs: CombinationInputs,
-        gate: Gate,
         ensemble: MLPEnsemble | None,
         constant: float,
         weights: dict[str, float],
@@ -185,7 +159,6 @@ class Combination(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs
-        self.gate = gate
         self.ensemble = ensemble
         self.constant = constant
         self.weights = weights
@@ -193,13 +166,13 @@ class Combination(torch.nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """JSON values from which, with the buffers and the calibrators of the methods, `load` restores it."""
+        """JSON values from which, with the buffers and the methods, `load` restores it."""
         return {
+            "kind": "fading",
             "anchor": self.inputs.anchor,
             "others": list(self.inputs.others),
             "distances": list(self.inputs.distances),
             "elements": list(self.inputs.elements),
-            "alternative": self.inputs.alternative.settings,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -208,55 +181,46 @@ class Combination(torch.nn.Module):
 
     @classmethod
     def load(
-        cls, settings: dict[str, Any], tensors: Mapping[str, Tensor], calibrators: Mapping[str, Calibrator]
+        cls, settings: dict[str, Any], tensors: Mapping[str, Tensor], methods: Mapping[str, FittedMethod]
     ) -> "Combination":
-        """The combination with these settings and buffers, and the methods' calibrators of the forces."""
+        """The combination with these settings and buffers, of these fitted methods."""
         inputs = CombinationInputs(
             anchor=settings["anchor"],
             others=tuple(settings["others"]),
             distances=tuple(settings["distances"]),
             elements=tuple(settings["elements"]),
-            calibrators=calibrators,
-            alternative=load_calibrator(settings["alternative"]),
+            methods=methods,
         )
-        ensemble = None
-        if settings["ensemble"] is not None:
-            ensemble = MLPEnsemble(settings["ensemble"], tensors_of("ensemble", tensors))
         return cls(
             inputs,
-            Gate(tensors_of("gate", tensors)),
-            ensemble,
+            ensemble_of(settings, tensors),
             settings["constant"],
             settings["weights"],
             settings["likelihoods"],
         )
 
-    def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw]) -> Tensor:
+    def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
         """(n_atoms, n_components) variances of the force components, (eV/Å)²."""
-        features = self.inputs.features(forward_pass, raws)
+        features = self.inputs.features(forward_pass, raws, limit)
         corrections = corrections_of_methods(features, self.inputs.others)
         if self.ensemble is not None:
             corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
-        gate = self.gate(features.around)[:, None]
-        return (features.base + gate * total + (1 - gate) * features.careful).exp()
+        return (features.base + features.fade * total).exp()
 
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        inside = f"{self.inputs.anchor} + gate·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
+        inside = f"{self.inputs.anchor} + (1 - t)·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
-        return [
-            f"log σ² = {inside}; far from the data at least that of {self.inputs.alternative.describe()}",
-            f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}",
-        ]
+        return [f"log σ² = {inside}", f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}"]
 
 
-def _log_variance(calibrator: Calibrator, raw: Raw, n_components: int = 3) -> Tensor:
-    variance = calibrator.variance(raw.forces)
-    if n_components == 1:  # the anchor does not distinguish components
-        variance = variance.mean(1, keepdim=True)
-    return variance.clamp(min=1e-300).log()
+def ensemble_of(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> MLPEnsemble | None:
+    """The networks of a combination with these settings and buffers, if it has some."""
+    if settings["ensemble"] is None:
+        return None
+    return MLPEnsemble(settings["ensemble"], tensors_of("ensemble", tensors))
 
 
 def corrections_of_methods(features: CombinationFeatures, names: Sequence[str]) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 Schema 2 added the combination of several methods. Schema 3 added the runs of the calibration frames, the perturbed
 frames and the reference runs. Schema 4 renamed `stressed` to `perturbed`, and `layer` of the kernel to `features`.
-Older files can still be read.
+Schema 5 added the far field. Older files can still be read.
 """
 
 import os
@@ -21,7 +21,9 @@ from ase_uq.methods import method_class
 from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
+from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
+from ase_uq.uncertainty_model.gated import GatedCombination
 from ase_uq.uncertainty_model.record import CalibrationRecord
 
 if TYPE_CHECKING:
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 
 
 _KIND = "uncertainty model"
-_SCHEMA = 4
+_SCHEMA = 5
 
 
 def write_model(path: str | os.PathLike[str], model: "UncertaintyModel") -> None:
@@ -59,6 +61,8 @@ def write_model(path: str | os.PathLike[str], model: "UncertaintyModel") -> None
         runs = model.reference.readings
         tensors["reference/readings"] = torch.from_numpy(np.concatenate(runs).astype(np.float32))
         tensors["reference/lengths"] = torch.tensor([len(run) for run in runs])
+    if model.far_field is not None:
+        tensors["far_field/shortest"] = model.far_field.shortest
     header = {
         "identity": {"settings": model.identity.settings, "weights": model.identity.weights},
         "methods": methods,
@@ -67,6 +71,7 @@ def write_model(path: str | os.PathLike[str], model: "UncertaintyModel") -> None
         "edges": {"counts": model.edges.counts, "inherited": list(model.edges.inherited)},
         "provenance": model.provenance,
         "reference": None if model.reference is None else _settings_of(model.reference),
+        "far_field": None if model.far_field is None else model.far_field.settings,
     }
     write_tensor_file(path, _KIND, _SCHEMA, header, tensors)
 
@@ -88,8 +93,8 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         )
     combination = None
     if header.get("combination"):
-        calibrators = {name: fitted.calibrators["forces"] for name, fitted in methods.items()}
-        combination = Combination.load(header["combination"], _under("combination/", tensors), calibrators)
+        load = Combination.load if header["combination"].get("kind") == "fading" else GatedCombination
+        combination = load(header["combination"], _under("combination/", tensors), methods)
     identity = header["identity"]
     reference = header.get("reference") and _reference(header["reference"], tensors)
     return dict(
@@ -106,6 +111,7 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         combination=combination,
         perturbed=_record("perturbed", tensors) if "perturbed/run" in tensors else None,
         reference=reference or None,
+        far_field=header.get("far_field") and FarField.load(header["far_field"], tensors["far_field/shortest"]),
     )
 
 

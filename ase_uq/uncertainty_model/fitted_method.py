@@ -22,9 +22,18 @@ class FittedMethod:
     calibrators: dict[str, Calibrator]
     likelihoods: dict[str, dict[str, float]]
 
-    def standard_deviations(self, raw: Raw, n_atoms_of_frame: Tensor) -> dict[str, Tensor]:
-        """Calibrated standard deviations by results key, from the raw scores of the head."""
-        forces = self.calibrators["forces"].variance(raw.forces).sqrt()
+    def force_variance(self, raw: Raw, limit: Tensor | None) -> Tensor:
+        """(n_atoms, n_components) calibrated variances, (eV/Å)².
+
+        Args:
+            raw: Raw scores of the head.
+            limit: (n_atoms,) σ∞² of `FarField`, or None for a model that was fitted without one.
+        """
+        return self.calibrators["forces"].variance(raw.forces, None if limit is None else limit[:, None])
+
+    def standard_deviations(self, raw: Raw, limit: Tensor | None, n_atoms_of_frame: Tensor) -> dict[str, Tensor]:
+        """Calibrated standard deviations by results key; arguments as of `force_variance`."""
+        forces = self.force_variance(raw, limit).sqrt()
         deviations = {"forces_uncertainty": forces.expand(-1, 3)}
         if "energy" in self.calibrators:
             # Calibrated per atom of a structure, so that sizes can be mixed.

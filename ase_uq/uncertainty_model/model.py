@@ -21,8 +21,10 @@ from ase_uq.thresholds.criteria import Criterion, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
+from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.file import read_model, write_model
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
+from ase_uq.uncertainty_model.gated import GatedCombination
 from ase_uq.uncertainty_model.record import CalibrationRecord
 from ase_uq.uncertainty_model.summary import summary_of
 
@@ -42,6 +44,7 @@ class UncertaintyModel:
         provenance: Versions, counts, splits and digests; JSON values.
         perturbed: Uncertainties and errors of the perturbed frames, if some were given; only `MissRate` uses them.
         reference: Reference runs, on which false alarms are counted, if some were made.
+        far_field: What forces may be wrong by where the potential knows nothing; None in models of before schema 5.
     """
 
     identity: Identity
@@ -50,9 +53,10 @@ class UncertaintyModel:
     edges: EdgeTable
     record: CalibrationRecord
     provenance: dict[str, Any]
-    combination: Combination | None = None
+    combination: Combination | GatedCombination | None = None
     perturbed: CalibrationRecord | None = None
     reference: ReferenceRuns | None = None
+    far_field: FarField | None = None
 
     def apply(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
@@ -62,15 +66,16 @@ class UncertaintyModel:
         results: dict[str, Tensor] = {}
         with torch.no_grad():
             raws = {name: fitted.head(forward_pass) for name, fitted in self.methods.items()}
+            limit = None if self.far_field is None else self.far_field.variance(forward_pass)
             for name, fitted in self.methods.items():
-                deviations = fitted.standard_deviations(raws[name], forward_pass.n_atoms_of_frame)
+                deviations = fitted.standard_deviations(raws[name], limit, forward_pass.n_atoms_of_frame)
                 if name == self._leading:
                     results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
                 if len(self.methods) > 1:
                     results |= {f"{key}_{name}": value for key, value in deviations.items()}
             if self.combination is not None:
-                results["forces_uncertainty"] = self.combination(forward_pass, raws).sqrt().expand(-1, 3)
+                results["forces_uncertainty"] = self.combination(forward_pass, raws, limit).sqrt().expand(-1, 3)
         return results
 
     @property
@@ -83,7 +88,8 @@ class UncertaintyModel:
         methods = {n: replace(fitted, head=deepcopy(fitted.head).to(device)) for n, fitted in self.methods.items()}
         edges = replace(self.edges, edges=self.edges.edges.to(device))
         combination = None if self.combination is None else deepcopy(self.combination).to(device)
-        return replace(self, methods=methods, edges=edges, combination=combination)
+        far_field = None if self.far_field is None else self.far_field.to(device)
+        return replace(self, methods=methods, edges=edges, combination=combination, far_field=far_field)
 
     @cached_property
     def digest(self) -> str:

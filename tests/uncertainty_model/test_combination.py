@@ -13,35 +13,40 @@ from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.calibration import AffineCalibrator, PowerCalibrator
+from ase_uq.calibration import FarFieldCalibrator, PowerCalibrator
 from ase_uq.fitting import combination as fitting
 from ase_uq.fitting.combination import Fitted, fit_combination
-from ase_uq.methods.base import Raw
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.methods.base import Head, Raw
 from ase_uq.numerics.networks import folds_of
 from ase_uq.numerics.sites import RADII, around, sum_over_sites
 from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
-from ase_uq.uncertainty_model import combination as combined
 from ase_uq.uncertainty_model.combination import (
     LARGEST_CORRECTION,
     RESIDUAL,
     Combination,
     CombinationFeatures,
     CombinationInputs,
-    Gate,
 )
+from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
-N_VIEWS = 6
 Rows = tuple[CombinationFeatures, Tensor, Tensor]
-FLAT = AffineCalibrator(1.0, 0.0)
 QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patience=5)
 
 
 class Given(CombinationInputs):
     """A view of batches that are scenes already."""
 
-    def features(self, forward_pass: Any, raws: Any) -> CombinationFeatures:
+    def features(self, forward_pass: Any, raws: Any, limit: Any) -> CombinationFeatures:
         return forward_pass
+
+
+class NoHead(Head):
+    """Scores are made up."""
+
+    def forward(self, forward_pass: ForwardPass) -> Raw:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class World:
 
     @property
     def inputs(self) -> CombinationInputs:
-        return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {}, FLAT)
+        return Given("near", tuple(name for name, _, _ in self.others), (), (1,), {})
 
     def rows(self, seed: int, n_frames: int = 80, n_atoms: int = 10, scale: float = 1.0) -> Rows:
         """CombinationFeatures, squared residuals and frames."""
@@ -75,9 +80,8 @@ class World:
         squares = residuals**2 if self.n_components == 3 else (residuals**2).mean(1, keepdims=True)
         features = CombinationFeatures(
             base=torch.tensor(base),
-            careful=torch.zeros(shape, dtype=torch.float64),
+            fade=torch.tensor(random.uniform(0.5, 1, shape)),
             others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
-            around=torch.tensor(level + 0.2 * random.normal(size=(n, N_VIEWS))),
             network_inputs=torch.tensor(network_inputs),
         )
         return features, torch.tensor(squares), torch.arange(n_frames).repeat_interleave(n_atoms)
@@ -100,12 +104,12 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 class TestWeights:
     def rows(self) -> fitting._Likelihood:
         random = np.random.default_rng(0)
-        base, gate, good, useless = random.normal(size=(4, 900, 1))
-        gate = 1 / (1 + np.exp(-gate))
-        squares = np.exp(base + gate * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
+        base, fade, good, useless = random.normal(size=(4, 900, 1))
+        fade = 1 / (1 + np.exp(-fade))
+        squares = np.exp(base + fade * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
         harmful = base - np.log(squares)
-        corrections = {"good": gate * good, "useless": gate * useless, "harmful": gate * harmful}
-        return fitting._Likelihood(base, gate, squares, corrections)
+        corrections = {"good": fade * good, "useless": fade * useless, "harmful": fade * harmful}
+        return fitting._Likelihood(base, fade, squares, corrections)
 
     def test_are_those_of_another_optimiser(self):
         rows = self.rows()
@@ -127,7 +131,7 @@ class TestWeights:
         names = ("good", "harmful")
         constant, weights = rows.fitted(names)
         slope = 1 - rows.squares * np.exp(-rows.log_variance(names, constant, weights))
-        assert np.mean(slope * rows.gate) == pytest.approx(0, abs=1e-6)
+        assert np.mean(slope * rows.fade) == pytest.approx(0, abs=1e-6)
         assert np.mean(slope * rows.corrections["good"]) == pytest.approx(0, abs=1e-6)
         assert np.mean(slope * rows.corrections["harmful"]) > 0
 
@@ -147,7 +151,7 @@ class TestWeights:
         assert weights.get("noise", 0.0) < 0.1
         assert fitted.variance.shape == rows[1].shape
         fresh = world.rows(1)
-        assert nll(fitted.combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
+        assert nll(fitted.combination(fresh[0], {}, None), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
 
     @pytest.mark.usefixtures("quick")
     @pytest.mark.parametrize("n_components", [1, 3])
@@ -159,9 +163,9 @@ class TestWeights:
         assert fitted.combination.weights == {}
         assert fitted.combination.constant == 0.0
         assert fitted.combination.ensemble is None
-        torch.testing.assert_close(fitted.combination(fresh, {}), fresh.base.exp(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(fitted.combination(fresh, {}, None), fresh.base.exp(), rtol=1e-12, atol=0)
         np.testing.assert_allclose(fitted.variance, rows[0].base.exp(), rtol=1e-12)
-        assert fitted.combination.describe()[0].startswith("log σ² = near; far from the data ")
+        assert fitted.combination.describe()[0] == "log σ² = near"
 
     @pytest.mark.usefixtures("quick")
     def test_likelihoods_name_what_was_tried(self):
@@ -169,7 +173,7 @@ class TestWeights:
         assert list(others.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
         assert list(World().fit().combination.likelihoods) == ["anchor", RESIDUAL]
         formula, tried = others.describe()
-        assert "near + gate·(" in formula
+        assert "near + (1 - t)·(" in formula
         assert "·knows" in formula
         assert tried.startswith(f"cross-validated NLL {min(others.likelihoods.values()):.3f} of anchor ")
 
@@ -186,7 +190,7 @@ class TestResidual:
         assert fitted.combination.weights[RESIDUAL] > 0.5
         assert fitted.combination.ensemble is not None
         fresh = world.rows(1, n_frames=200)
-        assert nll(fitted.combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
+        assert nll(fitted.combination(fresh[0], {}, None), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) - 0.1
 
     def test_training_frames_count_where_calibration_frames_are_few(self):
         world = World(1.5)
@@ -195,7 +199,7 @@ class TestResidual:
         assert with_training.combination.weights[RESIDUAL] > 0.5
         alone = fit_combination(world.inputs, None, calibration)
         fresh = world.rows(1, n_frames=200)
-        found, expected = (nll(fitted.combination(fresh[0], {}), fresh[1]) for fitted in (with_training, alone))
+        found, expected = (nll(fitted.combination(fresh[0], {}, None), fresh[1]) for fitted in (with_training, alone))
         assert found < expected
 
     @pytest.mark.parametrize("seed", range(2))
@@ -203,7 +207,7 @@ class TestResidual:
         world = World(0.0)
         combination = world.fit(training=world.rows(5 + seed, n_frames=100), seed=seed).combination
         fresh = world.rows(100 + seed, n_frames=300)
-        assert nll(combination(fresh[0], {}), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) + 0.02
+        assert nll(combination(fresh[0], {}, None), fresh[1]) < nll(fresh[0].base.exp(), fresh[1]) + 0.02
 
     @pytest.mark.usefixtures("quick")
     def test_training_frames_without_labels_take_no_part(self):
@@ -278,73 +282,9 @@ class TestOutOfFold:
         assert RESIDUAL in combination.weights
         _, seen = fitting._residual_model(None, rows, "")
         correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
-        expected = (rows[0].base + combination.gate(rows[0].around)[:, None] * correction).exp()
+        expected = (rows[0].base + rows[0].fade * correction).exp()
         np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
-        assert not np.allclose(fitted.variance, combination(rows[0], {}))
-
-
-@pytest.fixture(scope="module")
-def views() -> Tensor:
-    random = np.random.default_rng(3)
-    level = random.normal(size=(2000, 1))
-    mixed = random.normal(size=(2000, N_VIEWS)) @ (0.3 * random.normal(size=(N_VIEWS, N_VIEWS)))
-    return torch.from_numpy(level + mixed)
-
-
-@pytest.fixture(scope="module")
-def gate(views: Tensor) -> Gate:
-    return Gate.fit(views, views[1000:])
-
-
-class TestGate:
-    def test_is_two_sigmoids_with_edges_at_quantiles_of_the_calibration_atoms(self, gate: Gate, views: Tensor):
-        pattern = (views[:, 1:] - views[:, :1]).numpy()
-        z = (pattern - pattern.mean(0)) / pattern.std(0, ddof=1)
-        precision = np.linalg.inv(z.T @ z / len(z) + 1e-3 * np.eye(N_VIEWS - 1))
-        far = np.log(np.einsum("ni,ij,nj->n", z, precision, z))
-        level = views.mean(1).numpy()
-        edges = [
-            np.quantile(far[1000:], combined._PATTERN_QUANTILE),
-            np.quantile(level[1000:], combined._LEVEL_QUANTILE),
-        ]
-        np.testing.assert_allclose(gate.edges, edges, rtol=1e-10)
-        pattern = 1 / (1 + np.exp(combined._PATTERN_SLOPE * (far - edges[0])))
-        expected = pattern / (1 + np.exp(combined._LEVEL_SLOPE * (level - edges[1])))
-        np.testing.assert_allclose(gate(views), expected, rtol=1e-9)
-
-    def test_is_open_deep_inside(self, gate: Gate):
-        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])[None]
-        deep = typical - typical.mean() + gate.edges[1] - 10
-        assert float(gate(deep)) > 0.999
-
-    def test_closes_as_the_level_rises(self, gate: Gate):
-        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])
-        opened = gate(typical + torch.linspace(-10, 60, 200, dtype=torch.float64)[:, None])
-        assert bool((opened.diff() < 0).all())
-        assert float(opened[-1]) < 1e-15
-        at_edge = typical - typical.mean() + gate.edges[1]
-        assert float(gate(at_edge[None])) == pytest.approx(0.5, abs=0.01)
-
-    @pytest.mark.parametrize("seed", range(5))
-    def test_closes_along_any_change_of_the_pattern(self, gate: Gate, seed: int):
-        typical = torch.cat([torch.zeros(1, dtype=torch.float64), gate.centre])
-        direction = torch.from_numpy(np.random.default_rng(seed).normal(size=N_VIEWS))
-        direction -= direction.mean()  # the level stays where it is
-        opened = gate(typical - 10 + torch.linspace(0, 100, 300, dtype=torch.float64)[:, None] * direction)
-        assert float(opened[0]) > 0.99
-        assert bool((opened.diff() <= 0).all())
-        assert float(opened[-1]) < 1e-8
-
-    def test_views_that_never_vary_do_not_break_it(self):
-        """Lone atoms, whose views are all the same; and two radii beyond the cutoff, whose views are equal."""
-        views = torch.from_numpy(np.random.default_rng(0).normal(size=(50, 1))).expand(-1, N_VIEWS)
-        gate = Gate.fit(views, views)
-        assert bool(torch.isfinite(gate(views)).all())
-        assert float(gate(views).min()) > 0.1
-
-    def test_an_atom_does_not_depend_on_its_batch(self, gate: Gate, views: Tensor):
-        alone = torch.cat([gate(inputs[None]) for inputs in views[:20]])
-        torch.testing.assert_close(gate(views)[:20], alone, rtol=1e-12, atol=0)
+        assert not np.allclose(fitted.variance, combination(rows[0], {}, None))
 
 
 class TestFarAway:
@@ -357,30 +297,23 @@ class TestFarAway:
         ensemble = wild.ensemble or fitting._residual_model(None, World(1.5).rows(0), "")[0]
         ensemble.weights *= 100
         weights = {"knows": 0.9, RESIDUAL: 1.4}
-        return Combination(combination.inputs, combination.gate, ensemble, 0.3, weights, {})
+        return Combination(combination.inputs, ensemble, 0.3, weights, {})
 
     def test_the_anchor_is_all_there_is(self, combination: Combination):
         features = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
-        by_level = replace(features, around=features.around + 50)
-        by_pattern = replace(features, around=features.around + torch.linspace(-500, 500, N_VIEWS, dtype=torch.float64))
-        careful = torch.linspace(0, 2, len(features.base), dtype=torch.float64)[:, None]
-        for far in (by_level, by_pattern):
-            torch.testing.assert_close(combination(far, {}), far.base.exp(), rtol=1e-6, atol=0)
-            # Its other form, where that is larger.
-            both = combination(replace(far, careful=careful), {})
-            torch.testing.assert_close(both, (far.base + careful).exp(), rtol=1e-6, atol=0)
-        assert not torch.allclose(combination(features, {}), features.base.exp())
+        far = replace(features, fade=torch.zeros_like(features.fade))
+        torch.testing.assert_close(combination(far, {}, None), far.base.exp(), rtol=1e-12, atol=0)
+        assert not torch.allclose(combination(features, {}, None), features.base.exp())
 
-    def test_deep_inside_the_other_form_of_the_anchor_does_not_count(self, combination: Combination):
+    def test_corrections_fade_in_proportion(self, combination: Combination):
         features = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
-        deep = replace(features, around=combination.gate.centre.mean() + torch.full_like(features.around, -20.0))
-        deep.around[:, 1:] += combination.gate.centre
-        both = combination(replace(deep, careful=torch.full_like(features.base, 2.0)), {})
-        torch.testing.assert_close(both, combination(deep, {}), rtol=1e-3, atol=0)
+        whole = replace(features, fade=torch.ones_like(features.fade))
+        found, full = (combination(f, {}, None).log() - f.base for f in (features, whole))
+        torch.testing.assert_close(found, features.fade * full, rtol=1e-9, atol=1e-12)
 
     def test_corrections_are_bounded_everywhere(self, combination: Combination):
         features = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
-        correction = combination(features, {}).log() - features.base
+        correction = combination(features, {}, None).log() - features.base
         limit = 0.3 + LARGEST_CORRECTION * (0.9 + 1.4)
         assert float(correction.abs().max()) <= limit
         assert float(correction.abs().max()) > 0.5 * limit
@@ -388,7 +321,7 @@ class TestFarAway:
     def test_a_potential_that_has_broken_is_not_hidden(self, combination: Combination):
         features = World(1.5, others=(("knows", 1.0, 1.0),)).rows(3)[0]
         features.base[4] = torch.nan
-        found = combination(features, {})
+        found = combination(features, {}, None)
         assert bool(found[4].isnan().all())
         assert int(found.isnan().sum()) == 1
 
@@ -401,18 +334,17 @@ class TestSameBits:
         combination = self.with_all(self.world.fit().combination)
         settings = json.loads(json.dumps(combination.settings))
         tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in _state(combination)}
-        calibrators = {"near": AffineCalibrator(1.0, 1.0)}
-        again = Combination.load(settings, tensors, calibrators)
-        assert again.inputs == CombinationInputs("near", ("knows", "more"), (), (1,), calibrators, FLAT)
+        again = Combination.load(settings, tensors, {})
+        assert again.inputs == CombinationInputs("near", ("knows", "more"), (), (1,), {})
         assert again.settings == combination.settings
         assert again.describe() == combination.describe()
         again.inputs = combination.inputs
         features = self.world.rows(1)[0]
-        assert torch.equal(again(features, {}), combination(features, {}))
+        assert torch.equal(again(features, {}, None), combination(features, {}, None))
 
     def test_without_networks_too(self):
         found = self.world.fit().combination
-        combination = Combination(found.inputs, found.gate, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
+        combination = Combination(found.inputs, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
         again = Combination.load(json.loads(json.dumps(combination.settings)), dict(_state(combination)), {})
         assert again.ensemble is None
         assert again.weights == {"knows": 0.5}
@@ -421,7 +353,7 @@ class TestSameBits:
         combination = self.with_all(self.world.fit().combination)
         assert not list(combination.parameters())
         moved = combination.to("meta")
-        assert {name for name, _ in moved.named_buffers()} >= {"gate.edges", "gate.precision", "ensemble.weights"}
+        assert {name for name, _ in moved.named_buffers()} >= {"ensemble.weights"}
         assert all(buffer.is_meta for buffer in moved.buffers())
 
     def test_the_same_data_give_the_same_bits_and_leave_random_states_alone(self):
@@ -450,7 +382,7 @@ class TestSameBits:
         """Everything kept, however little it helps."""
         ensemble = fitting._residual_model(None, self.world.rows(0), "")[0]
         weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
-        return Combination(combination.inputs, combination.gate, ensemble, 0.1, weights, combination.likelihoods)
+        return Combination(combination.inputs, ensemble, 0.1, weights, combination.likelihoods)
 
 
 class TestView:
@@ -468,25 +400,33 @@ class TestView:
 
     def inputs(self, **options: Any) -> CombinationInputs:
         calibrators = {
-            "near": PowerCalibrator(-2.0, (0.4, 0.3), (1e-3, 1e-3)),
+            "near": FarFieldCalibrator(-4.0, (0.1, 0.2), (0.1, 0.2), (3.0, 4.0), (1e-3, 1e-3)),
             "other": PowerCalibrator(-1.0, (0.2, 0.1), (1e-3, 1e-3)),
         }
-        settings = {"distances": (), "elements": (1, 6), "alternative": AffineCalibrator(0.08, 0.05), **options}
-        return CombinationInputs("near", ("other",), calibrators=calibrators, **settings)
+        methods = {name: FittedMethod(NoHead({}, {}), {"forces": c}, {}) for name, c in calibrators.items()}
+        return CombinationInputs(
+            "near", ("other",), methods=methods, **{"distances": (), "elements": (1, 6), **options}
+        )
+
+    def limit(self, n_atoms: int) -> Tensor:
+        return torch.linspace(1, 3, n_atoms, dtype=torch.float64)
 
     @pytest.mark.parametrize(("own", "other"), [(1, 1), (1, 3), (3, 1), (3, 3)])
     def test_components_are_those_of_the_anchor(self, own: int, other: int):
         batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": own, "other": other}, len(batch.numbers))
-        inputs = self.inputs()
-        features = inputs.features(batch, raws)
-        base, others = (inputs.calibrators[name].variance(raws[name].forces).numpy() for name in ("near", "other"))
-        np.testing.assert_allclose(features.base, np.log(base), rtol=1e-12)
+        inputs, limit = self.inputs(), self.limit(len(batch.numbers))
+        features = inputs.features(batch, raws, limit)
+        near = inputs.methods["near"].calibrators["forces"]
+        assert isinstance(near, FarFieldCalibrator)
+        way = near.way(raws["near"].forces).numpy()
+        base = -4.0 + (np.log(limit.numpy())[:, None] + 4.0) * way
+        np.testing.assert_allclose(features.base, base, rtol=1e-12)
+        np.testing.assert_allclose(features.fade, np.clip(1 - way, 0, 1), rtol=1e-12)
+        assert 0.1 < np.mean(way > 0) < 0.9
+        others = inputs.methods["other"].calibrators["forces"].variance(raws["other"].forces).numpy()
         if own == 1:
             others = others.mean(1, keepdims=True)
-        careful = np.log(inputs.alternative.variance(raws["near"].forces).numpy() / base)
-        assert 0.1 < np.mean(careful > 0) < 0.9
-        np.testing.assert_allclose(features.careful, 2 * np.tanh(np.maximum(careful, 0) / 2), rtol=1e-9, atol=1e-12)
         expected = np.broadcast_to(np.log(others), base.shape)
         assert features.others.shape == (len(batch.numbers), own, 1)
         np.testing.assert_allclose(features.others[:, :, 0], expected, rtol=1e-12)
@@ -494,10 +434,9 @@ class TestView:
     def test_inputs_are_all_that_errors_may_depend_on(self):
         batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), labelled_frames(3, seed=1))
         raws = self.raws({"near": 1, "other": 1}, len(batch.numbers))
-        features = self.inputs(distances=("other",)).features(batch, raws)
+        features = self.inputs(distances=("other",)).features(batch, raws, self.limit(len(batch.numbers)))
         sites = around(raws["near"].distance, batch.edges, RADII)
         views = torch.cat([sites.sums / sites.counts, sites.hops[:, 1:]], 1).log()
-        torch.testing.assert_close(features.around, views)
         assert batch.forces is not None
         ones = torch.ones(len(batch.numbers), 1, dtype=torch.float64)
         near, weights = (sum_over_sites(x, batch.edges, [3.5])[:, :, 0] for x in (batch.features, ones))
@@ -515,13 +454,13 @@ class TestView:
         frames = [*labelled_frames(3, seed=1), Atoms("O"), *labelled_frames(1, seed=2, cell=4.2)]
         backend = load_backend(ToyCalculator(ELEMENTS))
         batch = forward_pass_of(backend, frames)
-        raws = self.raws({"near": 3, "other": 1}, len(batch.numbers))
-        together = self.inputs().features(batch, raws)
+        raws, limit = self.raws({"near": 3, "other": 1}, len(batch.numbers)), self.limit(len(batch.numbers))
+        together = self.inputs().features(batch, raws, limit)
         alone = []
         for k, atoms in enumerate(frames):
             own = batch.frame_of_atom == k
             parts = {n: Raw(r.forces[own], r.energy, r.energies, r.stress, r.distance[own]) for n, r in raws.items()}
-            alone.append(self.inputs().features(forward_pass_of(backend, [atoms]), parts))
+            alone.append(self.inputs().features(forward_pass_of(backend, [atoms]), parts, limit[own]))
         joined = CombinationFeatures.joined(alone)
         for name in CombinationFeatures.__dataclass_fields__:
             torch.testing.assert_close(getattr(joined, name), getattr(together, name), rtol=1e-9, atol=1e-12)
@@ -530,7 +469,7 @@ class TestView:
         batch = forward_pass_of(load_backend(ToyCalculator(ELEMENTS)), [Atoms("O")])
         raws = self.raws({"near": 1, "other": 1}, 1)
         zero = {name: replace(raw, forces=0 * raw.forces, distance=0 * raw.distance) for name, raw in raws.items()}
-        features = self.inputs(distances=("other",)).features(batch, zero)
+        features = self.inputs(distances=("other",)).features(batch, zero, self.limit(1))
         for name in CombinationFeatures.__dataclass_fields__:
             assert bool(torch.isfinite(getattr(features, name)).all()), name
 

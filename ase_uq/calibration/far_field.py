@@ -1,0 +1,129 @@
+"""log σ² between two ends: calibration frames, and where the potential knows nothing. Our own derivation.
+
+    log σ² = c + (log σ∞² - c)·t,    t = min(1, τ Σ_k w_k t_k),    t_k = (log u_k - ū_k)/(log u∞_k - ū_k)
+
+The known end is where the calibration frames are: t = 0 at their mean ū_k of each log score, and σ² = e^c. The far end
+is σ∞², what a potential is wrong by where it knows nothing (`uncertainty_model.far_field`), reached at the scores u∞_k
+of training frames that were rattled until the potential knew nothing of them. In between log σ² is linear in the
+logarithms of the scores. Calibration frames say how the scores share the way (w ≥ 0, Σ w = 1), and hardly how far it
+goes: over the small range of their scores errors may grow faster or more slowly than on the whole way, which must end
+at σ∞². So τ ≤ 1 has a narrow prior at 1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
+
+# Choices of the leave-one-set-out table in docs/quality.md.
+_PRIOR_CENTRE, _PRIOR_WIDTH = 1.0, 0.05  # of τ, log-normal
+_SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
+_SMALLEST_SHARE = 1e-3
+
+
+@dataclass(frozen=True)
+class FarFieldCalibrator(Calibrator):
+    """log σ² = c + (log σ∞² - c)·min(1, Σ_k slope_k·(log u_k - near_k)).
+
+    Args:
+        constant: c, in the logarithm of squared ASE units.
+        slopes: τ w_k/(log u∞_k - ū_k) ≥ 0 of each score; 0 for one that is not used.
+        near: ū_k, mean of log u_k over the calibration rows.
+        far: log u∞_k, median over the frames that the potential knows nothing of.
+        floors: Smallest score among the calibration rows; a smaller score counts as this one, since no calibration row
+            shows that errors keep falling below it.
+    """
+
+    constant: float
+    slopes: tuple[float, ...]
+    near: tuple[float, ...]
+    far: tuple[float, ...]
+    floors: tuple[float, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return {
+            "kind": "far_field",
+            "constant": self.constant,
+            "slopes": list(self.slopes),
+            "near": list(self.near),
+            "far": list(self.far),
+            "floors": list(self.floors),
+        }
+
+    @classmethod
+    def load(cls, settings: dict[str, Any]) -> "FarFieldCalibrator":
+        return cls(settings["constant"], *(tuple(settings[key]) for key in ("slopes", "near", "far", "floors")))
+
+    def way(self, scores: Tensor) -> Tensor:
+        """(..., n_scores) → (...): t, at most 1; 0 at the calibration frames, 1 where nothing is known."""
+        slopes, near, floors = scores.new_tensor([self.slopes, self.near, self.floors])
+        return ((torch.maximum(scores, floors).log() - near) @ slopes).clamp(max=1)
+
+    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+        if limit is None:
+            raise ValueError("a far-field calibrator needs σ∞² of each row.")
+        return torch.exp(self.constant + (limit.log() - self.constant) * self.way(scores))
+
+    def describe(self) -> str:
+        shares = [slope * (far - near) for slope, near, far in zip(self.slopes, self.near, self.far, strict=True)]
+        used = ", ".join(
+            f"u[{k}] from {np.exp(near):.3g} to {np.exp(far):.3g} ({share:.2f})"
+            for k, (share, near, far) in enumerate(zip(shares, self.near, self.far, strict=True))
+            if share > _SMALLEST_SHARE
+        )
+        return f"σ from {np.exp(self.constant / 2):.3g} to σ∞ as {used}"
+
+
+def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator | None:
+    """The most likely c, τ and w, given the prior of τ; None if no score grows from the calibration rows to `far`.
+
+    The likelihood is weighted by the number of frames (`groups`), not of rows: rows of one frame are not independent.
+
+    Args:
+        residuals: Calibration rows, with their `limits`.
+        far: (n_scores,) log u∞ of each score.
+    """
+    if residuals.limits is None:
+        raise ValueError("the far field needs σ∞² of every calibration row.")
+    floors = np.maximum(residuals.scores.min(0), SMALLEST_SCORE)
+    logs = np.log(np.maximum(residuals.scores, floors))
+    near = logs.mean(0)
+    (used,) = np.nonzero(far - near > _SHORTEST_SPAN)
+    if not len(used):
+        return None
+    ways = torch.from_numpy((logs[:, used] - near[used]) / (far - near)[used])
+    squares = torch.from_numpy(residuals.squares / residuals.components)
+    limits = torch.from_numpy(residuals.limits).log()
+    n_groups = len(np.unique(residuals.groups))
+    start = float(squares.mean().clamp(min=1e-300).log())
+
+    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
+        parameters = torch.from_numpy(x).requires_grad_()
+        constant, log_slope, shares = start + parameters[0], parameters[1], parameters[2:].softmax(0)
+        way = (log_slope.exp().clamp(max=1) * (ways @ shares)).clamp(max=1)
+        log_variance = constant + (limits - constant) * way
+        likelihood = 0.5 * (log_variance + squares * torch.exp(-log_variance)).mean()
+        prior = (
+            0.5 * ((log_slope - np.log(_PRIOR_CENTRE)) / _PRIOR_WIDTH) ** 2 - (shares + _SMALLEST_SHARE).log().mean()
+        )
+        total = likelihood * n_groups + prior
+        total.backward()
+        assert parameters.grad is not None
+        return float(total.detach()), parameters.grad.numpy()
+
+    starts = [np.zeros(2 + len(used))]
+    starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
+    found = min(
+        (minimize(loss, x, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-8}) for x in starts),
+        key=lambda result: result.fun,
+    )
+    shares = np.exp(found.x[2:] - found.x[2:].max())
+    slopes = np.zeros(len(near))
+    slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / (far - near)[used]
+    return FarFieldCalibrator(start + float(found.x[0]), *(tuple(v.tolist()) for v in (slopes, near, far, floors)))

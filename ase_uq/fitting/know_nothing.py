@@ -1,0 +1,209 @@
+"""Frames that a potential knows nothing of, made from training frames: where calibrated uncertainties must end.
+
+Training frames are rattled, every atom by a share of its distance to its nearest neighbour. Real forces grow with the
+displacement, so where the median predicted force stops growing, the potential has left what it knows. No labels are
+needed.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ase import Atoms
+from ase.data import covalent_radii
+from ase.neighborlist import neighbor_list
+from tqdm import tqdm
+
+from ase_uq.backends.base import Backend
+from ase_uq.calibration.base import SMALLEST_SCORE
+from ase_uq.communicator import Communicator, gather
+from ase_uq.errors import InputError
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.labels import keep_structure
+from ase_uq.io.source import Source
+from ase_uq.methods.base import Head
+from ase_uq.stream.passes import LeftOut, Pass, passes
+from ase_uq.uncertainty_model.far_field import FarField
+
+# Gaussian displacement of a component, as a share of the distance to the nearest neighbour.
+FRACTIONS = (0.04, 0.06, 0.08, 0.10, 0.12, 0.15)
+_SMALLEST_FRACTION = 0.06
+# Numbers of frames, smallest numbers of them, and numbers of atoms: a share of the fit that even few frames can pay.
+_SEARCH = (12, 3, 192)
+_FRAMES = (12, 4, 384)
+_FRAMES_OF_MANY = (60, 60, 0)  # with many elements few frames would leave out most of them
+_MANY_ELEMENTS = 6
+_FEWEST_ATOMS = 16  # a smaller periodic cell is repeated: its atoms would move with their own images
+_SMALLEST_FORCE = 1e-3  # eV/Å; training frames that are all in equilibrium have next to no forces
+_SEED = 0
+
+
+class ShortestDistances:
+    """Collects the shortest distance of every pair of elements from the neighbour lists of evaluated frames."""
+
+    def __init__(self) -> None:
+        self._table = torch.full((119 * 119,), torch.inf, dtype=torch.float64)
+
+    def add(self, forward_pass: ForwardPass) -> None:
+        """Takes the distances of a batch."""
+        edges, numbers = forward_pass.edges, forward_pass.numbers.long()
+        pair = numbers[edges.target] * 119 + numbers[edges.source]
+        self._table.scatter_reduce_(0, pair.cpu(), edges.distance.double().cpu(), "amin")
+
+    def finish(self, elements: Sequence[int], communicator: Communicator) -> torch.Tensor:
+        """(n_elements, n_elements) shortest distances over all ranks, Å; `nan` for elements that never meet."""
+        known = torch.tensor(elements)
+        table = self._table.reshape(119, 119)[known[:, None], known[None, :]]
+        ranks = gather(table.reshape(1, -1), communicator)
+        assert ranks is not None
+        table = ranks.amin(0).reshape(len(elements), len(elements))
+        return torch.where(table.isinf(), torch.nan, torch.minimum(table, table.T))
+
+
+@dataclass(frozen=True)
+class KnowNothing:
+    """The far field of a potential, and the scores that its frames have.
+
+    Args:
+        far_field: The know-nothing end of force uncertainties.
+        scores: By method: (n_scores,) median of the logarithm of each force score over the frames.
+    """
+
+    far_field: FarField
+    scores: dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class _Parent:
+    """A training frame with displacements that rattle each atom by its whole distance to its nearest neighbour, Å."""
+
+    atoms: Atoms
+    displacements: np.ndarray
+
+    def rattled(self, fraction: float) -> Atoms:
+        atoms = self.atoms.copy()
+        atoms.positions += fraction * self.displacements
+        return atoms
+
+
+def know_nothing(
+    backend: Backend,
+    heads: Mapping[str, Head],
+    train: Sequence[Atoms],
+    shortest: torch.Tensor,
+    *,
+    batch_atoms: int,
+    title: str = "",
+) -> KnowNothing | None:
+    """Rattles training frames until the potential knows nothing of them; None if no frame has neighbours.
+
+    Args:
+        backend: The potential.
+        heads: Fitted heads by name; those whose scores grow are read.
+        train: Training frames.
+        shortest: Shortest distances of the pairs of the training frames' elements, as of `ShortestDistances`.
+        batch_atoms: Largest number of atoms evaluated together.
+        title: Title of the progress bar; empty for none.
+
+    Raises:
+        InputError: The potential can evaluate none of the frames.
+    """
+    elements = tuple(sorted({int(z) for atoms in train for z in atoms.numbers}))
+    parents = _parents(train, backend.cutoff, _FRAMES if len(elements) < _MANY_ELEMENTS else _FRAMES_OF_MANY)
+    if not parents:
+        return None
+
+    def forces_of(frames: Sequence[Atoms]) -> np.ndarray:
+        return torch.cat(_evaluated(backend, frames, _forces, batch_atoms)).numpy()
+
+    searched = parents[: _number(parents, _SEARCH)]
+    medians: list[float] = []
+    for fraction in tqdm(FRACTIONS, desc=title, unit="step", disable=not title, leave=False):
+        forces = forces_of([parent.rattled(fraction) for parent in searched])
+        medians.append(float(np.median(np.linalg.norm(forces, axis=1))))
+        if len(medians) > 1 and medians[-1] < medians[-2]:
+            break
+    chosen = max(FRACTIONS[int(np.argmax(medians))], _SMALLEST_FRACTION)
+    force = float(np.sqrt(np.mean(forces_of([parent.atoms for parent in parents]) ** 2)))
+    growing = {name: head for name, head in heads.items() if head.grows}
+
+    def scores(forward_pass: ForwardPass) -> dict[str, torch.Tensor]:
+        with torch.no_grad():
+            return {name: head(forward_pass).forces.cpu() for name, head in growing.items()}
+
+    frames = [parent.rattled(chosen) for parent in parents]
+    gradients = any(head.gradients for head in growing.values())
+    batches = _evaluated(backend, frames, scores, batch_atoms, gradients=gradients)
+    medians_of = {
+        name: torch.cat([batch[name] for batch in batches]).clamp(min=SMALLEST_SCORE).log().flatten(0, 1).median(0)
+        for name in growing
+    }
+    return KnowNothing(
+        FarField(elements, shortest, max(force, _SMALLEST_FORCE), FRACTIONS[: len(medians)], tuple(medians), chosen),
+        {name: median.values.numpy() for name, median in medians_of.items()},
+    )
+
+
+def _forces(forward_pass: ForwardPass) -> torch.Tensor:
+    assert forward_pass.forces is not None
+    return forward_pass.forces.double().cpu()
+
+
+def _evaluated[T](
+    backend: Backend,
+    frames: Sequence[Atoms],
+    use: Callable[[ForwardPass], T],
+    batch_atoms: int,
+    *,
+    gradients: bool = False,
+) -> list[T]:
+    """What `use` takes of the frames that the potential can evaluate: a rattled frame may be too far out for it."""
+    events = list(passes(backend, Source(frames), use, batch_atoms=batch_atoms, gradients=gradients))
+    batches = [event.value for event in events if isinstance(event, Pass)]
+    if not batches:
+        reasons = "; ".join(event.reason for event in events[:1] if isinstance(event, LeftOut))
+        raise InputError(
+            f"none of {len(frames)} rattled training frames can be evaluated, so uncertainties have no far end: "
+            f"{reasons}"
+        )
+    return batches
+
+
+def _parents(train: Sequence[Atoms], cutoff: float, wanted: tuple[int, int, int]) -> list[_Parent]:
+    """Training frames in a random order, with the displacements that rattle them."""
+    rng = np.random.default_rng(_SEED)
+    parents: list[_Parent] = []
+    for index in rng.permutation(len(train)):
+        atoms = _without_labels(train[index])
+        owner, distance = neighbor_list("id", atoms, cutoff)
+        if not len(owner):
+            continue
+        nearest = 2 * covalent_radii[atoms.numbers]
+        # Of several neighbours the last to be written counts, hence the nearest.
+        order = np.argsort(-distance, kind="stable")
+        nearest[owner[order]] = distance[order]
+        parents.append(_Parent(atoms, rng.normal(size=(len(atoms), 3)) * nearest[:, None]))
+        if _number(parents, wanted) < len(parents) or len(parents) == wanted[0]:
+            break
+    return parents[: _number(parents, wanted)]
+
+
+def _number(parents: Sequence[_Parent], wanted: tuple[int, int, int]) -> int:
+    """How many of the parents are taken: at most and at least so many frames, and in between so many atoms."""
+    most, fewest, n_atoms = wanted
+    within = int(np.searchsorted(np.cumsum([len(parent.atoms) for parent in parents]), n_atoms, side="right"))
+    return min(most, max(fewest, within))
+
+
+def _without_labels(atoms: Atoms) -> Atoms:
+    """A structure alone, a small periodic cell repeated to a few atoms along each direction."""
+    atoms = atoms.copy()
+    atoms.calc = None
+    atoms.set_constraint()
+    keep_structure(atoms)
+    repeats = np.ones(3, int)
+    lengths = np.where(atoms.pbc, atoms.cell.lengths(), np.inf)
+    while np.isfinite(lengths).any() and len(atoms) * repeats.prod() < _FEWEST_ATOMS:
+        repeats[np.argmin(lengths * repeats)] += 1
+    return atoms.repeat(repeats.tolist())

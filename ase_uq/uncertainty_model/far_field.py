@@ -1,0 +1,113 @@
+"""What a potential may be wrong by where it knows nothing: the far end of calibrated uncertainties.
+
+Far from all labelled frames no calibration says how large errors are. Three things that are known without labels do:
+
+    σ∞² = F_train² + F_local² + F_close²
+
+    F_train   root mean square component of the forces of training frames, as predicted: a potential that knows
+              nothing of a structure is wrong by as much as forces usually are
+    F_local   the same of the predicted forces on the atom and around it: where these are far larger than in training,
+              so may the errors be; around it, since a wrong force on an atom comes with wrong forces on its neighbours
+    F_close   pairs that are closer than any in the training frames repel each other as nuclei do (ZBL), whether the
+              potential has learned it or not: the excess over the repulsion at the shortest distance of training
+
+All are local and change smoothly as neighbours come and go, so an atom has the same σ∞ beside a distant slab.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from ase.data import covalent_radii
+from torch import Tensor
+
+from ase_uq.forward_pass import Edges, ForwardPass
+from ase_uq.numerics.repulsion import zbl_force
+from ase_uq.numerics.sites import mean_around
+
+# Of the sum of covalent radii: the shortest distance of two elements that never meet in the training frames.
+_UNSEEN = 0.8
+
+
+@dataclass(frozen=True)
+class FarField:
+    """The know-nothing end of force uncertainties.
+
+    Args:
+        elements: Atomic numbers of the training frames, ascending.
+        shortest: (n_elements, n_elements) shortest distance of two elements in the training frames, Å; `nan` if the
+            two never are neighbours there.
+        force: F_train, eV/Å.
+        fractions: Displacements that training frames were rattled by, as shares of each atom's distance to its nearest
+            neighbour, ascending.
+        median_forces: Median predicted force of the frames rattled by each of these, eV/Å.
+        fraction: The one that was chosen: where the median force stops growing, the potential has left what it knows.
+    """
+
+    elements: tuple[int, ...]
+    shortest: Tensor
+    force: float
+    fractions: tuple[float, ...]
+    median_forces: tuple[float, ...]
+    fraction: float
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """JSON values from which, with the shortest distances, `load` restores it."""
+        return {
+            "elements": list(self.elements),
+            "force": self.force,
+            "fractions": list(self.fractions),
+            "median_forces": list(self.median_forces),
+            "fraction": self.fraction,
+        }
+
+    @classmethod
+    def load(cls, settings: dict[str, Any], shortest: Tensor) -> "FarField":
+        """The far field with these settings."""
+        elements, fractions, medians = (tuple(settings[key]) for key in ("elements", "fractions", "median_forces"))
+        return cls(elements, shortest, settings["force"], fractions, medians, settings["fraction"])
+
+    def to(self, device: torch.device) -> "FarField":
+        """A copy on a device."""
+        return replace(self, shortest=self.shortest.to(device))
+
+    @cached_property
+    def _table(self) -> Tensor:
+        """(119, 119) shortest distance of any two elements, Å."""
+        radii = torch.from_numpy(np.where(covalent_radii > 0, covalent_radii, 0.2))
+        table = _UNSEEN * (radii[:, None] + radii[None, :])
+        known = torch.tensor(self.elements)
+        seen = self.shortest.cpu()
+        table[known[:, None], known[None, :]] = torch.where(seen.isnan(), table[known[:, None], known[None, :]], seen)
+        return table.to(self.shortest.device)
+
+    def variance(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_atoms,) σ∞² of a force component, (eV/Å)²; the batch must have forces."""
+        assert forward_pass.forces is not None
+        edges = forward_pass.edges
+        squares = forward_pass.forces.double().square().mean(1, keepdim=True)
+        local = mean_around(squares, edges, edges.cutoff)[:, 0]
+        return self.force**2 + local + self._repulsion(edges, forward_pass.numbers)
+
+    def contact(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_atoms,) smallest distance of a neighbour, as a share of the shortest distance of training; `inf` alone."""
+        edges, numbers = forward_pass.edges, forward_pass.numbers
+        shares = edges.distance.double() / self._shortest(edges, numbers)
+        closest = torch.full((len(numbers),), torch.inf, dtype=shares.dtype, device=shares.device)
+        return closest.scatter_reduce(0, edges.target, shares, "amin")
+
+    def _shortest(self, edges: Edges, numbers: Tensor) -> Tensor:
+        return self._table[numbers[edges.target], numbers[edges.source]]
+
+    def _repulsion(self, edges: Edges, numbers: Tensor) -> Tensor:
+        """(n_atoms,) mean square component of the repulsion of too close neighbours, beyond that of training."""
+        shortest = self._shortest(edges, numbers)
+        pair = numbers[edges.target], numbers[edges.source]
+        # A pair at exactly one place has no finite repulsion; a hundredth of a bond is far beyond any threshold.
+        distance = torch.minimum(edges.distance.double(), shortest).maximum(0.01 * shortest)
+        excess = zbl_force(distance, *pair) - zbl_force(shortest, *pair)
+        total = torch.zeros(len(numbers), dtype=excess.dtype, device=excess.device)
+        return total.index_add(0, edges.target, excess.square()) / 3

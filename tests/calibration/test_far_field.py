@@ -1,0 +1,147 @@
+"""log σ² between the calibration frames and where nothing is known: both ends, another optimiser, known truths."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+
+from ase_uq.calibration import FarFieldCalibrator, Residuals, far_field_choice, fit_far_field, load_calibrator
+
+FAR = np.log([1e4, 3e3])
+
+
+def simulated(
+    seed: int = 0, *, slope: float = 1.0, shares: tuple[float, ...] = (0.8, 0.2), n_frames: int = 300, n_atoms: int = 10
+) -> Residuals:
+    """Rows that obey the law with σ = 0.05 eV/Å at the calibration frames."""
+    random = np.random.default_rng(seed)
+    count = n_frames * n_atoms
+    scores = random.lognormal(sigma=1.5, size=(count, 2))
+    limits = random.lognormal(1.0, 0.5, count)
+    way = ((np.log(scores) - np.log(scores).mean(0)) / (FAR - np.log(scores).mean(0))) @ np.array(shares) * slope
+    constant = np.log(0.05**2)
+    variance = np.exp(constant + (np.log(limits) - constant) * np.minimum(way, 1))
+    residuals = random.normal(size=(count, 3)) * np.sqrt(variance)[:, None]
+    return Residuals(scores, (residuals**2).sum(1), 3, np.repeat(np.arange(n_frames), n_atoms), limits)
+
+
+def fitted(residuals: Residuals) -> FarFieldCalibrator:
+    found = fit_far_field(residuals, FAR)
+    assert found is not None
+    return found
+
+
+def shares_of(found: FarFieldCalibrator) -> np.ndarray:
+    """τ w_k: how much of the way each score makes."""
+    return np.array(found.slopes) * (np.array(found.far) - found.near)
+
+
+class TestEnds:
+    def test_where_the_calibration_frames_are_it_is_the_constant(self):
+        found = fitted(simulated())
+        scores = torch.tensor([found.near], dtype=torch.float64).exp()
+        limit = torch.tensor([7.0], dtype=torch.float64)
+        assert found.way(scores).item() == pytest.approx(0, abs=1e-12)
+        assert found.variance(scores, limit).item() == pytest.approx(np.exp(found.constant))
+
+    @given(factor=st.floats(1, 1e12), limit=st.floats(1e-3, 1e6))
+    def test_beyond_the_far_scores_it_is_the_limit_and_no_more(self, factor: float, limit: float):
+        found = FarFieldCalibrator(
+            -6.0, tuple((1 / (FAR - 0.5) * [0.7, 0.3]).tolist()), (0.5, 0.5), tuple(FAR), (1e-3, 1e-3)
+        )
+        scores = torch.tensor(np.exp(FAR) * factor)[None]
+        assert found.way(scores).item() == pytest.approx(1)
+        assert found.variance(scores, torch.tensor([limit], dtype=torch.float64)).item() == pytest.approx(limit)
+
+    def test_a_score_below_all_of_the_calibration_rows_counts_as_the_smallest_of_them(self):
+        found = fitted(simulated())
+        limit = torch.ones(2, dtype=torch.float64)
+        scores = torch.tensor([found.floors, (1e-9, 1e-9)], dtype=torch.float64)
+        smallest, below = found.variance(scores, limit).tolist()
+        assert below == smallest
+
+
+class TestFit:
+    def test_finds_the_law_that_made_the_residuals(self):
+        found = fitted(simulated())
+        assert shares_of(found) == pytest.approx([0.8, 0.2], abs=0.12)
+        assert np.exp(found.constant / 2) == pytest.approx(0.05, rel=0.03)
+
+    @pytest.mark.parametrize("seed", range(3))
+    def test_is_the_optimum_that_another_method_finds(self, seed: int):
+        rows = simulated(seed, n_frames=40)
+        found = fitted(rows)
+        assert rows.limits is not None
+        logs, squares = np.log(np.maximum(rows.scores, found.floors)), rows.squares / 3
+
+        def loss(constant: float, slope: float, share: float) -> float:
+            way = np.minimum(slope * ((logs - found.near) / (FAR - found.near)) @ [share, 1 - share], 1)
+            log_variance = constant + (np.log(rows.limits) - constant) * way
+            likelihood = 40 * 0.5 * np.mean(log_variance + squares * np.exp(-log_variance))
+            prior = 0.5 * (np.log(slope) / 0.05) ** 2 - np.mean(np.log(np.array([share, 1 - share]) + 1e-3))
+            return likelihood + prior
+
+        other = minimize(
+            lambda x: loss(x[0], min(np.exp(x[1]), 1), 1 / (1 + np.exp(-x[2]))),
+            [np.log(squares.mean()), -0.01, 0.0],
+            method="Nelder-Mead",
+            options={"xatol": 1e-9, "fatol": 1e-12, "maxiter": 5000, "maxfev": 5000},
+        )
+        slope = shares_of(found).sum()
+        assert loss(found.constant, slope, shares_of(found)[0] / slope) <= other.fun + 1e-6
+
+    def test_a_gentle_slope_near_the_data_hardly_changes_how_far_the_way_goes(self):
+        few = simulated(slope=0.5, n_frames=12)
+        assert 0.85 < shares_of(fitted(few)).sum() <= 1
+
+    def test_the_way_is_never_longer_than_whole(self):
+        assert shares_of(fitted(simulated(slope=2.0))).sum() <= 1 + 1e-9
+
+    def test_a_score_that_does_not_grow_on_the_way_takes_no_part(self):
+        rows = simulated()
+        found = fit_far_field(rows, np.array([FAR[0], np.log(rows.scores[:, 1]).mean() + 0.5]))
+        assert found is not None
+        assert found.slopes[1] == 0
+
+    def test_without_any_that_grows_there_is_no_far_field(self):
+        rows = simulated()
+        assert fit_far_field(rows, np.log(rows.scores).mean(0)) is None
+        assert far_field_choice(rows, np.log(rows.scores).mean(0)) is None
+
+    def test_scores_of_zero_are_no_infinity(self):
+        rows = simulated()
+        rows.scores[:5] = 0
+        found = fitted(rows)
+        assert np.isfinite([found.constant, *found.slopes, *found.near]).all()
+
+    def test_rows_without_limits_are_refused(self):
+        rows = simulated()
+        with pytest.raises(ValueError, match="σ∞² of every calibration row"):
+            fit_far_field(Residuals(rows.scores, rows.squares, 3, rows.groups), FAR)
+
+    def test_scores_without_limits_are_refused(self):
+        with pytest.raises(ValueError, match="σ∞² of each row"):
+            fitted(simulated()).variance(torch.ones(1, 2, dtype=torch.float64))
+
+
+class TestChoice:
+    def test_says_what_the_law_is_worth(self):
+        choice = far_field_choice(simulated(), FAR)
+        assert choice is not None
+        assert choice.nll["far field"] < choice.constant_nll - 0.05
+        assert (choice.n_rows, choice.n_groups) == (3000, 300)
+
+
+def test_settings_make_it_again():
+    found = fitted(simulated())
+    assert load_calibrator(json.loads(json.dumps(found.settings))) == found
+
+
+def test_description_names_both_ends():
+    text = fitted(simulated()).describe()
+    assert text.startswith("σ from 0.0")
+    assert "to σ∞" in text

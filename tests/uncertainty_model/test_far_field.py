@@ -1,0 +1,110 @@
+"""σ∞²: its three parts by hand, smooth and local, and pairs closer than the training frames had them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import bulk, molecule
+from ase.data import covalent_radii
+
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.forward_pass import Edges, ForwardPass
+from ase_uq.numerics.repulsion import zbl_force
+from ase_uq.testing.methods import forward_pass_of
+from ase_uq.uncertainty_model.far_field import FarField
+
+NAN = float("nan")
+# Elements H, C and O; C and O have never met.
+SHORTEST = torch.tensor([[1.5, 1.0, 0.9], [1.0, 1.3, NAN], [0.9, NAN, NAN]], dtype=torch.float64)
+FAR_FIELD = FarField((1, 6, 8), SHORTEST, 0.5, (0.06, 0.08), (3.0, 2.0), 0.06)
+
+
+def evaluated(*frames: Atoms) -> ForwardPass:
+    return forward_pass_of(load_backend(ToyCalculator()), list(frames))
+
+
+def pair(symbols: str, distance: float) -> Atoms:
+    return Atoms(symbols, [(0, 0, 0), (0, 0, distance)])
+
+
+def force_of_zbl(distance: float, z1: int, z2: int) -> float:
+    return float(zbl_force(torch.tensor([distance], dtype=torch.float64), torch.tensor([z1]), torch.tensor([z2])))
+
+
+class TestVariance:
+    def test_of_a_lone_atom_is_that_of_training_and_its_own_force(self):
+        forward_pass = evaluated(Atoms("H"))
+        assert forward_pass.forces is not None
+        expected = 0.25 + forward_pass.forces.double().square().mean()
+        torch.testing.assert_close(FAR_FIELD.variance(forward_pass), expected[None])
+
+    def test_counts_the_forces_around_with_weights_that_fall_to_zero_at_the_cutoff(self):
+        forward_pass = evaluated(molecule("CH3CH2OH"))
+        assert forward_pass.forces is not None
+        squares = forward_pass.forces.double().square().mean(1).numpy()
+        positions = forward_pass.positions.numpy()
+        distance = np.linalg.norm(positions[:, None] - positions[None], axis=2)
+        cutoff = forward_pass.edges.cutoff
+        weight = np.where(distance < cutoff, 0.5 * (1 + np.cos(np.pi * distance / cutoff)), 0)
+        far = FarField((1, 6, 8), torch.full((3, 3), 0.1, dtype=torch.float64), 0.5, (), (), 0.06)
+        np.testing.assert_allclose(far.variance(forward_pass), 0.25 + weight @ squares / weight.sum(1), rtol=1e-6)
+
+    @pytest.mark.parametrize(("symbols", "z1", "z2", "shortest"), [("CH", 6, 1, 1.0), ("OH", 8, 1, 0.9)])
+    def test_grows_by_the_repulsion_that_training_lacked(self, symbols: str, z1: int, z2: int, shortest: float):
+        near, touching = (evaluated(pair(symbols, distance)) for distance in (0.6, shortest))
+        excess = force_of_zbl(0.6, z1, z2) - force_of_zbl(shortest, z1, z2)
+        for forward_pass, expected in ((near, excess**2 / 3), (touching, 0.0)):
+            assert forward_pass.forces is not None
+            # Both atoms have the same force, so the mean around either is this.
+            rest = 0.25 + forward_pass.forces.double().square().mean(1)
+            torch.testing.assert_close(FAR_FIELD.variance(forward_pass) - rest, torch.full((2,), expected).double())
+
+    @pytest.mark.parametrize(("symbols", "z1", "z2"), [("CO", 6, 8), ("SiH", 14, 1)])
+    def test_elements_that_never_met_repel_from_four_fifths_of_a_bond(self, symbols: str, z1: int, z2: int):
+        bond = 0.8 * (covalent_radii[z1] + covalent_radii[z2])
+        contact = FAR_FIELD.contact(evaluated(pair(symbols, 0.9 * bond)))
+        np.testing.assert_allclose(contact, 0.9, rtol=1e-5)
+
+    def test_two_atoms_at_one_place_have_a_finite_one(self):
+        forward_pass = evaluated(pair("CH", 1.0))
+        edges = forward_pass.edges
+        at_one_place = Edges(edges.source, edges.target, 0 * edges.vector, edges.cutoff)
+        assert bool(torch.isfinite(FAR_FIELD._repulsion(at_one_place, forward_pass.numbers)).all())
+
+    def test_an_atom_has_the_same_in_any_supercell_and_beside_anything_distant(self):
+        cell = bulk("Si", cubic=True)
+        cell.rattle(0.1, seed=1)
+        far = FarField((14,), torch.tensor([[2.2]], dtype=torch.float64), 0.5, (), (), 0.06)
+        one, eight = (far.variance(evaluated(atoms)) for atoms in (cell, cell.repeat(2)))
+        torch.testing.assert_close(eight, one.repeat(8), rtol=1e-4, atol=1e-6)
+        water = molecule("H2O")
+        distant = water + Atoms("Si2", [(40, 0, 0), (41.5, 0, 0)])
+        torch.testing.assert_close(
+            FAR_FIELD.variance(evaluated(distant))[:3], FAR_FIELD.variance(evaluated(water)), rtol=1e-4, atol=1e-6
+        )
+
+    def test_of_a_batch_is_that_of_each_structure(self):
+        frames = [molecule("H2O"), Atoms("O"), molecule("CH4")]
+        together = FAR_FIELD.variance(evaluated(*frames))
+        alone = torch.cat([FAR_FIELD.variance(evaluated(atoms)) for atoms in frames])
+        torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-8)
+
+
+class TestContact:
+    def test_is_the_smallest_share_of_the_shortest_distance_of_training(self):
+        atoms = Atoms("CHH", [(0, 0, 0), (0, 0, 0.8), (0, 1.6, 0)])
+        found = FAR_FIELD.contact(evaluated(atoms))
+        between = np.hypot(0.8, 1.6) / 1.5
+        np.testing.assert_allclose(found, [0.8, 0.8, min(1.6, between)], rtol=1e-6)
+
+    def test_of_a_lone_atom_is_infinite(self):
+        assert FAR_FIELD.contact(evaluated(Atoms("H"))).tolist() == [float("inf")]
+
+
+def test_settings_make_it_again():
+    again = FarField.load(json.loads(json.dumps(FAR_FIELD.settings)), SHORTEST)
+    assert again.settings == FAR_FIELD.settings
+    assert again.elements == (1, 6, 8)
