@@ -1,291 +1,293 @@
-"""How good every method is on a data set, in and out of distribution, beside a committee: one table.
+"""How good uncertainties are on systems that nobody tuned them to: one table of cells, a set and a split each.
 
-    python benchmarks/quality.py ../shared/data/acac POTENTIAL.model [--committee 'MEMBERS_*.model']
-                                 [--out benchmarks/results/quality_acac] [--block 5] [--tolerance 0.3]
+    python benchmarks/quality.py [SET ...] [--data ../shared/data] [--models ../shared/models ...] [--frames 100]
+                                 [--methods bll pdrum kernel] [--predictions FOLDER] [--out benchmarks/results/quality]
 
-The folder holds train*.xyz, calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the first,
-calibrated on the second, and only looked at on the others. POTENTIAL is a MACE .model file, or a SPEC.
+Every set has training, calibration, test and out-of-distribution frames with reference forces, and a potential that was
+trained on the first. An uncertainty model is fitted on the training frames, calibrated on the calibration frames, and
+judged on all others; where there are equals of the potential, a committee of them is calibrated and judged beside it.
+Sets whose potential is in no folder of --models are named and left out: benchmarks/train_committee.py trains it.
 
-The committee is judged on the errors of POTENTIAL, which should be one of its members: the standard deviation over
-the members is calibrated like everything else. What its mean would gain in accuracy stands in a line of its own.
-Splits with elements that POTENTIAL does not know are named and skipped. Writes OUT.md, OUT.csv and OUT.png.
+Other estimators enter the same table: a method of a plugin by its name in --methods, and anything else by its numbers:
+--predictions FOLDER has SET/SPLIT.xyz with the arrays `forces`, `forces_uncertainty` (n_atoms, 3) and `REF_forces`.
+docs/benchmark.md says how.
+
+The cell of an estimator has the negative log-likelihood of force components above that of the best constant told the
+truth (the root mean square error of that split, which nobody knows beforehand), mean z², Spearman's correlation with
+the force error, of atoms and of the largest of each frame, AUROC of frames with an error above 0.3 eV/Å, and CRPS.
+Writes OUT.md, OUT.csv.
 """
 
 import argparse
 import csv
 import sys
-import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import astuple, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
-import torch
 from ase import Atoms
-from matplotlib import pyplot as plt
-from matplotlib.ticker import NullFormatter, ScalarFormatter
+from ase.io import read
+from quality_of_set import Committee, splits_of
+from scipy.stats import spearmanr
 
-from ase_uq import Predictor, UncertaintyModel, UQWarning, fit, load_backend, read_frames
+from ase_uq import Predictor, UQWarning, fit, load_backend, metrics
 from ase_uq.backends.base import Backend
-from ase_uq.calibration import Calibrator, Residuals, fit_calibrator
-from ase_uq.communicator import Serial
-from ase_uq.diagnostics.evaluate import Assessment, assess, evaluate
+from ase_uq.diagnostics.evaluate import evaluate
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
-from ase_uq.diagnostics.table import MetricValue
-from ase_uq.errors import InputError
-from ase_uq.io.labels import labels_of
-from ase_uq.stream.labelled import LabelledStream
 
-DEFAULT = ("bll", "pdrum", "kernel")
-OTHERS = ("mahalanobis", "knn", "gmm", "pops")
-COMMITTEE = "committee"
+TOLERANCE = 0.3  # eV/Å
+# (lowest, highest) mean z² of a calibrated cell, and the largest NLL above that of the truthful constant
+CALIBRATED, NEAR = (0.5, 2.0), 0.3
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A set of frames with a potential.
+
+    Args:
+        folder: Of its frames, in --data; `embedded` are the package's own.
+        potential: A file in --models, or a SPEC.
+        committee: Pattern of the files of its equals, itself included; empty for none.
+    """
+
+    folder: str
+    potential: str
+    committee: str = ""
+
+
+SETS = {
+    "acac": DataSet("acac", "mace_acac.model"),
+    "acac, 64 epochs": DataSet("acac", "mace_acac_committee_2.model", "mace_acac_committee_*.model"),
+    "si": DataSet("si_mlearn", "mace_si.model"),
+    "ge": DataSet("ge_mlearn", "mace_ge.model", "mace_ge*.model"),
+    "rmd17": DataSet("rmd17_crossmol", "rmd17_crossmol_1.model"),
+    "MoNbTaW": DataSet("MoNbTaW", "MoNbTaW_1.model"),
+    "mp_pbe": DataSet("mp_pbe", "sevennet:7net-0"),
+    "malonaldehyde, MACE": DataSet("embedded", "embedded:mace"),
+    "malonaldehyde, orb conservative": DataSet("embedded", "embedded:orb-conservative"),
+    "malonaldehyde, orb direct": DataSet("embedded", "embedded:orb-direct"),
+}
+EMBEDDED = {
+    "train": "train_300K",
+    "calib": "calibration_300K",
+    "test_300K": "test_300K",
+    "ood_900K": "test_900K",
+    "ood_perturbed": "perturbed",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What one estimator is worth on one split."""
+
+    set: str
+    split: str
+    estimator: str
+    n_frames: int
+    rmse: float
+    above_constant: float
+    z2: float
+    spearman: float
+    spearman_frames: float
+    auroc: float
+    crps: float
+
+    @property
+    def out_of_distribution(self) -> bool:
+        return self.split.startswith("ood")
+
+    @property
+    def calibrated(self) -> bool:
+        return CALIBRATED[0] <= self.z2 <= CALIBRATED[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("potential")
-    parser.add_argument("--committee", default="", help="pattern of the members' files, in quotes")
-    parser.add_argument("--others", nargs="*", default=list(OTHERS), help="methods beside the default ones")
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--block", type=int, default=5, help="frames that are resampled together")
-    parser.add_argument("--tolerance", type=float, default=0.3, help="eV/Å; a larger force error is bad")
+    parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)}; all by default")
+    parser.add_argument("--data", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--models", type=Path, nargs="+", default=[Path("../shared/models")])
+    parser.add_argument("--frames", type=int, default=100, help="most frames of a split, evenly spread over it")
+    parser.add_argument("--methods", nargs="+", default=["bll", "pdrum", "kernel"])
+    parser.add_argument("--predictions", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
     parser.add_argument("--device", default="")
     arguments = parser.parse_args()
-    out = arguments.out or Path("benchmarks/results") / f"quality_{arguments.data.name}"
-    torch.manual_seed(0)
-    spec = f"mace:{arguments.potential}" if arguments.potential.endswith(".model") else arguments.potential
-    backend = load_backend(spec, device=arguments.device)
-    splits = splits_of(arguments.data)
-    models, seconds = fit_all(backend, splits["train"], splits["calib"], arguments.others)
-    committee = Committee(arguments.committee, backend, splits["calib"]) if arguments.committee else None
-    tests, skipped = {}, []
-    for name, frames in splits.items():
-        if name in ("train", "calib"):
-            continue
+    if unknown := [name for name in arguments.sets if name not in SETS]:
+        parser.error(f"there is no set {unknown[0]!r}. There are: {', '.join(SETS)}.")
+    cells: list[Cell] = []
+    left_out: list[str] = []
+    for name in arguments.sets or SETS:
         try:
-            tests[name] = assessment(backend, models, committee, frames, arguments.block, arguments.tolerance)
-        except InputError as error:
-            skipped.append(f"{name} was skipped: {error}")
-    text = markdown(arguments.data.name, tests, models, committee, seconds, skipped, arguments)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".md").write_text(text)
-    write_csv(out.with_suffix(".csv"), tests)
-    draw(tests).savefig(out.with_suffix(".png"), dpi=150)
-    print(text)
+            of_set = list(cells_of(name, SETS[name], arguments))
+        except FileNotFoundError as error:
+            left_out.append(f"{name}: {error}")
+            print(left_out[-1], file=sys.stderr)
+            continue
+        cells += of_set
+        for cell in of_set:
+            print(cell, flush=True)
+        write(arguments.out, cells, left_out, arguments)  # what an interrupted run has found stays
+    print(arguments.out.with_suffix(".md").read_text())
 
 
-def splits_of(folder: Path) -> dict[str, list[Atoms]]:
-    """Labelled frames by the name of their file; several training or calibration files are one."""
-    found: dict[str, list[Atoms]] = {}
-    for prefix in ("train", "calib", "test", "ood"):
-        for path in sorted(folder.glob(f"{prefix}*.xyz")):
-            frames = [atoms for atoms in read_frames(path) if labels_of(atoms).forces is not None]
-            if frames:
-                found.setdefault(prefix if prefix in ("train", "calib") else path.stem, []).extend(frames)
-    missing = {"train", "calib"} - found.keys()
-    if missing:
-        sys.exit(f"{folder} has no {' and no '.join(sorted(missing))}*.xyz with forces.")
-    return found
+def cells_of(name: str, data: DataSet, arguments: argparse.Namespace) -> Iterator[Cell]:
+    """The cells of all estimators on all splits of one set.
 
-
-def fit_all(
-    backend: Backend, train: list[Atoms], calibration: list[Atoms], others: Sequence[str]
-) -> tuple[list[UncertaintyModel], dict[str, float]]:
-    """The default fit, the other methods each alone, and the seconds of the former beside those of a plain pass."""
-    start = time.perf_counter()
-    for _ in LabelledStream(backend, [*train, *calibration], Serial(), batch_atoms=1000, forces=True, title="plain"):
-        pass
-    plain = time.perf_counter() - start
-    start = time.perf_counter()
-    models = [fit(backend, train, calibration, methods=DEFAULT)]
-    seconds = {"plain pass": plain, "default fit": time.perf_counter() - start}
-    start = time.perf_counter()
-    fit(backend, train, calibration, methods=[name for name in DEFAULT if name != "pdrum"])
-    seconds["without pdrum"] = time.perf_counter() - start
-    for name in others:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UQWarning)  # that a method says nothing is what the table is for
-            models.append(fit(backend, train, calibration, methods=[name]))
-    return models, seconds
-
-
-class Committee:
-    """The standard deviation over members, calibrated for the errors of one potential.
-
-    Args:
-        pattern: Of the members' files.
-        backend: Of the potential.
-        calibration: Frames.
+    Raises:
+        FileNotFoundError: The potential or the frames are not there.
     """
-
-    def __init__(self, pattern: str, backend: Backend, calibration: list[Atoms]) -> None:
-        self._members = load_backend(f"mace:{pattern}", device=str(backend.device))
-        self.n_members = self._members.calculator.num_models
-        residuals, variance, _, frame = self._observe(backend, calibration)
-        self.calibrator: Calibrator = fit_calibrator(
-            Residuals(variance[:, None], (residuals**2).sum(1), 3, frame)
-        ).calibrator
-
-    def sample(self, backend: Backend, frames: list[Atoms]) -> tuple[Sample, float]:
-        """Residuals of the potential beside the committee's standard deviations, and the RMSE of its mean."""
-        residuals, variance, own, frame = self._observe(backend, frames)
-        std = self.calibrator.variance(torch.from_numpy(variance[:, None])).sqrt().numpy()
-        numbers = np.concatenate([atoms.numbers for atoms in frames])
-        std = np.repeat(std[:, None], 3, axis=1)
-        return Sample(residuals, std, frame, numbers), float(np.sqrt(np.mean(own**2)))
-
-    def _observe(self, backend: Backend, frames: list[Atoms]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Residuals of the potential, variance of a component over the members, residuals of their mean, frames."""
-        parts, n_frames = [], 0
-        streams = [
-            LabelledStream(who, frames, Serial(), batch_atoms=1000, forces=True, title=title)
-            for who, title in ((backend, ""), (self._members, "committee"))
-        ]
-        for (own, targets), (found, _) in zip(*streams, strict=True):
-            assert own.forces is not None
-            assert found.forces is not None
-            assert found.members is not None
-            assert found.members.forces is not None
-            assert targets.forces is not None
-            columns = (
-                targets.forces - own.forces.double(),
-                found.members.forces.double().var(0).mean(1),
-                targets.forces - found.forces.double(),
-                own.frame_of_atom + n_frames,
-            )
-            parts.append([column.cpu().numpy() for column in columns])
-            n_frames += own.n_frames
-        residuals, variance, of_mean, owner = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return residuals, variance, of_mean, owner
+    splits = frames_of(data.folder, arguments.data)
+    backend = load_backend(spec_of(data.potential, arguments.models), device=arguments.device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UQWarning)  # that a method says nothing is what the table is for
+        model = fit(backend, splits.pop("train"), calibration := splits.pop("calib"), methods=arguments.methods)
+    committee = None
+    if data.committee:
+        pattern = str(found_in(arguments.models, data.potential).parent / data.committee)
+        committee = Committee(pattern, backend, calibration)
+    predictor = Predictor(backend, model)
+    for split, frames in splits.items():
+        usable = known_to(backend, frames)
+        usable = usable[:: max(1, -(-len(usable) // arguments.frames))]
+        if not usable:
+            continue
+        assessed = evaluate(predictor, usable, n_bootstrap=0, progress=False)
+        samples = {method: sample for (method, quantity), sample in assessed.samples.items() if quantity == "forces"}
+        if committee is not None:
+            samples["committee"], _ = committee.sample(backend, usable)
+        if arguments.predictions and (path := arguments.predictions / name / f"{split}.xyz").exists():
+            samples["predictions"] = sample_in(path)
+        for estimator, sample in samples.items():
+            yield cell_of(name, split, estimator, sample)
 
 
-def assessment(
-    backend: Backend,
-    models: Sequence[UncertaintyModel],
-    committee: Committee | None,
-    frames: list[Atoms],
-    block: int,
-    tolerance: float,
-) -> tuple[Assessment, float | None]:
-    """All methods on one split, and the RMSE of the committee's mean."""
-    samples: dict[tuple[str, str], Sample] = {}
-    for model in models:
-        found = evaluate(Predictor(backend, model), frames, n_bootstrap=0, progress=False)
-        samples |= dict(found.samples)
-    mean_rmse = None
-    if committee is not None:
-        sample, mean_rmse = committee.sample(backend, frames)
-        samples |= {(COMMITTEE, "forces"): sample, (COMMITTEE, "forces_max"): largest_of_frames(sample)}
-    return assess(samples, len(frames), tolerance=tolerance, block=block, progress=False), mean_rmse
+def frames_of(folder: str, data: Path) -> dict[str, list[Atoms]]:
+    """Labelled frames by split; `train` and `calib` are what is fitted and calibrated on."""
+    if folder == "embedded":
+        from ase_uq import embedded
+
+        return {split: read(embedded.path(f"{name}.xyz"), ":") for split, name in EMBEDDED.items()}
+    if not (data / folder).is_dir():
+        raise FileNotFoundError(f"there is no folder {data / folder}")
+    return splits_of(data / folder)
 
 
-def markdown(
-    name: str,
-    tests: dict[str, tuple[Assessment, float | None]],
-    models: Sequence[UncertaintyModel],
-    committee: Committee | None,
-    seconds: dict[str, float],
-    skipped: Sequence[str],
-    arguments: argparse.Namespace,
-) -> str:
-    lines = [
-        f"# Quality on {name}",
-        "",
-        f"`python benchmarks/quality.py {arguments.data.name} {Path(arguments.potential).name}"
-        + (f" --committee ...` ({committee.n_members} members)" if committee else "`"),
-        "",
-        "Spearman of the uncertainty with the force error, of atoms and of the largest of each frame; AUROC for",
-        f"largest errors above {arguments.tolerance:g} eV/Å; NLL and mean z² of force components. In brackets 95 %",
-        f"intervals by bootstrap over blocks of {arguments.block} frames.",
-    ]
-    for split, (found, mean_rmse) in tests.items():
-        rmse = found.select(method=found.methods[0], quantity="forces", element="all", metric="rmse")[0].value
-        title = f"{split}: {found.n_frames} frames, force RMSE {1e3 * rmse:.1f} meV/Å"
-        if mean_rmse is not None:
-            title += f" (mean of the committee {1e3 * mean_rmse:.1f})"
-        lines += ["", f"## {title}", "", "| method | Spearman, atoms | Spearman, frames | AUROC | NLL | z² | 90 % |"]
-        lines.append("|---|---|---|---|---|---|---|")
-        for method in found.methods:
-            cells = [
-                cell(found, method, "forces", "spearman", 3),
-                cell(found, method, "forces_max", "spearman", 2),
-                cell(found, method, "forces_max", "auroc", 2),
-                cell(found, method, "forces", "nll", 2),
-                cell(found, method, "forces", "mean_squared_z", 2),
-                cell(found, method, "forces", "coverage_90", 2, interval=False),
-            ]
-            lines.append(f"| {method} | {' | '.join(cells)} |")
-    ratio = seconds["default fit"] / seconds["plain pass"]
-    lines += [
-        "",
-        f"Fitting {', '.join(DEFAULT)} and their combination took {ratio:.2f} times one plain energy and force pass",
-        f"over the same frames ({seconds['plain pass']:.0f} s), networks included; without pdrum "
-        f"{seconds['without pdrum'] / seconds['plain pass']:.2f} times.",
-        *[f"\n{line}" for line in skipped],
-        "",
-        "```",
-        models[0].summary(),
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
+def spec_of(potential: str, folders: Sequence[Path]) -> str:
+    return f"mace:{found_in(folders, potential)}" if potential.endswith(".model") else potential
 
 
-def cell(found: Assessment, method: str, quantity: str, metric: str, digits: int, *, interval: bool = True) -> str:
-    scores = found.select(method=method, quantity=quantity, element="all", metric=metric)
-    if not scores or np.isnan(scores[0].value):
-        return "-"
-    text = f"{scores[0].value:.{digits}f}"
-    if interval and np.isfinite(scores[0].low):
-        text += f" ({scores[0].low:.{digits}f} to {scores[0].high:.{digits}f})"
-    return text
+def found_in(folders: Sequence[Path], name: str) -> Path:
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    raise FileNotFoundError(f"{name} is in none of {', '.join(map(str, folders))}")
 
 
-def write_csv(path: Path, tests: dict[str, tuple[Assessment, float | None]]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
+def known_to(backend: Backend, frames: Sequence[Atoms]) -> list[Atoms]:
+    """Frames whose elements the potential knows."""
+    return [atoms for atoms in frames if set(atoms.numbers.tolist()) <= backend.elements]
+
+
+def sample_in(path: Path) -> Sample:
+    """Somebody's own predictions, one frame after the other."""
+    frames: list[Atoms] = read(path, ":")  # pyright: ignore[reportAssignmentType]
+    residuals = np.concatenate([atoms.arrays["REF_forces"] - atoms.get_forces() for atoms in frames])
+    std = np.concatenate([atoms.arrays["forces_uncertainty"] for atoms in frames])
+    owner = np.repeat(np.arange(len(frames)), [len(atoms) for atoms in frames])
+    return Sample(residuals, std, owner, np.concatenate([atoms.numbers for atoms in frames]))
+
+
+def cell_of(name: str, split: str, estimator: str, sample: Sample) -> Cell:
+    residuals, std = sample.residuals, np.broadcast_to(sample.std, sample.residuals.shape)
+    rmse = float(np.sqrt(np.mean(residuals**2)))
+    zero = np.zeros(residuals.size)
+    nll, crps = (measure(residuals.ravel(), zero, std.ravel()) for measure in (metrics.nll, metrics.crps))
+    frames = largest_of_frames(sample)
+    largest, said = frames.residuals[:, 0], frames.std[:, 0]
+    return Cell(
+        set=name,
+        split=split,
+        estimator=estimator,
+        n_frames=len(largest),
+        rmse=rmse,
+        above_constant=nll - 0.5 * float(np.log(2 * np.pi * rmse**2) + 1),
+        z2=float(np.mean(residuals**2 / std**2)),
+        spearman=float(spearmanr(np.linalg.norm(residuals, axis=1), np.linalg.norm(std, axis=1))[0]),
+        spearman_frames=float(spearmanr(largest, said)[0]),
+        auroc=metrics.auroc(largest, said, tolerance=TOLERANCE),
+        crps=crps,
+    )
+
+
+def write(out: Path, cells: Sequence[Cell], left_out: Sequence[str], arguments: argparse.Namespace) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.with_suffix(".csv"), "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["split", *(field.name for field in fields(MetricValue))])
-        for split, (found, _) in tests.items():
-            for score in found.scores:
-                if score.element == "all":
-                    row = astuple(score)
-                    writer.writerow([split, *(f"{x:.6g}" if isinstance(x, float) else x for x in row)])
+        writer.writerow([field.name for field in fields(Cell)])
+        for cell in cells:
+            writer.writerow([f"{x:.6g}" if isinstance(x, float) else x for x in asdict(cell).values()])
+    out.with_suffix(".md").write_text(markdown(cells, left_out, arguments))
 
 
-def draw(tests: dict[str, tuple[Assessment, float | None]]) -> plt.Figure:
-    """A column a metric, a row a method, a colour a split."""
-    columns = (("forces", "spearman", "Spearman, atoms"), ("forces_max", "auroc", "AUROC, frames"))
-    columns += (("forces", "nll", "NLL"), ("forces", "mean_squared_z", "z² (1 if calibrated)"))
-    methods = next(iter(tests.values()))[0].methods
-    figure, axes = plt.subplots(1, 4, figsize=(13, 0.42 * len(methods) + 1.8), sharey=True, layout="constrained")
-    colours = ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
-    for ax, (quantity, metric, title) in zip(axes, columns, strict=True):
-        for place, (split, (found, _)) in enumerate(tests.items()):
-            for row, method in enumerate(methods):
-                for score in found.select(method=method, quantity=quantity, element="all", metric=metric):
-                    height = row + 0.12 * (place - (len(tests) - 1) / 2)
-                    error = [[max(score.value - score.low, 0)], [max(score.high - score.value, 0)]]
-                    bars = error if np.isfinite(score.low) else None
-                    label = split if row == 0 else None
-                    ax.errorbar(score.value, height, xerr=bars, fmt="o", ms=4, color=colours[place % 6], label=label)
-        ax.set(title=title, yticks=range(len(methods)), yticklabels=methods)
-        ax.grid(axis="x", alpha=0.3)
-    axes[0].invert_yaxis()
-    worst = axes[2].get_xlim()[1]
-    if worst > 10:  # the others would be one dot
-        axes[2].set_xscale("symlog", linthresh=5)
-        axes[2].set_xticks([-4, -2, 0, 2, 4, *(x for x in (10, 100, 1000) if x < worst)])
-    axes[3].set_xscale("log")
-    low, high = axes[3].get_xlim()
-    axes[3].set_xticks([x for x in (0.1, 0.2, 0.5, 1, 2, 5, 10, 100, 1000) if low < x < high])
-    for ax in axes[2:]:
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_formatter(NullFormatter())
-    axes[3].axvline(1, color="#8C8C8C", lw=1)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
-    return figure
+def markdown(cells: Sequence[Cell], left_out: Sequence[str], arguments: argparse.Namespace) -> str:
+    shown = [e for e in ("combined", arguments.methods[0], "committee", "predictions") if any_of(cells, e)]
+    lines = [
+        "# Quality of force uncertainties, all sets",
+        "",
+        f"`python benchmarks/quality.py --methods {' '.join(arguments.methods)} --frames {arguments.frames}`: NLL of "
+        "force components above the best constant told the truth, mean z², Spearman of atoms / of the largest of each "
+        f"frame, AUROC of frames with an error above {TOLERANCE:g} eV/Å, CRPS in meV/Å. Splits that begin with ood are "
+        "out of distribution; nothing was fitted to them or calibrated on them.",
+        "",
+        f"| set | split | frames | RMSE, meV/Å | {' | '.join(shown)} |",
+        "|---|---|---:|---:|" + "---|" * len(shown),
+    ]
+    for name, split in dict.fromkeys((cell.set, cell.split) for cell in cells):
+        row = {cell.estimator: cell for cell in cells if (cell.set, cell.split) == (name, split)}
+        first = next(iter(row.values()))
+        texts = [text_of(row[e]) if e in row else "" for e in shown]
+        lines.append(f"| {name} | {split} | {first.n_frames} | {1e3 * first.rmse:.0f} | {' | '.join(texts)} |")
+    lines += ["", *summary(cells)]
+    lines += [f"\nLeft out: {text}." for text in left_out]
+    return "\n".join(lines) + "\n"
+
+
+def any_of(cells: Sequence[Cell], estimator: str) -> bool:
+    return any(cell.estimator == estimator for cell in cells)
+
+
+def text_of(cell: Cell) -> str:
+    ranks = f"{cell.spearman:.2f} / {cell.spearman_frames:.2f}"
+    return f"{cell.above_constant:+.2f}, {cell.z2:.2f}, {ranks}, {cell.auroc:.2f}, {1e3 * cell.crps:.0f}"
+
+
+def summary(cells: Sequence[Cell]) -> list[str]:
+    """One line an estimator: shares of the cells out of distribution, and means."""
+    lines = [
+        f"| estimator | cells out of distribution | z² in {CALIBRATED[0]:g} to {CALIBRATED[1]:g} | z² in 0.33 to 3 | NLL "
+        f"within {NEAR:g} of the truthful constant | Spearman, atoms | frames | AUROC | CRPS, meV/Å | in distribution: "
+        "NLL above the constant | Spearman, atoms |",
+        "|---|" + "---:|" * 10,
+    ]
+    for estimator in dict.fromkeys(cell.estimator for cell in cells):
+        of_one = [cell for cell in cells if cell.estimator == estimator]
+        far = [cell for cell in of_one if cell.out_of_distribution]
+        near = [cell for cell in of_one if not cell.out_of_distribution]
+        if not far:
+            continue
+
+        def mean(what: str, among: Sequence[Cell]) -> float:
+            return float(np.nanmean([getattr(cell, what) for cell in among])) if among else float("nan")
+
+        lines.append(
+            f"| {estimator} | {len(far)} | {sum(cell.calibrated for cell in far)} | "
+            f"{sum(0.33 <= cell.z2 <= 3 for cell in far)} | {sum(cell.above_constant <= NEAR for cell in far)} | "
+            f"{mean('spearman', far):.2f} | {mean('spearman_frames', far):.2f} | {mean('auroc', far):.2f} | "
+            f"{1e3 * mean('crps', far):.0f} | {mean('above_constant', near):+.2f} | {mean('spearman', near):.2f} |"
+        )
+    return lines
 
 
 if __name__ == "__main__":

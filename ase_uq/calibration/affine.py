@@ -44,7 +44,7 @@ class AffineCalibrator(Calibrator):
     def load(cls, settings: dict[str, Any]) -> "AffineCalibrator":
         return cls(**{key: value for key, value in settings.items() if key != "kind"})
 
-    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+    def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         return self.intercept + self.slope * scores[..., self.column]
 
     def describe(self) -> str:

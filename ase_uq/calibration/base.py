@@ -22,6 +22,7 @@ class Residuals:
         groups: (n,) index of the frame (or block of frames) that a row belongs to; rows of one group are not
             independent.
         limits: (n,) σ∞² of each row, in squared ASE units; None where no calibrator needs it.
+        numbers: (n,) atomic number of each row; None where rows are not atoms.
     """
 
     scores: np.ndarray
@@ -29,11 +30,14 @@ class Residuals:
     components: int
     groups: np.ndarray
     limits: np.ndarray | None = None
+    numbers: np.ndarray | None = None
 
     def only(self, chosen: np.ndarray) -> "Residuals":
         """The chosen rows."""
-        limits = None if self.limits is None else self.limits[chosen]
-        return Residuals(self.scores[chosen], self.squares[chosen], self.components, self.groups[chosen], limits)
+        limits, numbers = (None if rows is None else rows[chosen] for rows in (self.limits, self.numbers))
+        return Residuals(
+            self.scores[chosen], self.squares[chosen], self.components, self.groups[chosen], limits, numbers
+        )
 
 
 class Calibrator(ABC):
@@ -50,13 +54,13 @@ class Calibrator(ABC):
         """The calibrator with these settings."""
 
     @abstractmethod
-    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+    def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         """The variance of each component, in squared ASE units.
 
         Args:
             scores: (..., n_scores).
-            limit: σ∞², what the variance is where nothing is known, of a shape that broadcasts to (...); only the form
-                with a far field reads it.
+            limit: σ∞², what the variance is where nothing is known; only the form with a far field reads it.
+            numbers: Atomic numbers; read by the same form. Both have a shape that broadcasts to (...).
         """
 
     @abstractmethod

@@ -89,8 +89,9 @@ def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residual
     total = 0.0
     for k in range(_FOLDS):
         left_out = residuals.only(fold == k)
-        limit = None if left_out.limits is None else torch.from_numpy(left_out.limits)
-        variance = fit(residuals.only(fold != k)).variance(torch.from_numpy(left_out.scores), limit).numpy()
+        rows = (left_out.scores, left_out.limits, left_out.numbers)
+        tensors = (None if values is None else torch.from_numpy(values) for values in rows)
+        variance = fit(residuals.only(fold != k)).variance(*tensors).numpy()
         total += mean_nll(variance, left_out) * len(left_out.squares)
     return total / len(residuals.squares)
 

@@ -5,12 +5,19 @@
 The known end is where the calibration frames are: t = 0 at their mean ū_k of each log score, and σ² = e^c. The far end
 is σ∞², what a potential is wrong by where it knows nothing (`uncertainty_model.far_field`), reached at the scores u∞_k
 of training frames that were rattled until the potential knew nothing of them. In between log σ² is linear in the
-logarithms of the scores. Calibration frames say how the scores share the way (w ≥ 0, Σ w = 1), and hardly how far it
-goes: over the small range of their scores errors may grow faster or more slowly than on the whole way, which must end
-at σ∞². So τ ≤ 1 has a narrow prior at 1.
+logarithms of the scores. On the near side of the calibration frames, t < 0, σ∞² is its geometric mean over them: a
+larger limit must not make σ smaller.
+
+Calibration frames say how the scores share the way (w ≥ 0, Σ w = 1), and hardly how far it goes: over the small range
+of their scores errors may grow faster or more slowly than on the whole way, which must end at σ∞². So τ ≤ 1 has a prior
+at 1, as narrow as the part of the way is long that the calibration frames do not reach.
+
+Elements differ in how large their errors are. Each has a c of its own, shrunk towards that of all by the number of its
+frames.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,9 +28,12 @@ from torch import Tensor
 from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
 
 # Choices of the leave-one-set-out table in docs/quality.md.
-_PRIOR_CENTRE, _PRIOR_WIDTH = 1.0, 0.05  # of τ, log-normal
+_PRIOR_CENTRE, _PRIOR_WIDTH = 1.0, 0.05  # of τ, log-normal, if calibration frames reach none of the way
+_REACH_QUANTILE, _SHORTEST_REST = 0.99, 0.05  # of t: how far calibration frames reach; least share that is left
 _SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
 _SMALLEST_SHARE = 1e-3
+_LARGEST_NUMBER = 118
+_FRAMES_OF_ALL = 20  # weight, in frames, of the c of all elements beside that of one
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,7 @@ class FarFieldCalibrator(Calibrator):
         slopes: τ w_k/(log u∞_k - ū_k) ≥ 0 of each score; 0 for one that is not used.
         near: ū_k, mean of log u_k over the calibration rows.
         far: log u∞_k, median over the frames that the potential knows nothing of.
+        limit: Mean of log σ∞² over the calibration rows.
         floors: Smallest score among the calibration rows; a smaller score counts as this one, since no calibration row
             shows that errors keep falling below it.
     """
@@ -43,7 +54,9 @@ class FarFieldCalibrator(Calibrator):
     slopes: tuple[float, ...]
     near: tuple[float, ...]
     far: tuple[float, ...]
+    limit: float
     floors: tuple[float, ...]
+    elements: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -53,22 +66,30 @@ class FarFieldCalibrator(Calibrator):
             "slopes": list(self.slopes),
             "near": list(self.near),
             "far": list(self.far),
+            "limit": self.limit,
             "floors": list(self.floors),
+            "elements": {str(number): offset for number, offset in self.elements.items()},
         }
 
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "FarFieldCalibrator":
-        return cls(settings["constant"], *(tuple(settings[key]) for key in ("slopes", "near", "far", "floors")))
+        slopes, near, far, floors = (tuple(settings[key]) for key in ("slopes", "near", "far", "floors"))
+        elements = {int(number): offset for number, offset in settings["elements"].items()}
+        return cls(settings["constant"], slopes, near, far, settings["limit"], floors, elements)
 
     def way(self, scores: Tensor) -> Tensor:
         """(..., n_scores) → (...): t, at most 1; 0 at the calibration frames, 1 where nothing is known."""
         slopes, near, floors = scores.new_tensor([self.slopes, self.near, self.floors])
         return ((torch.maximum(scores, floors).log() - near) @ slopes).clamp(max=1)
 
-    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+    def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         if limit is None:
             raise ValueError("a far-field calibrator needs σ∞² of each row.")
-        return torch.exp(self.constant + (limit.log() - self.constant) * self.way(scores))
+        constant: Tensor | float = self.constant
+        if self.elements and numbers is not None:
+            offsets = scores.new_tensor([self.elements.get(number, 0.0) for number in range(_LARGEST_NUMBER + 1)])
+            constant = constant + offsets[numbers]
+        return torch.exp(_log_variance(constant, self.way(scores), limit.log(), self.limit))
 
     def describe(self) -> str:
         shares = [slope * (far - near) for slope, near, far in zip(self.slopes, self.near, self.far, strict=True)]
@@ -81,7 +102,7 @@ class FarFieldCalibrator(Calibrator):
 
 
 def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator | None:
-    """The most likely c, τ and w, given the prior of τ; None if no score grows from the calibration rows to `far`.
+    """The most likely c, τ and w, given the prior of τ; None if no score differs between rows.
 
     The likelihood is weighted by the number of frames (`groups`), not of rows: rows of one frame are not independent.
 
@@ -94,12 +115,19 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
     floors = np.maximum(residuals.scores.min(0), SMALLEST_SCORE)
     logs = np.log(np.maximum(residuals.scores, floors))
     near = logs.mean(0)
-    (used,) = np.nonzero(far - near > _SHORTEST_SPAN)
+    # Nothing is known only beyond what the calibration frames reach: if they reach that far, their errors say what is.
+    far = np.maximum(far, np.quantile(logs, _REACH_QUANTILE, axis=0))
+    span = far - near
+    (used,) = np.nonzero(span > (_SHORTEST_SPAN if (span > _SHORTEST_SPAN).any() else 0))
     if not len(used):
         return None
-    ways = torch.from_numpy((logs[:, used] - near[used]) / (far - near)[used])
+    span = np.maximum(span, _SHORTEST_SPAN)[used]
+    ways = torch.from_numpy((logs[:, used] - near[used]) / span)
+    reach = float(np.quantile(ways.numpy().mean(1), _REACH_QUANTILE))
+    width = _PRIOR_WIDTH / max(1 - reach**2, _SHORTEST_REST)
     squares = torch.from_numpy(residuals.squares / residuals.components)
     limits = torch.from_numpy(residuals.limits).log()
+    limit = float(limits.mean())
     n_groups = len(np.unique(residuals.groups))
     start = float(squares.mean().clamp(min=1e-300).log())
 
@@ -107,17 +135,16 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
         parameters = torch.from_numpy(x).requires_grad_()
         constant, log_slope, shares = start + parameters[0], parameters[1], parameters[2:].softmax(0)
         way = (log_slope.exp().clamp(max=1) * (ways @ shares)).clamp(max=1)
-        log_variance = constant + (limits - constant) * way
+        log_variance = _log_variance(constant, way, limits, limit)
         likelihood = 0.5 * (log_variance + squares * torch.exp(-log_variance)).mean()
-        prior = (
-            0.5 * ((log_slope - np.log(_PRIOR_CENTRE)) / _PRIOR_WIDTH) ** 2 - (shares + _SMALLEST_SHARE).log().mean()
-        )
-        total = likelihood * n_groups + prior
+        of_slope = 0.5 * ((log_slope - np.log(_PRIOR_CENTRE)) / width) ** 2
+        total = likelihood * n_groups + of_slope - (shares + _SMALLEST_SHARE).log().mean()
         total.backward()
         assert parameters.grad is not None
         return float(total.detach()), parameters.grad.numpy()
 
-    starts = [np.zeros(2 + len(used))]
+    # Rows beyond the far end do not say in which direction they would like to have it moved: several τ are tried.
+    starts = [np.concatenate([[0.0, np.log(slope)], np.zeros(len(used))]) for slope in (1.0, 0.5, 0.2)]
     starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
     found = min(
         (minimize(loss, x, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-8}) for x in starts),
@@ -125,5 +152,27 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
     )
     shares = np.exp(found.x[2:] - found.x[2:].max())
     slopes = np.zeros(len(near))
-    slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / (far - near)[used]
-    return FarFieldCalibrator(start + float(found.x[0]), *(tuple(v.tolist()) for v in (slopes, near, far, floors)))
+    slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / span
+    slopes, near, far, floors = (tuple(values.tolist()) for values in (slopes, near, far, floors))
+    calibrator = FarFieldCalibrator(start + float(found.x[0]), slopes, near, far, limit, floors)
+    return replace(calibrator, elements=_offsets(calibrator, residuals))
+
+
+def _offsets(calibrator: FarFieldCalibrator, residuals: Residuals) -> dict[int, float]:
+    """Logarithm of the mean of r²/σ² of each element, shrunk towards 0 by the number of frames that have it."""
+    if residuals.numbers is None or residuals.limits is None:
+        return {}
+    variance = calibrator.variance(torch.from_numpy(residuals.scores), torch.from_numpy(residuals.limits)).numpy()
+    ratios = residuals.squares / residuals.components / variance
+    offsets = {}
+    for number in np.unique(residuals.numbers):
+        of_element = residuals.numbers == number
+        n_frames = len(np.unique(residuals.groups[of_element]))
+        mean = (_FRAMES_OF_ALL + n_frames * ratios[of_element].mean()) / (_FRAMES_OF_ALL + n_frames)
+        offsets[int(number)] = float(np.log(mean))
+    return offsets
+
+
+def _log_variance(constant: Tensor | float, way: Tensor, limits: Tensor, limit: float) -> Tensor:
+    """The law, from t and log σ∞² of every row; `limit` is the mean of the latter over the calibration rows."""
+    return constant + (torch.where(way > 0, limits, limit) - constant) * way

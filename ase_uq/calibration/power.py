@@ -44,7 +44,7 @@ class PowerCalibrator(Calibrator):
     def load(cls, settings: dict[str, Any]) -> "PowerCalibrator":
         return cls(settings["constant"], tuple(settings["powers"]), tuple(settings["floors"]), settings["boundary"])
 
-    def variance(self, scores: Tensor, limit: Tensor | None = None) -> Tensor:
+    def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         powers, floors = torch.tensor([self.powers, self.floors], dtype=scores.dtype, device=scores.device)
         return torch.exp(self.constant + torch.maximum(scores, floors).log() @ powers)
 

@@ -94,7 +94,8 @@ class Observed:
     def variance(self, name: str, fitted: FittedMethod) -> np.ndarray:
         """(n_atoms, n_components) calibrated force variances of one method, (eV/Å)²."""
         limit = None if self.limit is None else torch.from_numpy(self.limit)[:, None]
-        return fitted.calibrators["forces"].variance(torch.from_numpy(self.raw[name].forces), limit).numpy()
+        scores, numbers = torch.from_numpy(self.raw[name].forces), torch.from_numpy(self.numbers)[:, None]
+        return fitted.calibrators["forces"].variance(scores, limit, numbers).numpy()
 
     def record(self, variance: np.ndarray, runs: np.ndarray) -> CalibrationRecord:
         """The record that thresholds are made from.
@@ -184,10 +185,10 @@ def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
     """One row per atom for isotropic scores, else one row per component."""
     squares, limit = observed.forces**2, observed.limit
     if scores.shape[1] == 1:
-        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom, limit)
-    groups = np.repeat(observed.frame_of_atom, 3)
+        return Residuals(scores[:, 0], squares.sum(1), 3, observed.frame_of_atom, limit, observed.numbers)
+    groups, numbers = np.repeat(observed.frame_of_atom, 3), np.repeat(observed.numbers, 3)
     limits = None if limit is None else np.repeat(limit, 3)
-    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups, limits)
+    return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups, limits, numbers)
 
 
 def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:

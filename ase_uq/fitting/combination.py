@@ -30,6 +30,7 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
+_FRAMES_OF_ANCHOR = 10  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 
 
@@ -79,6 +80,9 @@ def fit_combination(
     if not _is_earned(of_folds["anchor"] - of_folds[best]):
         best = "anchor"
     constant, fitted = rows.fitted(candidates[best])
+    # What few frames ask for is partly chance.
+    earned = (n_frames := len(frames.unique())) / (n_frames + _FRAMES_OF_ANCHOR)
+    constant, fitted = earned * constant, earned * fitted
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
@@ -241,8 +245,8 @@ def inputs_of(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> C
     anchors = [name for name, method in fitted.items() if isinstance(method.calibrators["forces"], FarFieldCalibrator)]
     if not anchors:
         warnings.warn(
-            f"the scores of {', '.join(fitted)} do not grow towards frames that the potential knows nothing of, so "
-            "they are not combined and the first is the primary estimator. Fit 'bll' with them.",
+            f"none of {', '.join(fitted)} measures a distance that grows towards frames that the potential knows "
+            "nothing of, so they are not combined and the first is the primary estimator. Fit 'bll' with them.",
             UQWarning,
             stacklevel=3,
         )

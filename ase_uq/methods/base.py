@@ -46,8 +46,8 @@ class Head(Fitted, ABC):
 
     Attributes:
         gradients: Whether the head needs `ForwardPass.gradients`, which cost passes beyond the potential's own.
-        grows: Whether its scores keep growing with the distance from the training frames. A head that learns errors, or
-            that asks a committee, may say anything far from them.
+        grows: Whether its scores grow all the way to frames that the potential knows nothing of. A head that learns
+            errors, or that asks a committee, may say anything there.
         measures: Whether the head has `features`.
     """
 

@@ -53,8 +53,6 @@ class KernelHead(Head):
         super().__init__(settings, {})
         variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
         self.atoms, self.frames = (variance(tensors_of(part, tensors)) for part in ("atoms", "frames"))
-        # The variances of the rbf and the cosine kernel are bounded, however far an atom is.
-        self.grows = settings["kernel"] == "linear" and settings["normalisation"] != "cosine"
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         atoms, frames = _rows(forward_pass, self._settings)

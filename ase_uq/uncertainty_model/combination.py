@@ -1,6 +1,6 @@
 """The primary estimator if several methods are fitted: learned where the calibration frames support it.
 
-    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = 1 - t between 0 and 1
+    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = (1 - t)² between 0 and 1
 
 A is the anchor, the calibrated log σ² of the first method that measures a distance (the Bayesian last layer by default;
 methods without additional passes come first). It ends where the potential knows nothing, and t is the way there
@@ -86,21 +86,30 @@ class CombinationInputs:
         """The features of a batch, which must have forces; `limit` is σ∞² of `FarField`."""
         calibrator = self.methods[self.anchor].calibrators["forces"]
         assert isinstance(calibrator, FarFieldCalibrator)
-        base = self.log_variance(self.anchor, raws, limit)
-        others = [self.log_variance(name, raws, limit, base.shape[1]).expand_as(base) for name in self.others]
+        base = self.log_variance(self.anchor, forward_pass, raws, limit)
+        others = [
+            self.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base) for name in self.others
+        ]
         views = views_of(forward_pass, raws[self.anchor])
         return CombinationFeatures(
             base=base,
-            fade=(1 - calibrator.way(raws[self.anchor].forces)).clamp(0, 1),
+            fade=(1 - calibrator.way(raws[self.anchor].forces)).clamp(0, 1).square(),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             network_inputs=network_inputs(
                 forward_pass, views, self.elements, [raws[name].distance for name in self.distances]
             ),
         )
 
-    def log_variance(self, name: str, raws: Mapping[str, Raw], limit: Tensor | None, n_components: int = 3) -> Tensor:
+    def log_variance(
+        self,
+        name: str,
+        forward_pass: ForwardPass,
+        raws: Mapping[str, Raw],
+        limit: Tensor | None,
+        n_components: int = 3,
+    ) -> Tensor:
         """(n_atoms, n_components) log σ² of a method, or of its mean variance for an anchor with one component."""
-        variance = self.methods[name].force_variance(raws[name], limit)
+        variance = self.methods[name].force_variance(raws[name], limit, forward_pass.numbers)
         if n_components == 1:  # the anchor does not distinguish components
             variance = variance.mean(1, keepdim=True)
         return variance.clamp(min=1e-300).log()
@@ -211,7 +220,7 @@ class Combination(torch.nn.Module):
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        inside = f"{self.inputs.anchor} + (1 - t)·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
+        inside = f"{self.inputs.anchor} + (1 - t)²·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
         return [f"log σ² = {inside}", f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}"]
 

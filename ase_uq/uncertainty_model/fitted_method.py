@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
 
 
@@ -22,22 +23,25 @@ class FittedMethod:
     calibrators: dict[str, Calibrator]
     likelihoods: dict[str, dict[str, float]]
 
-    def force_variance(self, raw: Raw, limit: Tensor | None) -> Tensor:
+    def force_variance(self, raw: Raw, limit: Tensor | None, numbers: Tensor) -> Tensor:
         """(n_atoms, n_components) calibrated variances, (eV/Å)².
 
         Args:
             raw: Raw scores of the head.
             limit: (n_atoms,) σ∞² of `FarField`, or None for a model that was fitted without one.
+            numbers: (n_atoms,) atomic numbers.
         """
-        return self.calibrators["forces"].variance(raw.forces, None if limit is None else limit[:, None])
+        of_atoms = None if limit is None else limit[:, None]
+        return self.calibrators["forces"].variance(raw.forces, of_atoms, numbers[:, None])
 
-    def standard_deviations(self, raw: Raw, limit: Tensor | None, n_atoms_of_frame: Tensor) -> dict[str, Tensor]:
-        """Calibrated standard deviations by results key; arguments as of `force_variance`."""
-        forces = self.force_variance(raw, limit).sqrt()
+    def standard_deviations(self, raw: Raw, limit: Tensor | None, forward_pass: ForwardPass) -> dict[str, Tensor]:
+        """Calibrated standard deviations of a batch by results key; arguments as of `force_variance`."""
+        forces = self.force_variance(raw, limit, forward_pass.numbers).sqrt()
         deviations = {"forces_uncertainty": forces.expand(-1, 3)}
         if "energy" in self.calibrators:
             # Calibrated per atom of a structure, so that sizes can be mixed.
-            deviations["energy_uncertainty"] = n_atoms_of_frame * self.calibrators["energy"].variance(raw.energy).sqrt()
+            per_atom = self.calibrators["energy"].variance(raw.energy).sqrt()
+            deviations["energy_uncertainty"] = forward_pass.n_atoms_of_frame * per_atom
         if "energies" in self.calibrators:
             deviations["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
         if "stress" in self.calibrators:

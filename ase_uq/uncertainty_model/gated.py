@@ -77,10 +77,10 @@ class GatedCombination(torch.nn.Module):
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
         """(n_atoms, n_components) variances of the force components, (eV/Å)²; older models have no `limit`."""
         inputs, raw = self.inputs, raws[self.inputs.anchor]
-        base = inputs.log_variance(inputs.anchor, raws, limit)
+        base = inputs.log_variance(inputs.anchor, forward_pass, raws, limit)
         careful = self.alternative.variance(raw.forces).clamp(min=1e-300).log() - base
         corrections = {
-            name: bounded(inputs.log_variance(name, raws, limit, base.shape[1]).expand_as(base) - base)
+            name: bounded(inputs.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base) - base)
             for name in inputs.others
         }
         views = views_of(forward_pass, raw)

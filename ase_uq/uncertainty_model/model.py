@@ -68,7 +68,7 @@ class UncertaintyModel:
             raws = {name: fitted.head(forward_pass) for name, fitted in self.methods.items()}
             limit = None if self.far_field is None else self.far_field.variance(forward_pass)
             for name, fitted in self.methods.items():
-                deviations = fitted.standard_deviations(raws[name], limit, forward_pass.n_atoms_of_frame)
+                deviations = fitted.standard_deviations(raws[name], limit, forward_pass)
                 if name == self._leading:
                     results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from ase.data import chemical_symbols
 
-from ase_uq.calibration import AffineCalibrator
 from ase_uq.thresholds.criteria import Quantile
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
@@ -67,7 +66,6 @@ def _describe(quantity: str, fitted: FittedMethod) -> str:
     text = f"    {quantity:8s} {calibrator.describe()}"
     tried = fitted.likelihoods.get(quantity)
     if tried:
-        chosen = "affine" if isinstance(calibrator, AffineCalibrator) else "power"
-        best = min(value for key, value in tried.items() if key.startswith(chosen))
+        best = min(value for form, value in tried.items() if form != "constant")
         text += f"   cross-validated NLL {best:.3f} (a constant: {tried['constant']:.3f})"
     return text

@@ -24,7 +24,8 @@ def simulated(
     limits = random.lognormal(1.0, 0.5, count)
     way = ((np.log(scores) - np.log(scores).mean(0)) / (FAR - np.log(scores).mean(0))) @ np.array(shares) * slope
     constant = np.log(0.05**2)
-    variance = np.exp(constant + (np.log(limits) - constant) * np.minimum(way, 1))
+    far = np.where(way > 0, np.log(limits), np.log(limits).mean())
+    variance = np.exp(constant + (far - constant) * np.minimum(way, 1))
     residuals = random.normal(size=(count, 3)) * np.sqrt(variance)[:, None]
     return Residuals(scores, (residuals**2).sum(1), 3, np.repeat(np.arange(n_frames), n_atoms), limits)
 
@@ -48,10 +49,10 @@ class TestEnds:
         assert found.way(scores).item() == pytest.approx(0, abs=1e-12)
         assert found.variance(scores, limit).item() == pytest.approx(np.exp(found.constant))
 
-    @given(factor=st.floats(1, 1e12), limit=st.floats(1e-3, 1e6))
+    @given(factor=st.floats(1.001, 1e12), limit=st.floats(1e-3, 1e6))
     def test_beyond_the_far_scores_it_is_the_limit_and_no_more(self, factor: float, limit: float):
         found = FarFieldCalibrator(
-            -6.0, tuple((1 / (FAR - 0.5) * [0.7, 0.3]).tolist()), (0.5, 0.5), tuple(FAR), (1e-3, 1e-3)
+            -6.0, tuple((1 / (FAR - 0.5) * [0.7, 0.3]).tolist()), (0.5, 0.5), tuple(FAR.tolist()), 0.0, (1e-3, 1e-3)
         )
         scores = torch.tensor(np.exp(FAR) * factor)[None]
         assert found.way(scores).item() == pytest.approx(1)
@@ -77,12 +78,14 @@ class TestFit:
         found = fitted(rows)
         assert rows.limits is not None
         logs, squares = np.log(np.maximum(rows.scores, found.floors)), rows.squares / 3
+        width = 0.05 / (1 - np.quantile(((logs - found.near) / (FAR - found.near)).mean(1), 0.99))
 
         def loss(constant: float, slope: float, share: float) -> float:
             way = np.minimum(slope * ((logs - found.near) / (FAR - found.near)) @ [share, 1 - share], 1)
-            log_variance = constant + (np.log(rows.limits) - constant) * way
+            limits = np.where(way > 0, np.log(rows.limits), np.log(rows.limits).mean())
+            log_variance = constant + (limits - constant) * way
             likelihood = 40 * 0.5 * np.mean(log_variance + squares * np.exp(-log_variance))
-            prior = 0.5 * (np.log(slope) / 0.05) ** 2 - np.mean(np.log(np.array([share, 1 - share]) + 1e-3))
+            prior = 0.5 * (np.log(slope) / width) ** 2 - np.mean(np.log(np.array([share, 1 - share]) + 1e-3))
             return likelihood + prior
 
         other = minimize(
@@ -101,16 +104,40 @@ class TestFit:
     def test_the_way_is_never_longer_than_whole(self):
         assert shares_of(fitted(simulated(slope=2.0))).sum() <= 1 + 1e-9
 
-    def test_a_score_that_does_not_grow_on_the_way_takes_no_part(self):
+    def test_a_score_that_hardly_grows_on_the_way_takes_no_part(self):
         rows = simulated()
-        found = fit_far_field(rows, np.array([FAR[0], np.log(rows.scores[:, 1]).mean() + 0.5]))
+        rows.scores[:, 1] = 1 + 0.1 * rows.scores[:, 1] / rows.scores[:, 1].max()
+        found = fit_far_field(rows, np.array([FAR[0], 0.1]))
         assert found is not None
+        assert found.slopes[0] > 0
         assert found.slopes[1] == 0
 
-    def test_without_any_that_grows_there_is_no_far_field(self):
+    def test_frames_that_reach_the_end_themselves_decide_how_far_the_way_goes(self):
+        random = np.random.default_rng(0)
+        scores = np.exp(random.uniform(0, FAR[0] * 2, (2000, 1)))
+        residuals = 0.3 * random.normal(size=(2000, 3))  # far below σ∞, wherever they are
+        rows = Residuals(scores, (residuals**2).sum(1), 3, np.arange(2000) // 10, np.full(2000, 9.0))
+        found = fit_far_field(rows, FAR[:1])
+        assert found is not None
+        assert found.slopes[0] * (FAR[0] - found.near[0]) < 0.2
+
+    def test_nothing_is_known_only_beyond_the_calibration_frames(self):
         rows = simulated()
-        assert fit_far_field(rows, np.log(rows.scores).mean(0)) is None
-        assert far_field_choice(rows, np.log(rows.scores).mean(0)) is None
+        found = fit_far_field(rows, np.log(rows.scores).mean(0) - 1)
+        assert found is not None
+        assert found.far == pytest.approx(np.quantile(np.log(rows.scores), 0.99, axis=0))
+
+    def test_a_larger_limit_never_makes_less_of_it(self):
+        found = fitted(simulated())
+        scores = torch.logspace(-3, 6, 50, dtype=torch.float64)[:, None].expand(-1, 2)
+        small, large = (found.variance(scores, torch.full((50,), x, dtype=torch.float64)) for x in (1.0, 100.0))
+        assert bool((large >= small).all())
+
+    def test_scores_that_are_all_the_same_have_no_far_field(self):
+        rows = simulated()
+        same = Residuals(np.ones_like(rows.scores), rows.squares, 3, rows.groups, rows.limits)
+        assert fit_far_field(same, np.zeros(2)) is None
+        assert far_field_choice(same, np.zeros(2)) is None
 
     def test_scores_of_zero_are_no_infinity(self):
         rows = simulated()
@@ -126,6 +153,34 @@ class TestFit:
     def test_scores_without_limits_are_refused(self):
         with pytest.raises(ValueError, match="σ∞² of each row"):
             fitted(simulated()).variance(torch.ones(1, 2, dtype=torch.float64))
+
+
+class TestElements:
+    def rows(self, n_frames: int) -> Residuals:
+        """Every frame has an oxygen, whose errors are twice as large as those of its nine hydrogens."""
+        rows = simulated(n_frames=n_frames)
+        numbers = np.tile([8, *[1] * 9], n_frames)
+        return Residuals(
+            rows.scores, rows.squares * np.where(numbers == 8, 4, 1), 3, rows.groups, rows.limits, numbers
+        )
+
+    def test_have_a_constant_of_their_own(self):
+        found = fitted(self.rows(500))
+        assert found.elements[8] - found.elements[1] == pytest.approx(np.log(4), abs=0.15)
+
+    def test_with_few_frames_borrow_that_of_all(self):
+        found = fitted(self.rows(10))
+        assert 0.1 < found.elements[8] - found.elements[1] < 0.8
+
+    def test_their_offsets_fade_with_the_way(self):
+        found = fitted(self.rows(500))
+        near = torch.tensor([found.near], dtype=torch.float64).exp().expand(3, -1)
+        limit, numbers = torch.full((3,), 50.0, dtype=torch.float64), torch.tensor([1, 8, 6])
+        of_all = found.constant
+        at_near = found.variance(near, limit, numbers).log() - of_all
+        assert at_near.tolist() == pytest.approx([found.elements[1], found.elements[8], 0.0])
+        far = torch.tensor([found.far], dtype=torch.float64).exp().expand(3, -1) * 1e9
+        assert found.variance(far, limit, numbers).tolist() == pytest.approx([50.0] * 3)
 
 
 class TestChoice:

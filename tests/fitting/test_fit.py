@@ -90,11 +90,11 @@ class TestCalibration:
         assert np.mean(np.concatenate(z_forces) ** 2) == pytest.approx(1, abs=0.3)
         assert np.mean(np.square(z_energy)) == pytest.approx(1, abs=0.45)
 
-    def test_scores_on_the_calibration_frames_have_unit_variance_exactly(self, calculator, train, held_out):
+    def test_scores_on_the_calibration_frames_have_unit_variance(self, calculator, train, held_out):
         model = quick(calculator, train, held_out)
         ratio = model.record.error**2 / model.record.uncertainty**2
-        # Single precision of the record.
-        assert ratio.mean() == pytest.approx(1, rel=1e-5)
+        # The likelihood is largest near there, but not exactly: σ∞ is not fitted.
+        assert ratio.mean() == pytest.approx(1, abs=0.05)
 
     def test_uncertainty_grows_where_errors_do(self):
         calculator = ToyCalculator(ELEMENTS, direct=True)
@@ -203,9 +203,15 @@ class TestInputs:
         backend = load_backend(calculator)
         assert backend.identity  # the probe
         evaluations.clear()
-        quick(backend, train, held_out)
-        # Four frames for the units, all for the fit, all for the calibration.
-        assert sum(evaluations) == 4 + 20 + 20
+        model = quick(backend, train, held_out)
+        assert sum(evaluations) == expected_evaluations(model)
+
+
+def expected_evaluations(model: UncertaintyModel) -> int:
+    """Four frames for the units, twenty for the fit and for the calibration; and for the far field twelve as they are,
+    rattled by each fraction, and once more by the one that was chosen."""
+    assert model.far_field is not None
+    return 4 + 20 + 20 + 12 * (1 + len(model.far_field.fractions) + 1)
 
 
 class Shy(Mahalanobis):
@@ -410,9 +416,8 @@ class TestSeveralMethods:
         backend = load_backend(calculator)
         assert backend.identity  # the probe
         evaluations.clear()
-        quick(backend, train, held_out, methods=[*PAIR, Shy()])
-        # Four frames for the units, all for the fit, all for the calibration.
-        assert sum(evaluations) == 4 + 20 + 20
+        model = quick(backend, train, held_out, methods=[*PAIR, Shy()])
+        assert sum(evaluations) == expected_evaluations(model)
 
     @pytest.mark.parametrize("progress", [True, False])
     def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, capfd):

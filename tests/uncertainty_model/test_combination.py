@@ -173,7 +173,7 @@ class TestWeights:
         assert list(others.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
         assert list(World().fit().combination.likelihoods) == ["anchor", RESIDUAL]
         formula, tried = others.describe()
-        assert "near + (1 - t)·(" in formula
+        assert "near + (1 - t)²·(" in formula
         assert "·knows" in formula
         assert tried.startswith(f"cross-validated NLL {min(others.likelihoods.values()):.3f} of anchor ")
 
@@ -400,7 +400,7 @@ class TestView:
 
     def inputs(self, **options: Any) -> CombinationInputs:
         calibrators = {
-            "near": FarFieldCalibrator(-4.0, (0.1, 0.2), (0.1, 0.2), (3.0, 4.0), (1e-3, 1e-3)),
+            "near": FarFieldCalibrator(-4.0, (0.1, 0.2), (0.1, 0.2), (3.0, 4.0), 0.5, (1e-3, 1e-3)),
             "other": PowerCalibrator(-1.0, (0.2, 0.1), (1e-3, 1e-3)),
         }
         methods = {name: FittedMethod(NoHead({}, {}), {"forces": c}, {}) for name, c in calibrators.items()}
@@ -420,9 +420,9 @@ class TestView:
         near = inputs.methods["near"].calibrators["forces"]
         assert isinstance(near, FarFieldCalibrator)
         way = near.way(raws["near"].forces).numpy()
-        base = -4.0 + (np.log(limit.numpy())[:, None] + 4.0) * way
+        base = -4.0 + (np.where(way > 0, np.log(limit.numpy())[:, None], 0.5) + 4.0) * way
         np.testing.assert_allclose(features.base, base, rtol=1e-12)
-        np.testing.assert_allclose(features.fade, np.clip(1 - way, 0, 1), rtol=1e-12)
+        np.testing.assert_allclose(features.fade, np.clip(1 - way, 0, 1) ** 2, rtol=1e-12)
         assert 0.1 < np.mean(way > 0) < 0.9
         others = inputs.methods["other"].calibrators["forces"].variance(raws["other"].forces).numpy()
         if own == 1:

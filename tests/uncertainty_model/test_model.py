@@ -86,10 +86,11 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
     n_inputs = found.inputs.features(
         batch := forward_pass_of(load_backend(potential), labelled_frames(1, seed=3)),
         {name: fitted.head(batch) for name, fitted in model.methods.items()},
+        torch.ones(len(batch.numbers), dtype=torch.float64),
     ).network_inputs.shape[1]
     ensemble = _networks(n_inputs)
     weights = {"mahalanobis": 0.3, RESIDUAL: 0.6}
-    kept = Combination(found.inputs, found.gate, ensemble, -0.1, weights, found.likelihoods)
+    kept = Combination(found.inputs, ensemble, -0.1, weights, found.likelihoods)
     return dataclasses.replace(model, combination=kept)
 
 
@@ -130,12 +131,13 @@ class TestCombination:
         assert again.combination is not None
         assert several.combination is not None
         assert again.combination.settings == several.combination.settings
-        assert again.combination.inputs == several.combination.inputs
+        for name in ("anchor", "others", "distances", "elements"):
+            assert getattr(again.combination.inputs, name) == getattr(several.combination.inputs, name)
 
     def test_without_networks_too(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
         found = several.combination
         assert found is not None
-        plain = Combination(found.inputs, found.gate, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
+        plain = Combination(found.inputs, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
         model = dataclasses.replace(several, combination=plain)
         model.save(tmp_path / "a")
         batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))
@@ -151,7 +153,8 @@ class TestCombination:
         for key, value in copy.apply(batch).items():
             assert torch.equal(value, expected[key]), key
         assert all(buffer.is_meta for buffer in gone.combination.buffers())
-        copy.combination.gate.edges += 5
+        assert copy.combination.ensemble is not None
+        copy.combination.ensemble.weights += 5
         for key, value in several.apply(batch).items():
             assert torch.equal(value, expected[key]), key
 
