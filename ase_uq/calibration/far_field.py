@@ -27,13 +27,22 @@ from torch import Tensor
 
 from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
 
-# Choices of the leave-one-set-out table in docs/quality.md.
-_PRIOR_CENTRE, _PRIOR_WIDTH = 1.0, 0.05  # of τ, log-normal, if calibration frames reach none of the way
 _REACH_QUANTILE, _SHORTEST_REST = 0.99, 0.05  # of t: how far calibration frames reach; least share that is left
 _SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
 _SMALLEST_SHARE = 1e-3
 _LARGEST_NUMBER = 118
 _FRAMES_OF_ALL = 20  # weight, in frames, of the c of all elements beside that of one
+
+
+@dataclass(frozen=True)
+class SlopePrior:
+    """The prior of τ, log-normal, if the calibration frames reach none of the way.
+
+    benchmarks/far_field.py tries others, by leaving one set out.
+    """
+
+    centre: float = 1.0
+    width: float = 0.05
 
 
 @dataclass(frozen=True)
@@ -101,7 +110,7 @@ class FarFieldCalibrator(Calibrator):
         return f"σ from {np.exp(self.constant / 2):.3g} to σ∞ as {used}"
 
 
-def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator | None:
+def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = SlopePrior()) -> FarFieldCalibrator | None:
     """The most likely c, τ and w, given the prior of τ; None if no score differs between rows.
 
     The likelihood is weighted by the number of frames (`groups`), not of rows: rows of one frame are not independent.
@@ -109,6 +118,7 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
     Args:
         residuals: Calibration rows, with their `limits`.
         far: (n_scores,) log u∞ of each score.
+        prior: Of τ.
     """
     if residuals.limits is None:
         raise ValueError("the far field needs σ∞² of every calibration row.")
@@ -124,7 +134,7 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
     span = np.maximum(span, _SHORTEST_SPAN)[used]
     ways = torch.from_numpy((logs[:, used] - near[used]) / span)
     reach = float(np.quantile(ways.numpy().mean(1), _REACH_QUANTILE))
-    width = _PRIOR_WIDTH / max(1 - reach**2, _SHORTEST_REST)
+    width = prior.width / max(1 - reach**2, _SHORTEST_REST)
     squares = torch.from_numpy(residuals.squares / residuals.components)
     limits = torch.from_numpy(residuals.limits).log()
     limit = float(limits.mean())
@@ -137,7 +147,7 @@ def fit_far_field(residuals: Residuals, far: np.ndarray) -> FarFieldCalibrator |
         way = (log_slope.exp().clamp(max=1) * (ways @ shares)).clamp(max=1)
         log_variance = _log_variance(constant, way, limits, limit)
         likelihood = 0.5 * (log_variance + squares * torch.exp(-log_variance)).mean()
-        of_slope = 0.5 * ((log_slope - np.log(_PRIOR_CENTRE)) / width) ** 2
+        of_slope = 0.5 * ((log_slope - np.log(prior.centre)) / width) ** 2
         total = likelihood * n_groups + of_slope - (shares + _SMALLEST_SHARE).log().mean()
         total.backward()
         assert parameters.grad is not None

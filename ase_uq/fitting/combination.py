@@ -23,6 +23,7 @@ from ase_uq.uncertainty_model.combination import (
     CombinationInputs,
     bounded,
     corrections_of_methods,
+    fade,
 )
 from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
@@ -30,7 +31,8 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
-_FRAMES_OF_ANCHOR = 10  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
+_REACH_QUANTILE, _SMALLEST_REACH = 0.99, 0.05
+_FRAMES_OF_ANCHOR = 3  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 
 
@@ -68,11 +70,12 @@ def fit_combination(
     corrections = corrections_of_methods(features, inputs.others)
     ensemble, predicted = _residual_model(training, calibration, title)
     corrections[RESIDUAL] = bounded(predicted)
-    fade = features.fade.expand_as(features.base)
-    table = {name: (fade * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
+    reach = max(float(np.quantile(features.way.cpu().numpy(), _REACH_QUANTILE)), _SMALLEST_REACH)
+    faded = fade(features.way, reach).expand_as(features.base)
+    table = {name: (faded * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
-    rows = _Likelihood(features.base.cpu().numpy(), fade.cpu().numpy(), squares.cpu().numpy(), table)
+    rows = _Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table)
     fold = _contiguous(frames.cpu().numpy())
     of_folds = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     likelihoods = {name: float(values.mean()) for name, values in of_folds.items()}
@@ -86,7 +89,7 @@ def fit_combination(
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(inputs, kept, constant if weights else 0.0, weights, likelihoods)
+    combination = Combination(inputs, reach, kept, constant if weights else 0.0, weights, likelihoods)
     variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
     return Fitted(combination, variance)
 
@@ -324,7 +327,7 @@ def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Co
 
     `like` has the widths and the device of the features.
     """
-    parts = ("base", "fade", "network_inputs")
+    parts = ("base", "way", "network_inputs")
     widths = [*(getattr(like, part).shape[1] for part in parts), like.base.shape[1], 1]
     flat = None
     if rows is not None:
@@ -335,6 +338,6 @@ def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Co
     if flat is None:
         return None
     flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
-    base, fade, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
-    features = CombinationFeatures(base, fade, base.new_zeros((*base.shape, 0)), inputs)
+    base, way, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    features = CombinationFeatures(base, way, base.new_zeros((*base.shape, 0)), inputs)
     return features, squares, frames[:, 0].long()

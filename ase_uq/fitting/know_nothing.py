@@ -75,13 +75,14 @@ class KnowNothing:
 
 
 @dataclass(frozen=True)
-class _Parent:
+class Parent:
     """A training frame with displacements that rattle each atom by its whole distance to its nearest neighbour, Å."""
 
     atoms: Atoms
     displacements: np.ndarray
 
     def rattled(self, fraction: float) -> Atoms:
+        """The frame with every atom displaced by a share of its nearest distance, Gaussian a component."""
         atoms = self.atoms.copy()
         atoms.positions += fraction * self.displacements
         return atoms
@@ -110,7 +111,7 @@ def know_nothing(
         InputError: The potential can evaluate none of the frames.
     """
     elements = tuple(sorted({int(z) for atoms in train for z in atoms.numbers}))
-    parents = _parents(train, backend.cutoff, _FRAMES if len(elements) < _MANY_ELEMENTS else _FRAMES_OF_MANY)
+    parents = parents_of(train, backend.cutoff)
     if not parents:
         return None
 
@@ -170,10 +171,12 @@ def _evaluated[T](
     return batches
 
 
-def _parents(train: Sequence[Atoms], cutoff: float, wanted: tuple[int, int, int]) -> list[_Parent]:
-    """Training frames in a random order, with the displacements that rattle them."""
+def parents_of(train: Sequence[Atoms], cutoff: float) -> list[Parent]:
+    """Training frames, drawn at random, with the displacements that rattle them."""
+    n_elements = len({int(z) for atoms in train for z in atoms.numbers})
+    wanted = _FRAMES if n_elements < _MANY_ELEMENTS else _FRAMES_OF_MANY
     rng = np.random.default_rng(_SEED)
-    parents: list[_Parent] = []
+    parents: list[Parent] = []
     for index in rng.permutation(len(train)):
         atoms = _without_labels(train[index])
         owner, distance = neighbor_list("id", atoms, cutoff)
@@ -183,13 +186,13 @@ def _parents(train: Sequence[Atoms], cutoff: float, wanted: tuple[int, int, int]
         # Of several neighbours the last to be written counts, hence the nearest.
         order = np.argsort(-distance, kind="stable")
         nearest[owner[order]] = distance[order]
-        parents.append(_Parent(atoms, rng.normal(size=(len(atoms), 3)) * nearest[:, None]))
+        parents.append(Parent(atoms, rng.normal(size=(len(atoms), 3)) * nearest[:, None]))
         if _number(parents, wanted) < len(parents) or len(parents) == wanted[0]:
             break
     return parents[: _number(parents, wanted)]
 
 
-def _number(parents: Sequence[_Parent], wanted: tuple[int, int, int]) -> int:
+def _number(parents: Sequence[Parent], wanted: tuple[int, int, int]) -> int:
     """How many of the parents are taken: at most and at least so many frames, and in between so many atoms."""
     most, fewest, n_atoms = wanted
     within = int(np.searchsorted(np.cumsum([len(parent.atoms) for parent in parents]), n_atoms, side="right"))

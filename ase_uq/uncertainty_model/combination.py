@@ -1,6 +1,6 @@
 """The primary estimator if several methods are fitted: learned where the calibration frames support it.
 
-    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = (1 - t)² between 0 and 1
+    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = 1 - t/2ρ between 0 and 1
 
 A is the anchor, the calibrated log σ² of the first method that measures a distance (the Bayesian last layer by default;
 methods without additional passes come first). It ends where the potential knows nothing, and t is the way there
@@ -11,8 +11,9 @@ methods without additional passes come first). It ends where the potential knows
                      around it, its element, the predicted force and the distances around it, and is trained for the
                      likelihood of errors about the anchor
 
-and are bounded, |t_k| ≤ 2. They fade with the way: likelihood on frames like the training frames picks corrections that
-are wrong by orders of magnitude elsewhere, and what a network answers out there means nothing.
+and are bounded, |t_k| ≤ 2. They fade with the way, and vanish twice as far out as the calibration frames reach, ρ:
+likelihood on frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere, and
+what a network answers out there means nothing.
 
 The likelihood of left-out calibration frames decides which corrections are kept. Networks are trained on training and
 calibration frames by cross-fitting: the prediction for a calibration frame comes from a network that has not seen it.
@@ -47,14 +48,13 @@ class CombinationFeatures:
 
     Args:
         base: (n_atoms, n_components) log σ² of the anchor.
-        fade: (n_atoms, n_components) share of the corrections that counts: 1 at the calibration frames, 0 where nothing
-            is known.
+        way: (n_atoms, n_components) t of the anchor: 0 at the calibration frames, 1 where nothing is known.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
         network_inputs: (n_atoms, n_inputs) inputs of the networks.
     """
 
     base: Tensor
-    fade: Tensor
+    way: Tensor
     others: Tensor
     network_inputs: Tensor
 
@@ -93,7 +93,7 @@ class CombinationInputs:
         views = views_of(forward_pass, raws[self.anchor])
         return CombinationFeatures(
             base=base,
-            fade=(1 - calibrator.way(raws[self.anchor].forces)).clamp(0, 1).square(),
+            way=calibrator.way(raws[self.anchor].forces),
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             network_inputs=network_inputs(
                 forward_pass, views, self.elements, [raws[name].distance for name in self.distances]
@@ -152,6 +152,7 @@ class Combination(torch.nn.Module):
 
     Args:
         inputs: How features are read from a batch.
+        reach: ρ, t that the calibration atoms reach.
         ensemble: Networks of the residual model, or None if it was not kept.
         constant: c.
         weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
@@ -161,6 +162,7 @@ class Combination(torch.nn.Module):
     def __init__(
         self,
         inputs: CombinationInputs,
+        reach: float,
         ensemble: MLPEnsemble | None,
         constant: float,
         weights: dict[str, float],
@@ -168,6 +170,7 @@ class Combination(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs
+        self.reach = reach
         self.ensemble = ensemble
         self.constant = constant
         self.weights = weights
@@ -182,6 +185,7 @@ class Combination(torch.nn.Module):
             "others": list(self.inputs.others),
             "distances": list(self.inputs.distances),
             "elements": list(self.inputs.elements),
+            "reach": self.reach,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -202,6 +206,7 @@ class Combination(torch.nn.Module):
         )
         return cls(
             inputs,
+            settings["reach"],
             ensemble_of(settings, tensors),
             settings["constant"],
             settings["weights"],
@@ -215,14 +220,20 @@ class Combination(torch.nn.Module):
         if self.ensemble is not None:
             corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
-        return (features.base + features.fade * total).exp()
+        return (features.base + fade(features.way, self.reach) * total).exp()
 
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        inside = f"{self.inputs.anchor} + (1 - t)²·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
+        inside = f"{self.inputs.anchor} + f·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
+        inside += f", f from 1 to 0 at t = {min(2 * self.reach, 1):.2f}" if kept else ""
         return [f"log σ² = {inside}", f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}"]
+
+
+def fade(way: Tensor, reach: float) -> Tensor:
+    """Share of the corrections that counts: 1 at the calibration frames, 0 at twice their reach or at the far end."""
+    return (1 - way / min(2 * reach, 1.0)).clamp(0, 1)
 
 
 def ensemble_of(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> MLPEnsemble | None:

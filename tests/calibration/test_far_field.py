@@ -160,9 +160,7 @@ class TestElements:
         """Every frame has an oxygen, whose errors are twice as large as those of its nine hydrogens."""
         rows = simulated(n_frames=n_frames)
         numbers = np.tile([8, *[1] * 9], n_frames)
-        return Residuals(
-            rows.scores, rows.squares * np.where(numbers == 8, 4, 1), 3, rows.groups, rows.limits, numbers
-        )
+        return Residuals(rows.scores, rows.squares * np.where(numbers == 8, 4, 1), 3, rows.groups, rows.limits, numbers)
 
     def test_have_a_constant_of_their_own(self):
         found = fitted(self.rows(500))

@@ -30,8 +30,8 @@ def head_of(backend: Backend, frames: list[Atoms], name: str = "bll") -> Head:
     return fit_head(make_method(name), backend, frames)
 
 
-def parents(frames: list[Atoms], **options) -> list[fitting._Parent]:
-    return fitting._parents(frames, 5.0, options.get("wanted", fitting._FRAMES))
+def parents(frames: list[Atoms]) -> list[fitting.Parent]:
+    return fitting.parents_of(frames, 5.0)
 
 
 class TestShortestDistances:
@@ -53,10 +53,11 @@ class TestShortestDistances:
 
 
 class TestParents:
-    def test_atoms_move_by_shares_of_their_own_nearest_distance(self):
+    def test_atoms_move_by_shares_of_their_own_nearest_distance(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(fitting, "_FRAMES", (400, 400, 0))
         frames = [molecule("CH4"), molecule("H2O")] * 200
         moves = {1: [], 6: []}
-        for parent in parents(frames, wanted=(400, 400, 0)):
+        for parent in parents(frames):
             move = parent.rattled(0.1).positions - parent.atoms.positions
             for z, found in moves.items():
                 found.append(move[parent.atoms.numbers == z].ravel())
@@ -137,7 +138,7 @@ class TestKnowNothing:
         assert found is not None
         assert set(found.scores) == {"bll"}  # networks answer anything far away
         head = head_of(backend, frames)
-        made = fitting._parents(frames, backend.cutoff, fitting._FRAMES)
+        made = fitting.parents_of(frames, backend.cutoff)
         rattled = [parent.rattled(found.far_field.fraction) for parent in made]
         forces = torch.cat([head(forward_pass_of(backend, [atoms])).forces[:, 0] for atoms in rattled])
         np.testing.assert_allclose(found.scores["bll"], forces.log().median(0).values, rtol=1e-6)

@@ -28,6 +28,7 @@ from ase_uq.uncertainty_model.combination import (
     Combination,
     CombinationFeatures,
     CombinationInputs,
+    fade,
 )
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
@@ -80,7 +81,7 @@ class World:
         squares = residuals**2 if self.n_components == 3 else (residuals**2).mean(1, keepdims=True)
         features = CombinationFeatures(
             base=torch.tensor(base),
-            fade=torch.tensor(random.uniform(0.5, 1, shape)),
+            way=torch.tensor(random.uniform(-0.2, 0.3, shape)),
             others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
             network_inputs=torch.tensor(network_inputs),
         )
@@ -173,7 +174,7 @@ class TestWeights:
         assert list(others.likelihoods) == ["anchor", "methods", RESIDUAL, "all"]
         assert list(World().fit().combination.likelihoods) == ["anchor", RESIDUAL]
         formula, tried = others.describe()
-        assert "near + (1 - t)²·(" in formula
+        assert "near + f·(" in formula
         assert "·knows" in formula
         assert tried.startswith(f"cross-validated NLL {min(others.likelihoods.values()):.3f} of anchor ")
 
@@ -282,9 +283,23 @@ class TestOutOfFold:
         assert RESIDUAL in combination.weights
         _, seen = fitting._residual_model(None, rows, "")
         correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
-        expected = (rows[0].base + rows[0].fade * correction).exp()
+        expected = (rows[0].base + fade(rows[0].way, combination.reach) * correction).exp()
         np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
         assert not np.allclose(fitted.variance, combination(rows[0], {}, None))
+
+
+class TestFade:
+    def test_is_whole_near_and_nothing_at_twice_the_reach(self):
+        way = torch.tensor([-0.5, 0.0, 0.1, 0.2, 0.4, 0.41, 1.0], dtype=torch.float64)
+        np.testing.assert_allclose(fade(way, 0.2), [1, 1, 0.75, 0.5, 0, 0, 0], atol=1e-12)
+
+    def test_is_nothing_where_nothing_is_known_however_far_calibration_frames_reach(self):
+        assert float(fade(torch.tensor([1.0], dtype=torch.float64), 0.9)) == 0
+
+    def test_reach_is_that_of_the_calibration_atoms(self):
+        rows = World(1.5).rows(0)
+        combination = fit_combination(World().inputs, None, rows).combination
+        assert combination.reach == pytest.approx(np.quantile(rows[0].way, 0.99))
 
 
 class TestFarAway:
@@ -297,24 +312,24 @@ class TestFarAway:
         ensemble = wild.ensemble or fitting._residual_model(None, World(1.5).rows(0), "")[0]
         ensemble.weights *= 100
         weights = {"knows": 0.9, RESIDUAL: 1.4}
-        return Combination(combination.inputs, ensemble, 0.3, weights, {})
+        return Combination(combination.inputs, combination.reach, ensemble, 0.3, weights, {})
 
     def test_the_anchor_is_all_there_is(self, combination: Combination):
         features = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
-        far = replace(features, fade=torch.zeros_like(features.fade))
+        far = replace(features, way=torch.full_like(features.way, 0.7))
         torch.testing.assert_close(combination(far, {}, None), far.base.exp(), rtol=1e-12, atol=0)
         assert not torch.allclose(combination(features, {}, None), features.base.exp())
 
     def test_corrections_fade_in_proportion(self, combination: Combination):
         features = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
-        whole = replace(features, fade=torch.ones_like(features.fade))
+        whole = replace(features, way=torch.zeros_like(features.way))
         found, full = (combination(f, {}, None).log() - f.base for f in (features, whole))
-        torch.testing.assert_close(found, features.fade * full, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, fade(features.way, combination.reach) * full, rtol=1e-9, atol=1e-12)
 
     def test_corrections_are_bounded_everywhere(self, combination: Combination):
         features = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
         correction = combination(features, {}, None).log() - features.base
-        limit = 0.3 + LARGEST_CORRECTION * (0.9 + 1.4)
+        limit = (0.3 + LARGEST_CORRECTION * (0.9 + 1.4)) * (1 + 1e-12)
         assert float(correction.abs().max()) <= limit
         assert float(correction.abs().max()) > 0.5 * limit
 
@@ -344,7 +359,7 @@ class TestSameBits:
 
     def test_without_networks_too(self):
         found = self.world.fit().combination
-        combination = Combination(found.inputs, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
+        combination = Combination(found.inputs, 0.3, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
         again = Combination.load(json.loads(json.dumps(combination.settings)), dict(_state(combination)), {})
         assert again.ensemble is None
         assert again.weights == {"knows": 0.5}
@@ -382,7 +397,7 @@ class TestSameBits:
         """Everything kept, however little it helps."""
         ensemble = fitting._residual_model(None, self.world.rows(0), "")[0]
         weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
-        return Combination(combination.inputs, ensemble, 0.1, weights, combination.likelihoods)
+        return Combination(combination.inputs, combination.reach, ensemble, 0.1, weights, combination.likelihoods)
 
 
 class TestView:
@@ -422,7 +437,7 @@ class TestView:
         way = near.way(raws["near"].forces).numpy()
         base = -4.0 + (np.where(way > 0, np.log(limit.numpy())[:, None], 0.5) + 4.0) * way
         np.testing.assert_allclose(features.base, base, rtol=1e-12)
-        np.testing.assert_allclose(features.fade, np.clip(1 - way, 0, 1) ** 2, rtol=1e-12)
+        np.testing.assert_allclose(features.way, np.minimum(way, 1), rtol=1e-12)
         assert 0.1 < np.mean(way > 0) < 0.9
         others = inputs.methods["other"].calibrators["forces"].variance(raws["other"].forces).numpy()
         if own == 1:
