@@ -3,7 +3,7 @@
     python benchmarks/quality_of_set.py ../shared/data/acac POTENTIAL.model [--committee 'MEMBERS_*.model']
                                  [--out benchmarks/results/quality_acac] [--block 5] [--tolerance 0.3]
 
-The folder holds train*.xyz, calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the first,
+The folder holds train*.xyz (or ref*.xyz), calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the first,
 calibrated on the second, and only looked at on the others. POTENTIAL is a MACE .model file, or a SPEC.
 
 The committee is judged on the errors of POTENTIAL, which should be one of its members: the standard deviation over
@@ -79,11 +79,12 @@ def main() -> None:
 def splits_of(folder: Path) -> dict[str, list[Atoms]]:
     """Labelled frames by the name of their file; several training or calibration files are one."""
     found: dict[str, list[Atoms]] = {}
-    for prefix in ("train", "calib", "test", "ood"):
+    for prefix in ("train", "ref", "calib", "test", "ood"):
         for path in sorted(folder.glob(f"{prefix}*.xyz")):
             frames = [atoms for atoms in read_frames(path) if labels_of(atoms).forces is not None]
+            name = {"train": "train", "ref": "train", "calib": "calib"}.get(prefix, path.stem)
             if frames:
-                found.setdefault(prefix if prefix in ("train", "calib") else path.stem, []).extend(frames)
+                found.setdefault(name, []).extend(frames)
     missing = {"train", "calib"} - found.keys()
     if missing:
         sys.exit(f"{folder} has no {' and no '.join(sorted(missing))}*.xyz with forces.")

@@ -1,4 +1,4 @@
-"""Trains the committees that benchmarks/quality.py compares with: equals but for their seed.
+"""Trains the committees that benchmarks/quality_of_set.py compares with: equals but for their seed.
 
     python benchmarks/train_committee.py acac OUT_FOLDER [--data ../shared/data] [--seeds 1 2 3 4 5]
     python benchmarks/train_committee.py si_mlearn OUT_FOLDER

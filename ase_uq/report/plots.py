@@ -324,6 +324,24 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     return ax
 
 
+def know_nothing(fractions: ArrayLike, median_forces: ArrayLike, chosen: float, *, ax: Axes | None = None) -> Axes:
+    """How a potential's forces grow as training frames are rattled, and where it was taken to know nothing.
+
+    Args:
+        fractions: (n,) displacements, as shares of the distance to the nearest neighbour: `FarField.fractions`.
+        median_forces: (n,) median predicted force of the rattled frames, eV/Å.
+        chosen: The fraction that was taken.
+        ax: Axes to draw into; a new figure by default.
+    """
+    ax = _axes(ax, (5, 3.4))
+    x, y = _equal(fractions=fractions, median_forces=median_forces)
+    ax.axvline(chosen, color=ORANGE, lw=1.5, label=f"nothing known: {chosen:g}")
+    ax.plot(x, y, "o-", color=BLUE, label="median predicted force")
+    ax.set(xlabel="displacement / nearest distance", ylabel="force (eV/Å)", ylim=(0, 1.1 * _largest(y)))
+    ax.legend(frameon=False, fontsize=8)
+    return ax
+
+
 def _largest(values: np.ndarray) -> float:
     """The largest finite value; 1 if no finite value is above 0."""
     finite = values[np.isfinite(values)]

@@ -74,6 +74,8 @@ class UncertaintyModel:
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
                 if len(self.methods) > 1:
                     results |= {f"{key}_{name}": value for key, value in deviations.items()}
+            if self.far_field is not None:
+                results["contact"] = self.far_field.contact(forward_pass)
             if self.combination is not None:
                 results["forces_uncertainty"] = self.combination(forward_pass, raws, limit).sqrt().expand(-1, 3)
         return results
@@ -111,7 +113,8 @@ class UncertaintyModel:
             for quantity in fitted.calibrators
             if len(self.methods) > 1
         ]
-        return (*calibrated, "gamma", *alone)
+        contact = () if self.far_field is None else ("contact",)
+        return (*calibrated, "gamma", *contact, *alone)
 
     def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its criterion.

@@ -29,6 +29,13 @@ def summary_of(model: "UncertaintyModel") -> str:
     if model.combination is not None:
         first, *rest = model.combination.describe()
         lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
+    if (far := model.far_field) is not None:
+        steps = ", ".join(f"{m:.2g} at {f:g}" for f, m in zip(far.fractions, far.median_forces, strict=True))
+        lines += [
+            f"  far field      reached by training frames rattled by {far.fraction:g} of each nearest distance, where the "
+            f"median force stops growing (eV/Å: {steps})",
+            f"                 σ∞ is at least {far.force:.3g} eV/Å, the forces of training frames",
+        ]
     norms, errors = model.record.uncertainty, model.record.error
     lines.append(
         f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å per component, "
