@@ -99,6 +99,14 @@ class FarField:
         closest = torch.full((len(numbers),), torch.inf, dtype=shares.dtype, device=shares.device)
         return closest.scatter_reduce(0, edges.target, shares, "amin")
 
+    @cached_property
+    def _repulsion_at_shortest(self) -> Tensor:
+        """(119, 119) repulsion at the shortest distance of any two elements, eV/Å."""
+        numbers = torch.arange(len(self._table), device=self._table.device)
+        first, second = numbers[:, None].expand(self._table.shape), numbers[None, :].expand(self._table.shape)
+        forces = zbl_force(self._table.flatten(), first.flatten(), second.flatten())
+        return forces.reshape(self._table.shape)
+
     def _shortest(self, edges: Edges, numbers: Tensor) -> Tensor:
         return self._table[numbers[edges.target], numbers[edges.source]]
 
@@ -108,6 +116,6 @@ class FarField:
         pair = numbers[edges.target], numbers[edges.source]
         # A pair at exactly one place has no finite repulsion; a hundredth of a bond is far beyond any threshold.
         distance = torch.minimum(edges.distance.double(), shortest).maximum(0.01 * shortest)
-        excess = zbl_force(distance, *pair) - zbl_force(shortest, *pair)
+        excess = zbl_force(distance, *pair) - self._repulsion_at_shortest[pair]
         total = torch.zeros(len(numbers), dtype=excess.dtype, device=excess.device)
         return total.index_add(0, edges.target, excess.square()) / 3
