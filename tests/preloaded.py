@@ -3,7 +3,7 @@
 A fresh interpreter imports mace, orb and torch for longer than most blocks of the documentation then run. `bin()` is a
 folder for the PATH with a `python` and an `ase-uq` that hand their arguments, files, folder and environment over to
 that one process; it forks for each, and what a command leaves behind goes with its process. What depends on a fresh
-interpreter (another PYTHONPATH, an option of Python's) gets one.
+interpreter (an option of Python's) gets one.
 """
 
 import atexit
@@ -65,6 +65,10 @@ def bin() -> Iterator[Path]:
 def serve(address: str) -> None:
     for module in MODULES:
         importlib.import_module(module)
+    import e3nn  # after mace, which patches it
+
+    # Every command builds its potential; compiling it pays only in longer runs than those of the pages.
+    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
     gc.freeze()  # a collection in a child would copy every page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
     with socket.socket(socket.AF_UNIX) as here:
@@ -101,11 +105,21 @@ def answer(client: socket.socket) -> None:
     os._exit(0)  # to take down what was imported would take seconds
 
 
+def begin_as_python_does() -> None:
+    """Folders of the PYTHONPATH come first, and their `sitecustomize` is run."""
+    for folder in reversed(os.environ.get("PYTHONPATH", "").split(os.pathsep)):
+        if folder:
+            sys.path.insert(1, folder)
+        if (custom := Path(folder, "sitecustomize.py")).exists():
+            runpy.run_path(str(custom))
+
+
 def run(name: str, arguments: list[str]) -> int:
     """What the command exits with."""
-    if "PYTHONPATH" in os.environ or (name == "python" and arguments[0].startswith("-") and arguments[0] != "-c"):
+    if name == "python" and arguments[0].startswith("-") and arguments[0] not in ("-c", "-m"):
         return subprocess.run([Path(sys.executable).with_name(name), *arguments]).returncode
     try:
+        begin_as_python_does()
         if name == "ase-uq":
             sys.argv = [name, *arguments]
             importlib.import_module("ase_uq.cli").main()
@@ -114,6 +128,10 @@ def run(name: str, arguments: list[str]) -> int:
             sys.path[0] = ""
             sys.modules["__main__"] = module = types.ModuleType("__main__")
             exec(compile(arguments[1], "<string>", "exec"), vars(module))
+        elif arguments[0] == "-m":
+            sys.argv = arguments[1:]
+            sys.path[0] = os.getcwd()
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv = arguments
             sys.path[0] = os.path.dirname(os.path.abspath(arguments[0]))

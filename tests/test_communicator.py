@@ -15,7 +15,8 @@ from ase_uq.communicator import Communicator, Distributed, Serial, gather, shard
 from ase_uq.methods.bll import BLL
 from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, fit_head, forward_pass_of, labelled_frames, on_ranks
 
-WORKER = """
+RANKS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -26,7 +27,9 @@ from ase_uq.methods.bll import BLL
 from ase_uq.testing.methods import ELEMENTS, fit_head, labelled_frames
 
 torch.set_num_threads(1)
-rank, folder = int(sys.argv[1]), sys.argv[2]
+folder, *sizes = sys.argv[1:]
+child = os.fork()  # once everything is imported
+rank = int(not child)
 store = f"file://{folder}/store"
 dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
 ranks = Distributed()
@@ -37,10 +40,13 @@ assert torch.equal(summed["b"], torch.full((2, 3), 3.0, dtype=torch.float64)), s
 assert torch.equal(mine["b"], torch.full((2, 3), rank + 1.0, dtype=torch.float64)), "the statistics were changed"
 assert summed["a"].shape == (1,)
 backend = load_backend(ToyCalculator(ELEMENTS, direct=True))
-for size in map(int, sys.argv[3:]):
+for size in map(int, sizes):
     head = fit_head(BLL(ridge=1e-4), backend, labelled_frames(30, seed=1), batch_atoms=size, communicator=ranks)
     torch.save([head.settings, head.state_dict()], f"{folder}/head_{size}_{rank}.pt")
 dist.destroy_process_group()
+if child:
+    _, status = os.waitpid(child, 0)
+    sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
@@ -76,18 +82,10 @@ def test_ranks_without_a_process_group_are_refused():
 # Batches of 40 atoms give the ranks unequal shards; all frames in one batch leave the second rank without any.
 def test_two_processes_fit_the_head_of_one(tmp_path: Path):
     sizes = ("40", "100000")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path), *sizes],
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"},
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=120)
-        assert worker.returncode == 0, errors
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", RANKS, tmp_path, *sizes]
+    ranks = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=120)
+    assert ranks.returncode == 0, ranks.stderr
     backend = load_backend(ToyCalculator(ELEMENTS, direct=True))
     serial = fit_head(BLL(ridge=1e-4), backend, labelled_frames(30, seed=1))
     batch = forward_pass_of(backend, labelled_frames(5, seed=2))

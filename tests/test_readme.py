@@ -25,8 +25,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
-# More frames take longer and show nothing else.
-FRAMES = {"train*.xyz": 40, "calibration*.xyz": 100, "test*.xyz": 20, "finished.xyz": 20}
+# More frames take longer and show nothing else. A quantile of 0.99 would need 100 calibration frames.
+FRAMES = {"train*.xyz": 40, "calibration*.xyz": 40, "test*.xyz": 20, "finished.xyz": 20}
 READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
@@ -56,10 +56,12 @@ for name, calculator in zip(("orb_v3_direct_20_omat", "orb_v3_conservative_inf_o
     setattr(pretrained, name, load)
     pretrained.ORB_PRETRAINED_MODELS[name.replace("_", "-")] = load
 """
-# A run of the README may end by halting, and is as long as the reader likes.
+# Runs are as long as the reader likes, and may end by halting.
 SHORTER = {
     "dyn.run(100_000)": "dyn.run(50)",
     "--steps 100000": "--steps 50",
+    "q0.99": "q0.9",
+    "Quantile(0.99)": "Quantile(0.9)",
     "n_runs=20, ps=1)": "n_runs=20, ps=0.005, equilibration=0.005)",
     "per_run=0.05, ps=1)": "per_run=0.05, ps=0.005)",
 }

@@ -46,8 +46,8 @@ def make_mace(
     with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn builds with a deprecated part of torch
         torch.manual_seed(seed)
-        # Scripting takes most of the time; the trained models, which the tests load as well, are scripted.
-        e3nn.set_optimization_defaults(jit_script_fx=False)
+        # Both take most of the time; the trained models, which the tests load as well, have them.
+        e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
         model = modules.ScaleShiftMACE(
             atomic_inter_scale=[0.8 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.8,
             atomic_inter_shift=[0.1 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.1,
@@ -72,7 +72,7 @@ def make_mace(
             readout_cls=modules.readout_classes[readout],
             **options,
         )
-    e3nn.set_optimization_defaults(jit_script_fx=True)
+    e3nn.set_optimization_defaults(jit_script_fx=True, optimize_einsums=True)
     return model.eval()
 
 

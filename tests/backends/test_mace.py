@@ -57,8 +57,8 @@ class TestMACEFloat32(MACEContract):
     dtype = "float32"
 
 
-class TestRepulsion(MACEContract):
-    arguments = {"repulsion": True}  # noqa: RUF012
+class TestRepulsionAndLastReadoutOnly(MACEContract):
+    arguments = {"repulsion": True, "use_last_readout_only": True}  # noqa: RUF012
 
     # MACE makes some constants of its repulsion in torch's default dtype: forces differ by 1e-8 eV/Å, as do those
     # of the bare calculator.
@@ -72,16 +72,8 @@ class TestOneLayerOfScalars(MACEContract):
         assert evaluate(backend, *frames).vectors is None
 
 
-class TestThreeLayers(MACEContract):
-    arguments = {"layers": 3, "correlation": 1}  # noqa: RUF012
-
-
-class TestOrderTwo(MACEContract):
-    arguments = {"order": 2}  # noqa: RUF012
-
-
-class TestLastReadoutOnly(MACEContract):
-    arguments = {"use_last_readout_only": True}  # noqa: RUF012
+class TestThreeLayersOfOrderTwo(MACEContract):
+    arguments = {"layers": 3, "order": 2, "correlation": 1}  # noqa: RUF012
 
 
 class TestSecondOfThreeHeads(MACEContract):

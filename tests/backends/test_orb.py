@@ -80,19 +80,11 @@ class TestConservative(OrbContract):
     kind = "conservative"
 
 
-class TestDirectFloat64(InFloat64, TestDirect):
+class TestDirectFloat64WithChargeAndSpin(InFloat64, WithChargeAndSpin, TestDirect):
     pass
 
 
-class TestConservativeFloat64(InFloat64, TestConservative):
-    pass
-
-
-class TestDirectWithChargeAndSpin(WithChargeAndSpin, TestDirect):
-    pass
-
-
-class TestConservativeWithChargeAndSpin(WithChargeAndSpin, TestConservative):
+class TestConservativeFloat64WithChargeAndSpin(InFloat64, WithChargeAndSpin, TestConservative):
     pass
 
 

@@ -269,6 +269,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    pytest.importorskip("ipi")
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    template = tmp_path_factory.mktemp("ipi") / "start.xyz"
+    write(template, molecule_in(), format="extxyz")
+    return UncertainDriver(str(template), "embedded:mace", str(embedded.path("mace.uq.safetensors")))
+
+
 def start(folder: Path, *command: str) -> subprocess.Popen[str]:
     program = Path(sys.executable).with_name(command[0])
     return subprocess.Popen(
@@ -388,10 +398,7 @@ def test_driver_leaves_a_molecule_in_vacuum(folder: Path, driver_file: str, calc
     np.testing.assert_array_equal(virial, 0)
 
 
-def test_beads_that_are_sent_together_are_one_forward_pass(folder: Path, driver_file: str):
-    from ase_uq.engines.ipi_driver import UncertainDriver
-
-    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+def test_beads_that_are_sent_together_are_one_forward_pass(driver: Any):
     beads = [molecule_in() for _ in range(3)]
     for number, atoms in enumerate(beads):
         atoms.rattle(0.02, seed=number)
@@ -407,10 +414,7 @@ def test_beads_that_are_sent_together_are_one_forward_pass(folder: Path, driver_
         )
 
 
-def test_a_bead_that_is_not_finite_is_named_and_changes_no_other(folder: Path, driver_file: str):
-    from ase_uq.engines.ipi_driver import UncertainDriver
-
-    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+def test_a_bead_that_is_not_finite_is_named_and_changes_no_other(driver: Any):
     beads = [molecule_in() for _ in range(3)]
     beads[1].positions[0] = beads[1].positions[1]
     cells, positions = zip(*(in_bohr(atoms) for atoms in beads), strict=True)
@@ -422,10 +426,7 @@ def test_a_bead_that_is_not_finite_is_named_and_changes_no_other(folder: Path, d
     assert np.isnan(together[1][1]).any()
 
 
-def test_driver_refuses_another_number_of_atoms(folder: Path, driver_file: str):
-    from ase_uq.engines.ipi_driver import UncertainDriver
-
-    driver = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+def test_driver_refuses_another_number_of_atoms(driver: Any):
     with pytest.raises(InputError, match=r"i-PI sent 3 atoms and the template has 9\. Give template="):
         driver(np.eye(3), np.zeros((3, 3)))
 

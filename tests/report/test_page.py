@@ -23,7 +23,7 @@ from ase.io import read
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from ase_uq import Quantile, UncertainCalculator, UncertaintyModel, embedded, write_frames
+from ase_uq import Predictor, Quantile, UncertaintyModel, embedded, load_backend, write_frames
 from ase_uq.errors import ArtefactError, InputError, MissingDependency
 from ase_uq.io.frames import read_frames
 from ase_uq.io.results import annotated
@@ -61,28 +61,31 @@ def model() -> UncertaintyModel:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
+def predictor(model) -> Predictor:
+    return Predictor(load_backend("embedded:mace"), model)
+
+
+@pytest.fixture(scope="module")
+def scored(predictor, tmp_path_factory) -> Path:
     """Labelled frames of two temperatures, scored by the embedded potential, through a file."""
-    calculator = UncertainCalculator("embedded:mace", embedded.path("mace.uq.safetensors"))
     frames = [a for name in ("test_300K.xyz", "test_900K.xyz") for a in read(embedded.path(name), ":30")]
-    predictions = calculator.predictor.predict(frames)
+    predictions = predictor.predict(frames)
     path = tmp_path_factory.mktemp("scored") / "scored.xyz"
     write_frames(path, [annotated(a, p.results) for a, p in zip(frames, predictions, strict=True)])
     return path
 
 
 @pytest.fixture(scope="module")
-def labelled(scored, model, tmp_path_factory):
+def labelled(scored, model, predictor, tmp_path_factory):
     """The full report with everything in it, and its text."""
     folder = tmp_path_factory.mktemp("report")
-    backend = UncertainCalculator("embedded:mace", model).predictor.backend
     report = write_report(
         folder / "report.html",
         read_frames(scored),
         model,
         flag=Quantile(0.99),
         halt=0.5,
-        backend=backend,
+        backend=predictor.backend,
         train=read(embedded.path("train_300K.xyz"), ":40"),
         calibration=read(embedded.path("calibration_300K.xyz"), ":30"),
         sources={"frames": "scored.xyz"},
@@ -271,14 +274,13 @@ def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(write, sc
     assert "Frames within 1 frame of a worse frame are left out." in said
 
 
-def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, scored, model):
-    backend = UncertainCalculator("embedded:mace", model).predictor.backend
+def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, scored, predictor):
     frames = read_frames(scored)[:4]
     frames[1].positions[3] = np.nan
     frames[1].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
     frames[2].positions[:] = np.inf
     frames[3].pbc, frames[3].cell = True, np.full((3, 3), np.nan)
-    report, text = write(frames, backend=backend)
+    report, text = write(frames, backend=predictor.backend)
     said = Elements(text).visible
     assert "The positions of 1 atom are not finite: not drawn." in said
     assert "The positions of 9 atoms are not finite: not drawn." in said

@@ -50,29 +50,33 @@ def is_there(process: int) -> bool:
     return True
 
 
+def slowly(atoms: Atoms) -> Iterator[tuple[int, Item]]:
+    """The same frame again and again, at a pace that leaves the processor to the process that is starting."""
+    for number in itertools.count():
+        yield number, atoms
+        time.sleep(0.02)
+
+
 class TestWorkers:
     def stream(self, batches: list[Prepared], enough: int, atoms: Atoms = WATER) -> Iterator[tuple[int, Item]]:
         """Frames until so many batches came from another process."""
-        number = 0
-        while sum(batch.data is not None for batch in batches) < enough:
-            yield number, atoms
-            number += 1
+        return itertools.takewhile(lambda _: sum(batch.data is not None for batch in batches) < enough, slowly(atoms))
 
-    def run(self, collator: Collator, enough: int, atoms: Atoms = WATER) -> list[Prepared]:
+    def test_they_collate_once_they_have_started_in_order_and_without_calculators(self):
+        atoms = WATER.copy()
+        atoms.calc = load_backend("toy:").calculator
+        atoms.calc.unsendable = threading.Lock()
         batches: list[Prepared] = []
-        items = self.stream(batches, enough, atoms)
-        with Preparation(items, BatchLimit(6), 5.0, collator, n_workers=1) as preparation:
+        items = self.stream(batches, 5, atoms)
+        with Preparation(items, BatchLimit(6), 5.0, naming(), n_workers=1) as preparation:
             batches.extend(preparation)  # grows batch by batch
-        return batches
-
-    def test_they_collate_once_they_have_started_and_the_order_is_kept(self):
-        batches = self.run(naming(), enough=5)
         numbers = [n for batch in batches for n in batch.numbers]
         assert numbers == list(range(len(numbers)))
         assert batches[0].data is None, "the device does not wait for processes to start"
         makers = {batch.data for batch in batches[-4:]}
         assert len(makers) == 1
         assert not makers & {None, os.getpid()}
+        assert batches[-1].frames[0].calc is None
 
     def run_until_it_complains(self, build: Callable[[Sequence[Atoms]], Any]) -> tuple[list[Prepared], str]:
         """All batches of such a run, and what it said."""
@@ -80,7 +84,7 @@ class TestWorkers:
         def complaints() -> list[str]:
             return [str(one.message) for one in caught if one.category is UQWarning]
 
-        items = itertools.takewhile(lambda _: not complaints(), ((number, WATER) for number in range(10**6)))
+        items = itertools.takewhile(lambda _: not complaints(), slowly(WATER))
         with (
             warnings.catch_warnings(record=True) as caught,
             Preparation(items, BatchLimit(6), 5.0, collator(build), n_workers=1) as preparation,
@@ -129,6 +133,7 @@ class TestWorkers:
     def test_they_do_not_outlive_a_killed_run(self):
         script = """
 import os
+import time
 from itertools import count
 from ase import Atoms
 from ase_uq.backends.base import Collator
@@ -137,6 +142,7 @@ from ase_uq.stream.limits import (BatchLimit)
 items = ((number, Atoms("H")) for number in count())
 collator = Collator(frozenset({1}), (), lambda frames: os.getpid())
 for batch in Preparation(items, BatchLimit(1), 5.0, collator, n_workers=1):
+    time.sleep(0.02)
     if batch.data is not None:
         print(batch.data, flush=True)
 """
@@ -150,12 +156,6 @@ for batch in Preparation(items, BatchLimit(1), 5.0, collator, n_workers=1):
         while is_there(worker) and time.monotonic() < deadline:
             time.sleep(0.1)
         assert not is_there(worker)
-
-    def test_calculators_stay_where_they_are(self):
-        atoms = WATER.copy()
-        atoms.calc = load_backend("toy:").calculator
-        atoms.calc.unsendable = threading.Lock()
-        assert self.run(naming(), 1, atoms)[-1].frames[0].calc is None
 
     @pytest.mark.parametrize(
         "error", [InputError("no"), AssertionError(), IndexError("list index"), RuntimeError("no")]

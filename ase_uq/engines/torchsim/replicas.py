@@ -14,7 +14,6 @@ from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 from torch_sim.models.interface import ModelInterface
-from torch_sim.state import get_attrs_for_scope
 
 from ase_uq.dynamics.actions import Event, Flag
 from ase_uq.dynamics.checks import Snapshot
@@ -22,9 +21,8 @@ from ase_uq.dynamics.judging import Judge, Observation, Verdict, symbols_looked_
 from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
 from ase_uq.dynamics.structures import norms_of
 from ase_uq.engines.torchsim.model import UncertainModel
+from ase_uq.engines.torchsim.running import RunningModel, copied_rows, put_back
 from ase_uq.io.results import annotated
-from ase_uq.prediction import Prediction
-from ase_uq.stream.passes import LeftOut
 
 # Name of an extra of each system: the number of its replica, wherever an autobatcher puts the system.
 _REPLICA = "replica"
@@ -97,7 +95,7 @@ class ReplicaMonitor:
         self.policy = as_policy(policy, **options)
         self._judge = Judge(self.policy)
         self._keep = None if frames is None else Flag(frames)
-        self._watched = _Watched(model)
+        self._running = RunningModel(model)
         self._judges: list[Judge] = []
         self.replicas: list[Replica] = []
 
@@ -193,7 +191,7 @@ class ReplicaMonitor:
                 settled[kind].settle(cast(BaseCalculator, self.model), kind, time)
             self._judges.append(copy.deepcopy(settled[kind]))
             self.replicas.append(Replica(number, atoms.get_chemical_formula(), time_fs=time))
-        self._watched.left_out = None
+        self._running.left_out = None
         state.system_extras[_REPLICA] = torch.arange(state.n_systems, device=state.device)
         return state
 
@@ -210,20 +208,20 @@ class ReplicaMonitor:
         begin, move = functions
 
         def first(state: Any, model: ModelInterface, **options: Any) -> Any:
-            self._watched.left_out = None
-            state = begin(state=state, model=self._watched, **options)
+            self._running.left_out = None
+            state = begin(state=state, model=self._running, **options)
             self._judge_systems(state, None)
             return state
 
         def step(state: Any, model: ModelInterface, **options: Any) -> Any:
-            halted = self._watched.left_out = self._halted(state)
+            halted = self._running.left_out = self._halted(state)
             if halted.all():
                 return state
-            before = _rows(state)
-            state = move(state=state, model=self._watched, **options)
+            before = copied_rows(state)
+            state = move(state=state, model=self._running, **options)
             broken = torch.zeros_like(halted)
-            broken[list(self._watched.broken)] = True
-            _put_back(state, before, halted | broken)
+            broken[list(self._running.broken)] = True
+            put_back(state, before, halted | broken)
             self._judge_systems(state, options.get("dt", 0.0))
             return state
 
@@ -237,11 +235,11 @@ class ReplicaMonitor:
     def _judge_systems(self, state: Any, dt: Tensor | float | None) -> None:
         """Judges the systems that the last forward pass has evaluated; `dt` is None at the first structure."""
         numbers = state.system_extras[_REPLICA].tolist()
-        for system, problem in self._watched.broken.items():
+        for system, problem in self._running.broken.items():
             replica = self._next(numbers[system], dt)
             back = "" if dt is None else "; put back to the step before"
             self._note(replica, Verdict("halt", reason=f"{problem} at step {replica.step}{back}"))
-        evaluated = zip(self._watched.systems, self._with_motion(state), self._watched.predictions, strict=True)
+        evaluated = zip(self._running.systems, self._with_motion(state), self._running.predictions, strict=True)
         for system, atoms, prediction in evaluated:
             replica, results = self._next(numbers[system], dt), prediction.results
             snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
@@ -275,7 +273,7 @@ class ReplicaMonitor:
         ends = np.cumsum(state.n_atoms_per_system.cpu().numpy())[:-1]
         masses = np.split(state.masses.cpu().double().numpy(), ends)
         momenta = np.split(state.momenta.cpu().double().numpy(), ends) if hasattr(state, "momenta") else None
-        for system, atoms in zip(self._watched.systems, self._watched.frames, strict=True):
+        for system, atoms in zip(self._running.systems, self._running.frames, strict=True):
             if (abs(masses[system] - atoms.get_masses()) > 1e-4).any():
                 atoms.set_masses(masses[system])
             if momenta is not None:
@@ -296,7 +294,7 @@ class ReplicaMonitor:
         report = reporter.report
 
         def report_running(state: Any, step: int | list[int], model: Any = None) -> list[dict[str, Tensor]]:
-            left_out = self._watched.left_out
+            left_out = self._running.left_out
             if left_out is None or not left_out.any():
                 return report(state, step, model)
             running = torch.nonzero(~left_out)[:, 0].tolist()
@@ -318,47 +316,6 @@ class ReplicaMonitor:
             del vars(reporter)["report"]
 
 
-class _Watched(ModelInterface):
-    """The model as an integrator sees it: it evaluates the systems that still run, and remembers their predictions.
-
-    Args:
-        model: The model that evaluates them.
-
-    Attributes:
-        left_out: (n_systems,) whether to leave out each system; None to leave out none.
-        broken: Systems that could not be evaluated in the last pass, and why.
-        systems: Numbers, within the batch, of the systems that were evaluated.
-        frames, predictions: Structures of these systems, and predictions for them.
-    """
-
-    def __init__(self, model: UncertainModel) -> None:
-        super().__init__()
-        self._model = model
-        self._device, self._dtype = model.device, model.dtype
-        self._compute_forces, self._compute_stress = model.compute_forces, model.compute_stress
-        self.left_out: Tensor | None = None
-        self.broken: dict[int, str] = {}
-        self.systems, self.frames, self.predictions = list[int](), list[Atoms](), list[Prediction]()
-
-    def forward(self, state: ts.SimState, **kwargs: Any) -> dict[str, Tensor]:
-        """The outputs of the model; rows of systems that were not evaluated are 0."""
-        halted = set() if self.left_out is None else {*torch.nonzero(self.left_out)[:, 0].tolist()}
-        wrong = {*state.system_idx[~torch.isfinite(state.positions).all(1)].tolist()}
-        wrong |= {*torch.nonzero(~torch.isfinite(state.cell).all(2).all(1))[:, 0].tolist()}
-        self.broken = dict.fromkeys(sorted(wrong - halted), "positions or cell are no longer finite")
-        running = [system for system in range(state.n_systems) if system not in wrong | halted]
-        frames = self._model._frames(state, running)
-        outcomes = dict(zip(running, self._model.predictor.outcomes(frames), strict=True))
-        self.broken |= {s: one.reason.rstrip(".") for s, one in outcomes.items() if isinstance(one, LeftOut)}
-        self.systems = [system for system in running if system not in self.broken]
-        self.frames = [atoms for system, atoms in zip(running, frames, strict=True) if system not in self.broken]
-        self.predictions = [one for one in outcomes.values() if isinstance(one, Prediction)]
-        if not self.frames:
-            zeros = {"energy": state.positions.new_zeros(state.n_systems), "forces": torch.zeros_like(state.positions)}
-            return zeros | ({"stress": torch.zeros_like(state.cell)} if self.compute_stress else {})
-        return self._model._outputs(state, dict(zip(self.systems, self.predictions, strict=True)))
-
-
 def _event(replica: Replica, verdict: Verdict, frame: Atoms) -> Event:
     return Event(
         level=verdict.level,
@@ -370,29 +327,6 @@ def _event(replica: Replica, verdict: Verdict, frame: Atoms) -> Event:
         atoms=frame,
         dynamics=None,
     )
-
-
-def _rows(state: Any) -> dict[tuple[str, str], Tensor]:
-    """Copies of all per-atom and per-system tensors of a state, since integrators may write in place."""
-    return {
-        (scope, name): value.clone()
-        for scope in ("per-atom", "per-system")
-        for name, value in get_attrs_for_scope(state, scope)
-        if isinstance(value, torch.Tensor)
-    }
-
-
-def _put_back(state: Any, before: Mapping[tuple[str, str], Tensor], systems: Tensor) -> None:
-    """Resets the rows of the chosen systems, (n_systems,) booleans, to the values that they had before."""
-    if not systems.any():
-        return
-    for (scope, name), then in before.items():
-        now = getattr(state, name)
-        # The history of L-BFGS grows, so its shape may differ; a halted replica's part of it is never used.
-        if name == "system_idx" or now.shape != then.shape:
-            continue
-        rows = systems if scope == "per-system" else systems[state.system_idx]
-        setattr(state, name, torch.where(rows.reshape(-1, *[1] * (now.ndim - 1)), then, now))
 
 
 def _without_numbers(state: Any) -> Any:
