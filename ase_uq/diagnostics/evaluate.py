@@ -22,7 +22,7 @@ from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
-from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_own_forces
+from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -149,7 +149,7 @@ def evaluate(
 
     Raises:
         LabelError: No frame has labels, a label is not finite, the shape of a label does not fit its frame, or the
-            labels are the potential's own forces.
+            labels are the potential's own forces or those of another head.
         InputError: The potential cannot evaluate a frame, or its results for one are not finite.
         TypeError: A bare potential was given without an uncertainty model, or a calculator that has one with another.
         PotentialMismatch: The uncertainty model was fitted on another potential.
@@ -160,7 +160,7 @@ def evaluate(
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
     predictor = as_predictor(calculator, uncertainty_model)
-    labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
+    labelled, labels = _labelled(predictor.backend, read_frames(frames, name="test frames"), label_keys)
     predictor.backend.check(labelled, name="labelled test frame")
     _refuse_own_labels(predictor, labelled, labels, batch_atoms)
     observed = _observe(predictor, labelled, labels, batch_atoms, progress)
@@ -278,12 +278,17 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
             yield chemical_symbols[number], sample.numbers == number
 
 
-def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:
+def _labelled(
+    backend: Backend, frames: Sequence[Atoms], keys: tuple[str, str, str] | None
+) -> tuple[list[Atoms], list[Labels]]:
     """The frames that have labels, and their labels; one warning counts the other frames."""
     pairs = [(atoms, labels_of(atoms, keys, f"test frame {index}")) for index, atoms in enumerate(frames)]
     for index, (atoms, labels) in enumerate(pairs):
         check_labels(f"test frame {index}", atoms, labels)
-    kept = [(atoms, labels) for atoms, labels in pairs if labels.energy is not None or labels.forces is not None]
+    has_labels = [labels.energy is not None or labels.forces is not None for _, labels in pairs]
+    numbered = {index: frames[index] for index in np.flatnonzero(has_labels).tolist()}
+    refuse_other_heads("test", numbered, backend.heads, backend.head)
+    kept = [pairs[index] for index in numbered]
     if not kept:
         names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
         raise LabelError(
