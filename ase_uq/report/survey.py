@@ -17,7 +17,9 @@ from ase_uq.diagnostics.samples import Sample
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
+from ase_uq.io.results import uncertainties_belong
 from ase_uq.io.source import Source, Unreadable
+from ase_uq.properties import STANDARD
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
@@ -349,8 +351,10 @@ class _Gathered:
 
 
 def _result(atoms: Atoms, key: str) -> Any:
-    """A result from the calculator, else from arrays, else from info; None if there is none."""
-    return _results(atoms).get(key, atoms.arrays.get(key, atoms.info.get(key)))
+    """A result from the calculator, else from arrays, else from info; None if there is none of this structure."""
+    if key in (results := _results(atoms)) or (key not in STANDARD and not uncertainties_belong(atoms)):
+        return results.get(key)
+    return atoms.arrays.get(key, atoms.info.get(key))
 
 
 def _label(atoms: Atoms, key: str) -> Any:
