@@ -4,7 +4,7 @@ import csv
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
-from ase_uq.diagnostics.samples import Sample, largest_of_frames
+from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
@@ -59,12 +59,14 @@ class Assessment:
         samples: Residuals with finite, positive standard deviations, by (method, quantity).
         n_frames: Labelled frames that were evaluated.
         tolerance: Force errors above it counted as bad, eV/Å.
+        energy_offset: Constant offset of the reference energies that was taken out, in words; empty if there is none.
     """
 
     scores: tuple[MetricValue, ...]
     samples: Mapping[tuple[str, str], Sample]
     n_frames: int
     tolerance: float
+    energy_offset: str = ""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ class Assessment:
 
     def table(self) -> str:
         """The most telling scores as aligned text: one block per quantity, one row per method."""
-        return aligned_table(self.scores, self.n_frames, self.tolerance)
+        table = aligned_table(self.scores, self.n_frames, self.tolerance)
+        return table + (f" Energies: an\noffset of {self.energy_offset} was taken out." if self.energy_offset else "")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all scores in full precision, one per row; the file appears complete or not at all.
@@ -164,9 +167,10 @@ def evaluate(
     predictor.backend.check(labelled, name="labelled test frame")
     _refuse_own_labels(predictor, labelled, labels, batch_atoms)
     observed = _observe(predictor, labelled, labels, batch_atoms, progress)
-    return assess(
-        observed, len(labelled), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
-    )
+    energies = {of: sample for of, sample in observed.items() if of[1] == "energy_per_atom"}
+    energies, offset = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(labelled)})
+    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed}
+    return replace(assess(observed | energies, len(labelled), progress=progress, **options), energy_offset=offset)
 
 
 def assess(

@@ -138,7 +138,7 @@ def fit(
         primary=primary,
         edges=fit_edges(observed.raw[leading].distance, observed.numbers, elements),
         record=observed.record(variance, runs_of(calibration_frames)),
-        provenance=provenance_of(train_frames, calibration_frames),
+        provenance=provenance_of(train_frames, calibration_frames, observed.energy_shift),
         combination=combination,
     )
     return model if perturbed_frames is None else with_perturbed(model, backend, perturbed_frames, progress, options)

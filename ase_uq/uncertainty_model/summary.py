@@ -30,6 +30,8 @@ def summary_of(model: "UncertaintyModel") -> str:
     if model.combination is not None:
         first, *rest = model.combination.describe()
         lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
+    if shift := provenance.get("energy_shift"):
+        lines.append(f"  energies       offset of {shift}, taken out before calibration")
     norms, errors = model.record.uncertainty, model.record.error
     lines.append(
         f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å per component, "
