@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import suppress
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -66,7 +67,8 @@ def _renamed(atoms: Atoms, labels: Labels) -> Atoms:
     check_labels("a frame", atoms, labels)
     copy = atoms.copy()
     values = (labels.energy, labels.forces, labels.stress)
-    for name, store, value in zip(LABEL_KEYS[0], (copy.info, copy.arrays, copy.info), values, strict=True):
+    stores: tuple[dict[str, Any], ...] = (copy.info, copy.arrays, copy.info)
+    for name, store, value in zip(LABEL_KEYS[0], stores, values, strict=True):
         if value is not None:
             store.setdefault(name, value)
     return copy
