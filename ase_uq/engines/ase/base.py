@@ -28,7 +28,7 @@ class Calibrated:
         """The uncertainty model that was fitted for the potential."""
         return self.predictor.uncertainty_model
 
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+    def threshold(self, criterion: float | str | Criterion, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
         return self.uncertainty_model.threshold(criterion, reduction)
 
