@@ -65,6 +65,8 @@ class Backend(ABC):
         info_keys: Entries of `atoms.info` that the potential reads.
         required_info_keys: Those of the `info_keys` without which it cannot run.
         elements: Atomic numbers that the potential knows.
+        heads: Names of the heads of a potential that was trained on several references; empty for other potentials.
+        head: The one of them that predicts.
         results: The standard results of ASE that it gives.
         direct: Whether forces come from a separate head, whose fit needs reference forces.
     """
@@ -74,6 +76,8 @@ class Backend(ABC):
     info_keys: tuple[str, ...] = ()
     required_info_keys: tuple[str, ...] = ()
     elements: frozenset[int]
+    heads: tuple[str, ...] = ()
+    head: str = ""
     results: tuple[str, ...]
     direct: bool = False
 

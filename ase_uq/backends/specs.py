@@ -21,7 +21,8 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
     Args:
         spec: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`, `orb:FUNCTION[@WEIGHTS]`,
             `orb:PATH.safetensors`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`, or `FILE.py:FUNCTION` or
-            `package.module:FUNCTION`, a function that returns an ASE calculator.
+            `package.module:FUNCTION`, a function that returns an ASE calculator. `?head=NAME` at its end names one
+            head of a potential that has several.
         device: Device, as in `load_backend`.
         dtype: Precision, as in `load_backend`.
 
@@ -31,7 +32,8 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         TypeError: The function of the SPEC does not return a calculator.
         MissingDependency: The package of the potential is not installed.
     """
-    asked = {"device": device, "dtype": dtype}
+    spec, head = _without_head(spec)
+    asked = {"device": device, "dtype": dtype, "head": head}
     device, dtype = _checked_device(device), _checked_dtype(dtype)
     prefix, colon, target = spec.partition(":")
     if not colon:
@@ -40,7 +42,12 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         prefix, target = _embedded(target)
     known = loaders()
     if prefix in known:
-        return import_backend(known[prefix]).load(prefix, target, device, dtype)
+        load = import_backend(known[prefix]).load
+        if not head:
+            return load(prefix, target, device, dtype)
+        if "head" not in inspect.signature(load).parameters:
+            raise ValueError(f"{spec!r} with ?head={head}: potentials of {prefix} have no heads. Leave ?head= out.")
+        return load(prefix, target, device, dtype, head=head)
     place, _, function = spec.rpartition(":")
     if place.endswith(".py"):
         return _call(_run_file(Path(place)), function, spec, asked)
@@ -50,6 +57,14 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         f"{prefix!r} in {spec!r} is neither a SPEC prefix nor an importable module."
         f"{did_you_mean(prefix, [*known, 'embedded'])} Prefixes here: {', '.join(sorted([*known, 'embedded']))}."
     )
+
+
+def _without_head(spec: str) -> tuple[str, str]:
+    """The SPEC without the head that its end names, and that head; empty if it names none."""
+    rest, found, head = spec.rpartition("?head=")
+    if found and not head:
+        raise ValueError(f"{spec!r} names no head after ?head=. Write its name there, or leave ?head= out.")
+    return (rest, head) if found else (spec, "")
 
 
 def _checked_device(device: str) -> str:
@@ -112,7 +127,7 @@ def _run_file(path: Path) -> ModuleType:
 
 
 def _call(module: ModuleType, name: str, spec: str, asked: dict[str, str]) -> BaseCalculator:
-    """Calls the function of a SPEC; a requested device or dtype is passed to the parameter of that name."""
+    """Calls the function of a SPEC; a requested device, dtype or head is passed to the parameter of that name."""
     function = getattr(module, name, None)
     if not callable(function):
         callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

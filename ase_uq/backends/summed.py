@@ -54,6 +54,7 @@ class SummedBackend(Backend):
         self._inner: Backend = module.wrap(members[self._known])
         self.info_keys, self.required_info_keys = self._inner.info_keys, self._inner.required_info_keys
         self.elements, self.direct = self._inner.elements, self._inner.direct
+        self.heads, self.head = self._inner.heads, self._inner.head
         common = set(self._inner.results).intersection(*(c.implemented_properties for _, c in self._corrections()))
         self.results = tuple(key for key in STANDARD if key in common)
         if "energy" not in common:

@@ -1,6 +1,5 @@
 """Thresholds and reductions as words of the command line, what is watched by them, and what is told of it."""
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,60 +10,19 @@ if TYPE_CHECKING:
     from ase_uq.engines.ase.calculator import UncertainCalculator
     from ase_uq.thresholds.criteria import Criterion, PerElement
 
-FORMS = (
-    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below it); "
-    "miss=0.1@0.3 (misses at most 0.1 of the frames with an error above 0.3 eV/Å; with confidence 0.9: "
-    "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it, errors stay within 0.3 eV/Å with confidence 0.95); "
-    "alarms=0.05@100ps or alarms=0.05@20000 (disturbs at most 0.05 of good runs of 100 ps, or of 20000 readings)"
-)
-
 
 def threshold(text: str) -> "float | Criterion":
-    """A threshold from text in one of `FORMS`: a number in eV/Å or a criterion.
+    """A threshold from words, as `level_of` reads them.
 
     Raises:
-        BadParameter: The text has none of the forms, or a number in it is out of range.
+        BadParameter: They are no threshold.
     """
+    from ase_uq.thresholds.levels import level_of
+
     try:
-        level = _threshold(text)
+        return level_of(text)
     except ValueError as error:
-        raise typer.BadParameter(
-            f"{text!r} is neither a number in eV/Å nor a criterion: {str(error).rstrip('.')}. Give one of {FORMS}."
-        ) from error
-    if isinstance(level, float) and not level > 0:
-        raise typer.BadParameter(f"a threshold is a positive number in eV/Å, not {text}.")
-    return level
-
-
-def _threshold(text: str) -> "float | Criterion":
-    from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, Quantile
-
-    match re.split("([=@/])", text):
-        case [word] if word.startswith("q"):
-            return Quantile(_number(word[1:]))
-        case [word]:
-            return _number(word)
-        case ["miss", "=", share, "@", error]:
-            return MissRate(_number(error), _number(share))
-        case ["miss", "=", share, "@", error, "/", confidence]:
-            return MissRate(_number(error), _number(share), _number(confidence))
-        case ["bound", "=", confidence, "@", error]:
-            return ErrorBound(_number(error), _number(confidence))
-        case ["alarms", "=", share, "@", length] if length.endswith("ps"):
-            return FalseAlarms(_number(share), ps=_number(length.removesuffix("ps")))
-        case ["alarms", "=", share, "@", length]:
-            if not length.isdecimal():
-                raise ValueError(f"{length!r} is neither a time like 100ps nor a number of readings like 20000")
-            return FalseAlarms(_number(share), steps=int(length))
-        case _:
-            raise ValueError("it has none of the known forms")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
+        raise typer.BadParameter(str(error)) from error
 
 
 def reduction(text: str) -> str | float:

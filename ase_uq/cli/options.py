@@ -16,8 +16,8 @@ Model = Annotated[
     typer.Option(
         "--model",
         metavar="SPEC",
-        help=f"The potential: {_SPECS}, or FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator. "
-        "The embedded ones are to try things on.",
+        help=f"The potential: {_SPECS}, or FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator; "
+        "?head=NAME at its end chooses one head of a MACE that has several. The embedded ones are to try things on.",
     ),
 ]
 Methods = Annotated[

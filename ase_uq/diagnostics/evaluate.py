@@ -4,7 +4,7 @@ import csv
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
-from ase_uq.diagnostics.samples import Sample, largest_of_frames
+from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
-from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_own_forces
+from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -59,12 +59,14 @@ class Assessment:
         samples: Residuals with finite, positive standard deviations, by (method, quantity).
         n_frames: Labelled frames that were evaluated.
         tolerance: Force errors above it counted as bad, eV/Å.
+        energy_offset: Constant offset of the reference energies that was taken out, in words; empty if there is none.
     """
 
     scores: tuple[MetricValue, ...]
     samples: Mapping[tuple[str, str], Sample]
     n_frames: int
     tolerance: float
+    energy_offset: str = ""
 
     @property
     def methods(self) -> tuple[str, ...]:
@@ -91,7 +93,8 @@ class Assessment:
 
     def table(self) -> str:
         """The most telling scores as aligned text: one block per quantity, one row per method."""
-        return aligned_table(self.scores, self.n_frames, self.tolerance)
+        table = aligned_table(self.scores, self.n_frames, self.tolerance)
+        return table + (f" Energies: an\noffset of {self.energy_offset} was taken out." if self.energy_offset else "")
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all scores in full precision, one per row; the file appears complete or not at all.
@@ -149,7 +152,7 @@ def evaluate(
 
     Raises:
         LabelError: No frame has labels, a label is not finite, the shape of a label does not fit its frame, or the
-            labels are the potential's own forces.
+            labels are the potential's own forces or those of another head.
         InputError: The potential cannot evaluate a frame, or its results for one are not finite.
         TypeError: A bare potential was given without an uncertainty model, or a calculator that has one with another.
         PotentialMismatch: The uncertainty model was fitted on another potential.
@@ -160,13 +163,14 @@ def evaluate(
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
     predictor = as_predictor(calculator, uncertainty_model)
-    labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys)
+    labelled, labels = _labelled(predictor.backend, read_frames(frames, name="test frames"), label_keys)
     predictor.backend.check(labelled, name="labelled test frame")
     _refuse_own_labels(predictor, labelled, labels, batch_atoms)
     observed = _observe(predictor, labelled, labels, batch_atoms, progress)
-    return assess(
-        observed, len(labelled), tolerance=tolerance, block=block, n_bootstrap=n_bootstrap, seed=seed, progress=progress
-    )
+    energies = {of: sample for of, sample in observed.items() if of[1] == "energy_per_atom"}
+    energies, offset = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(labelled)})
+    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed}
+    return replace(assess(observed | energies, len(labelled), progress=progress, **options), energy_offset=offset)
 
 
 def assess(
@@ -278,12 +282,17 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
             yield chemical_symbols[number], sample.numbers == number
 
 
-def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tuple[list[Atoms], list[Labels]]:
+def _labelled(
+    backend: Backend, frames: Sequence[Atoms], keys: tuple[str, str, str] | None
+) -> tuple[list[Atoms], list[Labels]]:
     """The frames that have labels, and their labels; one warning counts the other frames."""
     pairs = [(atoms, labels_of(atoms, keys, f"test frame {index}")) for index, atoms in enumerate(frames)]
     for index, (atoms, labels) in enumerate(pairs):
         check_labels(f"test frame {index}", atoms, labels)
-    kept = [(atoms, labels) for atoms, labels in pairs if labels.energy is not None or labels.forces is not None]
+    has_labels = [labels.energy is not None or labels.forces is not None for _, labels in pairs]
+    numbered = {index: frames[index] for index in np.flatnonzero(has_labels).tolist()}
+    refuse_other_heads("test", numbered, backend.heads, backend.head)
+    kept = [pairs[index] for index in numbered]
     if not kept:
         names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
         raise LabelError(

@@ -1,9 +1,13 @@
 """Residuals and standard deviations, from which metrics are computed and figures are drawn."""
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ase_uq.errors import UQWarning
+from ase_uq.fitting.energy_shift import energy_shift
 from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
 
@@ -52,3 +56,33 @@ def largest_of_frames(sample: Sample) -> Sample:
         for values in (sample.residuals, sample.std)
     )
     return Sample(errors, uncertainties, frames)
+
+
+def without_energy_shift[K](
+    samples: Mapping[K, Sample], numbers: Mapping[int, np.ndarray]
+) -> tuple[dict[K, Sample], str]:
+    """Samples of energies per atom without a constant offset of the reference, which a warning names.
+
+    Args:
+        samples: Samples of `energy_per_atom` with the same frames and residuals, such as those of several methods.
+        numbers: Atomic numbers of each frame, by its number.
+
+    Returns:
+        The samples, and the offset in words; empty if there is none that is large beside the spread.
+    """
+    if not samples:
+        return {}, ""
+    first = next(iter(samples.values()))
+    of_frames = [numbers[frame] for frame in first.frame.tolist()]
+    counts = np.array([len(of_frame) for of_frame in of_frames])
+    shift = energy_shift(first.residuals[:, 0], np.concatenate(of_frames), counts)
+    if shift is None:
+        return dict(samples), ""
+    warnings.warn(
+        f"the reference energies have an offset of {shift.describe()}: another E0 or functional, or a constant that "
+        "was left out. It is taken out before energies are judged.",
+        UQWarning,
+        stacklevel=3,
+    )
+    left = shift.taken_out(first.residuals[:, 0])[:, None]
+    return {key: replace(sample, residuals=left) for key, sample in samples.items()}, shift.describe()

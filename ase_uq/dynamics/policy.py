@@ -16,9 +16,10 @@ from ase_uq.dynamics.checks import Check
 from ase_uq.dynamics.rules import AnyOf, Level, Patience, Refractory, Rule, Threshold, _OfValue, _Several
 from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement
 from ase_uq.thresholds.data import ThresholdData
+from ase_uq.thresholds.levels import as_level
 from ase_uq.thresholds.reduction import Reduction
 
-type Asked = float | Criterion | PerElement | Rule
+type Asked = float | str | Criterion | PerElement | Rule
 
 
 @runtime_checkable
@@ -49,7 +50,7 @@ class WatchOptions(TypedDict, total=False):
     halt: Asked | None
     flag: Asked | None
     patience: float | None
-    at_once: float | Criterion | None
+    at_once: float | str | Criterion | None
     refractory: float | None
     reduce: str | float
     elements: Sequence[str] | None
@@ -68,7 +69,8 @@ class WatchPolicy:
     All of them also take its fields as keywords, instead of a policy.
 
     Args:
-        halt: Threshold at which the run is halted: a number in eV/Å, a criterion such as `Quantile(0.999)`, or a rule.
+        halt: Threshold at which the run is halted: a number in eV/Å, a criterion such as `Quantile(0.999)`, or
+            `"q0.999"` as on the command line, or a rule.
         flag: Threshold at which frames are kept, given in the same way; below `halt`.
         patience: Time in fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the
             frames during the wait are worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
@@ -96,7 +98,7 @@ class WatchPolicy:
     halt: Asked | None = None
     flag: Asked | None = None
     patience: float | None = None
-    at_once: float | Criterion | None = None
+    at_once: float | str | Criterion | None = None
     refractory: float | None = None
     reduce: str | float = "max"
     elements: Sequence[str] | None = None
@@ -213,7 +215,7 @@ def counted_alarms(rule: Rule) -> tuple[FalseAlarms, ...]:
 
 def as_rule(level: Asked) -> Rule:
     """A rule unchanged; a number in eV/Å or a criterion as a `Threshold`."""
-    return level if isinstance(level, Rule) else Threshold(level)
+    return level if isinstance(level, Rule) else Threshold(as_level(level))
 
 
 def as_checks(checks: Check | Sequence[Check]) -> tuple[Check, ...]:
@@ -269,7 +271,8 @@ def actions_of_levels(
 
 
 def _rules(policy: WatchPolicy) -> dict[Level, Rule]:
-    halt, flag, patience, at_once = policy.halt, policy.flag, policy.patience, policy.at_once
+    halt, flag, at_once = map(as_level, (policy.halt, policy.flag, policy.at_once))
+    patience = policy.patience
     rules: dict[Level, Rule] = {}
     if flag is not None:
         rules["flag"] = as_rule(flag) if policy.refractory is None else Refractory(as_rule(flag), policy.refractory)

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self, SupportsFloat
 
 from ase_uq.thresholds.criteria import Criterion, PerElement
 from ase_uq.thresholds.data import ThresholdData
+from ase_uq.thresholds.levels import as_level
 
 Level = Literal["ok", "flag", "halt"]
 
@@ -70,6 +71,7 @@ class _OfValue(Rule):
     value: float | Criterion | PerElement
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "value", as_level(self.value))
         _check(self.value)
 
     @property
@@ -104,7 +106,8 @@ class Threshold(_OfValue):
     """Triggers at every step whose reading is at or above a threshold, or NaN.
 
     Args:
-        value: Positive number in eV/Å, or a criterion such as `Quantile(0.99)` or `PerElement(Quantile(0.99))`.
+        value: Positive number in eV/Å, or a criterion such as `Quantile(0.99)`, in words `"q0.99"`, or
+            `PerElement(Quantile(0.99))`.
             Infinity is allowed: it triggers only for NaN and for elements the uncertainty model has never seen.
 
     Raises:
@@ -324,7 +327,7 @@ def _check(value: Any) -> None:
         return
     if not isinstance(value, SupportsFloat):
         raise TypeError(
-            f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99), not {value!r} "
+            f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99) or 'q0.99', not {value!r} "
             f"({type(value).__name__})."
         )
     if not float(value) > 0:

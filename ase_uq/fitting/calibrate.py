@@ -14,6 +14,7 @@ from ase_uq.calibration import Choice, Residuals, far_field_choice, fit_affine, 
 from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.checks import FEWEST_FRAMES, tell_zero_forces
+from ase_uq.fitting.energy_shift import EnergyShift, energy_shift
 from ase_uq.fitting.provenance import runs_of
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
@@ -71,7 +72,8 @@ class Observed:
     Args:
         raw: Raw scores by method.
         forces: (n_atoms, 3) residuals, eV/Å.
-        energy: (n_frames, 1) residuals per atom, eV; NaN for frames without a label.
+        energy: (n_frames, 1) residuals per atom, eV, without a shift; NaN for frames without a label.
+        energy_shift: What was taken out of them; None for nothing.
         stress: (n_frames, 6) residuals, eV/Å³; NaN for frames without a label, None for a potential without stress.
         numbers: (n_atoms,) atomic numbers.
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
@@ -85,6 +87,7 @@ class Observed:
     numbers: np.ndarray
     n_atoms_of_frame: np.ndarray
     limit: np.ndarray | None
+    energy_shift: EnergyShift | None = None
 
     @property
     def frame_of_atom(self) -> np.ndarray:
@@ -150,7 +153,22 @@ def observe(
         n_atoms_of_frame=joined(counts),
         limit=joined(limits) if limits else None,
     )
-    return observed, batches
+    return without_shift(observed), batches
+
+
+def without_shift(observed: Observed) -> Observed:
+    """The same without a constant shift of the energies, which a warning names."""
+    shift = energy_shift(observed.energy[:, 0], observed.numbers, observed.n_atoms_of_frame)
+    if shift is None:
+        return observed
+    warnings.warn(
+        f"the energies of the calibration frames have an offset of {shift.describe()}: another E0 or functional, or a "
+        "constant that was left out. It is not taken for uncertainty, so energy_uncertainty is that of differences of "
+        "energies. Label with the reference that the potential was trained on.",
+        UQWarning,
+        stacklevel=3,
+    )
+    return replace(observed, energy=shift.taken_out(observed.energy[:, 0])[:, None], energy_shift=shift)
 
 
 def calibrated_method(name: str, head: Head, observed: Observed, far: np.ndarray | None) -> FittedMethod:

@@ -10,7 +10,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
 from ase_uq.forward_pass import ForwardPass, Targets
-from ase_uq.io.labels import check_labels, labels_of, refuse_own_forces
+from ase_uq.io.labels import check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
@@ -24,11 +24,13 @@ def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
     return [atoms for atoms in frames if atoms.info.get("config_type") != "IsolatedAtom"]
 
 
-def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool) -> None:
-    """Refuses too few frames, and frames without the labels that the fit needs.
+def check_labelled(
+    backend: Backend, what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool
+) -> None:
+    """Refuses too few frames, and frames without the labels that the fit needs, or with those of another head.
 
     Raises:
-        LabelError: There are too few frames, or a frame lacks a label or has an unusable one.
+        LabelError: There are too few frames, or a frame lacks a label or has an unusable one, or one of another head.
     """
     if len(frames) < FEWEST_FRAMES:
         raise LabelError(
@@ -45,6 +47,7 @@ def check_labelled(what: str, frames: list[Atoms], keys: tuple[str, str, str] | 
                 f"{sorted(atoms.info)}, its arrays have {sorted(atoms.arrays)}."
             )
         check_labels(which, atoms, labels)
+    refuse_other_heads(what, dict(enumerate(frames)), backend.heads, backend.head)
 
 
 def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:

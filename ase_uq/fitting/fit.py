@@ -84,11 +84,11 @@ def fit(
     perturbed_frames = (
         None if perturbed is None else without_isolated_atoms(read_frames(perturbed, name="perturbed frames"))
     )
-    check_labelled("training", train_frames, label_keys, forces=False)
-    check_labelled("calibration", calibration_frames, label_keys, forces=True)
+    check_labelled(backend, "training", train_frames, label_keys, forces=False)
+    check_labelled(backend, "calibration", calibration_frames, label_keys, forces=True)
     refuse_overlap(train_frames, calibration_frames)
     if perturbed_frames is not None:
-        check_labelled("perturbed", perturbed_frames, label_keys, forces=True)
+        check_labelled(backend, "perturbed", perturbed_frames, label_keys, forces=True)
         backend.check(perturbed_frames, name="perturbed structure")
     check_first_frames(backend, train_frames, calibration_frames, label_keys, batch_atoms)
     options: dict[str, Any] = {"batch_atoms": batch_atoms, "keys": label_keys}
@@ -150,7 +150,7 @@ def fit(
         primary=primary,
         edges=fit_edges(observed.raw[leading].distance, observed.numbers, elements),
         record=observed.record(variance, runs_of(calibration_frames)),
-        provenance=provenance_of(train_frames, calibration_frames),
+        provenance=provenance_of(train_frames, calibration_frames, observed.energy_shift),
         combination=combination,
         far_field=far_field,
     )

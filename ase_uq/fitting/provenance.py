@@ -8,6 +8,8 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
+from ase_uq.fitting.energy_shift import EnergyShift
+
 
 def runs_of(frames: list[Atoms]) -> np.ndarray:
     """(n_frames,) number of the run in `info["run"]`, by first appearance; frames without it are one run."""
@@ -27,7 +29,7 @@ def digest_of(atoms: Atoms) -> str:
     return hashlib.sha256(atoms.numbers.astype(np.int32).tobytes() + sums.tobytes()).hexdigest()
 
 
-def provenance_of(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any]:
+def provenance_of(train: list[Atoms], calibration: list[Atoms], shift: EnergyShift | None) -> dict[str, Any]:
     """A description of the frames and package versions that an uncertainty model is made from, as JSON values."""
 
     def described(frames: list[Atoms]) -> dict[str, Any]:
@@ -39,4 +41,5 @@ def provenance_of(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any
     packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
-    return {"train": described(train), "calibration": described(calibration), "versions": versions}
+    told = {} if shift is None else {"energy_shift": shift.describe()}
+    return {"train": described(train), "calibration": described(calibration), "versions": versions, **told}

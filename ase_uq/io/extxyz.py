@@ -27,7 +27,15 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
-from ase_uq.io.results import LOST_KEY, StoredResults, annotated, hidden_labels, lost_constraints
+from ase_uq.io.results import (
+    BELONG_KEY,
+    LOST_KEY,
+    StoredResults,
+    annotated,
+    check_sums,
+    hidden_labels,
+    lost_constraints,
+)
 from ase_uq.properties import PROPERTIES, STANDARD, find_property
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
@@ -119,7 +127,7 @@ def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
         entry = _property(key)
         if entry is not None:
             (frame.arrays if entry.per_atom else frame.info)[key] = value
-    frame.info.update(info)
+    frame.info.update({BELONG_KEY: check_sums(frame), **info})
     return _text(frame)
 
 

@@ -2,25 +2,30 @@
 
 ASE silently drops result keys it does not know when it writes extxyz and `.traj`. `write_frames` therefore puts
 ours in `atoms.info` and `atoms.arrays`, where extxyz keeps them, and `read_frames` moves them back to
-`atoms.calc.results`. ASE's global lists are not touched.
+`atoms.calc.results`. ASE's global lists are not touched. Since copies of a structure keep what is in info and arrays, a
+note says which structure the uncertainties are of.
 """
 
 import os
+import warnings
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 from ase import Atoms
 
-from ase_uq.errors import InputError, LabelError
+from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_whole, write_all
-from ase_uq.io.results import with_results
+from ase_uq.io.results import uncertainties_belong, with_results
 from ase_uq.io.source import Frames, Source, Unreadable
 
 
 def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
     """The structures of a file that ASE can read, with uncertainties back in `atoms.calc.results`.
+
+    Uncertainties in a file that are of another structure, as those of a copy whose atoms were moved, are left out, with
+    a warning.
 
     Args:
         frames: A path, or a list of structures, which are returned unchanged.
@@ -34,7 +39,7 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
         if not checked:
             raise LabelError(f"{name}: the list has no structures.")
         return checked
-    path, read = Path(frames), []
+    path, read, moved = Path(frames), [], []
     try:
         source = Source(path)
     except InputError as error:
@@ -42,9 +47,18 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
     for number, atoms in source.read():
         if isinstance(atoms, Unreadable):
             raise LabelError(f"{name}: {path} cannot be read after structure {number}: {atoms.reason.rstrip('.')}.")
+        if not uncertainties_belong(atoms):
+            moved.append(number)
         read.append(with_results(atoms))
     if not read:
         raise LabelError(f"{name}: the file {path} has no structures.")
+    if moved:
+        warnings.warn(
+            f"{len(moved)} of {len(read)} {name} (the first is frame {moved[0]}) have uncertainties of another "
+            "structure, as copies have whose atoms were moved: they are left out.",
+            UQWarning,
+            stacklevel=2,
+        )
     return read
 
 

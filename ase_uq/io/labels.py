@@ -1,6 +1,7 @@
 """Reference values that frames carry: finding and checking them, and removing those that no longer hold."""
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.stress import full_3x3_to_voigt_6_stress
 
-from ase_uq.errors import LabelError
+from ase_uq.errors import LabelError, UQWarning
 
 # Names of the reference (energy, forces, stress), in the order of the search; the last are those of `atoms.calc`.
 LABEL_KEYS = (("REF_energy", "REF_forces", "REF_stress"), ("energy", "forces", "stress"))
@@ -102,6 +103,48 @@ def check_labels(which: str, atoms: Atoms, labels: Labels) -> None:
     for kind, value in (("energy", labels.energy), ("forces", labels.forces), ("stress", labels.stress)):
         if value is not None and not np.isfinite(value).all():
             raise LabelError(f"{which} has non-finite values in its reference {kind}. Remove the frame.")
+
+
+def other_head(atoms: Atoms, heads: Sequence[str], head: str) -> str:
+    """The head of a potential that `info["head"]` says the labels of a frame belong to; empty if it is the one in use.
+
+    Args:
+        atoms: The frame.
+        heads: Names of the heads that the potential has.
+        head: The one that predicts.
+    """
+    name = str(atoms.info.get("head", head))
+    return name if name in heads and name != head else ""
+
+
+def refuse_other_heads(what: str, frames: Mapping[int, Atoms], heads: Sequence[str], head: str) -> None:
+    """Refuses frames that are labelled for another head of the potential: what two heads differ by is no error.
+
+    Args:
+        what: Name of the frames in error texts, such as "training".
+        frames: Labelled frames by their numbers.
+        heads: Names of the heads that the potential has.
+        head: The one that predicts.
+
+    Raises:
+        LabelError: A frame names another head of the potential in its info.
+    """
+    others = {number: name for number, atoms in frames.items() if (name := other_head(atoms, heads, head))}
+    if others:
+        number, name = next(iter(others.items()))
+        raise LabelError(
+            f"{what} frame {number} is labelled for head {name!r} of this potential (atoms.info['head']), which "
+            f"predicts with head {head!r} here; so are {len(others)} of {len(frames)} frames. Leave them out, or load "
+            f"the potential with their head: ?head={name} at the end of a SPEC, head={name!r} for MACECalculator."
+        )
+    unknown = {str(atoms.info["head"]) for atoms in frames.values() if "head" in atoms.info} - set(heads)
+    if unknown and len(heads) > 1:
+        warnings.warn(
+            f"{what} frames name the head {' and '.join(sorted(unknown))}, and this potential has {', '.join(heads)}: "
+            f"their labels are taken for those of {head}.",
+            UQWarning,
+            stacklevel=3,
+        )
 
 
 def refuse_own_forces(labels: str, error: float, size: float, *, purpose: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,9 @@ from ase.calculators.singlepoint import SinglePointCalculator
 
 from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
 
+# Entry of info: sums over the structure that uncertainties in info and arrays belong to. A copy keeps all of them, and
+# then somebody moves its atoms.
+BELONG_KEY = "uncertainty_of"
 LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
 
 
@@ -43,9 +47,12 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     copy = atoms.copy()
     # Copies: some calculators write the next results into the same arrays.
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
-    if stale or any(key not in STANDARD for key in known):
+    uncertain = any(key not in STANDARD for key in known)
+    if stale or uncertain or not uncertainties_belong(copy):
         # Uncertainties that a file or an earlier calculation left would be taken for those of this calculation.
         drop_uncertainties(copy)
+    if uncertain:
+        copy.info[BELONG_KEY] = check_sums(copy)
     for key in _hidden(copy, known):
         del _store(copy, key)[key]
     if known:
@@ -82,22 +89,62 @@ def lost_constraints(atoms: Atoms) -> list[str]:
     return [kind for kind in str(atoms.info.get(LOST_KEY, "")).split() if kind not in kinds]
 
 
+def has_uncertainties(atoms: Atoms) -> bool:
+    """Whether a calculator of ours has left its uncertainties in info, arrays or results."""
+    results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
+    return any(key in store for store in (results, atoms.arrays, atoms.info) for key in UNCERTAINTIES)
+
+
 def drop_uncertainties(atoms: Atoms) -> None:
     """Removes uncertainties that an earlier calculation left in info and arrays; labels stay."""
     for store in (atoms.info, atoms.arrays):
-        for key in [key for key in store if key not in STANDARD and find_property(key) is not None]:
+        for key in [key for key in store if _is_uncertainty(key)]:
             del store[key]
+    atoms.info.pop(BELONG_KEY, None)
+
+
+def _is_uncertainty(key: Any) -> bool:
+    return isinstance(key, str) and key.startswith(UNCERTAINTIES) and find_property(key) is not None
+
+
+def uncertainties_belong(atoms: Atoms) -> bool:
+    """Whether uncertainties in info and arrays are those of this structure; True as well if nobody noted it."""
+    noted = atoms.info.get(BELONG_KEY)
+    if noted is None:
+        return True
+    try:
+        # Files round positions; who moves an atom by less does not change its uncertainty either.
+        return bool(np.allclose(np.asarray(noted, float), check_sums(atoms), rtol=1e-12, atol=1e-5))
+    except (TypeError, ValueError):  # somebody else's entry of this name
+        return False
+
+
+def check_sums(atoms: Atoms) -> np.ndarray:
+    """(3,) sums over numbers, positions and cell that differ between structures, and hardly with rounding."""
+    values = np.concatenate([atoms.positions.ravel(), atoms.cell.array.ravel(), atoms.numbers])
+    return _waves(len(values)) @ values
+
+
+@lru_cache(maxsize=8)
+def _waves(n: int) -> np.ndarray:
+    return np.cos(np.outer([1.0, 2.0, 3.0], np.arange(n)))
 
 
 def with_results(atoms: Atoms) -> Atoms:
-    """Adds the uncertainties in info and arrays to the stored results; returns the same structure."""
+    """Adds the uncertainties in info and arrays to the stored results; returns the same structure.
+
+    Those of another structure, as of a copy whose atoms were moved, are removed.
+    """
+    if not uncertainties_belong(atoms):
+        drop_uncertainties(atoms)
+        return atoms
     results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
     known = len(results)
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
         for key, value in store.items():
-            entry = find_property(key)
+            entry = find_property(key) if _is_uncertainty(key) else None
             # A user's own info entry with a name like `gamma_only` is not an array over atoms.
-            if key.startswith(UNCERTAINTIES) and entry is not None and entry.per_atom == per_atom:
+            if entry is not None and entry.per_atom == per_atom:
                 results[key] = value
     if len(results) > known:
         atoms.calc = StoredResults(atoms, results)

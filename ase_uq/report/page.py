@@ -73,8 +73,8 @@ def write_report(
     frames: Frames | Iterable[Atoms],
     uncertainty_model: UncertaintyModel,
     *,
-    flag: float | Criterion | None = None,
-    halt: float | Criterion | None = None,
+    flag: float | str | Criterion | None = None,
+    halt: float | str | Criterion | None = None,
     reduction: Reduction | None = None,
     label_keys: tuple[str, str, str] | None = None,
     backend: Backend | None = None,
@@ -133,7 +133,10 @@ def write_report(
 
 
 def _levels(
-    model: UncertaintyModel, flag: float | Criterion | None, halt: float | Criterion | None, reduction: Reduction
+    model: UncertaintyModel,
+    flag: float | str | Criterion | None,
+    halt: float | str | Criterion | None,
+    reduction: Reduction,
 ) -> tuple[float | None, float | None]:
     """Both thresholds as numbers, eV/Å, checked; None if not given."""
     levels = [None if level is None else model.threshold(level, reduction) for level in (flag, halt)]

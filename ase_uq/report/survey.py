@@ -13,11 +13,13 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import Calculator
 
-from ase_uq.diagnostics.samples import Sample
+from ase_uq.diagnostics.samples import Sample, without_energy_shift
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
+from ase_uq.io.results import uncertainties_belong
 from ase_uq.io.source import Source, Unreadable
+from ase_uq.properties import STANDARD
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
@@ -311,6 +313,8 @@ class _Gathered:
         if "forces" in usable:
             error, size = float(np.linalg.norm(usable["forces"].residuals)), self.squared_forces**0.5
             refuse_own_forces(f"the labels ({self.keys[1]})", error, size, purpose="to show")
+        energies = {q: sample for q, sample in usable.items() if q == "energy_per_atom"}
+        usable |= without_energy_shift(energies, dict(zip(self.place, self.numbers, strict=True)))[0]
         time = np.array(self.time)
         known = [number for number in self.source if number is not None]
         counts_source = len(known) == len(self.place) and bool((np.diff(known) > 0).all())
@@ -349,8 +353,10 @@ class _Gathered:
 
 
 def _result(atoms: Atoms, key: str) -> Any:
-    """A result from the calculator, else from arrays, else from info; None if there is none."""
-    return _results(atoms).get(key, atoms.arrays.get(key, atoms.info.get(key)))
+    """A result from the calculator, else from arrays, else from info; None if there is none of this structure."""
+    if key in (results := _results(atoms)) or (key not in STANDARD and not uncertainties_belong(atoms)):
+        return results.get(key)
+    return atoms.arrays.get(key, atoms.info.get(key))
 
 
 def _label(atoms: Atoms, key: str) -> Any:

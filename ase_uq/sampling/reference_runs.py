@@ -11,6 +11,7 @@ from tqdm import tqdm
 from ase_uq.errors import UQWarning
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
+from ase_uq.sampling.reach import Reach
 from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
@@ -29,6 +30,7 @@ def reference_runs(
     interval: int = 1,
     reduction: Reduction | None = None,
     before: ReferenceRuns | None = None,
+    beyond: float = 0.2,
     seed: int = 0,
     progress: bool = True,
 ) -> ReferenceRuns:
@@ -51,16 +53,21 @@ def reference_runs(
         interval: Steps between two readings; use the interval at which later runs are watched.
         reduction: How the atoms of a frame become a reading; by default the largest ε_i.
         before: Runs made earlier in the same way, to which these are added; none is repeated.
+        beyond: Largest share of readings that may be beyond the calibration data: above the reading that 99 % of its
+            frames stay below, or with an atom of gamma above 1. Those that frames like the calibration frames have are
+            not counted. From 0.05 on a warning tells.
         seed: Seed of momenta and thermostat.
         progress: Whether to show a progress bar.
 
     Raises:
-        ValueError: A number is not positive, the calculator of the structure gives no uncertainties, or the
-            uncertainties of a run did not stay finite.
+        ValueError: A number is not positive, the calculator of the structure gives no uncertainties, the uncertainties
+            of a run did not stay finite, or too many readings are beyond the calibration data.
     """
     _check_positive(temperature=temperature, n_runs=n_runs, ps=ps, timestep=timestep, interval=interval)
     _check_not_negative(friction=friction, equilibration=equilibration)
     _check_whole(n_runs=n_runs, interval=interval)
+    if not 0 <= beyond <= 1:
+        raise ValueError(f"beyond is a share of the readings of reference runs, between 0 and 1, not {beyond!r}.")
     if round(1000 * ps / timestep) < interval:
         raise ValueError(
             f"reference runs of {ps:g} ps are shorter than the {timestep * interval:g} fs from one reading to the "
@@ -76,6 +83,9 @@ def reference_runs(
     waiting, steps = round(1000 * equilibration / timestep), round(1000 * ps / timestep)
     conditions = f"{atoms.get_chemical_formula()}, Langevin {temperature:g} K"
     made = _made_before(before, timestep * interval, reduction, conditions)
+    reach = Reach.of(calculator, atoms, reduction)
+    for readings in made:
+        reach.add(readings)
     numbers = range(len(made), len(made) + n_runs)
     with tqdm(total=n_runs * (waiting + steps), desc="reference", unit="step", disable=not progress) as bar:
         try:
@@ -85,7 +95,7 @@ def reference_runs(
                 copy.calc = calculator
                 set_thermal_momenta(copy, temperature, rng)
                 dynamics = langevin(copy, timestep=timestep, temperature=temperature, friction=friction, rng=rng)
-                readings = _readings(dynamics, waiting, steps, interval, reduction, bar)
+                readings = _readings(dynamics, waiting, steps, interval, reach, bar)
                 if not np.isfinite(readings).all():
                     lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
                     raise ValueError(
@@ -93,6 +103,8 @@ def reference_runs(
                         "the potential cannot be trusted. Use a lower temperature."
                     )
                 made.append(readings)
+                reach.add(readings)
+                reach.judge(beyond, conditions)
         except KeyboardInterrupt:
             if not made:
                 raise
@@ -101,12 +113,11 @@ def reference_runs(
                 UQWarning,
                 stacklevel=2,
             )
+    reach.tell(conditions)
     return ReferenceRuns(tuple(made), timestep * interval, reduction, conditions)
 
 
-def _readings(
-    dynamics: Langevin, waiting: int, steps: int, interval: int, reduction: Reduction, bar: tqdm
-) -> np.ndarray:
+def _readings(dynamics: Langevin, waiting: int, steps: int, interval: int, reach: Reach, bar: tqdm) -> np.ndarray:
     """(n_readings,) readings, eV/Å, at every `interval`-th step after the equilibration."""
     atoms, readings = dynamics.atoms, []
     assert atoms.calc is not None
@@ -114,7 +125,9 @@ def _readings(
         bar.update(1 if step else 0)
         if step > waiting and (step - waiting) % interval == 0:
             norms = atom_norms(atoms.calc.get_property(_KEY, atoms))
-            readings.append(reduction(norms, atoms.numbers))
+            readings.append(reach.reduction(norms, atoms.numbers))
+            if "gamma" in atoms.calc.results:
+                reach.add_grades(atoms.calc.results["gamma"], atoms.numbers)
     return np.array(readings)
 
 

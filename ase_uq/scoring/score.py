@@ -28,6 +28,7 @@ from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
+from ase_uq.scoring.labels import with_labels
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
@@ -114,7 +115,9 @@ def score(
 
     Memory does not grow with the trajectory. After a kill at any instant, the same call resumes after the last frame
     that was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out,
-    with a warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0.
+    with a warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0. Labels
+    under ASE's names, whose place the results take, are written as `REF_energy`, `REF_forces` and `REF_stress`, unless
+    they are the potential's own.
 
     Args:
         frames: A path in any format that ASE reads, or a list of structures.
@@ -213,7 +216,7 @@ def _score_rest(
             bar.update(len(rows))
             if behind is not None:
                 behind.result()
-            return beside.submit(_write, journal, rows, predicted, named)
+            return beside.submit(_write, journal, rows, predicted, predictor.backend, named)
 
         for event in events:
             if isinstance(event, LeftOut):
@@ -251,8 +254,10 @@ def _write(
     journal: Journal,
     rows: Sequence[FrameScore],
     predicted: Sequence[tuple[int, Atoms, Prediction]],
+    backend: Backend,
     named: set[str],
 ) -> None:
+    predicted = [(n, with_labels(n, atoms, p, backend, named), p) for n, atoms, p in predicted]
     odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
     warn_of_unwritable(odd - named)
     named |= odd

@@ -159,8 +159,8 @@ def select(
     strategy: StrategyName = "lcmd",
     method: str | None = None,
     per: Per = "structure",
-    flag: float | Criterion | None = None,
-    halt: float | Criterion | None = None,
+    flag: float | str | Criterion | None = None,
+    halt: float | str | Criterion | None = None,
     duplicates: float = 1e-3,
     noise: float = 1e-6,
     batch_atoms: int = 1000,
@@ -242,7 +242,12 @@ def select(
 
 
 def _check_options(
-    n: int, strategy: str, per: str, flag: float | Criterion | None, halt: float | Criterion | None, duplicates: float
+    n: int,
+    strategy: str,
+    per: str,
+    flag: float | str | Criterion | None,
+    halt: float | str | Criterion | None,
+    duplicates: float,
 ) -> None:
     if not n >= 1:
         raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
@@ -273,7 +278,7 @@ def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
 
 
 def _levels(
-    model: UncertaintyModel, flag: float | Criterion | None, halt: float | Criterion | None
+    model: UncertaintyModel, flag: float | str | Criterion | None, halt: float | str | Criterion | None
 ) -> tuple[float, float] | None:
     if flag is None and halt is None:
         return None

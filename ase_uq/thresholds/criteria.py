@@ -19,6 +19,7 @@ from ase_uq.thresholds.resolved import ResolvedThreshold
 _FARTHEST = 100.0
 _FEWEST_PEAKS = 30
 _TAIL = 0.98
+_UNTRUSTED = 0.2  # share of reference readings beyond the calibration data from which on a promise says so
 
 
 class Criterion(ABC):
@@ -270,6 +271,8 @@ class FalseAlarms(Criterion):
         runs = threshold_data.require_runs(self)
         length = self.n_readings(runs)
         promise = f"at most {self.per_run:.4g} of runs of {length} readings like the reference have an alarm"
+        if (share := threshold_data.share_beyond(runs)) > _UNTRUSTED:
+            promise += f", {share:.0%} of whose readings are above the 99 % quantile of the calibration frames"
         needed = conformal.fewest_units(self.per_run)
         maxima, groups = extremes.run_maxima(runs.readings, length)
         if len(np.unique(groups)) >= needed:

@@ -97,6 +97,11 @@ class ThresholdData:
         """Number of independent units among the frames."""
         return len(np.unique(self.groups))
 
+    def share_beyond(self, runs: ReferenceRuns) -> float:
+        """Share of the readings of runs above the 99 % quantile of the calibration frames; 0 without such frames."""
+        readings = self.finite.readings
+        return float(np.mean(np.concatenate(runs.readings) > np.quantile(readings, 0.99))) if len(readings) else 0.0
+
     def require_runs(self, criterion: object) -> ReferenceRuns:
         """The reference runs.
 

@@ -19,6 +19,7 @@ from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.thresholds.criteria import Criterion, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
+from ase_uq.thresholds.levels import as_level
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
 from ase_uq.uncertainty_model.far_field import FarField
@@ -116,11 +117,11 @@ class UncertaintyModel:
         contact = () if self.far_field is None else ("contact",)
         return (*calibrated, "gamma", *contact, *alone)
 
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+    def threshold(self, criterion: float | Criterion | str, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its criterion.
 
         Args:
-            criterion: A number, returned as it is, or a criterion such as `Quantile(0.99)` or `MissRate(0.3, 0.1)`.
+            criterion: A number, returned as it is, or a criterion such as `Quantile(0.99)`, in words `"q0.99"`.
             reduction: How a frame becomes a reading; by default the largest ε_i.
 
         Returns:
@@ -130,11 +131,12 @@ class UncertaintyModel:
             ValueError: The calibration data or reference runs cannot support the criterion.
             TypeError: `criterion` is neither a number nor a criterion.
         """
+        criterion = as_level(criterion)
         if isinstance(criterion, Real):
             return float(criterion)
         if not isinstance(criterion, Criterion):
             raise TypeError(
-                f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99), not {criterion!r}."
+                f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99) or 'q0.99', not {criterion!r}."
             )
         return criterion.resolve(self.threshold_data(reduction))
 

@@ -36,6 +36,8 @@ def summary_of(model: "UncertaintyModel") -> str:
             f"median force stops growing (eV/Å: {steps})",
             f"                 σ∞ is at least {far.force:.3g} eV/Å, the forces of training frames",
         ]
+    if shift := provenance.get("energy_shift"):
+        lines.append(f"  energies       offset of {shift}, taken out before calibration")
     norms, errors = model.record.uncertainty, model.record.error
     lines.append(
         f"  calibration    force RMSE {np.sqrt(np.mean(errors**2) / 3):.4f} eV/Å per component, "

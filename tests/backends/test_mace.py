@@ -200,12 +200,53 @@ def test_missing_file():
         load_backend("mace:my.model")
 
 
-def test_head_of_the_atoms_must_exist():
-    backend = load_backend(calculator_of(heads=("one", "two"), head="two"))
-    atoms = water()
-    atoms.info["head"] = "three"
-    with pytest.raises(InputError, match=r"info\['head'\] is 'three'; the model has \['one', 'two'\]"):
-        backend.collate([atoms])
+@pytest.mark.parametrize("head", ["two", "three", 3])
+@pytest.mark.parametrize("heads", [("one", "two"), ("Default",)])
+def test_notes_under_head_do_not_change_what_is_predicted(heads: tuple[str, ...], head: object):
+    calculator = calculator_of(heads=heads, head=heads[0])
+    noted = water()
+    noted.info["head"] = head
+    backend = load_backend(calculator)
+    expected = calculator.get_property("forces", noted.copy())
+    for frames in ([noted], [noted, water()]):
+        found = evaluate(backend, *frames).forces
+        assert found is not None
+        np.testing.assert_allclose(found[: len(noted)], expected, atol=1e-12)
+
+
+@pytest.fixture(scope="module")
+def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("heads") / "two.model"
+    with quiet():
+        torch.save(make_mace(heads=("one", "two")), path)
+    return path
+
+
+class TestHeadsInASpec:
+    @pytest.mark.parametrize("prefix", ["mace", "mace-mp", "mace-off"])
+    @pytest.mark.parametrize("head", ["one", "two"])
+    def test_the_named_head_predicts(self, two_heads: Path, prefix: str, head: str):
+        backend = load_backend(f"{prefix}:{two_heads}?head={head}", device="cpu", dtype="float64")
+        assert (backend.heads, backend.head) == (("one", "two"), head)
+        found, expected = (
+            evaluate(b, water()) for b in (backend, load_backend(calculator_of(heads=("one", "two"), head=head)))
+        )
+        np.testing.assert_allclose(found.energy, expected.energy, atol=1e-9)
+
+    def test_a_pattern_may_have_a_question_mark_too(self, two_heads: Path):
+        assert load_backend(f"mace:{two_heads.with_name('t?o.model')}?head=two", device="cpu").head == "two"
+
+    @pytest.mark.parametrize("prefix", ["mace", "mace-mp"])
+    def test_a_head_that_is_not_there(self, two_heads: Path, prefix: str):
+        with pytest.raises(ValueError, match=r"the model has no head 'tow'\. Did you mean two\? It has one, two\."):
+            load_backend(f"{prefix}:{two_heads}?head=tow", device="cpu")
+
+    def test_several_heads_and_none_named(self, two_heads: Path):
+        with pytest.raises(ValueError, match=r"several heads, and the SPEC names none: add \?head=NAME .*one.*two"):
+            load_backend(f"mace:{two_heads}", device="cpu")
+
+    def test_the_one_head_of_the_embedded_potential(self):
+        assert load_backend("embedded:mace?head=Default", device="cpu").head == "Default"
 
 
 def test_heads_are_different_potentials():

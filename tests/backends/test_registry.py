@@ -148,6 +148,17 @@ def test_spec_without_a_colon(spec: str, suggestion: str):
         load_backend(spec)
 
 
+@pytest.mark.parametrize("spec", ["toy:?head=a", "toy:direct?head=a"])
+def test_heads_of_potentials_that_have_none(spec: str):
+    with pytest.raises(ValueError, match=r"with \?head=a: potentials of toy have no heads\. Leave \?head= out"):
+        load_backend(spec)
+
+
+def test_a_spec_that_names_no_head():
+    with pytest.raises(ValueError, match=r"'mace:x.model\?head=' names no head after \?head="):
+        load_backend("mace:x.model?head=")
+
+
 def test_unknown_prefix():
     with pytest.raises(
         ValueError, match=r"'maze' in 'maze:x' is neither .* Did you mean mace.*Prefixes here: embedded"
@@ -184,6 +195,8 @@ def test_function_of_a_file(tmp_path: Path):
         "    seed: int = 3\n"
         "def potential(dtype='float64', device='cpu'):\n"
         "    return ToyCalculator(seed=Settings().seed, dtype=dtype, device=device)\n"
+        "def headed(head):\n"
+        "    return ToyCalculator(seed=int(head))\n"
         "def fixed():\n"
         "    return ToyCalculator()\n"
         "def wrong():\n"
@@ -196,6 +209,9 @@ def test_function_of_a_file(tmp_path: Path):
     assert load_backend(f"{path}:fixed").dtype == torch.float64
     with pytest.raises(ValueError, match=r"fixed' takes no dtype, but float32 was asked for"):
         load_backend(f"{path}:fixed", dtype="float32")
+    assert load_backend(f"{path}:headed?head=5").name == "toy"
+    with pytest.raises(ValueError, match=r"fixed' takes no head, but 5 was asked for"):
+        load_backend(f"{path}:fixed?head=5")
     with pytest.raises(ValueError, match=r"fixed' takes no device, but cpu was asked for"):
         load_backend(f"{path}:fixed", device="cpu")
     with pytest.raises(TypeError, match=r"mine\.py:wrong' returned int; an ASE calculator was expected"):

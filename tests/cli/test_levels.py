@@ -5,10 +5,11 @@ import math
 import pytest
 import typer
 
-from ase_uq.cli.levels import FORMS, check_levels, per_element, reduction, threshold, told, watch_policy
+from ase_uq.cli.levels import check_levels, per_element, reduction, threshold, told, watch_policy
 from ase_uq.dynamics.checks import Bonds, MaxTemperature
 from ase_uq.dynamics.policy import WatchPolicy
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement, Quantile
+from ase_uq.thresholds.levels import FORMS
 from ase_uq.thresholds.resolved import ResolvedThreshold
 
 

@@ -126,6 +126,46 @@ class TestCalibration:
                 np.testing.assert_allclose(value, expected[key], rtol=1e-4, err_msg=key)
 
 
+class TestHeads:
+    """Frames that are labelled for another head of the potential: what two heads differ by is no error."""
+
+    @pytest.fixture(autouse=True)
+    def _heads(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ToyBackend, "heads", ("dft", "pt"))
+        monkeypatch.setattr(ToyBackend, "head", "dft")
+
+    @pytest.mark.parametrize("which", ["training", "calibration", "perturbed"])
+    def test_are_refused_by_number_wherever_they_are(self, calculator, which: str):
+        frames = {
+            name: labelled_frames(12, seed=seed) for seed, name in enumerate(("training", "calibration", "perturbed"))
+        }
+        for number in (3, 7):
+            frames[which][number].info["head"] = "pt"
+        with pytest.raises(
+            LabelError,
+            match=rf"{which} frame 3 is labelled for head 'pt' .* 'dft' here; so are 2 of 12 frames\..*\?head=pt",
+        ):
+            quick(calculator, frames["training"], frames["calibration"], perturbed=frames["perturbed"])
+
+    def test_those_of_this_head_are_not(self, calculator, train, held_out):
+        for atoms in (*train, *held_out):
+            atoms.info["head"] = "dft"
+        quick(calculator, train, held_out)
+
+    def test_a_name_that_the_potential_does_not_have_is_told(self, calculator, train, held_out):
+        held_out[5].info["head"] = "pbe"
+        with pytest.warns(
+            UQWarning, match="calibration frames name the head pbe, and this potential has dft, pt: .* dft"
+        ):
+            quick(calculator, train, held_out)
+
+    def test_without_heads_the_name_is_a_note(self, calculator, train, held_out, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr(ToyBackend, "heads", ())
+        monkeypatch.setattr(ToyBackend, "head", "")
+        held_out[5].info["head"] = "pt"
+        quick(calculator, train, held_out)
+
+
 class TestInputs:
     def test_paths_and_lists_give_the_same_model(self, calculator, train, held_out, tmp_path: Path):
         write(tmp_path / "train.xyz", train)

@@ -1,8 +1,12 @@
 """Reference runs: they are what ASE would run, count no step twice, and say what they need."""
 
+import warnings
+from types import SimpleNamespace
+from typing import Any, cast
+
 import numpy as np
 import pytest
-from ase import units
+from ase import Atoms, units
 from ase.calculators.emt import EMT
 from ase.constraints import FixAtoms
 from ase.md.langevin import Langevin
@@ -10,6 +14,7 @@ from ase.md.langevin import Langevin
 from ase_uq.errors import UQWarning
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.sampling.reference_runs import reference_runs
+from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction
 from tests.dynamics.builders import crystal
 
@@ -155,3 +160,83 @@ def test_a_run_that_left_the_realm_of_finite_uncertainties_is_no_reference():
 def test_numbers_that_make_no_runs_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         reference_runs(crystal(), **SHORT | options)
+
+
+def trusted(largest: float, n_atoms: int = 4, gamma: float = 0.5, **options) -> Atoms:
+    """A crystal whose readings are 0.1 eV/Å, and whose calibration frames had readings up to `largest`."""
+    atoms = crystal(script=[0.1], readings=np.linspace(0, largest, 1001), **options)
+    calculator = cast(Any, atoms.calc)
+    calculator.gamma = np.array([gamma, 0.1, 0.1, 0.1])
+    record = SimpleNamespace(n_atoms_of_frame=np.full(1001, n_atoms))
+    calculator.uncertainty_model = SimpleNamespace(threshold_data=calculator.threshold_data, record=record)
+    return atoms
+
+
+class TestOutsideOfTheCalibrationData:
+    def test_runs_inside_are_taken_without_a_word(self):
+        assert len(reference_runs(trusted(1.0), **SHORT).readings) == 2
+
+    @pytest.mark.parametrize(
+        ("atoms", "message"),
+        [
+            (trusted(0.05), r"1 of the readings are above 0\.0495 eV/Å, the 99 % quantile of the calibration; 0 have"),
+            (
+                trusted(1.0, gamma=6.0),
+                r"0 of the readings are above 0\.99 eV/Å, .*; 1 have an atom with gamma above 1, .* 6",
+            ),
+            (trusted(1.0, gamma=np.inf), "gamma above 1, the largest inf"),
+        ],
+        ids=["readings", "gamma", "an element that was not fitted"],
+    )
+    def test_others_are_refused_after_the_first_run(self, atoms: Atoms, message: str):
+        with pytest.raises(ValueError, match=rf"\(AlCu3, .* 300 K\) are not to be trusted: .*{message}.*; beyond=1"):
+            reference_runs(atoms, **SHORT)
+        assert cast(Any, atoms.calc).n_calls == 16
+        with pytest.warns(UQWarning, match=rf"leave the calibration data: .*{message}"):
+            assert len(reference_runs(atoms, **SHORT, beyond=1).readings) == 2
+
+    @pytest.mark.parametrize(
+        ("share", "limit", "told"), [(0.1, 0.2, True), (0.3, 0.2, None), (0.3, 0.4, True), (0.0, 0, False)]
+    )
+    def test_the_share_decides(self, share: float, limit: float, told: bool | None):
+        """Of ten readings that follow five steps and the first calculation."""
+        script = [0.1] * 6 + [0.9] * round(10 * share) + [0.1] * 100
+        atoms = trusted(0.5)
+        cast(Any, atoms.calc).script = script
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            if told is None:
+                with pytest.raises(ValueError, match=f"{share:g} of the readings are above"):
+                    reference_runs(atoms, **{**SHORT, "n_runs": 1}, beyond=limit)
+            else:
+                reference_runs(atoms, **{**SHORT, "n_runs": 1}, beyond=limit)
+        ours = [str(one.message) for one in caught if one.category is UQWarning]
+        assert [f"{share:g} of the readings are above" in message for message in ours] == [True] * bool(told)
+
+    def test_the_largest_of_more_atoms_is_larger(self):
+        """Four atoms, in calibration frames of one: some readings above the quantile are to be expected."""
+        for n_atoms, allowed in ((4, False), (0.01, True)):
+            atoms = trusted(0.5, n_atoms=n_atoms)
+            cast(Any, atoms.calc).script = [0.1] * 6 + [0.9] * 3 + [0.1] * 100
+            if allowed:
+                reference_runs(atoms, **{**SHORT, "n_runs": 1})
+            else:
+                with pytest.raises(ValueError, match="not to be trusted"):
+                    reference_runs(atoms, **{**SHORT, "n_runs": 1})
+
+    def test_atoms_that_are_not_looked_at_do_not_count(self):
+        atoms = trusted(1.0)
+        cast(Any, atoms.calc).gamma = np.where(atoms.numbers == 29, 9.0, 0.5)
+        reference_runs(atoms, **SHORT, reduction=Reduction("max", ("Al",)))
+        with pytest.raises(ValueError, match="the largest 9"):
+            reference_runs(atoms, **SHORT)
+
+    def test_runs_made_before_count_with_them(self):
+        before = ReferenceRuns((np.full(10, 0.9), np.full(10, 0.1)), 2.0, conditions="AlCu3, Langevin 300 K")
+        with pytest.raises(ValueError, match=r"0\.33 of the readings are above"):
+            reference_runs(trusted(0.5), **SHORT, before=before)
+
+    @pytest.mark.parametrize("beyond", [-0.1, 1.1, np.nan])
+    def test_a_share_that_is_none(self, beyond: float):
+        with pytest.raises(ValueError, match=r"beyond is a share of the readings .*, between 0 and 1, not"):
+            reference_runs(crystal(), **SHORT, beyond=beyond)

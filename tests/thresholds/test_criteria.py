@@ -356,3 +356,13 @@ def test_blocks_end_with_their_run():
     assert len(np.unique(groups)) < 200
     for number in np.unique(groups):
         assert len(np.unique(segments[groups == number])) == 1
+
+
+@pytest.mark.parametrize(("level", "said"), [(0.5, False), (1.5, True)])
+def test_false_alarms_say_that_their_runs_left_the_calibration_data(level: float, said: bool):
+    """As of runs that somebody made himself."""
+    runs = ReferenceRuns(tuple(np.full(10, level) + 0.01 * np.arange(10) for _ in range(30)), 1.0)
+    frames = ThresholdData(np.linspace(0, 1, 1000), np.linspace(0, 1, 1000), np.arange(1000), runs=runs)
+    promise = FalseAlarms(per_run=0.05, steps=10).resolve(frames).promise
+    assert promise.endswith("like the reference have an alarm") != said
+    assert promise.endswith(", 100% of whose readings are above the 99 % quantile of the calibration frames") == said

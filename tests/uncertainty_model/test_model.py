@@ -400,6 +400,13 @@ class TestThreshold:
         with pytest.raises(ValueError, match=r"Quantile\(0\.99\) needs at least 100 calibration frames, .* has 60"):
             model.threshold(Quantile(0.99))
 
+    def test_words_are_criteria(self, model: UncertaintyModel):
+        assert model.threshold("q0.5") == model.threshold(Quantile(0.5))
+        with pytest.raises(
+            ValueError, match=r"'q5' is neither a number in eV/Å nor a criterion: a quantile lies between"
+        ):
+            model.threshold("q5")
+
     def test_a_meaning_that_is_none_is_refused(self, model: UncertaintyModel):
         with pytest.raises(TypeError, match=r"a threshold is a number in eV/Å or a criterion .* not '0\.3'"):
             model.threshold("0.3")  # pyright: ignore

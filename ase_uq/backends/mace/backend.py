@@ -63,9 +63,10 @@ class MACEBackend(Backend):
         self.calculator = calculator
         self.elements = frozenset(int(z) for z in calculator.z_table.zs)
         self.info_keys = tuple(sorted({*calculator.info_keys.values()}))
+        self.heads, self.head = tuple(calculator.available_heads), str(calculator.head)
         if getattr(plain_module(calculator.models[0]), "joint_embedding", None) is not None:
             self.required_info_keys = tuple(key for key in ("charge", "spin") if key in self.info_keys)
-        self._readout = resolve_readout(plain_module(calculator.models[0]), str(calculator.head))
+        self._readout = resolve_readout(plain_module(calculator.models[0]), self.head)
         if calculator.use_compile:
             # The probe structure must neither trigger compilation nor set the size to which structures are padded.
             with self._uncompiled():
@@ -89,8 +90,8 @@ class MACEBackend(Backend):
         model = plain_module(self.calculator.models[0])
         return {
             "package": "mace",
-            "heads": list(self.calculator.available_heads),
-            "head": str(self.calculator.head),
+            "heads": list(self.heads),
+            "head": self.head,
             "members": len(self.calculator.models),
             "r_max": float(model.r_max),
             "elements": sorted(self.elements),
@@ -104,7 +105,6 @@ class MACEBackend(Backend):
 
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         if len(frames) == 1:
-            _check_heads(frames, self.calculator.available_heads)
             # The calculator's own method keeps its padding, hence a single compiled graph along a run.
             return self.calculator._atoms_to_batch(frames[0])
         return self._placed(self._graphs()(frames))
@@ -324,18 +324,10 @@ def wrap(calculator: BaseCalculator) -> MACEBackend:
         return MACEBackend(calculator)
 
 
-def _check_heads(frames: Sequence[Atoms], heads: Sequence[str]) -> None:
-    for atoms in frames:
-        head = atoms.info.get("head")
-        if head is not None and head not in heads:
-            raise InputError(f"atoms.info['head'] is {head!r}; the model has {heads}.")
-
-
 def _graphs_of(
     frames: Sequence[Atoms], *, keys: Any, z_table: Any, cutoff: float, heads: list[str], head: str, dtype: str
 ) -> Any:
     """The batch that mace builds from structures, on the CPU."""
-    _check_heads(frames, heads)
     with torch_tools.default_dtype(dtype):
         graphs = [
             mace_data.AtomicData.from_config(

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from glob import glob
 from pathlib import Path
@@ -22,16 +23,18 @@ from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 _KIND, _SCHEMA = "MACE potential", 1
 
 
-def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
+def load(prefix: str, target: str, device: str, dtype: str, *, head: str = "") -> Calculator:
     """The calculator that a SPEC names: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`.
 
     PATH is a `.model` file that MACE training writes, a pattern such as `committee_*.model` for several of them, or a
     `.safetensors` file from `save_potential`. A `.model` file is a pickle: loading it runs code, so load only files
     that you trust. NAME is a model name that MACE's loader knows, an `https:` address, or a `.model` file.
+    `head` is one of a model that has several; without it MACE takes one named `default`.
 
     Raises:
         FileNotFoundError: The file does not exist.
-        ValueError: MACE has no pretrained model of this name.
+        ValueError: MACE has no pretrained model of this name, or the model has no such head, or several and none is
+            named.
     """
     with preserved_process():
         # MACE calls torch.load without weights_only, since its files are pickled modules. The switch may be off again.
@@ -45,17 +48,37 @@ def load(prefix: str, target: str, device: str, dtype: str) -> Calculator:
             source: dict[str, Any] = {"model_paths": paths}
             if all(path.endswith(".safetensors") for path in paths):
                 source = {"models": [load_potential(path).to(getattr(torch, dtype)) for path in paths]}
-            calculator = MACECalculator(**source, device=device, default_dtype=dtype)
+            calculator = _with_head(MACECalculator, head, **source, device=device, default_dtype=dtype)
         else:
             _check_pretrained(prefix, target)
             loader = getattr(foundations_models, prefix.replace("-", "_"))
             options = {"default_dtype": dtype} if dtype else {}
             # MACE prints its licences, which belong on stderr, not among our results.
             with redirect_stdout(sys.stderr):
-                calculator = loader(model=target or None, device=device, **options)
+                calculator = _with_head(loader, head, model=target or None, device=device, **options)
         # MACE appends to the list of ASE's base class, which is restored on leaving, so the calculator gets a copy.
         calculator.implemented_properties = list(dict.fromkeys(calculator.implemented_properties))
         return calculator
+
+
+def _with_head(make: Callable[..., Any], head: str, **options: Any) -> Any:
+    """The calculator with the head that a SPEC names; MACE takes another one, in silence, where there is none such."""
+    if head and make is not foundations_models.mace_omol:  # which names its only head itself
+        options["head"] = head
+    try:
+        calculator = make(**options)
+    except ValueError as error:
+        if "Head keyword" not in str(error):
+            raise
+        raise ValueError(
+            f"the model has several heads, and the SPEC names none: add ?head=NAME to its end. MACE: {error}"
+        ) from error
+    if head and head not in calculator.available_heads:
+        raise ValueError(
+            f"the model has no head {head!r}.{did_you_mean(head, calculator.available_heads)} "
+            f"It has {', '.join(calculator.available_heads)}."
+        )
+    return calculator
 
 
 def _check_pretrained(prefix: str, target: str) -> None:

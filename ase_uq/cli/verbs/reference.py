@@ -36,6 +36,15 @@ def reference(
     ] = 1.0,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between readings.")] = 1,
     reduce: Reduce = "max",
+    beyond: Annotated[
+        float,
+        typer.Option(
+            "--beyond",
+            min=0,
+            max=1,
+            help="Largest share of readings that may be beyond the calibration data: refused above.",
+        ),
+    ] = 0.2,
     add: Annotated[bool, typer.Option("--add", help="Add to the runs that --uq already contains.")] = False,
     device: Device = "",
     dtype: DType = "",
@@ -45,7 +54,8 @@ def reference(
 
     Makes independent Langevin runs from START; no labels are needed. Their readings are stored in the uncertainty
     model. With --halt alarms=0.05@100ps, `ase-uq md` then has a threshold that at most 5 % of such runs of 100 ps
-    reach. Ctrl-C keeps the runs that are complete; --add makes more.
+    reach. Runs that leave the calibration data are told of, and refused above --beyond. Ctrl-C keeps the runs that are
+    complete; --add makes more.
 
     [dim]ase-uq reference --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --out
     my.uq.safetensors[/]
@@ -71,6 +81,7 @@ def reference(
         interval=interval,
         reduction=Reduction(reduce),
         before=calculator.uncertainty_model.reference if add else None,
+        beyond=beyond,
         seed=seed,
     )
     fitted = calculator.uncertainty_model.with_reference(made)

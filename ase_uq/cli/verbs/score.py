@@ -44,9 +44,10 @@ def score(
     """Score finished frames: every energy and force with its calibrated standard deviation.
 
     OUT has the frames of IN with the results of the potential, with forces_uncertainty and gamma of every atom in
-    arrays, and with energy_uncertainty and source_frame (the number of the frame in IN) in info. Memory use does not
-    grow with the file. OUT appears when it is complete; after an interruption the same command goes on where it
-    stopped. Frames that cannot be read or evaluated are reported and left out.
+    arrays, and with energy_uncertainty and source_frame (the number of the frame in IN) in info. Labels under ASE's
+    names become REF_energy and REF_forces. Memory use does not grow with the file. OUT appears when it is complete;
+    after an interruption the same command goes on where it stopped. Frames that cannot be read or evaluated are
+    reported and left out.
 
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """

@@ -9,6 +9,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.outputs import Properties
 
+from ase_uq.io.results import drop_uncertainties
 from ase_uq.predictor import Predictor
 from ase_uq.properties import known_to_ase
 from ase_uq.thresholds.criteria import Criterion
@@ -27,7 +28,7 @@ class Calibrated:
         """The uncertainty model that was fitted for the potential."""
         return self.predictor.uncertainty_model
 
-    def threshold(self, criterion: float | Criterion, reduction: Reduction | None = None) -> float:
+    def threshold(self, criterion: float | str | Criterion, reduction: Reduction | None = None) -> float:
         """A threshold in eV/Å from its criterion; see `UncertaintyModel.threshold`."""
         return self.uncertainty_model.threshold(criterion, reduction)
 
@@ -40,9 +41,11 @@ class CalibratedCalculator(Calibrated, Calculator):
     """An ASE calculator with a predictor; a subclass sets `results` in `calculate`, after `_begin`."""
 
     def _begin(self, atoms: Atoms | None, properties: Sequence[str], system_changes: Sequence[str]) -> Atoms:
-        """Forgets the last results and copies the structure to calculate, so that later changes are noticed."""
+        """Forgets the last results, in the structure too, and copies it, so that later changes are noticed."""
         # If the calculation fails, the results of the structure before must not pass for those of this one.
         self.results = {}
+        if atoms is not None:
+            drop_uncertainties(atoms)  # what a file left in its arrays would be written beside the new forces by ASE
         Calculator.calculate(self, atoms, list(properties), list(system_changes))
         assert self.atoms is not None
         # ASE's copy shares the values in info: an array changed in place would pass for unchanged.

@@ -23,7 +23,8 @@ class UncertainCalculator(CalibratedCalculator):
 
     A drop-in replacement for the calculator it wraps: energy, forces and stress are the same, bit for bit. `results`
     holds the standard results, the uncertainties, and the wrapped calculator's per-atom extras (orb's `confidence`).
-    Its other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`.
+    Its other keys are not passed on: a committee's `..._comm` and `..._var`, `node_energy`. Uncertainties that a file
+    left in info and arrays of the structure are removed when it is calculated.
 
         calc = UncertainCalculator(MACECalculator("my.model"), "my.uq.safetensors")
         atoms.calc = calc
