@@ -1,5 +1,6 @@
 """Options that verbs share: each has one name, one meaning and one help text."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -93,6 +94,21 @@ def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tu
         return None
     defaults = LABEL_KEYS[0]
     return energy or defaults[0], forces or defaults[1], stress or defaults[2]
+
+
+def given_options(context: typer.Context, but: Collection[str]) -> dict[str, str]:
+    """The values of a verb's options by name, as text; those that were not given have their defaults.
+
+    Args:
+        context: Context of the verb.
+        but: Names to leave out.
+    """
+    options = {parameter.opts[0]: parameter.name for parameter in context.command.params if parameter.opts}
+    return {
+        option: str(context.params[name])
+        for option, name in options.items()
+        if option.startswith("--") and option not in but and name in context.params
+    }
 
 
 def check_before(before: int, frames: Path | None) -> None:

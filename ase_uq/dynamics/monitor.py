@@ -54,8 +54,7 @@ class UncertaintyMonitor:
         dynamics: The run that it will be attached to.
         policy: What to watch for; if None, it is made from the `options`.
         before: Number of frames to keep from before an alarm, of the last judged steps. They go to `frames` ahead of
-            the flagged or halting frame, oldest first, with `flag_level="before"`, and are never written twice. A
-            restart forgets them.
+            the flagged or halting frame, oldest first, with `flag_level="before"`, and are never written twice.
         frames: Extended XYZ file to which every flagged or halting frame is appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
@@ -159,7 +158,7 @@ class UncertaintyMonitor:
         if any(s.atoms.calc is not known for s, known in zip(self._structures, self._calculators, strict=True)):
             self._prepare()
         results = [results_of(structure) for structure in self._structures]
-        time = self._time()
+        time = self.time_fs
         verdict = self._judge(
             [self._observation(*pair, time) for pair in zip(self._structures, results, strict=True)], time
         )
@@ -181,9 +180,10 @@ class UncertaintyMonitor:
         """What `restore` needs to go on in another process, as JSON values."""
         return {
             "step": self._step(),
-            "time_fs": self._time(),
+            "time_fs": self.time_fs,
             "judged_step": self._judged_step,
             "counts": dict(self._counts),
+            "recent": [event.as_json() for event in self._recent],
             **self._judge.state(),
         }
 
@@ -205,8 +205,10 @@ class UncertaintyMonitor:
             raise ValueError(f"this is not a state of an UncertaintyMonitor: it lacks {missing[0]!r}.")
         self._judge.restore(state)
         self._counts = dict(state["counts"])
+        self._recent.clear()
+        self._recent.extend(Event.from_json(kept, self.dynamics) for kept in state["recent"])
         self._step_offset += state["step"] - self._step()
-        time = self._time()
+        time = self.time_fs
         if time is not None and state["time_fs"] is not None:
             self._time_offset += state["time_fs"] - time
         self._judged_step, self._judged_positions = state["judged_step"], None
@@ -217,7 +219,7 @@ class UncertaintyMonitor:
         uncertain = bool(self.policy.rules)
         self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
         symbols = symbols_looked_at(self.policy.reduction, self._structures[0].atoms)
-        self._judge.settle(self._calculators[0], symbols, self._time())
+        self._judge.settle(self._calculators[0], symbols, self.time_fs)
 
     def _lowest(self, level: Level) -> Rule | None:
         rules = [watch.rule for watch in self._judge.watches.get(level, ())]
@@ -228,7 +230,9 @@ class UncertaintyMonitor:
         counted = sum(self._counts.values()) if isinstance(self.dynamics, BasinHopping) else self.dynamics.nsteps
         return counted + self._own_steps + self._step_offset
 
-    def _time(self) -> float | None:
+    @property
+    def time_fs(self) -> float | None:
+        """Simulated time of the current step, fs; None if the run has none."""
         # FIRE and MDMin have a `dt` too, but it is not a simulated time.
         if not isinstance(self.dynamics, MolecularDynamics):
             return None

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_uq.cli._interrupt import INTERRUPTED, ends_with_its_step
+from ase_uq.cli._interrupt import ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
 from ase_uq.cli.levels import threshold, told, watch_policy
 from ase_uq.cli.options import (
@@ -25,9 +26,9 @@ from ase_uq.cli.options import (
     Reduce,
     Seed,
     check_before,
+    given_options,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
-from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
 
 
 def md(
+    context: typer.Context,
     start: Annotated[
         Path,
         typer.Argument(
@@ -61,7 +63,7 @@ def md(
             "--temperature", min=0, help="Temperature, K. In nve: only for initial velocities, if START has none."
         ),
     ],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps to run.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps of the whole run.")],
     uq: UQ = None,
     ensemble: Annotated[
         MDEnsemble,
@@ -125,7 +127,10 @@ def md(
         Path | None,
         typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
     ] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add to --trajectory and --log if they exist.")] = False,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Go on with the run of --trajectory after a halt, or with other options."),
+    ] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
@@ -140,10 +145,12 @@ def md(
     ([bold]ase-uq reference[/] makes the runs for it).
 
     Frames that reach --flag are added to --frames at once, ready to be labelled. A halted run exits with code 3; the
-    last frame of --trajectory is then the frame that halted it, with its velocities. To go on from there, give that
-    file as START and as --trajectory, with --append: the count of steps and time continues, and the first frame is
-    neither judged nor written again. Raise --halt or lower --temperature, or the next step is likely to halt as well.
-    In npt the inner variables of thermostat and barostat start anew, so let the run equilibrate again.
+    last frame of --trajectory is then the frame that halted it, with its velocities.
+
+    With --trajectory a run that ended early, however it ended, goes on where it was when the same command is given
+    again: --steps and --temperature-end are of the whole run. What it needs for that is in FILE.restart, which is saved
+    every few seconds; rows and frames that were written after it are made again. To go on after a halt, or with other
+    options, add --append: raise --halt or lower --temperature, or the next step is likely to halt as well.
 
     [dim]ase-uq md --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --temperature-end 1500
     --steps 20000 --flag q0.99 --halt 0.5 --frames flagged.xyz --trajectory run.xyz[/]
@@ -178,70 +185,83 @@ def md(
         every=every,
     )
     check_xyz_names({"--frames": frames, "--trajectory": trajectory})
-    check_outputs(trajectory, log, may_exist=append, otherwise="--append to add this run to it")
-    for file in filter(None, (trajectory, log)):
-        check_whole(file)
-    import numpy as np
-    from tqdm import tqdm
+    goes_on = trajectory is not None and trajectory.with_name(trajectory.name + ".restart").exists()
+    check_outputs(log, may_exist=goes_on, otherwise="remove it")
+    check_outputs(trajectory)
+    from tqdm.auto import tqdm
 
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator, read_start
     from ase_uq.dynamics import UncertaintyMonitor
-    from ase_uq.dynamics.run import Origin, ramp, run_md
+    from ase_uq.dynamics.restart import Restart, digest_of
+    from ase_uq.dynamics.run import ramp, run_md
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 
     rng = seed_all(seed)
-    goes_on = trajectory is not None and trajectory.exists() and trajectory.samefile(start)
-    atoms = read_start(start, goes_on=goes_on)
-    if not atoms.has("momenta"):
-        set_thermal_momenta(atoms, temperature, rng)
-    origin = Origin()
-    if goes_on:
-        origin = Origin.at_end_of(atoms)
-        # From the seed alone, it would be the noise of the first steps once more.
-        rng = np.random.default_rng([seed, origin.step])
-    calculator = load_calculator(model, uq, device, dtype, policy.every)
-    give_calculator(atoms, calculator)
-    dynamics = make_dynamics(
-        ensemble,
-        atoms,
-        timestep=timestep,
-        temperature=temperature,
-        friction=FRICTION if friction is None else friction,
-        thermostat_time=THERMOSTAT_TIME if thermostat_time is None else thermostat_time,
-        barostat_time=BAROSTAT_TIME if barostat_time is None else barostat_time,
-        pressure=pressure or 0.0,
-        rng=rng,
-    )
-    monitor = UncertaintyMonitor(dynamics, policy=policy, before=before, frames=frames, log=log)
-    for line in told(policy, calculator, atoms.get_chemical_symbols()):
-        typer.echo(line, err=True)
-    if temperature_end is not None:
-        dynamics.attach(ramp(dynamics, temperature, temperature_end, steps))
-    stopwatch = Stopwatch(calculator)
-    dynamics.insert_observer(stopwatch.stop)
-    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
-        halted = run_md(
-            dynamics,
-            monitor,
-            steps,
-            trajectory=trajectory,
-            interval=interval,
-            origin=origin,
-            after_step=_progress(bar, dynamics, monitor, stopwatch),
+    of_the_run = trajectory is not None and trajectory.exists() and start.exists() and trajectory.samefile(start)
+    atoms = None if of_the_run else read_start(start)
+    restart = None
+    if trajectory is not None:
+        command = given_options(context, but=("--trajectory", "--frames", "--log", "--append", "--device"))
+        if atoms is not None:
+            command["START"] = digest_of(atoms)
+        restart = Restart(trajectory, steps, command, append=append)
+    with restart or nullcontext():
+        if restart is not None and restart.atoms is not None:
+            atoms = restart.atoms
+            typer.echo(f"going on from step {restart.step} of {steps}", err=True)
+        assert atoms is not None
+        if not atoms.has("momenta"):
+            set_thermal_momenta(atoms, temperature, rng)
+        calculator = load_calculator(model, uq, device, dtype, policy.every)
+        give_calculator(atoms, calculator)
+        dynamics = make_dynamics(
+            ensemble,
+            atoms,
+            timestep=timestep,
+            temperature=temperature,
+            friction=FRICTION if friction is None else friction,
+            thermostat_time=THERMOSTAT_TIME if thermostat_time is None else thermostat_time,
+            barostat_time=BAROSTAT_TIME if barostat_time is None else barostat_time,
+            pressure=pressure or 0.0,
+            rng=rng,
         )
+        if restart is not None:
+            restart.begin(dynamics, log=log, frames=frames)
+        monitor = UncertaintyMonitor(dynamics, policy=policy, before=before, frames=frames, log=log)
+        if restart is not None:
+            restart.restore(monitor)
+        for line in told(policy, calculator, atoms.get_chemical_symbols()):
+            typer.echo(line, err=True)
+        if temperature_end is not None:
+            heat = ramp(dynamics, temperature, temperature_end, steps)
+            heat()  # a run that goes on shows its first step to no observer
+            dynamics.attach(heat)
+        stopwatch = Stopwatch(calculator)
+        dynamics.insert_observer(stopwatch.stop)
+        bar = tqdm(total=steps, initial=dynamics.nsteps, desc="md", unit="step")
+        with ends_with_its_step(dynamics) as interruption, bar:
+            halted = run_md(
+                dynamics,
+                monitor,
+                steps,
+                restart=restart,
+                interval=interval,
+                after_step=_progress(bar, dynamics, monitor, stopwatch),
+            )
     leave_list(frames)
-    if interruption.asked and not halted:
-        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
-        raise typer.Exit(INTERRUPTED)
+    if interruption.number is not None and not halted:
+        and_then = "" if trajectory is None else "; the same command goes on from there"
+        typer.echo(f"interrupted at step {dynamics.nsteps}{and_then}", err=True)
+        raise typer.Exit(interruption.exit_code)
     if every > 1:
         typer.echo(stopwatch.saved(every), err=halted)
     if halted:
         typer.echo(_halt_message(monitor, frames, before, trajectory), err=True)
         raise typer.Exit(HALTED)
     typer.echo(
-        f"done: {_counted(steps, 'step')}, {steps * timestep:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
+        f"done: {_counted(steps, 'step')}, {monitor.time_fs:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
         + (f", added to {frames}" if frames and monitor.n_flagged else "")
     )
 
@@ -274,13 +294,13 @@ def _progress(
     """Shows each step in a bar; the stopwatch, which is started last, does not count that."""
     from ase import units
 
-    started = perf_counter()
+    started, first = perf_counter(), dynamics.nsteps
     reading = math.nan
 
     def show() -> None:
         nonlocal reading
         days = (perf_counter() - started) / 86400
-        speed = dynamics.get_time() / (1000 * 1000 * units.fs) / days
+        speed = (dynamics.nsteps - first) * dynamics.dt / (1000 * 1000 * units.fs) / days
         if monitor.last and not math.isnan(monitor.last.reading):  # NaN at a step that --every skips
             reading = monitor.last.reading
         kelvin = dynamics.atoms.get_temperature()
@@ -289,15 +309,6 @@ def _progress(
         stopwatch.start()
 
     return show
-
-
-def _interrupted_message(step: int, trajectory: Path | None) -> str:
-    if trajectory is None:
-        return f"interrupted at step {step}"
-    return (
-        f"interrupted at step {step}; {trajectory} ends with it and its velocities; to go on from here, start from it "
-        f"with --trajectory {trajectory} --append"
-    )
 
 
 def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: int, trajectory: Path | None) -> str:
@@ -309,8 +320,8 @@ def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: in
         lines.append(f"  {_counted(monitor.n_flagged + monitor.n_halted, 'frame')} added to {frames}{and_before}")
     if trajectory is not None:
         lines.append(
-            f"  {trajectory} ends with this step and its velocities; to go on from here, start from it with "
-            f"--trajectory {trajectory} --append and a higher --halt or a lower --temperature"
+            f"  {trajectory} ends with this step and its velocities; to go on from here, give --append and a higher "
+            "--halt or a lower --temperature"
         )
     return "\n".join(lines)
 
