@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ase_uq.thresholds.criteria import Criterion, PerElement
 
 FORMS = (
-    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below it); "
+    "0.5 (eV/Å, or the unit of --quantity); q0.99 (99 % of the calibration frames stay below it); "
     "miss=0.1@0.3 (misses at most 0.1 of the frames with an error above 0.3 eV/Å; with confidence 0.9: "
     "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it, errors stay within 0.3 eV/Å with confidence 0.95); "
     "alarms=0.05@100ps or alarms=0.05@20000 (disturbs at most 0.05 of good runs of 100 ps, or of 20000 readings)"
@@ -20,7 +20,7 @@ FORMS = (
 
 
 def threshold(text: str) -> "float | Criterion":
-    """A threshold from text in one of `FORMS`: a number in eV/Å or a criterion.
+    """A threshold from text in one of `FORMS`: a number or a criterion.
 
     Raises:
         BadParameter: The text has none of the forms, or a number in it is out of range.
@@ -85,14 +85,15 @@ def reduction(text: str) -> str | float:
     return kind
 
 
-def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None") -> None:
+def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None", quantity: str) -> None:
     """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
     if not (isinstance(flag, float) and isinstance(halt, float)):
         return
     from ase_uq.dynamics.policy import check_order
+    from ase_uq.dynamics.quantities import QUANTITIES
 
     try:
-        check_order(flag, halt)
+        check_order(flag, halt, QUANTITIES[quantity])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--flag'") from error
 
@@ -127,6 +128,7 @@ def watch_policy(
     flag: "float | Criterion | None",
     halt: "float | Criterion | None",
     *,
+    quantity: str,
     each_element: bool,
     bonds: bool,
     max_temperature: float | None = None,
@@ -137,6 +139,7 @@ def watch_policy(
     Args:
         flag: Of `--flag`.
         halt: Of `--halt`.
+        quantity: Of `--quantity`.
         each_element: Whether each element has thresholds of its own.
         bonds: Whether broken bonds and fused atoms halt.
         max_temperature: Hotter atoms halt, K; None for any.
@@ -146,7 +149,7 @@ def watch_policy(
         BadParameter: The flag is not below the halt, or a level that elements cannot have.
         ValueError: What `WatchPolicy` refuses.
     """
-    check_levels(flag, halt)
+    check_levels(flag, halt, quantity)
     levels = {"flag": flag, "halt": halt}
     if each_element:
         levels = {name: per_element(level, f"--{name}") for name, level in levels.items()}
@@ -154,7 +157,7 @@ def watch_policy(
     from ase_uq.dynamics.policy import WatchPolicy
 
     checks = [*([MaxTemperature(max_temperature)] if max_temperature else []), *([Bonds()] if bonds else [])]
-    return WatchPolicy(**levels, checks=checks, **fields)
+    return WatchPolicy(**levels, quantity=quantity, checks=checks, **fields)
 
 
 def told(policy: "WatchPolicy", calculator: "UncertainCalculator", symbols: "Sequence[str]") -> "Iterator[str]":

@@ -1,6 +1,7 @@
 """Options that verbs share: each has one name, one meaning and one help text."""
 
 from collections.abc import Collection
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -65,6 +66,25 @@ EachElement = Annotated[
     typer.Option(
         "--per-element",
         help="Use a separate threshold for each element; --flag and --halt must then be criteria, like q0.99.",
+    ),
+]
+
+
+class WatchedQuantity(StrEnum):
+    """The quantities that thresholds are set on."""
+
+    forces = "forces"
+    gamma = "gamma"
+    energy = "energy"
+    stress = "stress"
+
+
+Quantity = Annotated[
+    WatchedQuantity,
+    typer.Option(
+        "--quantity",
+        help="What --flag and --halt are compared with: force uncertainty (eV/Å); gamma, 1 at the edge of the "
+        "calibration data; energy uncertainty (eV); stress uncertainty (eV/Å³). Criteria are for forces only.",
     ),
 ]
 Reduce = Annotated[

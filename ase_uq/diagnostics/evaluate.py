@@ -13,7 +13,6 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
-from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
@@ -25,6 +24,7 @@ from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
 from ase_uq.properties import find_property
 from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes
@@ -193,7 +193,7 @@ def assess(
     """
     scores: list[MetricValue] = []
     samples: dict[tuple[str, str], Sample] = {}
-    for (method, quantity), sample in tqdm(observed.items(), desc="score", disable=not progress, leave=False):
+    for (method, quantity), sample in progress_bar(observed.items(), desc="score", show=progress, leave=False):
         usable = np.isfinite(sample.residuals).all(1) & (np.isfinite(sample.std) & (sample.std > 0)).all(1)
         samples[method, quantity] = kept = sample.only(usable)
         judge = _Judge(quantity, tolerance, block, n_bootstrap, seed)

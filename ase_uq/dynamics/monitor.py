@@ -21,13 +21,13 @@ from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, checked, symbols_looked_at
 from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, as_policy, counted_alarms
 from ase_uq.dynamics.rules import Level, Rule
-from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
+from ase_uq.dynamics.structures import Structure, results_of, structures_of
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import annotated
 
 
 class UncertaintyMonitor:
-    """Watches the force uncertainty of a run; flags, halts, logs or calls your function. It never changes the dynamics.
+    """Watches the uncertainty of a run; flags, halts, logs or calls your function. It never changes the dynamics.
 
         dyn.attach(UncertaintyMonitor(dyn, halt=0.5, flag=0.3, frames="flagged.xyz"))
 
@@ -35,7 +35,8 @@ class UncertaintyMonitor:
     model call), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and gives it to the rules. An atom of an
     element that the uncertainty model has never seen, with infinite `gamma`, has infinite ε_i. A reading at or above a
     threshold reaches that level; NaN reaches both levels. Fixed atoms count like all others; leave them out with
-    `indices`.
+    `indices`. With `quantity="gamma"`, `"energy"` or `"stress"` these are read instead; with a `log` and neither `flag`
+    nor `halt` it only logs.
 
     It works in every ASE molecular dynamics and optimiser, also on cell filters, with constraints, in a dimer, and on
     the images of a NEB. A step is judged once, even if `run()` shows it again; if the calculator skipped its
@@ -89,7 +90,7 @@ class UncertaintyMonitor:
         self.dynamics = dynamics
         self._structures = structures_of(dynamics)
         self.policy = as_policy(policy, **options)
-        self._judge = Judge(self.policy)
+        self._judge = Judge(self.policy, logs=log is not None)
         self._counts: dict[Level, int] = {"ok": 0, "flag": 0, "halt": 0}
         self._step_offset = 0
         self._time_offset = 0.0
@@ -216,8 +217,8 @@ class UncertaintyMonitor:
 
     def _prepare(self) -> None:
         """Turns criteria into numbers with the current calculators."""
-        uncertain = bool(self.policy.rules)
-        self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
+        quantity = self.policy.watched if self.policy.reads else None
+        self._calculators = tuple(checked(structure.atoms.calc, quantity) for structure in self._structures)
         symbols = symbols_looked_at(self.policy.reduction, self._structures[0].atoms)
         self._judge.settle(self._calculators[0], symbols, self.time_fs)
 
@@ -319,9 +320,10 @@ class UncertaintyMonitor:
                     "or give each image a calculator of its own."
                 )
             every = getattr(structure.atoms.calc, "every", 1)
-            if self.policy.rules and every == 1 and norms_of(structure.atoms, structure_results) is None:
+            quantity = self.policy.watched
+            if self.policy.reads and every == 1 and quantity.values(structure.atoms, structure_results) is None:
                 raise ValueError(
-                    f"{calculator} promises {KEY} but its results of {what} at step {step} lack it. "
+                    f"{calculator} promises {quantity.key} but its results of {what} at step {step} lack it. "
                     "Request it when making the calculator."
                 )
 
@@ -337,8 +339,8 @@ class UncertaintyMonitor:
     def _observation(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Observation:
         known = results or {}
         snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time)
-        norms = norms_of(structure.atoms, known) if self.policy.rules else None
-        return Observation(snapshot, norms, structure.image)
+        values = self.policy.watched.values(structure.atoms, known) if self.policy.reads else None
+        return Observation(snapshot, values, structure.image)
 
     def _event(
         self, verdict: Verdict, step: int, time: float | None, results: Sequence[Mapping[str, Any] | None]

@@ -2,7 +2,7 @@
 
 Beside the trajectory `RUN.xyz` lies `RUN.xyz.restart`, with the step that was saved last: structure, velocities, random
 numbers and the state of the monitor, to the last bit. It is replaced, whole, every few seconds. A run that goes on
-drops what was written after that step, rows of the log, flagged frames and frames of the trajectory, and makes it again.
+drops what was written after that step (rows of the log, flagged frames, frames of the trajectory) and makes it again.
 """
 
 import json
@@ -40,9 +40,7 @@ class Restart:
         with Restart("run.xyz", 20000, {"--temperature": "300"}) as restart:
             atoms = restart.atoms or read("start.xyz")
             ...                                         # calculator and dynamics
-            restart.begin(dynamics, log="log.csv", frames="flagged.xyz")
-            monitor = UncertaintyMonitor(dynamics, halt=0.5, log="log.csv", frames="flagged.xyz")
-            restart.restore(monitor)
+            monitor = monitored(dynamics, restart, halt=0.5, log="log.csv", frames="flagged.xyz")
             run_md(dynamics, monitor, 20000, restart=restart)
 
     Args:
@@ -77,13 +75,14 @@ class Restart:
         self.file = restart_file(self.trajectory)
         self._command = dict(command or {})
         self._found = self._read()
+        self._append = append
         self._changed: list[str] = []
         self._log: Path | None = None
         self._held: FileIO | None = None
         self._saved = -1e9
         self.step, self.written, self.atoms = 0, -1, None
         if self._found is None:
-            if self.trajectory.exists():
+            if self.trajectory.exists() and self.trajectory.stat().st_size:
                 raise FileExistsError(
                     f"{self.trajectory} exists, and {self.file.name}, from which its run could go on, does not. Give "
                     "another trajectory; to go on from its last frame, give it as START."
@@ -93,7 +92,7 @@ class Restart:
             return
         self.run, self.step, self.written = self._found["run"], self._found["step"], self._found["written"]
         self._changed = [key for key, value in self._command.items() if self._found["command"].get(key) != value]
-        self._check_command(steps, append)
+        self._check_command(steps)
         self.atoms = cast(Atoms, decode(self._found["atoms"]))
 
     @property
@@ -125,6 +124,7 @@ class Restart:
         if hasattr(dynamics.atoms.calc, "n_calculated"):
             dynamics.atoms.calc.n_calculated = self.step  # one calculation a step: `every` counts on
         os.truncate(self.trajectory, self._found["size"])
+        dynamics.atoms.get_forces()  # the results of this step, which an observer may want before the next one
         judged = -1 if self._found["monitor"] is None else self.step
         if self._log is not None and self._log.exists():
             _cut_log(self._log, judged)
@@ -132,10 +132,10 @@ class Restart:
             _cut_frames(Path(frames), self.run, judged)
 
     def restore(self, monitor: UncertaintyMonitor) -> None:
-        """Gives the monitor its state; after a change of the command, rules that the change concerns begin anew.
+        """Gives the monitor its state; with `append`, rules that are no longer the same begin anew.
 
         Raises:
-            InputError: The command is the same, but the uncertainty model or the potential is not.
+            InputError: Without `append`, the uncertainty model or the potential is another one.
         """
         state = None if self._found is None else self._found["monitor"]
         if state is None:
@@ -143,7 +143,7 @@ class Restart:
         try:
             monitor.restore(state)
         except ValueError as error:
-            if not self._changed:
+            if not self._append:
                 raise InputError(
                     f"{self.trajectory} was begun with another potential or uncertainty model under the same name. "
                     "Give another trajectory, or --append (append=True) to go on with this one."
@@ -211,7 +211,7 @@ class Restart:
             ) from None
         return found
 
-    def _check_command(self, steps: int, append: bool) -> None:
+    def _check_command(self, steps: int) -> None:
         """Raises InputError if the run must not go on with this command."""
         assert self._found is not None
         if "START" in self._changed:
@@ -219,12 +219,12 @@ class Restart:
                 f"{self.trajectory} was begun from another structure than START. Give another trajectory, or the "
                 "START of before."
             )
-        if self.step >= steps:
+        if self.step >= steps and self._found["status"] != "running":
             raise InputError(
                 f"{self.trajectory} is finished: its run has all {steps} steps. Give another trajectory; to make the "
                 "run longer, give more steps and --append (append=True)."
             )
-        if append:
+        if self._append:
             return
         if self._changed:
             name = self._changed[0]
@@ -248,6 +248,31 @@ class Restart:
                 f"{self.trajectory} was altered since its run came to step {self.step}: it has {size} bytes, not "
                 f"{self._found['size']}. Put it back, or give another trajectory."
             )
+
+
+def monitored(
+    dynamics: MolecularDynamics,
+    restart: Restart | None,
+    *,
+    log: str | os.PathLike[str] | None = None,
+    frames: str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> UncertaintyMonitor:
+    """The monitor of a run, which goes on where `restart` says.
+
+    Args:
+        dynamics: The run, without a step yet.
+        restart: What the run goes on from, and is saved to; None for neither.
+        log: As in `UncertaintyMonitor`.
+        frames: As in `UncertaintyMonitor`.
+        options: The others of `UncertaintyMonitor`.
+    """
+    if restart is not None:
+        restart.begin(dynamics, log=log, frames=frames)  # before the monitor opens its files
+    monitor = UncertaintyMonitor(dynamics, log=log, frames=frames, **options)
+    if restart is not None:
+        restart.restore(monitor)
+    return monitor
 
 
 def restart_file(trajectory: Path) -> Path:

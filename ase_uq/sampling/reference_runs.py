@@ -9,6 +9,7 @@ from ase.md.langevin import Langevin
 from tqdm import tqdm
 
 from ase_uq.errors import UQWarning
+from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.data import ReferenceRuns
@@ -77,7 +78,7 @@ def reference_runs(
     conditions = f"{atoms.get_chemical_formula()}, Langevin {temperature:g} K"
     made = _made_before(before, timestep * interval, reduction, conditions)
     numbers = range(len(made), len(made) + n_runs)
-    with tqdm(total=n_runs * (waiting + steps), desc="reference", unit="step", disable=not progress) as bar:
+    with progress_bar(total=n_runs * (waiting + steps), desc="reference", unit="step", show=progress) as bar:
         try:
             for number in numbers:
                 rng = np.random.default_rng([seed, number])

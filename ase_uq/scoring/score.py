@@ -16,7 +16,6 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
 from loky import cpu_count
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError
@@ -26,6 +25,7 @@ from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
 from ase_uq.stream.passes import LeftOut, Pass, passes
@@ -193,7 +193,7 @@ def _score_rest(
     )
     total = source.total() if progress else None
     with (
-        tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress) as bar,
+        progress_bar(total=total, initial=journal.next_frame, desc="score", unit="frame", show=progress) as bar,
         ThreadPoolExecutor(1, "journal of ase_uq") as beside,
         closing(events),
     ):

@@ -11,7 +11,6 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.dynamics.policy import check_order
@@ -21,6 +20,7 @@ from ase_uq.io.results import annotated, drop_uncertainties
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
 from ase_uq.selection.points import Per, Scan
 from ase_uq.selection.strategies import (
     Determinant,
@@ -229,7 +229,7 @@ def select(
     rule = _strategy(strategy, points, known, readings, noise, seed)
     space = Space(points, known)
     picks = choose(space, n, rule, allowed=allowed, floor=floor)
-    picks = list(tqdm(picks, desc="select", total=n, unit="frame", disable=not progress, leave=False))
+    picks = list(progress_bar(picks, desc="select", total=n, unit="frame", show=progress, leave=False))
     taken = torch.zeros(points.n_candidates, dtype=torch.bool)
     taken[[pick.candidate for pick in picks]] = True
     near = int((~taken & allowed & (space.farthest_of_candidates() <= floor**2)).sum())

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
+from ase_uq.progress import progress_bar
 from ase_uq.stream.failures import (
     is_fatal,
     is_out_of_memory,
@@ -110,11 +110,11 @@ def passes[T](
     preparation = Preparation(source.unparsed(start), limit, backend.cutoff, collator, n_workers, communicator)
     with (
         preparation,
-        tqdm(
+        progress_bar(
             total=None if total is None else -(-total // communicator.size),
             desc=title,
             unit="frame",
-            disable=not title or communicator.rank > 0,
+            show=bool(title) and communicator.rank == 0,
             leave=False,
         ) as bar,
     ):

@@ -518,4 +518,3 @@ def test_npt_needs_a_stress():
 def test_a_start_that_is_not_there(md):
     result = md("--halt", 1, start="no.xyz")
     assert (result.exit_code, result.stderr) == (1, "error: START: there is no file no.xyz.\n")
-

@@ -5,7 +5,6 @@ import multiprocessing
 import os
 import random
 import signal
-import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -19,8 +18,11 @@ from ase_uq import UncertaintyModel
 from ase_uq.dynamics import restart
 
 OUTPUTS = ("run.xyz", "log.csv", "flagged.xyz")
-WORDS = ["--timestep", 0.25, "--temperature", 3000, "--temperature-end", 2000, "--flag", "q0.6", "--halt", 1e6]
-WORDS += ["--refractory", 0.8, "--before", 2, "--trajectory", "run.xyz", "--log", "log.csv", "--frames", "flagged.xyz"]
+WORDS = ["--timestep", 0.25, "--temperature", 3000, "--temperature-end", 2000, "--flag", "q0.1", "--halt", 1e6]
+WORDS += ["--refractory", 0.6, "--before", 2, "--trajectory", "run.xyz", "--log", "log.csv", "--frames", "flagged.xyz"]
+
+PRELOADED = ["ase_uq.backends.toy", "ase_uq.cli", "ase_uq.cli.potential", "ase_uq.dynamics.run", "ase_uq.progress"]
+PRELOADED += ["ase_uq.engines.ase.calculator", "ase.md.bussi", "ase.md.nose_hoover_chain", "ase.md.langevin"]
 
 # Run in a process of its own, which kills itself as the kernel would: without a word.
 SCRIPT = """
@@ -45,6 +47,7 @@ def nth(number, owner, name, last):
 def half(original, target, data):
     original(target, data[: len(data) // 2])
 
+os.chdir({folder!r})
 restart.SECONDS_AT_RISK = {risk}
 {more}
 main({words!r})
@@ -53,15 +56,15 @@ KILLS = {
     "before anything is saved": "nth(1, restart, '_replace', lambda *a: None)",
     "before the first step": "nth(1, restart.Restart, 'restore', lambda *a: None)",
     "in the middle of the log's first line": "nth(1, actions.Log, '_write', half)",
-    "in the middle of a row": "nth(20, actions.Log, '_write', half)",
-    "after a row": "nth(23, actions.Log, '_write', lambda original, *a: original(*a))",
+    "in the middle of a row": "nth(9, actions.Log, '_write', half)",
+    "after a row": "nth(12, actions.Log, '_write', lambda original, *a: original(*a))",
     "in the middle of a frame": "nth(6, frames, 'write_all', half)",
     "before the last byte of a frame": "nth(7, frames, 'write_all', lambda original, f, d: original(f, d[:-1]))",
     "after a frame": "nth(8, frames, 'write_all', lambda original, *a: original(*a))",
     "before a step is saved": "nth(2, restart, '_replace', lambda *a: None)",
-    "while a step is saved": "nth(2, restart, '_replace', lambda o, p, d: p.with_name(p.name + '.new').write_bytes(d[:99]))",
+    "while a step is saved": "nth(2, restart, '_replace', lambda o, p, d: open(str(p) + '.new', 'w').write('{'))",
     "after a step is saved": "nth(2, restart, '_replace', lambda original, *a: original(*a))",
-    "after the last frame": "nth(43, restart.Restart, 'save', lambda *a: None)",
+    "after the last frame": "nth(19, restart.Restart, 'save', lambda *a: None)",
 }
 
 
@@ -70,7 +73,7 @@ def command(files, tmp_path, monkeypatch):
     """Words of one run; `interval` and `steps` are the test's."""
     monkeypatch.chdir(tmp_path)
 
-    def command(*more, steps=40, interval=7, start=files.start):
+    def command(*more, steps=16, interval=5, start=files.start):
         words = ["md", start, "--model", "toy:", "--uq", files.uq, "--steps", steps, "--interval", interval]
         return [str(word) for word in (*words, *WORDS, *more)]
 
@@ -79,16 +82,11 @@ def command(files, tmp_path, monkeypatch):
 
 def started(words, more="", risk=0.0) -> ForkServerProcess:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ase_uq.backends.toy", "ase_uq.engines.ase.calculator", "ase_uq.dynamics.run"])
-    script = SCRIPT.format(words=words, more=more, risk=risk)
-    process = context.Process(target=_in_folder, args=(os.getcwd(), script))
+    context.set_forkserver_preload(PRELOADED)
+    script = SCRIPT.format(folder=os.getcwd(), words=words, more=more, risk=risk)
+    process = context.Process(target=exec, args=(script, {}))
     process.start()
     return process
-
-
-def _in_folder(folder: str, script: str) -> None:
-    os.chdir(folder)
-    exec(script, {})
 
 
 def ended(words, more="", risk=0.0) -> int | None:
@@ -107,23 +105,20 @@ def uninterrupted(words) -> dict[str, bytes]:
     found = outputs()
     for name in (*OUTPUTS, "run.xyz.restart"):
         os.unlink(name)
-    assert found["flagged.xyz"].count(b"flag_level=before") > 2
-    assert found["flagged.xyz"].count(b"flag_level=flag") > 3
+    assert found["flagged.xyz"].count(b"flag_level=before") >= 2
+    assert found["flagged.xyz"].count(b"flag_level=flag") >= 2
     return found
 
 
-@pytest.mark.parametrize("risk", [0.0, 1e9], ids=["every step is saved", "only the first step is saved"])
-def test_after_sigkill_everything_stands_once(command, risk):
+def test_after_sigkill_everything_stands_once(command):
     whole = uninterrupted(command())
-    for name, kill in KILLS.items():
-        died = ended(command(), kill, risk) == -signal.SIGKILL
-        assert died or (risk and "_replace" in kill), name
-        if died:
-            assert ended(command(), "", risk) == 0, name
+    for number, (name, kill) in enumerate(KILLS.items()):
+        risk = 0.0 if number % 2 or "save" in name else 1e9  # every step is saved, or only the first one
+        assert ended(command(), kill, risk) == -signal.SIGKILL, name
+        assert ended(command(), "", risk) == 0, name
         assert outputs() == whole, name
         for file in (*OUTPUTS, "run.xyz.restart"):
             os.unlink(file)
-        Path("run.xyz.restart.new").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("interval", [1, 100])
@@ -163,7 +158,7 @@ def test_frames_of_other_runs_in_the_same_file_stay(command):
 
 def test_a_flagged_file_that_was_moved_away_is_begun_anew(command):
     whole = uninterrupted(command())
-    assert ended(command(), KILLS["after a step is saved"].replace("2", "30", 1), 0.0) == -signal.SIGKILL
+    assert ended(command(), KILLS["after a step is saved"].replace("2", "14", 1), 0.0) == -signal.SIGKILL
     moved = Path("flagged.xyz").rename("labelled.xyz").read_bytes()
     assert ended(command()) == 0
     assert moved + Path("flagged.xyz").read_bytes() == whole["flagged.xyz"]
@@ -188,10 +183,10 @@ def test_a_signal_ends_a_run_with_its_step(command, run, monkeypatch, number):
     assert read("run.xyz", "-1").info["step"] == 3
     again = run(*words)
     assert again.exit_code == 0
-    assert "going on from step 3 of 40" in again.stderr
+    assert "going on from step 3 of 16" in again.stderr
     # The frame of the interruption is there as well.
     frames = read("run.xyz", ":")
-    assert [atoms.info["step"] for atoms in frames] == [0, 3, 7, 14, 21, 28, 35, 40]
+    assert [atoms.info["step"] for atoms in frames] == [0, 3, 5, 10, 15, 16]
     assert {name: data for name, data in outputs().items() if name != "run.xyz"} == {
         name: data for name, data in whole.items() if name != "run.xyz"
     }
@@ -206,12 +201,12 @@ def test_in_every_ensemble_two_parts_are_one_run(command, files, ensemble, every
     if ensemble != "npt":
         atoms.set_constraint(FixBondLength(0, 1))
     write("start.traj", atoms)
-    words = command("--ensemble", ensemble, "--every", every, "--flag", 1e-3, start="start.traj")
+    words = command("--ensemble", ensemble, "--every", every, "--refractory", 0.6 * every, start="start.traj")
     if ensemble in ("nve", "npt"):
         place = words.index("--temperature-end")
         del words[place : place + 2]
     whole = uninterrupted(words)
-    assert ended(words, "nth(12, restart.Restart, 'save', lambda original, *a: original(*a))") == -signal.SIGKILL
+    assert ended(words, "nth(9, restart.Restart, 'save', lambda original, *a: original(*a))") == -signal.SIGKILL
     assert ended(words) == 0
     assert outputs() == whole
 
@@ -233,19 +228,19 @@ def test_a_finished_run_is_refused_and_can_be_made_longer(command, run):
     assert "was begun with another --steps (5, now 9)" in refused(run(*command(steps=9)))
     assert outputs() == before
     assert run(*command("--append", steps=9)).exit_code == 0
-    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 5, 7, 9]
+    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 5, 9]
 
 
 def test_a_halted_run_is_gone_on_with_on_request_only(command, run):
-    halted = run(*command("--halt", "q0.9"))
+    halted = run(*command("--halt", "q0.5"))
     assert halted.exit_code == 3
     assert "give --append and a higher --halt or a lower --temperature" in halted.stderr
     step = read("run.xyz", "-1").info["step"]
-    assert f"was halted at step {step}. To go on from there, give --append" in refused(run(*command("--halt", "q0.9")))
+    assert f"was halted at step {step}. To go on from there, give --append" in refused(run(*command("--halt", "q0.5")))
     again = run(*command("--append"))
     assert again.exit_code == 0
     rows = Path("log.csv").read_text().splitlines()[1:]
-    assert [int(row.split(",")[0]) for row in rows] == list(range(41))
+    assert [int(row.split(",")[0]) for row in rows] == list(range(17))
 
 
 def test_another_command_structure_or_trajectory_is_refused(command, run, files):
@@ -268,7 +263,7 @@ def test_another_command_structure_or_trajectory_is_refused(command, run, files)
 def test_the_trajectory_itself_will_do_as_start(command, run):
     assert run(*command(steps=5)).exit_code == 0
     assert run(*command("--append", steps=9, start="run.xyz")).exit_code == 0
-    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 5, 7, 9]
+    assert [atoms.info["step"] for atoms in read("run.xyz", ":")] == [0, 5, 9]
 
 
 def test_an_altered_trajectory_or_restart_file_is_refused(command, run):
@@ -302,7 +297,7 @@ def test_another_model_under_the_same_name_is_refused(command, run, files, tmp_p
     model.save("my.uq.safetensors")
     words = command("--uq", "my.uq.safetensors")
     assert ended(words, KILLS["after a step is saved"].replace("2", "9", 1)) == -signal.SIGKILL
-    model.edges.edges.mul_(1.001)
+    np.multiply(model.record.uncertainty, 1.001, out=model.record.uncertainty)
     model.save("my.uq.safetensors")
     assert "was begun with another potential or uncertainty model under the same name" in refused(run(*words))
     assert run(*words, "--append").exit_code == 0

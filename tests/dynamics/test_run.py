@@ -12,7 +12,7 @@ from ase.md.verlet import VelocityVerlet
 from ase_uq.dynamics import restart as restart_module
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.policy import WatchPolicy
-from ase_uq.dynamics.restart import Restart, digest_of
+from ase_uq.dynamics.restart import Restart, digest_of, monitored
 from ase_uq.dynamics.run import ramp, run_md
 from ase_uq.errors import InputError
 from ase_uq.io.frames import read_frames
@@ -33,9 +33,7 @@ def ran(file, steps, atoms, *, append=False, command=None, log=None, timestep=ST
             calculator, atoms = atoms.calc, restart.atoms
             atoms.calc = calculator
         dynamics = VelocityVerlet(atoms, timestep * units.fs)
-        restart.begin(dynamics, log=log, frames=options.get("frames"))
-        monitor = UncertaintyMonitor(dynamics, log=log, **options)
-        restart.restore(monitor)
+        monitor = monitored(dynamics, restart, log=log, **options)
         return monitor, run_md(dynamics, monitor, steps, restart=restart, interval=interval)
 
 

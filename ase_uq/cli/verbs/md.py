@@ -23,8 +23,10 @@ from ase_uq.cli.options import (
     FlaggedFrames,
     Halt,
     Model,
+    Quantity,
     Reduce,
     Seed,
+    WatchedQuantity,
     check_before,
     given_options,
 )
@@ -32,10 +34,12 @@ from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from ase.md.md import MolecularDynamics
     from tqdm import tqdm
 
     from ase_uq.dynamics import UncertaintyMonitor
+    from ase_uq.dynamics.restart import Restart
 
 HALTED = 3  # exit code
 # Options that only some ensembles have.
@@ -110,6 +114,7 @@ def md(
     refractory: Annotated[
         float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
     ] = None,
+    quantity: Quantity = WatchedQuantity.forces,
     element: EachElement = False,
     reduce: Reduce = "max",
     max_temperature: Annotated[
@@ -137,12 +142,12 @@ def md(
 ) -> None:
     """Run molecular dynamics that saves frames, and halts, when the uncertainty of the forces is too large.
 
-    At each step the largest force uncertainty of an atom is compared with --flag and --halt. LEVEL is a number in eV/Å
-    or a criterion that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
-    miss=0.1@0.3, which misses at most 0.1 of the frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence
-    0.9); bound=0.95@0.3, below which errors stay within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or
-    alarms=0.05@20000, which disturbs at most 0.05 of good runs of 100 ps or of 20000 readings
-    ([bold]ase-uq reference[/] makes the runs for it).
+    At each step the largest force uncertainty of an atom, or what --quantity names, is compared with --flag and --halt;
+    without them it is written to --log. LEVEL is a number, for forces in eV/Å, or a criterion that the calibration data
+    turn into one: q0.99, which 99 % of the calibration frames stay below; miss=0.1@0.3, which misses at most 0.1 of the
+    frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence 0.9); bound=0.95@0.3, below which errors stay
+    within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or alarms=0.05@20000, which disturbs at most 0.05 of good
+    runs of 100 ps or of 20000 readings ([bold]ase-uq reference[/] makes the runs for it).
 
     Frames that reach --flag are added to --frames at once, ready to be labelled. A halted run exits with code 3; the
     last frame of --trajectory is then the frame that halted it, with its velocities.
@@ -166,15 +171,17 @@ def md(
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
-    if flag is None and halt is None:
+    if flag is None and halt is None and log is None:
         raise typer.BadParameter(
-            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames).",
+            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames), or "
+            "--log alone to write down the uncertainties.",
             param_hint="'--flag' / '--halt'",
         )
     check_before(before, frames)
     policy = watch_policy(
         flag,
         halt,
+        quantity=quantity.value,
         each_element=element,
         bonds=bonds,
         max_temperature=max_temperature,
@@ -188,30 +195,18 @@ def md(
     goes_on = trajectory is not None and trajectory.with_name(trajectory.name + ".restart").exists()
     check_outputs(log, may_exist=goes_on, otherwise="remove it")
     check_outputs(trajectory)
-    from tqdm.auto import tqdm
 
     from ase_uq.cli.potential import load_calculator, seed_all
-    from ase_uq.cli.start import give_calculator, read_start
-    from ase_uq.dynamics import UncertaintyMonitor
-    from ase_uq.dynamics.restart import Restart, digest_of
+    from ase_uq.cli.start import give_calculator
+    from ase_uq.dynamics.restart import monitored
     from ase_uq.dynamics.run import ramp, run_md
+    from ase_uq.progress import progress_bar
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 
     rng = seed_all(seed)
-    of_the_run = trajectory is not None and trajectory.exists() and start.exists() and trajectory.samefile(start)
-    atoms = None if of_the_run else read_start(start)
-    restart = None
-    if trajectory is not None:
-        command = given_options(context, but=("--trajectory", "--frames", "--log", "--append", "--device"))
-        if atoms is not None:
-            command["START"] = digest_of(atoms)
-        restart = Restart(trajectory, steps, command, append=append)
+    restart, atoms = _restart(context, start, trajectory, steps, append)
     with restart or nullcontext():
-        if restart is not None and restart.atoms is not None:
-            atoms = restart.atoms
-            typer.echo(f"going on from step {restart.step} of {steps}", err=True)
-        assert atoms is not None
         if not atoms.has("momenta"):
             set_thermal_momenta(atoms, temperature, rng)
         calculator = load_calculator(model, uq, device, dtype, policy.every)
@@ -227,11 +222,9 @@ def md(
             pressure=pressure or 0.0,
             rng=rng,
         )
-        if restart is not None:
-            restart.begin(dynamics, log=log, frames=frames)
-        monitor = UncertaintyMonitor(dynamics, policy=policy, before=before, frames=frames, log=log)
-        if restart is not None:
-            restart.restore(monitor)
+        monitor = monitored(dynamics, restart, policy=policy, before=before, frames=frames, log=log)
+        if dynamics.nsteps:
+            typer.echo(f"going on from step {dynamics.nsteps} of {steps}", err=True)
         for line in told(policy, calculator, atoms.get_chemical_symbols()):
             typer.echo(line, err=True)
         if temperature_end is not None:
@@ -240,7 +233,7 @@ def md(
             dynamics.attach(heat)
         stopwatch = Stopwatch(calculator)
         dynamics.insert_observer(stopwatch.stop)
-        bar = tqdm(total=steps, initial=dynamics.nsteps, desc="md", unit="step")
+        bar = progress_bar(total=steps, initial=dynamics.nsteps, desc="md", unit="step")
         with ends_with_its_step(dynamics) as interruption, bar:
             halted = run_md(
                 dynamics,
@@ -264,6 +257,26 @@ def md(
         f"done: {_counted(steps, 'step')}, {monitor.time_fs:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
         + (f", added to {frames}" if frames and monitor.n_flagged else "")
     )
+
+
+def _restart(
+    context: typer.Context, start: Path, trajectory: Path | None, steps: int, append: bool
+) -> "tuple[Restart | None, Atoms]":
+    """What the run of a trajectory goes on from, if it has one, and the structure that it begins or goes on with."""
+    from ase_uq.cli.start import read_start
+    from ase_uq.dynamics.restart import Restart, digest_of
+
+    if trajectory is None:
+        return None, read_start(start)
+    command = given_options(context, but=("--trajectory", "--frames", "--log", "--append", "--device"))
+    if trajectory.exists() and start.exists() and trajectory.samefile(start):
+        restart = Restart(trajectory, steps, command, append=append)
+        assert restart.atoms is not None  # a trajectory without a run is refused
+        atoms = restart.atoms
+    else:
+        atoms = read_start(start)
+        restart = Restart(trajectory, steps, command | {"START": digest_of(atoms)}, append=append)
+    return restart, atoms if restart.atoms is None else restart.atoms
 
 
 def _check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
@@ -294,6 +307,7 @@ def _progress(
     """Shows each step in a bar; the stopwatch, which is started last, does not count that."""
     from ase import units
 
+    unit = monitor.policy.watched.unit or monitor.policy.quantity
     started, first = perf_counter(), dynamics.nsteps
     reading = math.nan
 
@@ -304,7 +318,7 @@ def _progress(
         if monitor.last and not math.isnan(monitor.last.reading):  # NaN at a step that --every skips
             reading = monitor.last.reading
         kelvin = dynamics.atoms.get_temperature()
-        bar.set_postfix_str(f"{reading:.3f} eV/Å, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
+        bar.set_postfix_str(f"{reading:.3f} {unit}, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
         bar.update(dynamics.nsteps - bar.n)
         stopwatch.start()
 
