@@ -25,6 +25,7 @@ from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
 from ase_uq.progress import progress_bar
+from ase_uq.representation import Brief
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.criteria import Quantile
@@ -39,8 +40,8 @@ PROTON, DONOR, ACCEPTOR = 5, 0, 4  # atoms of the hydrogen bond
 _MOST_LABELS, _COLD_LABELS, _ROWS = 40, 6, 8
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Brief):
     """The heated run, step by step.
 
     Args:
@@ -83,8 +84,8 @@ class Comparison:
     proton_moved: bool
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Brief):
     """The results of the demo.
 
     Args:

@@ -93,7 +93,7 @@ def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | No
     from ase_uq.dynamics.quantities import QUANTITIES
 
     try:
-        check_order(flag, halt, QUANTITIES[quantity])
+        check_order(flag, halt, quantity=QUANTITIES[quantity])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--flag'") from error
 

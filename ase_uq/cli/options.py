@@ -47,6 +47,7 @@ BatchAtoms = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print numbers as JSON, for programs, instead of text.")]
 EnergyKey = Annotated[
     str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Key of the energy in info.")
 ]

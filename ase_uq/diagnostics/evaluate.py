@@ -6,8 +6,11 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from functools import partial
+from html import escape
 from itertools import chain
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -18,6 +21,7 @@ from ase_uq import metrics
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
 from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
+from ase_uq.diagnostics.verdict import as_json, sentences
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
@@ -26,6 +30,7 @@ from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.progress import progress_bar
 from ase_uq.properties import find_property
+from ase_uq.representation import Brief
 from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -50,8 +55,8 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
 }
 
 
-@dataclass(frozen=True)
-class Assessment:
+@dataclass(frozen=True, repr=False)
+class Assessment(Brief):
     """How good uncertainties are: scores for people and programs, and the samples they were computed from, for figures.
 
     Args:
@@ -92,6 +97,17 @@ class Assessment:
     def table(self) -> str:
         """The most telling scores as aligned text: one block per quantity, one row per method."""
         return aligned_table(self.scores, self.n_frames, self.tolerance)
+
+    def describe(self) -> str:
+        """What the scores say, in sentences."""
+        return "\n".join(fill(text, 110) for text in sentences(self.scores, self.n_frames, self.tolerance))
+
+    def numbers(self) -> dict[str, Any]:
+        """All scores and the sentences, as JSON values; None where a number is not defined."""
+        return as_json(self.scores, self.n_frames, self.tolerance)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.table())}</pre><p>{escape(self.describe())}</p>"
 
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all scores in full precision, one per row; the file appears complete or not at all.

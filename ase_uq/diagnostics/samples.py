@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ase_uq.representation import Brief
 from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, repr=False)
+class Sample(Brief):
     """Residuals and standard deviations of one quantity from one method.
 
     Args:

@@ -209,7 +209,9 @@ def as_policy(policy: WatchPolicy | None, **options: Unpack[WatchOptions]) -> Wa
     return policy
 
 
-def check_order(flag: float, halt: float, quantity: Quantity, of: str = "", advice: str = "") -> None:
+def check_order(
+    flag: float, halt: float, of: str = "", advice: str = "", quantity: Quantity = QUANTITIES["forces"]
+) -> None:
     """Raises ValueError if a flag is not below the halt; the message ends with `advice`."""
     if not flag < halt:
         raise ValueError(
@@ -360,8 +362,8 @@ def _check_order_of_watches(flag: Watch, halt: Watch, quantity: Quantity) -> Non
     check_order(
         flag.rule.threshold,
         halts,
-        quantity,
         f" for {' '.join(flagged or halted or ())}" if per_element else "",
         # Users do not know the number that a criterion becomes, and may not know which of two is the lower.
         f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else "",
+        quantity,
     )

@@ -23,6 +23,7 @@ from ase_uq.report.output import check_outputs, publish
 from ase_uq.report.sections import Sections, counted, number
 from ase_uq.report.survey import Survey, survey
 from ase_uq.report.viewer import packed, plotly_script
+from ase_uq.representation import Brief
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -37,8 +38,8 @@ except ImportError as error:
 _MOST_REFERENCE = 500  # training and calibration frames in the latent map, each
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """A written report.
 
     Args:

@@ -18,6 +18,7 @@ from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
 from ase_uq.io.source import Source, Unreadable
+from ase_uq.representation import Brief
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
@@ -25,8 +26,8 @@ _TIME_KEYS = ("time_fs", "flag_time_fs")  # in trajectories and in flagged frame
 _NAMED = 10  # frames with the same defect that get a warning each
 
 
-@dataclass(frozen=True)
-class ScoredFrame:
+@dataclass(frozen=True, repr=False)
+class ScoredFrame(Brief):
     """A frame that is kept for pictures.
 
     Args:
@@ -59,8 +60,8 @@ class ScoredFrame:
         return bool(np.isfinite(self.atoms.positions).all() and np.isfinite(self.atoms.cell.array).all())
 
 
-@dataclass(frozen=True)
-class Survey:
+@dataclass(frozen=True, repr=False)
+class Survey(Brief):
     """Readings, atoms, errors and worst frames of scored frames.
 
     Args:

@@ -21,6 +21,7 @@ from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.progress import progress_bar
+from ase_uq.representation import Brief
 from ase_uq.selection.points import Per, Scan
 from ase_uq.selection.strategies import (
     Determinant,
@@ -93,8 +94,8 @@ class Bands:
         return f"bands at {self.flag:.3g} and {self.halt:.3g} eV/Å: {counts}"
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, repr=False)
+class Selection(Brief):
     """The frames chosen from a pool.
 
     Args:

@@ -17,6 +17,7 @@ from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable
 from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.representation import html_table
 from ase_uq.thresholds.criteria import Criterion, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.reduction import Reduction
@@ -24,10 +25,10 @@ from ase_uq.uncertainty_model.combination import Combination
 from ase_uq.uncertainty_model.file import read_model, write_model
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.record import CalibrationRecord
-from ase_uq.uncertainty_model.summary import summary_of
+from ase_uq.uncertainty_model.summary import facts_of, numbers_of, summary_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UncertaintyModel:
     """Everything fitted for one potential.
 
@@ -54,6 +55,12 @@ class UncertaintyModel:
     perturbed: CalibrationRecord | None = None
     reference: ReferenceRuns | None = None
 
+    def __repr__(self) -> str:
+        return f"<UncertaintyModel: {'; '.join(facts_of(self).values())}>"
+
+    def _repr_html_(self) -> str:
+        return html_table("UncertaintyModel", facts_of(self))
+
     def apply(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
 
@@ -64,7 +71,7 @@ class UncertaintyModel:
             raws = {name: fitted.head(forward_pass) for name, fitted in self.methods.items()}
             for name, fitted in self.methods.items():
                 deviations = fitted.standard_deviations(raws[name], forward_pass.n_atoms_of_frame)
-                if name == self._leading:
+                if name == self.leading:
                     results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
                 if len(self.methods) > 1:
@@ -74,7 +81,7 @@ class UncertaintyModel:
         return results
 
     @property
-    def _leading(self) -> str:
+    def leading(self) -> str:
         """The method that gives all results that the combination does not give; without one, the primary method."""
         return self.primary if self.combination is None else self.combination.inputs.anchor
 
@@ -98,7 +105,7 @@ class UncertaintyModel:
     @property
     def results(self) -> tuple[str, ...]:
         """Results keys that `apply` gives."""
-        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self._leading].calibrators]
+        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self.leading].calibrators]
         alone = [
             f"{quantity}_uncertainty_{name}"
             for name, fitted in self.methods.items()
@@ -188,6 +195,14 @@ class UncertaintyModel:
         """
         return cls(**read_model(path))
 
-    def summary(self) -> str:
-        """Text that says what the model was fitted on, how well it is calibrated and how far it reaches."""
-        return summary_of(self)
+    def summary(self, *, details: bool = False) -> str:
+        """Text that says what the model was fitted on, how good it is, how far it reaches and what to do next.
+
+        Args:
+            details: Whether to add the formula of each calibrator and the versions.
+        """
+        return summary_of(self, details=details)
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of `summary`, as JSON values."""
+        return numbers_of(self)
