@@ -6,7 +6,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 
-def progress_bar(frames: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> tqdm:
+def progress_bar(frames: Iterable[Any] | None = None, *, show: bool = True, **options: Any) -> Any:
     """A bar of tqdm.
 
     Args:

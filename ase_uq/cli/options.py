@@ -41,9 +41,12 @@ DType = Annotated[
     str, typer.Option("--dtype", show_default="the potential's own", help="Precision: float32 or float64.")
 ]
 BatchAtoms = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--batch-atoms", min=1, help="Largest number of atoms evaluated together. Lower it if memory runs out."
+        "--batch-atoms",
+        min=1,
+        show_default="300 on a CPU, else 8000",
+        help="Largest number of atoms evaluated together; reduced if memory runs out.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]

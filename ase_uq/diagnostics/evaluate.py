@@ -135,7 +135,7 @@ def evaluate(
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
     *,
     label_keys: tuple[str, str, str] | None = None,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
     tolerance: float = 0.3,
     block: int = 1,
     n_bootstrap: int = 200,
@@ -155,7 +155,7 @@ def evaluate(
         uncertainty_model: Uncertainty model from `fit`, or the path of its file, for a bare potential.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces`,
             `REF_stress`, else the results of a calculator attached to the frames.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         tolerance: Force errors above it are bad, eV/Å.
         block: Number of consecutive frames that are resampled together for the intervals: about as many as are
             correlated.
@@ -321,7 +321,7 @@ def _labelled(frames: Sequence[Atoms], keys: tuple[str, str, str] | None) -> tup
 
 
 def _refuse_own_labels(
-    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int | None
 ) -> None:
     """Refuses frames that were scored, not labelled: files written by `ase-uq score` contain forces as well."""
     with_forces = [
@@ -337,7 +337,7 @@ def _refuse_own_labels(
 
 
 def _observe(
-    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int, progress: bool
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int | None, progress: bool
 ) -> dict[tuple[str, str], Sample]:
     """Residuals and standard deviations of all frames, by (method, quantity)."""
     keys = _keys(predictor)

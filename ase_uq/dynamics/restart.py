@@ -121,8 +121,9 @@ class Restart:
             return
         dynamics.nsteps = self.step
         set_inner_variables(dynamics, self._found["inner"])
-        if hasattr(dynamics.atoms.calc, "n_calculated"):
-            dynamics.atoms.calc.n_calculated = self.step  # one calculation a step: `every` counts on
+        calculator: Any = dynamics.atoms.calc
+        if hasattr(calculator, "n_calculated"):
+            calculator.n_calculated = self.step  # one calculation a step: `every` counts on
         os.truncate(self.trajectory, self._found["size"])
         dynamics.atoms.get_forces()  # the results of this step, which an observer may want before the next one
         judged = -1 if self._found["monitor"] is None else self.step

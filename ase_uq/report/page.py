@@ -83,7 +83,7 @@ def write_report(
     calibration: Frames | None = None,
     pictures: str | os.PathLike[str] | None = None,
     sources: Mapping[str, str] | None = None,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
 ) -> Report:
     """Writes a page about scored frames, and its pictures as PNG files.
 
@@ -103,7 +103,7 @@ def write_report(
         pictures: Folder of the PNG files, created if it is missing; by default `<path>_figures`. Pictures of an
             earlier report in it are replaced, other files are left alone.
         sources: Further lines for the section "Where this comes from", by name; for example the files.
-        batch_atoms: Largest number of atoms evaluated together, for the latent map.
+        batch_atoms: Largest number of atoms evaluated together, for the latent map; None for the default of the device.
 
     Raises:
         InputError: No frame has uncertainties, uncertainties have another shape than their frame, or the potential
@@ -148,7 +148,7 @@ def _levels(
 
 
 def _plane(
-    backend: Backend, surveyed: Survey, known: Mapping[str, Frames | None], batch_atoms: int
+    backend: Backend, surveyed: Survey, known: Mapping[str, Frames | None], batch_atoms: int | None
 ) -> LatentMap | None:
     """The latent map of the known and the scored frames; None if no scored frame is finite."""
     groups = {

@@ -31,9 +31,6 @@ from ase_uq.scoring.journal import Journal
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-# Small batches stay in the caches of a CPU; a GPU needs many atoms at once.
-BATCH_ATOMS = {"cpu": 300}
-BATCH_ATOMS_ELSEWHERE = 8000
 # Starting processes takes seconds and pays off from this many frames on; one thread keeps up with this many processes.
 _WORTH_WORKERS, _MOST_WORKERS = 2000, 8
 
@@ -149,7 +146,6 @@ def score(
     predictor = as_predictor(calculator, uncertainty_model)
     source = Source(frames)
     backend = predictor.backend
-    batch_atoms = batch_atoms or BATCH_ATOMS.get(backend.device.type, BATCH_ATOMS_ELSEWHERE)
     csv_file = None if csv is None else Path(csv)
     with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:
         scored = ScoredTrajectory(Path(out), n_resumed=journal.n_resumed)
@@ -175,7 +171,7 @@ def score(
 def _score_rest(
     source: Source,
     predictor: Predictor,
-    batch_atoms: int,
+    batch_atoms: int | None,
     journal: Journal,
     scored: ScoredTrajectory,
     progress: bool,

@@ -164,7 +164,7 @@ def select(
     halt: float | Criterion | None = None,
     duplicates: float = 1e-3,
     noise: float = 1e-6,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -199,7 +199,7 @@ def select(
         duplicates: Share of the typical distance between frames of the pool below which two frames are the same. A
             rotated copy is recognised if the potential's features are invariant, as those of MACE but not of orb.
         noise: σ² of `"maxdet"`, relative to the mean square of the features.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         seed: Seed of the random draws of `"bands"` and `"random"`.
         progress: Whether to show progress bars.
 

@@ -50,7 +50,7 @@ def evaluate(
     as_json: JSON = False,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: BatchAtoms = 1000,
+    batch_atoms: BatchAtoms = None,
     seed: Seed = 0,
 ) -> None:
     """Judge uncertainties on labelled test frames: are they calibrated, and are they large where the errors are?
