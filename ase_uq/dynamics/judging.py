@@ -273,7 +273,8 @@ def _reason(level: Level, watch: Watch, quantity: Quantity, observation: Observa
     atoms = observation.snapshot.atoms
     chosen = _looked_at(watch.reduction, atoms)
     worst = chosen[np.argmax(observation.values[chosen])]
-    return f"{text}; worst atom {worst} ({atoms.symbols[worst]}, {quantity.number(float(observation.values[worst]), unit)})"
+    value = quantity.number(float(observation.values[worst]), unit)
+    return f"{text}; worst atom {worst} ({atoms.symbols[worst]}, {value})"
 
 
 def _name(watch: Watch) -> str:

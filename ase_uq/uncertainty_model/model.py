@@ -18,7 +18,7 @@ from ase_uq.calibration import EdgeTable
 from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.representation import html_table
-from ase_uq.thresholds.criteria import Criterion, conformal
+from ase_uq.thresholds.criteria import Criterion, PerElement, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
@@ -126,10 +126,15 @@ class UncertaintyModel:
 
         Raises:
             ValueError: The calibration data or reference runs cannot support the criterion.
-            TypeError: `criterion` is neither a number nor a criterion.
+            TypeError: `criterion` is neither a number nor a criterion, or is `PerElement`, which is not one number.
         """
         if isinstance(criterion, Real):
             return float(criterion)
+        if isinstance(criterion, PerElement):
+            raise TypeError(
+                f"{criterion} is a number for each element, not one: give it to a monitor, or ask for each, as in "
+                "threshold(criterion, Reduction(elements=('C',)))."
+            )
         if not isinstance(criterion, Criterion):
             raise TypeError(
                 f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99), not {criterion!r}."
@@ -166,8 +171,8 @@ class UncertaintyModel:
         scores = record.error / np.maximum(record.uncertainty, np.finfo(np.float32).tiny)
         if (n_units := len(np.unique(unit))) < needed:
             raise ValueError(
-                f"an interval of confidence {confidence:g} needs at least {needed} independent calibration frames or "
-                f"blocks, but the uncertainty model has {n_units}. Calibrate on more frames, or ask for less "
+                f"an interval of confidence {confidence:g} needs at least {needed} independent calibration units, "
+                f"but the uncertainty model has {n_units}. Calibrate on more frames, or ask for less "
                 "confidence."
             )
         factors = torch.full((len(chemical_symbols),), conformal.conformal_quantile(scores, alpha, unit))

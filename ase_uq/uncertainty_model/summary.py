@@ -46,9 +46,9 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
     )
     quantiles = ", ".join(f"{float(q):.0%} {value:.3f}" for q, value in numbers["readings"].items())
     lines.append(f"  largest ε of a calibration frame, eV/Å: {quantiles}")
-    if numbers["blocks"] < numbers["calibration_frames"]:
+    if numbers["units"] < numbers["calibration_frames"]:
         lines.append(
-            f"  thresholds count {numbers['blocks']} blocks, not {numbers['calibration_frames']} frames: neighbouring "
+            f"  thresholds count {numbers['units']} units, not {numbers['calibration_frames']} frames: neighbouring "
             "frames are alike"
         )
     if model.perturbed is not None:
@@ -92,7 +92,7 @@ def numbers_of(model: "UncertaintyModel") -> dict[str, Any]:
         "quantities": list(model.methods[model.leading].calibrators),
         "training_frames": model.provenance["train"]["frames"],
         "calibration_frames": len(readings),
-        "blocks": len(np.unique(record.groups)),
+        "units": len(np.unique(record.groups)),
         "force_rmse": float(np.sqrt(np.mean(record.error**2) / 3)),
         "mean_squared_z": float(np.mean(record.error**2 / record.uncertainty**2)),
         "rank_correlation": float(rank) if np.isfinite(rank) else None,

@@ -27,7 +27,7 @@ from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
-from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
 from ase_uq.uncertainty_model.record import CalibrationRecord
@@ -511,8 +511,13 @@ class TestUnits:
         walking = dataclasses.replace(model, record=self.record(self.walk(200)))
         n_units = len(np.unique(walking.record.groups))
         assert walking.threshold(ErrorBound(0.3, confidence=0.9)).n_units == n_units  # pyright: ignore
-        assert f"thresholds count {n_units} blocks, not 200 frames" in walking.summary()
-        assert "blocks" not in model.summary()
+        assert f"thresholds count {n_units} units, not 200 frames" in walking.summary()
+        assert "thresholds count" not in model.summary()
+
+    def test_a_number_for_each_element_is_not_one_number(self, model: UncertaintyModel):
+        with pytest.raises(TypeError, match=r"PerElement\(Quantile\(0\.5\)\) is a number for each element, not one"):
+            model.threshold(PerElement(Quantile(0.5)))  # type: ignore[arg-type]
+        assert model.threshold(Quantile(0.5), Reduction(elements=("C",))) > 0
 
     def test_errors_are_the_largest_of_the_atoms_that_are_looked_at(self, model: UncertaintyModel):
         record = model.record
