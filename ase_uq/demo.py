@@ -14,7 +14,6 @@ import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import CalculationFailed
 from ase.io import read
-from tqdm import tqdm
 
 from ase_uq import embedded
 from ase_uq.backends import load_backend
@@ -25,6 +24,8 @@ from ase_uq.errors import MissingDependency, UncertaintyHalt
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
+from ase_uq.progress import progress_bar
+from ase_uq.representation import Brief
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.criteria import Quantile
@@ -39,8 +40,8 @@ PROTON, DONOR, ACCEPTOR = 5, 0, 4  # atoms of the hydrogen bond
 _MOST_LABELS, _COLD_LABELS, _ROWS = 40, 6, 8
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Brief):
     """The heated run, step by step.
 
     Args:
@@ -83,8 +84,8 @@ class Comparison:
     proton_moved: bool
 
 
-@dataclass(frozen=True)
-class DemoResult:
+@dataclass(frozen=True, repr=False)
+class DemoResult(Brief):
     """The results of the demo.
 
     Args:
@@ -195,7 +196,7 @@ def _heat(
     halted = ""
     # Held hot for as long again: it is a matter of chance where the run halts, but not whether it halts.
     most = cold_steps + 2 * heating_steps
-    with tqdm(total=most, unit="step", disable=not progress, leave=False) as bar:
+    with progress_bar(total=most, unit="step", show=progress, leave=False) as bar:
         dynamics.attach(record)  # before the monitor, so that the last step is recorded
         dynamics.attach(monitor)
         try:
@@ -216,7 +217,7 @@ def _compare(frames: Sequence[Atoms], run: Run, labelled: Path, progress: bool) 
 
     reference = TBLite(method="GFN2-xTB", verbosity=0)
     rows = []
-    for frame in tqdm(frames, unit="frame", disable=not progress, leave=False):
+    for frame in progress_bar(frames, unit="frame", show=progress, leave=False):
         assert frame.calc is not None
         try:
             exact = Atoms(frame.numbers, frame.positions, calculator=reference)

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from ase_uq.properties import STANDARD
+from ase_uq.representation import Brief
 
 
-@dataclass(frozen=True)
-class Prediction:
+@dataclass(frozen=True, repr=False)
+class Prediction(Brief):
     """Results of one structure in ASE's units.
 
     Args:

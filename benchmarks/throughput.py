@@ -41,7 +41,8 @@ from tqdm import tqdm
 from ase_uq import Predictor, UncertaintyModel, embedded, load_backend
 from ase_uq.io.frames import write_frames
 from ase_uq.io.results import annotated
-from ase_uq.scoring.score import BATCH_ATOMS, BATCH_ATOMS_ELSEWHERE, score
+from ase_uq.scoring.score import score
+from ase_uq.stream.limits import default_batch_atoms
 
 WAYS = ("loop", "forward", "uncertain", "score", "static")
 
@@ -184,7 +185,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(arguments.threads)
-    most = arguments.batch_atoms or BATCH_ATOMS.get(arguments.device, BATCH_ATOMS_ELSEWHERE)
+    most = arguments.batch_atoms or default_batch_atoms(arguments.device.partition(":")[0])
     results: dict = {"machine": machine(arguments.device), "command": shlex.join(sys.argv), "rows": []}
     for name in arguments.potential:
         predictor = potential(name, arguments.device)

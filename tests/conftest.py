@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _LONGEST)
 
 
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Progress bars are shown, as if stderr were a terminal."""
+    from tqdm import tqdm
+
+    def bar(frames, *, disable, **options):
+        return tqdm(frames, disable=bool(disable), **options)
+
+    monkeypatch.setattr("ase_uq.progress.tqdm", bar)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The labelled frames that lie beside the checkout; they are too large for the repository."""

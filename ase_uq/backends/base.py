@@ -9,11 +9,14 @@ from typing import Any, final
 
 import torch
 from ase import Atoms
+from ase.data import chemical_symbols
 
 from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, probe_structure, relative_deviation, weights_hash
 from ase_uq.backends.structures import check_structures
 from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
+
+_NAMED = 8  # elements that a message names
 
 
 @dataclass(frozen=True)
@@ -211,6 +214,12 @@ class Backend(ABC):
         """
         here, without = self.identity, []
         advice = "Load the potential it was fitted on, or fit again with `ase-uq fit`."
+        then, now = (settings.get("elements") for settings in (fitted.settings, here.settings))
+        if then is not None and now is not None and set(then) != set(now):
+            raise PotentialMismatch(
+                f"the uncertainty model was fitted for {_symbols(then, now)}, this potential is for "
+                f"{_symbols(now, then)}: another potential. {advice}"
+            )
         for key in sorted(fitted.settings.keys() | here.settings.keys()):
             then, now = fitted.settings.get(key), here.settings.get(key)
             if key not in fitted.settings and key in self._exact_settings:
@@ -243,3 +252,12 @@ class Backend(ABC):
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
             + (f"; {exact}" if without else "")
         )
+
+
+def _symbols(elements: Sequence[int], others: Sequence[int]) -> str:
+    """Elements by their symbols; of many, only those that `others` lack."""
+    if len(elements) <= _NAMED:
+        return ", ".join(chemical_symbols[z] for z in sorted(elements))
+    alone = sorted(set(elements) - set(others))
+    with_them = f" ({', '.join(chemical_symbols[z] for z in alone[:_NAMED])}{', …' * (len(alone) > _NAMED)} among them)"
+    return f"{len(elements)} elements{with_them if alone else ''}"

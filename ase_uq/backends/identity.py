@@ -10,13 +10,15 @@ import numpy as np
 import torch
 from ase import Atoms
 
+from ase_uq.representation import Brief
+
 # Evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ by about
 # 1e-7; a potential with another neighbour normalisation differs by 1e-2.
 PROBE_TOLERANCE = 1e-4
 
 
-@dataclass(frozen=True)
-class Identity:
+@dataclass(frozen=True, repr=False)
+class Identity(Brief):
     """The identity of a potential, to which an uncertainty model is bound.
 
     Args:

@@ -43,14 +43,15 @@ def reduction(text: str) -> str | float:
     return kind
 
 
-def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None") -> None:
+def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None", quantity: str) -> None:
     """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
     if not (isinstance(flag, float) and isinstance(halt, float)):
         return
     from ase_uq.dynamics.policy import check_order
+    from ase_uq.dynamics.quantities import QUANTITIES
 
     try:
-        check_order(flag, halt)
+        check_order(flag, halt, quantity=QUANTITIES[quantity])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--flag'") from error
 
@@ -85,6 +86,7 @@ def watch_policy(
     flag: "float | Criterion | None",
     halt: "float | Criterion | None",
     *,
+    quantity: str,
     each_element: bool,
     bonds: bool,
     max_temperature: float | None = None,
@@ -95,6 +97,7 @@ def watch_policy(
     Args:
         flag: Of `--flag`.
         halt: Of `--halt`.
+        quantity: Of `--quantity`.
         each_element: Whether each element has thresholds of its own.
         bonds: Whether broken bonds and fused atoms halt.
         max_temperature: Hotter atoms halt, K; None for any.
@@ -104,7 +107,7 @@ def watch_policy(
         BadParameter: The flag is not below the halt, or a level that elements cannot have.
         ValueError: What `WatchPolicy` refuses.
     """
-    check_levels(flag, halt)
+    check_levels(flag, halt, quantity)
     levels = {"flag": flag, "halt": halt}
     if each_element:
         levels = {name: per_element(level, f"--{name}") for name, level in levels.items()}
@@ -112,7 +115,7 @@ def watch_policy(
     from ase_uq.dynamics.policy import WatchPolicy
 
     checks = [*([MaxTemperature(max_temperature)] if max_temperature else []), *([Bonds()] if bonds else [])]
-    return WatchPolicy(**levels, checks=checks, **fields)
+    return WatchPolicy(**levels, quantity=quantity, checks=checks, **fields)
 
 
 def told(policy: "WatchPolicy", calculator: "UncertainCalculator", symbols: "Sequence[str]") -> "Iterator[str]":

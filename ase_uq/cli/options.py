@@ -1,5 +1,7 @@
 """Options that verbs share: each has one name, one meaning and one help text."""
 
+from collections.abc import Collection
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,12 +41,16 @@ DType = Annotated[
     str, typer.Option("--dtype", show_default="the potential's own", help="Precision: float32 or float64.")
 ]
 BatchAtoms = Annotated[
-    int,
+    int | None,
     typer.Option(
-        "--batch-atoms", min=1, help="Largest number of atoms evaluated together. Lower it if memory runs out."
+        "--batch-atoms",
+        min=1,
+        show_default="300 on a CPU, else 8000",
+        help="Largest number of atoms evaluated together; reduced if memory runs out.",
     ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random: the same seed, the same result.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print numbers as JSON, for programs, instead of text.")]
 EnergyKey = Annotated[
     str | None, typer.Option("--energy-key", show_default="REF_energy, else energy", help="Key of the energy in info.")
 ]
@@ -64,6 +70,25 @@ EachElement = Annotated[
     typer.Option(
         "--per-element",
         help="Use a separate threshold for each element; --flag and --halt must then be criteria, like q0.99.",
+    ),
+]
+
+
+class WatchedQuantity(StrEnum):
+    """The quantities that thresholds are set on."""
+
+    forces = "forces"
+    gamma = "gamma"
+    energy = "energy"
+    stress = "stress"
+
+
+Quantity = Annotated[
+    WatchedQuantity,
+    typer.Option(
+        "--quantity",
+        help="What --flag and --halt are compared with: force uncertainty (eV/Å); gamma, 1 at the edge of the "
+        "calibration data; energy uncertainty (eV); stress uncertainty (eV/Å³). Criteria are for forces only.",
     ),
 ]
 Reduce = Annotated[
@@ -93,6 +118,21 @@ def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tu
         return None
     defaults = LABEL_KEYS[0]
     return energy or defaults[0], forces or defaults[1], stress or defaults[2]
+
+
+def given_options(context: typer.Context, but: Collection[str]) -> dict[str, str]:
+    """The values of a verb's options by name, as text; those that were not given have their defaults.
+
+    Args:
+        context: Context of the verb.
+        but: Names to leave out.
+    """
+    options = {parameter.opts[0]: parameter.name for parameter in context.command.params if parameter.opts}
+    return {
+        option: str(context.params[name])
+        for option, name in options.items()
+        if option.startswith("--") and option not in but and name in context.params
+    }
 
 
 def check_before(before: int, frames: Path | None) -> None:

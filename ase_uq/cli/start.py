@@ -10,31 +10,25 @@ if TYPE_CHECKING:
     from ase_uq.engines.ase.calculator import UncertainCalculator
 
 
-def read_start(path: Path, *, goes_on: bool = False) -> "Atoms":
+def read_start(path: Path) -> "Atoms":
     """The last frame of a file; warns if it was written without the constraints that it had.
-
-    Args:
-        path: The file.
-        goes_on: Whether the run that wrote the file goes on: then the constraints must not be missing.
 
     Raises:
         LabelError: The file is missing or cannot be read.
-        InputError: The run would go on without its constraints.
     """
-    from ase_uq.errors import InputError, UQWarning
+    from ase_uq.errors import UQWarning
     from ase_uq.io.frames import read_frames
     from ase_uq.io.labels import keep_structure
     from ase_uq.io.results import LOST_KEY, lost_constraints
 
     atoms = read_frames(path, name="START")[-1]
     if LOST_KEY in atoms.info and (lost := lost_constraints(atoms)):
-        told = (
+        warnings.warn(
             f"{path} was written without the constraints of its structure ({', '.join(lost)}), which extended XYZ "
-            "cannot hold. To keep them, set them again and write START as .traj"
+            "cannot hold. To keep them, set them again and write START as .traj; this run has none of them.",
+            UQWarning,
+            stacklevel=2,
         )
-        if goes_on:
-            raise InputError(f"{told}, with another --trajectory.")
-        warnings.warn(f"{told}; this run has none of them.", UQWarning, stacklevel=2)
     keep_structure(atoms, "momenta")
     return atoms
 

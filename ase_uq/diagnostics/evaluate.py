@@ -6,26 +6,31 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import partial
+from html import escape
 from itertools import chain
 from pathlib import Path
+from textwrap import fill
+from typing import Any
 
 import numpy as np
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
-from tqdm import tqdm
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
+from ase_uq.diagnostics.verdict import as_json, sentences
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
 from ase_uq.properties import find_property
+from ase_uq.representation import Brief
 from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -50,8 +55,8 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
 }
 
 
-@dataclass(frozen=True)
-class Assessment:
+@dataclass(frozen=True, repr=False)
+class Assessment(Brief):
     """How good uncertainties are: scores for people and programs, and the samples they were computed from, for figures.
 
     Args:
@@ -96,6 +101,17 @@ class Assessment:
         table = aligned_table(self.scores, self.n_frames, self.tolerance)
         return table + (f" Energies: an\noffset of {self.energy_offset} was taken out." if self.energy_offset else "")
 
+    def describe(self) -> str:
+        """What the scores say, in sentences."""
+        return "\n".join(fill(text, 110) for text in sentences(self.scores, self.n_frames, self.tolerance))
+
+    def numbers(self) -> dict[str, Any]:
+        """All scores and the sentences, as JSON values; None where a number is not defined."""
+        return as_json(self.scores, self.n_frames, self.tolerance)
+
+    def _repr_html_(self) -> str:
+        return f"<pre>{escape(self.table())}</pre><p>{escape(self.describe())}</p>"
+
     def to_csv(self, path: str | os.PathLike[str]) -> None:
         """Writes all scores in full precision, one per row; the file appears complete or not at all.
 
@@ -122,7 +138,7 @@ def evaluate(
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
     *,
     label_keys: tuple[str, str, str] | None = None,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
     tolerance: float = 0.3,
     block: int = 1,
     n_bootstrap: int = 200,
@@ -142,7 +158,7 @@ def evaluate(
         uncertainty_model: Uncertainty model from `fit`, or the path of its file, for a bare potential.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces`,
             `REF_stress`, else the results of a calculator attached to the frames.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         tolerance: Force errors above it are bad, eV/Å.
         block: Number of consecutive frames that are resampled together for the intervals: about as many as are
             correlated.
@@ -197,7 +213,7 @@ def assess(
     """
     scores: list[MetricValue] = []
     samples: dict[tuple[str, str], Sample] = {}
-    for (method, quantity), sample in tqdm(observed.items(), desc="score", disable=not progress, leave=False):
+    for (method, quantity), sample in progress_bar(observed.items(), desc="score", show=progress, leave=False):
         usable = np.isfinite(sample.residuals).all(1) & (np.isfinite(sample.std) & (sample.std > 0)).all(1)
         samples[method, quantity] = kept = sample.only(usable)
         judge = _Judge(quantity, tolerance, block, n_bootstrap, seed)
@@ -314,7 +330,7 @@ def _labelled(
 
 
 def _refuse_own_labels(
-    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int | None
 ) -> None:
     """Refuses frames that were scored, not labelled: files written by `ase-uq score` contain forces as well."""
     with_forces = [
@@ -330,7 +346,7 @@ def _refuse_own_labels(
 
 
 def _observe(
-    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int, progress: bool
+    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int | None, progress: bool
 ) -> dict[tuple[str, str], Sample]:
     """Residuals and standard deviations of all frames, by (method, quantity)."""
     keys = _keys(predictor)

@@ -25,13 +25,13 @@ class LatentMap:
     explained: np.ndarray
 
 
-def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: int = 1000) -> np.ndarray:
+def frame_features(backend: Backend, frames: Sequence[Atoms], *, batch_atoms: int | None = None) -> np.ndarray:
     """(n_frames, n_features) features of the potential, averaged over the atoms of each frame.
 
     Args:
         backend: The potential.
         frames: The frames.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
 
     Raises:
         InputError: A frame cannot be evaluated.

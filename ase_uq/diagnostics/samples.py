@@ -8,11 +8,12 @@ import numpy as np
 
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.energy_shift import energy_shift
+from ase_uq.representation import Brief
 from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
 
-@dataclass(frozen=True)
-class Sample:
+@dataclass(frozen=True, repr=False)
+class Sample(Brief):
     """Residuals and standard deviations of one quantity from one method.
 
     Args:

@@ -6,12 +6,14 @@ run in order, and an exception in one of them ends the run there.
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Literal, Self, TextIO, cast
 
 from ase import Atoms
+from ase.calculators.calculator import Calculator
+from ase.io.jsonio import decode, encode
 from ase.mep.neb import NEBOptimizer
 from ase.optimize.basin import BasinHopping
 from ase.optimize.optimize import BaseDynamics
@@ -24,11 +26,13 @@ from ase.optimize.sciopt import (
 
 from ase_uq.dynamics.rules import Level
 from ase_uq.errors import UncertaintyHalt
-from ase_uq.io.extxyz import check_xyz_name
+from ase_uq.io.extxyz import check_xyz_name, without_unwritable
 from ase_uq.io.files import check_appendable
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
-from ase_uq.io.results import annotated
+from ase_uq.io.results import StoredResults, annotated
+
+_KEPT = ("level", "step", "time_fs", "reading", "threshold", "reason", "image")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,6 +63,20 @@ class Event:
     atoms: Atoms
     dynamics: BaseDynamics | None
     image: int | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The event as JSON values, with its frame and the results of it."""
+        frame = without_unwritable(self.atoms)
+        results = dict(frame.calc.results) if isinstance(frame.calc, Calculator) else {}
+        return {key: getattr(self, key) for key in _KEPT} | {"atoms": encode(frame), "results": encode(results)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], dynamics: BaseDynamics | None) -> Self:
+        """The event that `as_json` gave."""
+        atoms = cast(Atoms, decode(values["atoms"]))
+        if results := cast(dict[str, Any], decode(values["results"])):
+            atoms.calc = StoredResults(atoms, results)
+        return cls(atoms=atoms, dynamics=dynamics, **{key: values[key] for key in _KEPT})
 
 
 Action = Callable[[Event], Any]

@@ -11,8 +11,8 @@ from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.policy import Watch, WatchPolicy, as_checks
+from ase_uq.dynamics.quantities import QUANTITIES, Quantity
 from ase_uq.dynamics.rules import Level
-from ase_uq.dynamics.structures import KEY
 from ase_uq.thresholds.reduction import Reduction
 
 _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
@@ -20,22 +20,22 @@ _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One structure of a step, with its force uncertainties.
+    """One structure of a step, with the values of the watched quantity.
 
     Args:
         snapshot: Snapshot for the checks.
-        norms: (n_atoms,) ε_i, eV/Å; None if there is no uncertainty.
+        values: Values that rules judge, as `Quantity.values` gives them; None if there is no uncertainty.
         image: Number of the image on a path; None for the only structure.
     """
 
     snapshot: Snapshot
-    norms: np.ndarray | None
+    values: np.ndarray | None
     image: int | None = None
 
-    def reading(self, reduction: Reduction) -> float:
-        """The reading of this structure, eV/Å."""
-        assert self.norms is not None
-        return reduction(self.norms, self.snapshot.atoms.numbers)
+    def reading(self, quantity: Quantity, reduction: Reduction) -> float:
+        """The reading of this structure."""
+        assert self.values is not None
+        return quantity.reading(self.values, self.snapshot.atoms.numbers, reduction)
 
     def __str__(self) -> str:
         return "" if self.image is None else f"image {self.image}: "
@@ -47,8 +47,8 @@ class Verdict:
 
     Args:
         level: The highest level that was reached.
-        reading: Reading of the watch that triggered, else of the one nearest to its threshold, eV/Å; NaN without any.
-        threshold: Threshold of the same watch, eV/Å; NaN if a check triggered.
+        reading: Reading of the watch that triggered, else of the one nearest to its threshold; NaN without any.
+        threshold: Threshold of the same watch; NaN if a check triggered, or there is none.
         reason: What triggered, in words; empty at level `"ok"`.
         image: Number of the image that triggered; None for the only structure.
     """
@@ -67,15 +67,16 @@ class Judge:
 
     Args:
         policy: What to watch for.
+        logs: Whether readings are logged, so that there need be no level.
 
     Raises:
         ValueError: There is nothing to watch for.
     """
 
-    def __init__(self, policy: WatchPolicy) -> None:
-        if not policy.levels:
+    def __init__(self, policy: WatchPolicy, *, logs: bool = False) -> None:
+        if not policy.levels and not logs:
             raise ValueError(
-                "the monitor has nothing to watch for. Give halt, flag or both, for example halt=0.5 (eV/Å)."
+                "the monitor has nothing to watch for. Give halt, flag or both, for example halt=0.5 (eV/Å), or a log."
             )
         self.policy, self.checks = policy, as_checks(policy.checks)
         self.watches: dict[Level, tuple[Watch, ...]] = {}
@@ -110,8 +111,8 @@ class Judge:
             observations: The structures of the step.
             time: Simulated time, fs; None if there is none.
         """
-        uncertain = [observation for observation in observations if observation.norms is not None]
-        by_rules = self._by_rules(uncertain, time) if uncertain and self.watches else None
+        uncertain = [observation for observation in observations if observation.values is not None]
+        by_rules = self._by_rules(uncertain, time) if uncertain and self.policy.reads else None
         if by_rules is None and not self.checks:
             return None
         return self._by_checks(observations, by_rules or Verdict())
@@ -119,6 +120,7 @@ class Judge:
     def state(self) -> dict[str, Any]:
         """The states of rules and checks, and which uncertainty model they belong to, as JSON values."""
         return {
+            "quantity": self.policy.quantity,
             "fingerprint": self._fingerprint,
             "uncertainty_model": self._model,
             "rules": {
@@ -138,12 +140,17 @@ class Judge:
         """Goes on from a state; a rule or check that was not there before begins anew.
 
         Raises:
-            ValueError: The state has other levels, or another uncertainty model.
+            ValueError: The state has other levels, another quantity, or another uncertainty model.
         """
         if set(state["rules"]) != set(self.watches):
             raise ValueError(
                 f"the state has the levels {sorted(state['rules'])}, this monitor {sorted(self.watches)}. "
                 "Make the monitor with the same levels as before."
+            )
+        if state["quantity"] != self.policy.quantity:
+            raise ValueError(
+                f"the state is one of {state['quantity']}, but this monitor watches {self.policy.quantity}. Make the "
+                "monitor with the same quantity as before."
             )
         before = {(level, entry["rule"]): entry for level, entries in state["rules"].items() for entry in entries}
         self._check_model(state, before)
@@ -152,19 +159,24 @@ class Judge:
         checked = {entry["check"]: entry["states"] for entry in state["checks"]}
         self._checks = [dict(checked.get(str(check), {})) for check in self.checks]
 
-    def _by_rules(self, observations: Sequence[Observation], time: float | None) -> Verdict | None:
+    def _by_rules(self, observations: Sequence[Observation], time: float | None) -> Verdict:
+        quantity = self.policy.watched
         ranked: list[tuple[tuple[int, float], Verdict]] = []
         for name, watches in self.watches.items():
             for number, watch in enumerate(watches):
-                readings = [observation.reading(watch.reduction) for observation in observations]
+                readings = [observation.reading(quantity, watch.reduction) for observation in observations]
                 worst = int(np.argmax(readings))  # the first NaN, if there is one
                 reading, threshold = readings[worst], float(watch.rule.threshold)
                 self._rules[name][number], triggered = watch.rule.judge(self._rules[name][number], reading, time)
                 level: Level = name if triggered else "ok"
-                reason = _reason(name, watch, observations[worst], reading) if triggered else ""
+                reason = _reason(name, watch, quantity, observations[worst], reading) if triggered else ""
                 verdict = Verdict(level, reading, threshold, reason, observations[worst].image)
                 ranked.append(((_RANKS[level], _excess(reading, threshold)), verdict))
-        return max(ranked, key=lambda entry: entry[0])[1] if ranked else None
+        if not ranked:  # nothing to compare with: the reading alone
+            readings = [observation.reading(quantity, self.policy.reduction) for observation in observations]
+            worst = int(np.argmax(readings))
+            return Verdict(reading=readings[worst], image=observations[worst].image)
+        return max(ranked, key=lambda entry: entry[0])[1]
 
     def _by_checks(self, observations: Sequence[Observation], verdict: Verdict) -> Verdict:
         complaints: list[tuple[str, int | None]] = []
@@ -195,7 +207,8 @@ class Judge:
                 now = float(watch.rule.threshold)
                 then = before.get((level, _name(watch)), {}).get("threshold", now)
                 if not math.isclose(then, now, rel_tol=1e-9):
-                    changed.append(f"{level} by {_name(watch)} {then:.4g} eV/Å then, {now:.4g} eV/Å now")
+                    number = self.policy.watched.number
+                    changed.append(f"{level} by {_name(watch)} {number(then)} then, {number(now)} now")
         if changed:
             raise ValueError(
                 f"this is a restart with another uncertainty model ({'; '.join(changed)}). Make the monitor with the "
@@ -203,13 +216,13 @@ class Judge:
             )
 
 
-def checked(calculator: BaseCalculator | None, *, uncertain: bool) -> BaseCalculator:
-    """The same calculator; raises ValueError if there is none or, with `uncertain`, it gives no uncertainties."""
+def checked(calculator: BaseCalculator | None, quantity: Quantity | None = QUANTITIES["forces"]) -> BaseCalculator:
+    """The same calculator; raises ValueError if there is none or it does not give the quantity, if any."""
     if calculator is None:
         raise ValueError("the structure has no calculator. Set atoms.calc = UncertainCalculator(...) first.")
-    if uncertain and KEY not in calculator.implemented_properties:
+    if quantity is not None and quantity.key not in calculator.implemented_properties:
         raise ValueError(
-            f"{type(calculator).__name__} gives no {KEY}, so there is nothing to watch. Wrap it: "
+            f"{type(calculator).__name__} gives no {quantity.key}, so there is nothing to watch. Wrap it: "
             "atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
         )
     return calculator
@@ -246,17 +259,22 @@ def _excess(reading: float, threshold: float) -> float:
     return math.inf if math.isnan(reading) or reading == math.inf else reading / threshold
 
 
-def _reason(level: Level, watch: Watch, observation: Observation, reading: float) -> str:
+def _reason(level: Level, watch: Watch, quantity: Quantity, observation: Observation, reading: float) -> str:
     # Plain ASCII: it goes into files that other programs read.
-    assert observation.norms is not None
+    assert observation.values is not None
+    unit = quantity.unit.replace("Å", "A").replace("³", "^3")
+    kind = f" ({watch.reduction.kind})" if quantity.per_atom else ""
+    text = (
+        f"{observation}{quantity.meaning}{kind} {quantity.number(reading, unit)} reached {level} at "
+        f"{quantity.number(watch.rule.threshold, unit)} by {watch.asked}"
+    )
+    if not quantity.per_atom:
+        return text
     atoms = observation.snapshot.atoms
     chosen = _looked_at(watch.reduction, atoms)
-    worst = chosen[np.argmax(observation.norms[chosen])]
-    return (
-        f"{observation}force uncertainty ({watch.reduction.kind}) {reading:.4g} eV/A reached {level} at "
-        f"{watch.rule.threshold:.4g} eV/A by {watch.asked}; "
-        f"worst atom {worst} ({atoms.symbols[worst]}, {observation.norms[worst]:.4g} eV/A)"
-    )
+    worst = chosen[np.argmax(observation.values[chosen])]
+    value = quantity.number(float(observation.values[worst]), unit)
+    return f"{text}; worst atom {worst} ({atoms.symbols[worst]}, {value})"
 
 
 def _name(watch: Watch) -> str:

@@ -21,13 +21,13 @@ from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, checked, symbols_looked_at
 from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, as_policy, counted_alarms
 from ase_uq.dynamics.rules import Level, Rule
-from ase_uq.dynamics.structures import KEY, Structure, norms_of, results_of, structures_of
+from ase_uq.dynamics.structures import Structure, results_of, structures_of
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import annotated
 
 
 class UncertaintyMonitor:
-    """Watches the force uncertainty of a run; flags, halts, logs or calls your function. It never changes the dynamics.
+    """Watches the uncertainty of a run; flags, halts, logs or calls your function. It never changes the dynamics.
 
         dyn.attach(UncertaintyMonitor(dyn, halt=0.5, flag=0.3, frames="flagged.xyz"))
 
@@ -35,7 +35,8 @@ class UncertaintyMonitor:
     model call), reduces ε_i = sqrt(Σ_c σ_ic²) over the atoms to one reading, and gives it to the rules. An atom of an
     element that the uncertainty model has never seen, with infinite `gamma`, has infinite ε_i. A reading at or above a
     threshold reaches that level; NaN reaches both levels. Fixed atoms count like all others; leave them out with
-    `indices`.
+    `indices`. With `quantity="gamma"`, `"energy"` or `"stress"` these are read instead; with a `log` and neither `flag`
+    nor `halt` it only logs.
 
     It works in every ASE molecular dynamics and optimiser, also on cell filters, with constraints, in a dimer, and on
     the images of a NEB. A step is judged once, even if `run()` shows it again; if the calculator skipped its
@@ -54,8 +55,7 @@ class UncertaintyMonitor:
         dynamics: The run that it will be attached to.
         policy: What to watch for; if None, it is made from the `options`.
         before: Number of frames to keep from before an alarm, of the last judged steps. They go to `frames` ahead of
-            the flagged or halting frame, oldest first, with `flag_level="before"`, and are never written twice. A
-            restart forgets them.
+            the flagged or halting frame, oldest first, with `flag_level="before"`, and are never written twice.
         frames: Extended XYZ file to which every flagged or halting frame is appended, as by `Flag`.
         log: File, stream or `"-"` that gets one line for every judged step, as by `Log`.
         on_halt: Action or actions at the halt level; None for `Halt()`, which raises `UncertaintyHalt`.
@@ -90,7 +90,7 @@ class UncertaintyMonitor:
         self.dynamics = dynamics
         self._structures = structures_of(dynamics)
         self.policy = as_policy(policy, **options)
-        self._judge = Judge(self.policy)
+        self._judge = Judge(self.policy, logs=log is not None)
         self._counts: dict[Level, int] = {"ok": 0, "flag": 0, "halt": 0}
         self._step_offset = 0
         self._time_offset = 0.0
@@ -159,7 +159,7 @@ class UncertaintyMonitor:
         if any(s.atoms.calc is not known for s, known in zip(self._structures, self._calculators, strict=True)):
             self._prepare()
         results = [results_of(structure) for structure in self._structures]
-        time = self._time()
+        time = self.time_fs
         verdict = self._judge(
             [self._observation(*pair, time) for pair in zip(self._structures, results, strict=True)], time
         )
@@ -181,9 +181,10 @@ class UncertaintyMonitor:
         """What `restore` needs to go on in another process, as JSON values."""
         return {
             "step": self._step(),
-            "time_fs": self._time(),
+            "time_fs": self.time_fs,
             "judged_step": self._judged_step,
             "counts": dict(self._counts),
+            "recent": [event.as_json() for event in self._recent],
             **self._judge.state(),
         }
 
@@ -205,8 +206,10 @@ class UncertaintyMonitor:
             raise ValueError(f"this is not a state of an UncertaintyMonitor: it lacks {missing[0]!r}.")
         self._judge.restore(state)
         self._counts = dict(state["counts"])
+        self._recent.clear()
+        self._recent.extend(Event.from_json(kept, self.dynamics) for kept in state["recent"])
         self._step_offset += state["step"] - self._step()
-        time = self._time()
+        time = self.time_fs
         if time is not None and state["time_fs"] is not None:
             self._time_offset += state["time_fs"] - time
         self._judged_step, self._judged_positions = state["judged_step"], None
@@ -214,10 +217,10 @@ class UncertaintyMonitor:
 
     def _prepare(self) -> None:
         """Turns criteria into numbers with the current calculators."""
-        uncertain = bool(self.policy.rules)
-        self._calculators = tuple(checked(structure.atoms.calc, uncertain=uncertain) for structure in self._structures)
+        quantity = self.policy.watched if self.policy.reads else None
+        self._calculators = tuple(checked(structure.atoms.calc, quantity) for structure in self._structures)
         symbols = symbols_looked_at(self.policy.reduction, self._structures[0].atoms)
-        self._judge.settle(self._calculators[0], symbols, self._time())
+        self._judge.settle(self._calculators[0], symbols, self.time_fs)
 
     def _lowest(self, level: Level) -> Rule | None:
         rules = [watch.rule for watch in self._judge.watches.get(level, ())]
@@ -228,7 +231,9 @@ class UncertaintyMonitor:
         counted = sum(self._counts.values()) if isinstance(self.dynamics, BasinHopping) else self.dynamics.nsteps
         return counted + self._own_steps + self._step_offset
 
-    def _time(self) -> float | None:
+    @property
+    def time_fs(self) -> float | None:
+        """Simulated time of the current step, fs; None if the run has none."""
         # FIRE and MDMin have a `dt` too, but it is not a simulated time.
         if not isinstance(self.dynamics, MolecularDynamics):
             return None
@@ -315,9 +320,10 @@ class UncertaintyMonitor:
                     "or give each image a calculator of its own."
                 )
             every = getattr(structure.atoms.calc, "every", 1)
-            if self.policy.rules and every == 1 and norms_of(structure.atoms, structure_results) is None:
+            quantity = self.policy.watched
+            if self.policy.reads and every == 1 and quantity.values(structure.atoms, structure_results) is None:
                 raise ValueError(
-                    f"{calculator} promises {KEY} but its results of {what} at step {step} lack it. "
+                    f"{calculator} promises {quantity.key} but its results of {what} at step {step} lack it. "
                     "Request it when making the calculator."
                 )
 
@@ -333,8 +339,8 @@ class UncertaintyMonitor:
     def _observation(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Observation:
         known = results or {}
         snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time)
-        norms = norms_of(structure.atoms, known) if self.policy.rules else None
-        return Observation(snapshot, norms, structure.image)
+        values = self.policy.watched.values(structure.atoms, known) if self.policy.reads else None
+        return Observation(snapshot, values, structure.image)
 
     def _event(
         self, verdict: Verdict, step: int, time: float | None, results: Sequence[Mapping[str, Any] | None]

@@ -13,7 +13,9 @@ from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.dynamics.actions import Action, Flag, Halt, Log
 from ase_uq.dynamics.checks import Check
+from ase_uq.dynamics.quantities import QUANTITIES, Quantity
 from ase_uq.dynamics.rules import AnyOf, Level, Patience, Refractory, Rule, Threshold, _OfValue, _Several
+from ase_uq.errors import did_you_mean
 from ase_uq.thresholds.criteria import Criterion, FalseAlarms, PerElement
 from ase_uq.thresholds.data import ThresholdData
 from ase_uq.thresholds.levels import as_level
@@ -52,6 +54,7 @@ class WatchOptions(TypedDict, total=False):
     patience: float | None
     at_once: float | str | Criterion | None
     refractory: float | None
+    quantity: str
     reduce: str | float
     elements: Sequence[str] | None
     indices: Sequence[int] | None
@@ -69,14 +72,17 @@ class WatchPolicy:
     All of them also take its fields as keywords, instead of a policy.
 
     Args:
-        halt: Threshold at which the run is halted: a number in eV/Å, a criterion such as `Quantile(0.999)`, or
-            `"q0.999"` as on the command line, or a rule.
+        halt: Threshold at which the run is halted: a number in the unit of the `quantity`, a criterion such as
+            `Quantile(0.999)`, or `"q0.999"` as on the command line, or a rule.
         flag: Threshold at which frames are kept, given in the same way; below `halt`.
         patience: Time in fs that the reading must stay above `halt` before the run is halted. `flag` never waits: the
             frames during the wait are worth keeping. For a flag that waits give `flag=Patience(0.3, fs=20)`.
         at_once: Number or criterion above `halt` at which the run is halted without patience.
         refractory: Time in fs after a flag in which no other frame is flagged.
-        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1).
+        quantity: What is compared with the thresholds: `"forces"`, ε_i of the atoms, eV/Å; `"gamma"` of the atoms, 1 at
+            the edge of the calibration data; `"energy"`, the standard deviation of the total energy, eV; or
+            `"stress"`, the largest of its six components, eV/Å³. Criteria are made for forces alone.
+        reduce: `"max"`, `"mean"`, `"top3"`, or a quantile of the atoms in (0, 1); for forces and gamma.
         elements: Chemical symbols to look at; None for all.
         indices: Atom indices to look at; None for all.
         checks: Checks that halt the run for other reasons: `Finite()`, `MaxTemperature(2000)`, `Bonds()`. They need no
@@ -90,8 +96,8 @@ class WatchPolicy:
 
     Raises:
         ValueError: A threshold is not positive, `patience` is given without a plain `halt`, `at_once` without
-            `patience` or not above `halt`, or `refractory` without `flag`, `every` is not a whole number of 1 or more,
-            or `reduce` is not a reduction.
+            `patience` or not above `halt`, `refractory` without `flag`, `every` is not a whole number of 1 or more,
+            `reduce` is not a reduction, or `quantity` is not a quantity or has no atoms or criteria.
         TypeError: A threshold or check has the wrong type, or `indices` is a mask.
     """
 
@@ -100,6 +106,7 @@ class WatchPolicy:
     patience: float | None = None
     at_once: float | str | Criterion | None = None
     refractory: float | None = None
+    quantity: str = "forces"
     reduce: str | float = "max"
     elements: Sequence[str] | None = None
     indices: Sequence[int] | None = None
@@ -111,6 +118,7 @@ class WatchPolicy:
     def __post_init__(self) -> None:
         if not isinstance(self.every, Integral) or self.every < 1:
             raise ValueError(f"every is a number of steps, 1 or more, not {self.every!r}.")
+        _check_quantity(self)
         reduction = _reduction(self)
         fields = {
             "elements": reduction.elements,
@@ -121,6 +129,16 @@ class WatchPolicy:
         }
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def watched(self) -> Quantity:
+        """The quantity that is compared with the thresholds."""
+        return QUANTITIES[self.quantity]
+
+    @property
+    def reads(self) -> bool:
+        """Whether uncertainties are read: for a rule, or to be logged; checks alone need none."""
+        return bool(self.rules) or not self.checks
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -168,7 +186,7 @@ class WatchPolicy:
         by_level: dict[Level, tuple[Watch, ...]] = {level: watches(rule) for level, rule in self.rules.items()}
         for flag in by_level.get("flag", ()):
             for halt in by_level.get("halt", ()):
-                _check_order_of_watches(flag, halt)
+                _check_order_of_watches(flag, halt, self.watched)
         for watch in (watch for several in by_level.values() for watch in several):
             # Rules are pure, so this changes nothing; a rule that needs a time raises now, not hours later.
             watch.rule.judge(None, 0.0, time)
@@ -192,12 +210,14 @@ def as_policy(policy: WatchPolicy | None, **options: Unpack[WatchOptions]) -> Wa
     return policy
 
 
-def check_order(flag: float, halt: float, of: str = "", advice: str = "") -> None:
-    """Raises ValueError if a flag, eV/Å, is not below the halt; the message ends with `advice`."""
+def check_order(
+    flag: float, halt: float, of: str = "", advice: str = "", quantity: Quantity = QUANTITIES["forces"]
+) -> None:
+    """Raises ValueError if a flag is not below the halt; the message ends with `advice`."""
     if not flag < halt:
         raise ValueError(
-            f"flag is {flag:.4g} eV/Å and halt is {halt:.4g} eV/Å{of}, so no frame lies between them. Give a flag "
-            f"below the halt.{advice}"
+            f"flag is {quantity.number(flag)} and halt is {quantity.number(halt)}{of}, so no frame lies between "
+            f"them. Give a flag below the halt.{advice}"
         )
 
 
@@ -295,6 +315,29 @@ def _rules(policy: WatchPolicy) -> dict[Level, Rule]:
     return rules
 
 
+def _check_quantity(policy: WatchPolicy) -> None:
+    """Raises ValueError for a quantity that is unknown, or has no atoms or criteria where such are given."""
+    name = policy.quantity
+    if name not in QUANTITIES:
+        raise ValueError(
+            f"thresholds are set on {', '.join(QUANTITIES)}, not on {name!r}.{did_you_mean(str(name), QUANTITIES)}"
+        )
+    quantity = QUANTITIES[name]
+    numbers = f"in {quantity.unit}" if quantity.unit else "such as 1, the edge of the calibration data"
+    if not quantity.per_atom and (policy.elements is not None or policy.indices is not None or policy.reduce != "max"):
+        raise ValueError(
+            f"quantity={name!r} is one number of the whole structure, so there are no atoms to choose or to reduce. "
+            "Leave reduce, elements and indices out, or take the quantity 'forces' or 'gamma'."
+        )
+    for level in (policy.halt, policy.flag, policy.at_once):
+        criteria = () if level is None else as_rule(level).criteria
+        if criteria and name != "forces":
+            raise ValueError(
+                f"{criteria[0]} is made from the force uncertainties of the calibration frames, so it is no threshold "
+                f"of {name}. Give a number {numbers}."
+            )
+
+
 def _reduction(policy: WatchPolicy) -> Reduction:
     elements, indices = policy.elements, policy.indices
     if indices is not None and np.asarray(indices).dtype == bool:
@@ -308,7 +351,7 @@ def _reduction(policy: WatchPolicy) -> Reduction:
     )
 
 
-def _check_order_of_watches(flag: Watch, halt: Watch) -> None:
+def _check_order_of_watches(flag: Watch, halt: Watch, quantity: Quantity) -> None:
     """Raises ValueError if a flag could never come before a halt on the same atoms."""
     flagged, halted = flag.reduction.elements, halt.reduction.elements
     if flagged is not None and halted is not None and not set(flagged) & set(halted):
@@ -324,4 +367,5 @@ def _check_order_of_watches(flag: Watch, halt: Watch) -> None:
         f" for {' '.join(flagged or halted or ())}" if per_element else "",
         # Users do not know the number that a criterion becomes, and may not know which of two is the lower.
         f" Here flag is {flag.asked} and halt {halt.asked}: exchange them, or leave one out." if criteria else "",
+        quantity,
     )

@@ -22,13 +22,15 @@ from tqdm import tqdm
 from ase_uq.dynamics.judging import checked
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
-from ase_uq.dynamics.structures import KEY
+from ase_uq.dynamics.quantities import QUANTITIES
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
+from ase_uq.progress import progress_bar
 from ase_uq.thresholds.reduction import atom_norms
 
+_KEY = QUANTITIES["forces"].key
 OPTIMIZERS: dict[str, type[Optimizer]] = {"bfgs": BFGS, "lbfgs": LBFGS, "fire": FIRE}
 
 
@@ -193,7 +195,7 @@ def relax(
             raise ValueError(f"{name} of a relaxation is a positive number, not {value!r}.")
     optimizer_class = _optimizer(optimizer)
     policy = as_policy(policy, **options)
-    calculator = checked(atoms.calc, uncertain=True)
+    calculator = checked(atoms.calc)
     target = _cell(atoms, calculator) if cell else atoms
     start_energy, start_energy_uncertainty = _energy(atoms, calculator)
     run = optimizer_class(cast(Atoms, target), logfile=None)  # ASE's annotation leaves out filters
@@ -203,7 +205,7 @@ def relax(
     if policy.levels or before or frames is not None or log is not None:
         monitor = UncertaintyMonitor(run, policy=policy, before=before, frames=frames, log=log)
     reason = ""
-    with tqdm(total=steps, desc="relax", unit="step", disable=not progress) as bar:
+    with progress_bar(total=steps, desc="relax", unit="step", show=progress) as bar:
         if progress:
             run.attach(_show, 1, bar, run, atoms)
         if monitor is not None:
@@ -212,7 +214,7 @@ def relax(
             status = "converged" if run.run(fmax, steps) else "unfinished"
             if monitor is not None:
                 # If the calculator skipped the uncertainty of the last structure, this structure is judged now.
-                _read(atoms, calculator, KEY)
+                _read(atoms, calculator, _KEY)
                 monitor()
         except UncertaintyHalt:
             if monitor is None or monitor.last is None or monitor.last.level != "halt":
@@ -288,7 +290,7 @@ def _stress_uncertainty(atoms: Atoms, calculator: BaseCalculator) -> float | Non
 
 def _free_norms(atoms: Atoms, calculator: BaseCalculator) -> np.ndarray:
     """(n_atoms,) ε_i, eV/Å; -inf for fixed atoms, whose forces do not matter, unless all are fixed."""
-    norms = atom_norms(_read(atoms, calculator, KEY))
+    norms = atom_norms(_read(atoms, calculator, _KEY))
     is_fixed = np.zeros(len(atoms), bool)
     for constraint in atoms.constraints:
         if isinstance(constraint, FixAtoms):
@@ -309,7 +311,7 @@ def _add_frame(path: str | os.PathLike[str], atoms: Atoms, run: Optimizer) -> No
 def _show(bar: tqdm, run: Optimizer, atoms: Atoms) -> None:
     assert atoms.calc is not None
     force = _largest_force(run.atoms)
-    uncertainty = atoms.calc.results.get(KEY)
+    uncertainty = atoms.calc.results.get(_KEY)
     known = "" if uncertainty is None else f" ± {atom_norms(uncertainty).max():.3f}"
     bar.set_postfix_str(f"largest force {force:.3f}{known} eV/Å", refresh=False)
     bar.update(run.nsteps - bar.n)

@@ -1,6 +1,5 @@
 """The structures that a run moves, and the results that their calculators have without another calculation."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -9,10 +8,6 @@ import numpy as np
 from ase import Atoms
 from ase.mep.dimer import MinModeAtoms
 from ase.optimize.optimize import BaseDynamics
-
-from ase_uq.thresholds.reduction import atom_norms
-
-KEY = "forces_uncertainty"
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +70,3 @@ def results_of(structure: Structure) -> Mapping[str, Any] | None:
         calculator.get_property("forces", atoms)
         return calculator.results
     return None
-
-
-def norms_of(atoms: Atoms, results: Mapping[str, Any]) -> np.ndarray | None:
-    """(n_atoms,) ε_i in eV/Å, infinite for an atom of an element never seen; None without an uncertainty.
-
-    If a position is not finite, all are NaN, whatever the calculator says.
-    """
-    if not np.isfinite(atoms.positions).all():
-        return np.full(len(atoms), math.nan)
-    if KEY not in results:
-        return None
-    norms = atom_norms(results[KEY])
-    gamma = results.get("gamma")
-    # NaN stays NaN: it triggers at once, where infinity may have to wait.
-    return norms if gamma is None else np.where(np.isinf(gamma) & ~np.isnan(norms), math.inf, norms)

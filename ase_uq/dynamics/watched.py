@@ -14,7 +14,6 @@ from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, checked, symbols_looked_at
 from ase_uq.dynamics.policy import Watch, WatchOptions, WatchPolicy, actions_of_levels, as_policy
 from ase_uq.dynamics.rules import Level
-from ase_uq.dynamics.structures import norms_of
 from ase_uq.properties import known_to_ase
 
 
@@ -23,7 +22,7 @@ class Record(NamedTuple):
 
     Attributes:
         step: Number of the calculation, from 0 on.
-        reading: Reduced force uncertainty, eV/Å; NaN without one.
+        reading: Reduced force uncertainty, eV/Å, or that of another quantity; NaN without one.
         level: `"ok"`, `"flag"` or `"halt"`.
     """
 
@@ -84,8 +83,8 @@ class WatchedCalculator(Calculator):
     ) -> None:
         super().__init__()
         self.policy = as_policy(policy, **options)
-        self._judge = Judge(self.policy)
-        self.calculator = checked(calculator, uncertain=bool(self.policy.rules))
+        self._judge = Judge(self.policy, logs=log is not None)
+        self.calculator = checked(calculator, self.policy.watched if self.policy.reads else None)
         self.implemented_properties = list(calculator.implemented_properties)
         self._settle([])  # raises mistakes now, not at the first calculation
         self._symbols: list[str] | None = None
@@ -140,8 +139,8 @@ class WatchedCalculator(Calculator):
             self._settle(symbols)
             self._symbols = symbols
         snapshot = Snapshot(atoms, self.results.get("energy"), self.results.get("forces"), None)
-        norms = norms_of(atoms, self.results) if self.policy.rules else None
-        verdict = self._judge([Observation(snapshot, norms)], None)
+        values = self.policy.watched.values(atoms, self.results) if self.policy.reads else None
+        verdict = self._judge([Observation(snapshot, values)], None)
         if verdict is None:
             return
         self._is_judged = True

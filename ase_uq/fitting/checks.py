@@ -70,7 +70,7 @@ def check_first_frames(
     train: list[Atoms],
     calibration: list[Atoms],
     keys: tuple[str, str, str] | None,
-    batch_atoms: int,
+    batch_atoms: int | None,
 ) -> None:
     """Finds bad structures and wrong units before minutes are spent on all frames.
 

@@ -35,7 +35,7 @@ def fit(
     perturbed: Frames | None = None,
     methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
     label_keys: tuple[str, str, str] | None = None,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
     communicator: Communicator | None = None,
     progress: bool = True,
 ) -> UncertaintyModel:
@@ -54,7 +54,7 @@ def fit(
             is itself the primary estimator.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`,
             `REF_forces`, `REF_stress`, else the results of a calculator attached to the frames.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         communicator: Ranks to share the fit with; a single process by default.
         progress: Whether to show progress bars.
 

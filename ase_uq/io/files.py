@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from contextlib import suppress
 from io import FileIO
 from pathlib import Path
 
@@ -88,6 +89,23 @@ def write_all(file: FileIO, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
+
+
+def lock(file: FileIO, path: Path) -> None:
+    """Locks a file, because two runs writing to it would write every frame twice.
+
+    Raises:
+        ArtefactError: Another process has locked it.
+    """
+    with suppress(ImportError):  # not on Windows
+        import fcntl
+
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArtefactError(f"another process is writing {path}. Wait for it, or give another output.") from None
+        except OSError:  # a file system without locks
+            pass
 
 
 def as_readable_as_a_new_file(path: str) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ase_uq.errors import LabelError
 from ase_uq.numerics.networks import (
@@ -23,6 +22,7 @@ from ase_uq.numerics.networks import (
     folds_of,
     squared_error,
 )
+from ase_uq.progress import progress_bar
 
 _INNER_FOLDS = 8  # one of them stops the training of a member
 _FEWEST_A_BATCH = 16  # structures, however large they are
@@ -111,7 +111,7 @@ def cross_fit(
     descent = _Descent(weights, training)
     with (
         _one_thread(),
-        tqdm(total=training.max_epochs, desc=title, unit="epoch", disable=not title, leave=False) as bar,
+        progress_bar(total=training.max_epochs, desc=title, unit="epoch", show=bool(title), leave=False) as bar,
     ):
         for _ in range(training.max_epochs):
             for chosen in _batches([trained[k] for k in descent.active], data.rows_a_target, training, generator):

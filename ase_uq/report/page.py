@@ -23,6 +23,7 @@ from ase_uq.report.output import check_outputs, publish
 from ase_uq.report.sections import Sections, counted, number
 from ase_uq.report.survey import Survey, survey
 from ase_uq.report.viewer import packed, plotly_script
+from ase_uq.representation import Brief
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -37,8 +38,8 @@ except ImportError as error:
 _MOST_REFERENCE = 500  # training and calibration frames in the latent map, each
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Brief):
     """A written report.
 
     Args:
@@ -82,7 +83,7 @@ def write_report(
     calibration: Frames | None = None,
     pictures: str | os.PathLike[str] | None = None,
     sources: Mapping[str, str] | None = None,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
 ) -> Report:
     """Writes a page about scored frames, and its pictures as PNG files.
 
@@ -102,7 +103,7 @@ def write_report(
         pictures: Folder of the PNG files, created if it is missing; by default `<path>_figures`. Pictures of an
             earlier report in it are replaced, other files are left alone.
         sources: Further lines for the section "Where this comes from", by name; for example the files.
-        batch_atoms: Largest number of atoms evaluated together, for the latent map.
+        batch_atoms: Largest number of atoms evaluated together, for the latent map; None for the default of the device.
 
     Raises:
         InputError: No frame has uncertainties, uncertainties have another shape than their frame, or the potential
@@ -150,7 +151,7 @@ def _levels(
 
 
 def _plane(
-    backend: Backend, surveyed: Survey, known: Mapping[str, Frames | None], batch_atoms: int
+    backend: Backend, surveyed: Survey, known: Mapping[str, Frames | None], batch_atoms: int | None
 ) -> LatentMap | None:
     """The latent map of the known and the scored frames; None if no scored frame is finite."""
     groups = {

@@ -20,6 +20,7 @@ from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
 from ase_uq.io.results import uncertainties_belong
 from ase_uq.io.source import Source, Unreadable
 from ase_uq.properties import STANDARD
+from ase_uq.representation import Brief
 from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
@@ -27,8 +28,8 @@ _TIME_KEYS = ("time_fs", "flag_time_fs")  # in trajectories and in flagged frame
 _NAMED = 10  # frames with the same defect that get a warning each
 
 
-@dataclass(frozen=True)
-class ScoredFrame:
+@dataclass(frozen=True, repr=False)
+class ScoredFrame(Brief):
     """A frame that is kept for pictures.
 
     Args:
@@ -61,8 +62,8 @@ class ScoredFrame:
         return bool(np.isfinite(self.atoms.positions).all() and np.isfinite(self.atoms.cell.array).all())
 
 
-@dataclass(frozen=True)
-class Survey:
+@dataclass(frozen=True, repr=False)
+class Survey(Brief):
     """Readings, atoms, errors and worst frames of scored frames.
 
     Args:

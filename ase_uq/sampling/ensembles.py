@@ -5,6 +5,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from ase import Atoms
     from ase.md.langevin import Langevin
     from ase.md.md import MolecularDynamics
@@ -152,3 +154,48 @@ def _npt(
         tdamp=thermostat_time * units.fs,
         pdamp=barostat_time * units.fs,
     )
+
+
+def inner_variables(dynamics: "MolecularDynamics") -> dict[str, Any]:
+    """What dynamics remember beside the structure, as JSON values: random numbers, thermostat and barostat."""
+    return {name: _plain(holder, attribute) for name, holder, attribute in _inner(dynamics)} | _noise(dynamics)
+
+
+def set_inner_variables(dynamics: "MolecularDynamics", values: dict[str, Any]) -> None:
+    """Sets what `inner_variables` gave; those of another kind of thermostat or barostat begin anew."""
+    import numpy as np
+    from ase import units
+    from ase.md.bussi import Bussi
+
+    inner = list(_inner(dynamics))
+    if {name for name, _, _ in inner} == values.keys() - {"rng"}:
+        for name, holder, attribute in inner:
+            value = values[name]
+            setattr(holder, attribute, np.array(value) if isinstance(value, list) else value)
+    if "rng" in values and _noise(dynamics):
+        dynamics.rng.bit_generator.state = values["rng"]  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(dynamics, Bussi):
+        set_temperature(dynamics, dynamics.temp / units.kB)  # with its number of degrees of freedom
+
+
+def _noise(dynamics: "MolecularDynamics") -> dict[str, Any]:
+    rng = getattr(dynamics, "rng", None)
+    return {} if rng is None else {"rng": rng.bit_generator.state}
+
+
+def _inner(dynamics: "MolecularDynamics") -> "Iterator[tuple[str, Any, str]]":
+    """Name, holder and attribute of each inner variable."""
+    from ase.md.bussi import Bussi
+    from ase.md.nose_hoover_chain import IsotropicMTKNPT
+
+    if isinstance(dynamics, Bussi):
+        yield "ndof", dynamics, "ndof"  # counted from the first velocities
+    if isinstance(dynamics, IsotropicMTKNPT):
+        yield from ((name, dynamics, name) for name in ("_cell0", "_volume0", "_eps", "_p_eps"))
+        yield from ((name, dynamics._thermostat, name) for name in ("_eta", "_p_eta"))
+        yield from ((name, dynamics._barostat, name) for name in ("_xi", "_p_xi"))
+
+
+def _plain(holder: Any, attribute: str) -> Any:
+    value = getattr(holder, attribute)
+    return value.tolist() if hasattr(value, "tolist") else value

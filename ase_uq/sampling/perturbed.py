@@ -23,11 +23,11 @@ from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
 from ase.data import atomic_masses, atomic_numbers, covalent_radii
 from ase.neighborlist import neighbor_list
-from tqdm import tqdm
 
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import keep_structure
+from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
 
 KINDS = ("rattled", "strained", "compressed", "hot", "swapped")
@@ -122,7 +122,7 @@ def perturb_frames(
     order = {name: _order(per_kind, seed, list(table).index(name)) for name in eligible}
     made: list[tuple[int, Atoms]] = []
     failed = dict.fromkeys(eligible, 0)
-    for slot, (name, i) in enumerate(tqdm(slots, desc="perturb", unit="frame", disable=not progress)):
+    for slot, (name, i) in enumerate(progress_bar(slots, desc="perturb", unit="frame", show=progress)):
         candidates = eligible[name]
         parent = candidates[int((slot + 0.5) / len(slots) * len(candidates))]
         rng = np.random.default_rng([seed, list(table).index(name), i])

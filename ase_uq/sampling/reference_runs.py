@@ -9,6 +9,7 @@ from ase.md.langevin import Langevin
 from tqdm import tqdm
 
 from ase_uq.errors import UQWarning
+from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.sampling.reach import Reach
@@ -87,7 +88,7 @@ def reference_runs(
     for readings in made:
         reach.add(readings)
     numbers = range(len(made), len(made) + n_runs)
-    with tqdm(total=n_runs * (waiting + steps), desc="reference", unit="step", disable=not progress) as bar:
+    with progress_bar(total=n_runs * (waiting + steps), desc="reference", unit="step", show=progress) as bar:
         try:
             for number in numbers:
                 rng = np.random.default_rng([seed, number])

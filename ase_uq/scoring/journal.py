@@ -14,7 +14,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import astuple, fields, replace
 from io import FileIO
 from pathlib import Path
@@ -25,7 +25,7 @@ from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
 from ase_uq.io.extxyz import check_xyz_name
-from ase_uq.io.files import check_writable, write_all
+from ase_uq.io.files import check_writable, lock, write_all
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
@@ -81,7 +81,7 @@ class Journal:
         self._open = ExitStack()
         try:
             self._frames = self._open.enter_context(_appended(self.part))
-            _lock(self._frames, self.part)
+            lock(self._frames, self.part)
             self._rows = self._open.enter_context(_appended(self._rows_part))
             self._sums = self._open.enter_context(_appended(self._sums_part))
             if known:
@@ -275,19 +275,6 @@ def _move(path: Path, target: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(near, target)
-
-
-def _lock(file: FileIO, path: Path) -> None:
-    """Locks a file, because two runs writing to it would write every frame twice."""
-    with suppress(ImportError):  # not on Windows
-        import fcntl
-
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArtefactError(f"another process is writing {path}. Wait for it, or give another output.") from None
-        except OSError:  # a file system without locks
-            pass
 
 
 def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:

@@ -16,7 +16,6 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
 from loky import cpu_count
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError
@@ -26,15 +25,13 @@ from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
 from ase_uq.scoring.labels import with_labels
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
-# Small batches stay in the caches of a CPU; a GPU needs many atoms at once.
-BATCH_ATOMS = {"cpu": 300}
-BATCH_ATOMS_ELSEWHERE = 8000
 # Starting processes takes seconds and pays off from this many frames on; one thread keeps up with this many processes.
 _WORTH_WORKERS, _MOST_WORKERS = 2000, 8
 
@@ -152,7 +149,6 @@ def score(
     predictor = as_predictor(calculator, uncertainty_model)
     source = Source(frames)
     backend = predictor.backend
-    batch_atoms = batch_atoms or BATCH_ATOMS.get(backend.device.type, BATCH_ATOMS_ELSEWHERE)
     csv_file = None if csv is None else Path(csv)
     with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:
         scored = ScoredTrajectory(Path(out), n_resumed=journal.n_resumed)
@@ -178,7 +174,7 @@ def score(
 def _score_rest(
     source: Source,
     predictor: Predictor,
-    batch_atoms: int,
+    batch_atoms: int | None,
     journal: Journal,
     scored: ScoredTrajectory,
     progress: bool,
@@ -196,7 +192,7 @@ def _score_rest(
     )
     total = source.total() if progress else None
     with (
-        tqdm(total=total, initial=journal.next_frame, desc="score", unit="frame", disable=not progress) as bar,
+        progress_bar(total=total, initial=journal.next_frame, desc="score", unit="frame", show=progress) as bar,
         ThreadPoolExecutor(1, "journal of ase_uq") as beside,
         closing(events),
     ):

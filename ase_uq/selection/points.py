@@ -35,7 +35,7 @@ class Scan:
         batch_atoms: Largest number of atoms evaluated together.
     """
 
-    def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int) -> None:
+    def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int | None) -> None:
         self._backend = predictor.backend
         self._model = predictor.uncertainty_model
         self._head = head

@@ -11,7 +11,6 @@ import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.dynamics.policy import check_order
@@ -21,6 +20,8 @@ from ase_uq.io.results import annotated, drop_uncertainties
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
+from ase_uq.progress import progress_bar
+from ase_uq.representation import Brief
 from ase_uq.selection.points import Per, Scan
 from ase_uq.selection.strategies import (
     Determinant,
@@ -93,8 +94,8 @@ class Bands:
         return f"bands at {self.flag:.3g} and {self.halt:.3g} eV/Å: {counts}"
 
 
-@dataclass(frozen=True)
-class Selection:
+@dataclass(frozen=True, repr=False)
+class Selection(Brief):
     """The frames chosen from a pool.
 
     Args:
@@ -163,7 +164,7 @@ def select(
     halt: float | str | Criterion | None = None,
     duplicates: float = 1e-3,
     noise: float = 1e-6,
-    batch_atoms: int = 1000,
+    batch_atoms: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Selection:
@@ -198,7 +199,7 @@ def select(
         duplicates: Share of the typical distance between frames of the pool below which two frames are the same. A
             rotated copy is recognised if the potential's features are invariant, as those of MACE but not of orb.
         noise: σ² of `"maxdet"`, relative to the mean square of the features.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         seed: Seed of the random draws of `"bands"` and `"random"`.
         progress: Whether to show progress bars.
 
@@ -229,7 +230,7 @@ def select(
     rule = _strategy(strategy, points, known, readings, noise, seed)
     space = Space(points, known)
     picks = choose(space, n, rule, allowed=allowed, floor=floor)
-    picks = list(tqdm(picks, desc="select", total=n, unit="frame", disable=not progress, leave=False))
+    picks = list(progress_bar(picks, desc="select", total=n, unit="frame", show=progress, leave=False))
     taken = torch.zeros(points.n_candidates, dtype=torch.bool)
     taken[[pick.candidate for pick in picks]] = True
     near = int((~taken & allowed & (space.farthest_of_candidates() <= floor**2)).sum())

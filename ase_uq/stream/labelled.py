@@ -39,7 +39,7 @@ class LabelledStream:
         frames: Sequence[Atoms],
         communicator: Communicator,
         *,
-        batch_atoms: int,
+        batch_atoms: int | None,
         forces: bool,
         gradients: bool = False,
         keys: tuple[str, str, str] | None = None,
@@ -62,7 +62,9 @@ class LabelledStream:
             yield batch.value, targets_of(labels, batch.value, batch.numbers[0])
 
 
-def predicted_forces(backend: Backend, frames: Sequence[Atoms], batch_atoms: int, name: str = "frame") -> np.ndarray:
+def predicted_forces(
+    backend: Backend, frames: Sequence[Atoms], batch_atoms: int | None, name: str = "frame"
+) -> np.ndarray:
     """(n_atoms, 3) forces of all frames, one frame after the other, eV/Å; `name` is the word for a frame in messages.
 
     Raises:

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from ase import Atoms
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
+from ase_uq.progress import progress_bar
 from ase_uq.stream.failures import (
     is_fatal,
     is_out_of_memory,
@@ -27,7 +27,7 @@ from ase_uq.stream.failures import (
     reason_of_error,
     reason_of_not_finite,
 )
-from ase_uq.stream.limits import BatchLimit
+from ase_uq.stream.limits import BatchLimit, default_batch_atoms
 from ase_uq.stream.preparation import Preparation, Prepared, count_edges
 
 
@@ -66,7 +66,7 @@ def passes[T](
     source: Source,
     use: Callable[[ForwardPass], T],
     *,
-    batch_atoms: int,
+    batch_atoms: int | None,
     start: int = 0,
     forces: bool = True,
     gradients: bool = False,
@@ -87,7 +87,8 @@ def passes[T](
         use: Takes what is needed from a forward pass. It is called again for parts of a batch that did not fit, so
             it must keep no state; it may raise `InputError` to refuse a frame. The forward pass is freed before the
             next one.
-        batch_atoms: Largest number of atoms evaluated together; the limit for edges is sixty times as high.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device. The limit for edges
+            is sixty times as high.
         start: Number of the first frame to evaluate.
         forces: Whether forces and stress are needed.
         gradients: Whether `ForwardPass.gradients` are needed. A derivative of one structure runs through the graph of
@@ -103,6 +104,8 @@ def passes[T](
         InputError: A single frame does not fit into the device's memory.
     """
     communicator = communicator or Serial()
+    if batch_atoms is None:
+        batch_atoms = default_batch_atoms(backend.device.type)
     limit = BatchLimit(1 if gradients else batch_atoms)
     collator = None if gradients else backend.collator
     loop = _Loop(backend, use, forces, gradients, limit)
@@ -110,11 +113,11 @@ def passes[T](
     preparation = Preparation(source.unparsed(start), limit, backend.cutoff, collator, n_workers, communicator)
     with (
         preparation,
-        tqdm(
+        progress_bar(
             total=None if total is None else -(-total // communicator.size),
             desc=title,
             unit="frame",
-            disable=not title or communicator.rank > 0,
+            show=bool(title) and communicator.rank == 0,
             leave=False,
         ) as bar,
     ):

@@ -122,7 +122,7 @@ class ErrorBound(Criterion):
         needed = conformal.fewest_units(alpha)
         if finite.n_units < needed:
             raise ValueError(
-                f"{self} needs at least {needed} independent calibration frames or blocks, but the uncertainty model "
+                f"{self} needs at least {needed} independent calibration units, but the uncertainty model "
                 f"has {_units(finite)}. Calibrate on more frames, or ask for less confidence."
             )
         # The floor only avoids a division by 0. If low readings were raised to a quantile of all readings, the share of
@@ -189,7 +189,7 @@ class MissRate(Criterion):
         bad = threshold_data.worse_than(self.error)
         if bad.n_units < self.needed:
             raise ValueError(
-                f"{self} needs at least {self.needed} independent frames with an error above {self.error:g} eV/Å, but "
+                f"{self} needs at least {self.needed} independent units with an error above {self.error:g} eV/Å, but "
                 f"the uncertainty model has {bad.n_units} (among {_units(threshold_data.finite)}"
                 f"{_and_perturbed(threshold_data)}). Make "
                 "bad frames with `ase-uq perturb-frames`, label them with the reference and give them to fit as "
@@ -347,8 +347,8 @@ def _binomial_spread(q: float, n: int) -> tuple[float, float]:
 def _units(threshold_data: ThresholdData) -> str:
     n_frames = len(threshold_data.readings)
     if threshold_data.n_units == n_frames:
-        return f"{n_frames} frames"
-    return f"{n_frames} frames in {threshold_data.n_units} blocks, since neighbouring frames are alike"
+        return f"{n_frames} units"
+    return f"{n_frames} frames in {threshold_data.n_units} units, since neighbouring frames are alike"
 
 
 def _and_perturbed(threshold_data: ThresholdData) -> str:

@@ -6,12 +6,13 @@ from functools import cached_property
 
 import numpy as np
 
+from ase_uq.representation import Brief
 from ase_uq.thresholds import extremes
 from ase_uq.thresholds.reduction import Reduction
 
 
-@dataclass(frozen=True)
-class ReferenceRuns:
+@dataclass(frozen=True, repr=False)
+class ReferenceRuns(Brief):
     """Readings of runs in which the potential is trusted; false alarms are counted on them. No labels are needed.
 
     Args:
@@ -50,8 +51,8 @@ class ReferenceRuns:
         return sum(map(len, self.readings))
 
 
-@dataclass(frozen=True, eq=False)
-class ThresholdData:
+@dataclass(frozen=True, eq=False, repr=False)
+class ThresholdData(Brief):
     """The data that a threshold is made from.
 
     Args:

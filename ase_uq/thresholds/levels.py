@@ -6,7 +6,7 @@ from typing import Any
 from ase_uq.thresholds.criteria import Criterion, ErrorBound, FalseAlarms, MissRate, Quantile
 
 FORMS = (
-    "0.5 (eV/Å); q0.99 (99 % of the calibration frames stay below it); "
+    "0.5 (eV/Å, or the unit of the quantity); q0.99 (99 % of the calibration frames stay below it); "
     "miss=0.1@0.3 (misses at most 0.1 of the frames with an error above 0.3 eV/Å; with confidence 0.9: "
     "miss=0.1@0.3/0.9); bound=0.95@0.3 (below it, errors stay within 0.3 eV/Å with confidence 0.95); "
     "alarms=0.05@100ps or alarms=0.05@20000 (disturbs at most 0.05 of good runs of 100 ps, or of 20000 readings)"

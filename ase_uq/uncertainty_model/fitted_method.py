@@ -7,10 +7,11 @@ from torch import Tensor
 from ase_uq.calibration import Calibrator
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
+from ase_uq.representation import Brief
 
 
-@dataclass(frozen=True)
-class FittedMethod:
+@dataclass(frozen=True, repr=False)
+class FittedMethod(Brief):
     """A head with the calibrators of its quantities.
 
     Args:

@@ -17,7 +17,8 @@ from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable
 from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.thresholds.criteria import Criterion, conformal
+from ase_uq.representation import html_table
+from ase_uq.thresholds.criteria import Criterion, PerElement, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.levels import as_level
 from ase_uq.thresholds.reduction import Reduction
@@ -27,10 +28,10 @@ from ase_uq.uncertainty_model.file import read_model, write_model
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.gated import GatedCombination
 from ase_uq.uncertainty_model.record import CalibrationRecord
-from ase_uq.uncertainty_model.summary import summary_of
+from ase_uq.uncertainty_model.summary import facts_of, numbers_of, summary_of
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class UncertaintyModel:
     """Everything fitted for one potential.
 
@@ -59,6 +60,12 @@ class UncertaintyModel:
     reference: ReferenceRuns | None = None
     far_field: FarField | None = None
 
+    def __repr__(self) -> str:
+        return f"<UncertaintyModel: {'; '.join(facts_of(self).values())}>"
+
+    def _repr_html_(self) -> str:
+        return html_table("UncertaintyModel", facts_of(self))
+
     def apply(self, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Calibrated standard deviations and gamma of a batch, by results key.
 
@@ -70,7 +77,7 @@ class UncertaintyModel:
             limit = None if self.far_field is None else self.far_field.variance(forward_pass)
             for name, fitted in self.methods.items():
                 deviations = fitted.standard_deviations(raws[name], limit, forward_pass)
-                if name == self._leading:
+                if name == self.leading:
                     results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
                 if len(self.methods) > 1:
@@ -82,7 +89,7 @@ class UncertaintyModel:
         return results
 
     @property
-    def _leading(self) -> str:
+    def leading(self) -> str:
         """The method that gives all results that the combination does not give; without one, the primary method."""
         return self.primary if self.combination is None else self.combination.inputs.anchor
 
@@ -107,7 +114,7 @@ class UncertaintyModel:
     @property
     def results(self) -> tuple[str, ...]:
         """Results keys that `apply` gives."""
-        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self._leading].calibrators]
+        calibrated = [f"{quantity}_uncertainty" for quantity in self.methods[self.leading].calibrators]
         alone = [
             f"{quantity}_uncertainty_{name}"
             for name, fitted in self.methods.items()
@@ -129,11 +136,16 @@ class UncertaintyModel:
 
         Raises:
             ValueError: The calibration data or reference runs cannot support the criterion.
-            TypeError: `criterion` is neither a number nor a criterion.
+            TypeError: `criterion` is neither a number nor a criterion, or is `PerElement`, which is not one number.
         """
         criterion = as_level(criterion)
         if isinstance(criterion, Real):
             return float(criterion)
+        if isinstance(criterion, PerElement):
+            raise TypeError(
+                f"{criterion} is a number for each element, not one: give it to a monitor, or ask for each, as in "
+                "threshold(criterion, Reduction(elements=('C',)))."
+            )
         if not isinstance(criterion, Criterion):
             raise TypeError(
                 f"a threshold is a number in eV/Å or a criterion such as Quantile(0.99) or 'q0.99', not {criterion!r}."
@@ -170,8 +182,8 @@ class UncertaintyModel:
         scores = record.error / np.maximum(record.uncertainty, np.finfo(np.float32).tiny)
         if (n_units := len(np.unique(unit))) < needed:
             raise ValueError(
-                f"an interval of confidence {confidence:g} needs at least {needed} independent calibration frames or "
-                f"blocks, but the uncertainty model has {n_units}. Calibrate on more frames, or ask for less "
+                f"an interval of confidence {confidence:g} needs at least {needed} independent calibration units, "
+                f"but the uncertainty model has {n_units}. Calibrate on more frames, or ask for less "
                 "confidence."
             )
         factors = torch.full((len(chemical_symbols),), conformal.conformal_quantile(scores, alpha, unit))
@@ -199,6 +211,14 @@ class UncertaintyModel:
         """
         return cls(**read_model(path))
 
-    def summary(self) -> str:
-        """Text that says what the model was fitted on, how well it is calibrated and how far it reaches."""
-        return summary_of(self)
+    def summary(self, *, details: bool = False) -> str:
+        """Text that says what the model was fitted on, how good it is, how far it reaches and what to do next.
+
+        Args:
+            details: Whether to add the formula of each calibrator and the versions.
+        """
+        return summary_of(self, details=details)
+
+    def numbers(self) -> dict[str, Any]:
+        """The numbers of `summary`, as JSON values."""
+        return numbers_of(self)

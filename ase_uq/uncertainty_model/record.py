@@ -6,12 +6,13 @@ from itertools import pairwise
 
 import numpy as np
 
+from ase_uq.representation import Brief
 from ase_uq.thresholds.data import ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction, readings_of
 
 
-@dataclass(frozen=True)
-class CalibrationRecord:
+@dataclass(frozen=True, repr=False)
+class CalibrationRecord(Brief):
     """Uncertainties and errors of the calibration frames, atom by atom: thresholds are made from them.
 
     Args:

@@ -1,4 +1,5 @@
 import csv
+import json
 import sys
 from pathlib import Path
 
@@ -28,9 +29,19 @@ def test_the_table_and_the_csv_are_the_librarys(judge, files, tmp_path):
     expected = evaluate(
         UncertainCalculator("toy:", files.uq), files.test, tolerance=0.2, block=5, seed=3, progress=False
     )
-    assert result.stdout == f"{expected.table()}\n{len(expected.scores)} numbers written to scores.csv\n"
+    written = f"{len(expected.scores)} numbers written to scores.csv\n"
+    assert result.stdout == f"{written}{expected.table()}\n\n{expected.describe()}\n"
     expected.to_csv("expected.csv")
     assert (tmp_path / "scores.csv").read_text() == (tmp_path / "expected.csv").read_text()
+
+
+def test_numbers_for_programs(judge, files):
+    result = judge("--json", "--csv", "scores.csv")
+    found = json.loads(result.stdout)
+    assert found["n_frames"] == 25
+    assert len(found["scores"]) == len(rows("scores.csv"))
+    assert found["verdict"][-1].startswith("Next: ")
+    assert "numbers written to scores.csv" in result.stderr
 
 
 def test_nothing_is_written_unless_asked_for(judge, tmp_path):

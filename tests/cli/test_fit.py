@@ -31,8 +31,6 @@ def test_fit_writes_what_the_library_fits(run, files, tmp_path):
     assert fitted.summary() == expected.summary()
     assert result.stdout.startswith("uncertainty model for a toy potential")
     assert result.stdout.endswith("ase-uq score or ase-uq md with --model toy: --uq a.uq.safetensors\n")
-    assert "fit: " in result.stderr
-    assert "calibrate: " in result.stderr
 
 
 def test_options_reach_the_library(run, files, tmp_path):

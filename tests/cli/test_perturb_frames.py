@@ -44,7 +44,6 @@ def test_all_kinds_with_a_potential(stress, files):
     for atoms in made:
         assert atoms.calc is None
         assert set(atoms.arrays) == {"numbers", "positions"}
-    assert "perturb: 100%" in result.stderr
 
 
 def test_the_table_says_what_was_made_and_what_is_next(stress):

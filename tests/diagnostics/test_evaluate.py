@@ -455,7 +455,7 @@ def test_samples_are_what_was_scored(assessment):
     assert all(a <= b for a, b in pairwise(sample.frame))
 
 
-def test_progress_is_shown_when_asked_for(predictor, frames, capsys):
+def test_progress_is_shown_when_asked_for(predictor, frames, terminal, capsys):
     evaluate(predictor, frames, **(OPTIONS | {"n_bootstrap": 0}))
     assert capsys.readouterr().err == ""
     evaluate(predictor, frames, **(OPTIONS | {"n_bootstrap": 0, "progress": True}))

@@ -45,6 +45,7 @@ from ase.units import fs
 
 from ase_uq.dynamics import Bonds, Halt, MaxTemperature, UncertaintyMonitor, WatchedCalculator
 from ase_uq.dynamics.relaxation import relax
+from ase_uq.dynamics.restart import Restart
 from ase_uq.dynamics.run import run_md
 from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import read_frames
@@ -522,7 +523,9 @@ def _watched(atoms, file):
 
 def _written(atoms, file):
     dynamics = VelocityVerlet(atoms, fs)
-    assert run_md(dynamics, UncertaintyMonitor(dynamics, halt=0.5), 5, trajectory=file, interval=1)
+    with Restart(file, 5) as restart:
+        restart.begin(dynamics)
+        assert run_md(dynamics, UncertaintyMonitor(dynamics, halt=0.5), 5, restart=restart, interval=1)
     raise UncertaintyHalt("", step=0, reading=0.0, threshold=0.0)
 
 

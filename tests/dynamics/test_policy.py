@@ -156,10 +156,12 @@ def test_those_who_watch_refuse_a_policy_with_fields(run, tmp_path):
         run({"policy": WatchPolicy(halt=0.5), "flag": 0.3}, tmp_path / "log.csv")
 
 
-@pytest.mark.parametrize("run", [monitored, watched, relaxed])
-def test_those_who_watch_refuse_a_policy_of_nothing(run, tmp_path):
-    with pytest.raises(ValueError, match=r"nothing to watch for\. Give halt, flag or both"):
-        run({"policy": WatchPolicy(reduce="mean")}, tmp_path / "log.csv")
+def test_those_who_watch_refuse_a_policy_of_nothing():
+    atoms, policy = crystal(SCRIPT), WatchPolicy(reduce="mean")
+    with pytest.raises(ValueError, match=r"nothing to watch for\. Give halt, flag or both.*, or a log"):
+        UncertaintyMonitor(VelocityVerlet(atoms, units.fs), policy=policy)
+    with pytest.raises(ValueError, match=r"nothing to watch for\. Give halt, flag or both.*, or a log"):
+        WatchedCalculator(atoms.calc, policy=policy)
 
 
 def test_a_relaxation_may_be_watched_for_nothing():

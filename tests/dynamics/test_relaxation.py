@@ -340,7 +340,7 @@ def test_options_of_the_monitor_reach_it(tmp_path):
     assert relax(cluster(script=[0.9]), halt=Threshold(0.7)).status == "uncertain"
 
 
-def test_the_progress_bar_shows_force_and_uncertainty(capsys):
+def test_the_progress_bar_shows_force_and_uncertainty(terminal, capsys):
     relax(cluster(script=[0.123]), steps=3, progress=True)
     shown = capsys.readouterr().err
     assert "relax: 100%" in shown

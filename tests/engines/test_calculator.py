@@ -736,7 +736,7 @@ class TestInterval:
             UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=confidence)
 
     def test_too_few_calibration_frames_are_refused_when_it_is_made(self, model: UncertaintyModel):
-        with pytest.raises(ValueError, match=r"confidence 0\.99 needs at least 99 independent calibration frames"):
+        with pytest.raises(ValueError, match=r"confidence 0\.99 needs at least 99 independent calibration units"):
             UncertainCalculator(ToyCalculator(ELEMENTS), model, interval=0.99)
 
 

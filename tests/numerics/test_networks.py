@@ -189,7 +189,9 @@ class TestCrossFit:
         ensemble = cross_fit(inputs, smooth(inputs), torch.arange(2000), training=training, folds=2)
         assert max(ensemble.settings["loss"]) < 0.1
 
-    def test_a_bar_shows_epochs_and_loss(self, generator: torch.Generator, capsys: pytest.CaptureFixture[str]):
+    def test_a_bar_shows_epochs_and_loss(
+        self, generator: torch.Generator, terminal: None, capsys: pytest.CaptureFixture[str]
+    ):
         inputs = torch.randn(40, 3, generator=generator)
         cross_fit(inputs, smooth(inputs), torch.arange(40), training=SHORT, folds=2)
         assert capsys.readouterr().err == ""

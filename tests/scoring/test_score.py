@@ -706,7 +706,12 @@ def test_no_more_frames_are_alive_in_a_longer_trajectory(predictor: Predictor, o
 
 
 def test_the_bar_knows_the_length_and_where_it_began(
-    source: Path, uq: Path, out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    source: Path,
+    uq: Path,
+    out: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    terminal: None,
+    capsys: pytest.CaptureFixture[str],
 ):
     part = interrupted(source, uq, out, monkeypatch)
     done = part.read_text().count("source_frame=")

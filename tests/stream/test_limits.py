@@ -1,8 +1,19 @@
 """How much is evaluated together."""
 
+import inspect
 import math
 
-from ase_uq.stream.limits import BatchLimit
+import pytest
+from ase import Atoms
+
+from ase_uq import evaluate, fit, score, select
+from ase_uq.backends import load_backend
+from ase_uq.diagnostics.latent import frame_features
+from ase_uq.io.source import Source
+from ase_uq.report.page import write_report
+from ase_uq.stream import limits
+from ase_uq.stream.limits import BatchLimit, default_batch_atoms
+from ase_uq.stream.passes import Pass, passes
 
 
 def test_a_batch_is_limited_by_its_atoms_and_by_its_edges():
@@ -49,3 +60,17 @@ def test_it_comes_back_to_the_start_when_the_device_is_free_again():
     assert limit.n_atoms == 1000
     after(limit, math.inf, 1000)
     assert limit.n_atoms == 1000
+
+
+def test_the_default_is_that_of_the_device_and_stands_in_one_place():
+    assert default_batch_atoms("cpu") < default_batch_atoms("cuda") == default_batch_atoms("mps")
+    for function in (fit, evaluate, score, select, write_report, frame_features):
+        assert inspect.signature(function).parameters["batch_atoms"].default is None, function.__name__
+
+
+def test_batches_are_as_large_as_the_device_likes(monkeypatch: pytest.MonkeyPatch):
+    frames = [Atoms("CO", [(0, 0, 0), (0, 0, 1.2)]) for _ in range(20)]
+    monkeypatch.setattr(limits, "_BATCH_ATOMS", {"cpu": 10})
+    for given, expected in ((None, 5), (40, 20), (2, 1)):
+        sizes = passes(load_backend("toy:"), Source(frames), lambda p: p.n_frames, batch_atoms=given, forces=False)
+        assert {event.value for event in sizes if isinstance(event, Pass)} == {expected}

@@ -125,7 +125,7 @@ def test_low_readings_with_large_errors_are_not_forgiven():
 
 def test_too_few_units_for_a_bound_are_refused():
     ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(19)))
-    with pytest.raises(ValueError, match=r"ErrorBound\(0\.3, confidence=0\.95\) needs at least 19 .* has 18 frames\."):
+    with pytest.raises(ValueError, match=r"ErrorBound\(0\.3, confidence=0\.95\) needs at least 19 .* has 18 units\."):
         ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(18)))
     with pytest.raises(ValueError, match=r"has 100 frames in 10 blocks, since neighbouring frames are alike"):
         ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(100), groups=np.repeat(np.arange(10), 10)))
@@ -160,9 +160,7 @@ def test_the_threshold_is_the_kth_smallest_of_the_bad_readings():
 def test_perturbed_frames_count_too():
     good = threshold_data(np.ones(50), np.zeros(50))
     perturbed = threshold_data(np.arange(1.0, 10), np.ones(9))
-    with pytest.raises(
-        ValueError, match=r"at least 9 independent frames .* above 0\.3 eV/Å, .* has 0 \(among 50 frames"
-    ):
+    with pytest.raises(ValueError, match=r"at least 9 independent units .* above 0\.3 eV/Å, .* has 0 \(among 50 units"):
         MissRate(0.3, 0.1).resolve(good)
     found = MissRate(0.3, 0.1).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
     assert (found, found.n_units) == (1.0, 9)

@@ -1,6 +1,7 @@
 """The artefact: bit-identical round trips, the potential it belongs to, damaged files, thresholds, one old file."""
 
 import dataclasses
+import json
 import os
 import pickle
 import warnings
@@ -26,7 +27,7 @@ from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.thresholds.conformal import conformal_quantile
-from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate
+from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
 from ase_uq.uncertainty_model.record import CalibrationRecord
@@ -181,7 +182,7 @@ class TestCombination:
         assert several.threshold(Quantile(0.5)) == np.quantile(several.record.readings(Reduction()), 0.5)
 
     def test_the_summary_says_what_it_is_made_of(self, several: UncertaintyModel):
-        text = several.summary()
+        text = several.summary(details=True)
         assert "combined (primary)" in text
         assert "method bll\n" in text
         assert "method mahalanobis\n" in text
@@ -267,7 +268,7 @@ class TestPotential:
     def test_another_setting_is_refused_by_name(self, model: UncertaintyModel):
         with pytest.raises(PotentialMismatch, match="direct was True, here it is False"):
             Predictor(load_backend(ToyCalculator(ELEMENTS)), model)
-        with pytest.raises(PotentialMismatch, match=r"elements was \[1, 6, 8\], here it is \[1, 6\]"):
+        with pytest.raises(PotentialMismatch, match=r"fitted for H, C, O, this potential is for H, C: another"):
             Predictor(load_backend(ToyCalculator(("H", "C"), direct=True)), model)
 
     def test_the_same_weights_in_another_form_are_accepted_with_a_warning(self, model: UncertaintyModel):
@@ -360,7 +361,7 @@ class TestSaving:
 
 class TestSummary:
     def test_it_says_what_was_fitted_and_found(self, model: UncertaintyModel):
-        text = model.summary()
+        text = model.summary(details=True)
         assert "toy potential" in text
         assert model.identity.fingerprint[:12] in text
         assert "fitted on      60 frames" in text
@@ -373,7 +374,50 @@ class TestSummary:
 
     def test_rare_elements_are_marked(self, model: UncertaintyModel):
         rare = dataclasses.replace(model, edges=dataclasses.replace(model.edges, inherited=(8,)))
-        assert f"O {model.edges.counts[8]} (edge inherited)" in rare.summary()
+        assert f"O {model.edges.counts[8]}*" in rare.summary()
+        assert "(* too few: the edge of the others)" in rare.summary()
+        said = " ".join(rare.summary().split())
+        assert "For O there were too few calibration atoms to know where near ends." in said
+
+    def test_formulas_are_details(self, model: UncertaintyModel):
+        assert "·u^" not in model.summary()
+        assert "versions" not in model.summary()
+        assert all(c.describe() in model.summary(details=True) for c in model.methods["bll"].calibrators.values())
+
+    def test_many_elements_are_a_table(self, model: UncertaintyModel):
+        counts = {z: 10**6 + z for z in range(1, 75)}
+        many = dataclasses.replace(model, edges=dataclasses.replace(model.edges, counts=counts, inherited=(74,)))
+        assert max(map(len, many.summary().splitlines())) <= 120
+        assert "of 74 elements (* too few: the edge of the others):" in many.summary()
+        assert "W 1000074*" in many.summary()
+        assert "74 elements" in repr(many)
+
+    @pytest.mark.parametrize(
+        ("scale", "part"),
+        [
+            (1.0, "the uncertainties are as large as the errors on average"),
+            (2.0, "the errors are 50% smaller than the uncertainties say"),
+            (0.5, "the errors are 100% larger than the uncertainties say"),
+        ],
+    )
+    def test_it_ends_with_sentences(self, model: UncertaintyModel, scale: float, part: str):
+        z2 = np.mean(model.record.error**2 / model.record.uncertainty**2)
+        exact = scale * np.sqrt(z2) * model.record.uncertainty
+        scaled = dataclasses.replace(model, record=dataclasses.replace(model.record, uncertainty=exact))
+        said = " ".join(scaled.summary().split())
+        assert part in said
+        assert "Near the calibration frames (gamma up to 1)" in said
+        assert "Next: `ase-uq evaluate` judges it on test frames that it has not seen;" in said
+        assert "`ase-uq reference` makes the runs" in said
+        runs = scaled.with_reference(ReferenceRuns((np.ones(3),), 1.0))
+        assert "`ase-uq reference` makes the runs" not in " ".join(runs.summary().split())
+
+    def test_numbers_for_programs(self, model: UncertaintyModel):
+        numbers = json.loads(json.dumps(model.numbers()))
+        assert numbers["mean_squared_z"] == pytest.approx(1, abs=0.1)
+        assert numbers["calibration_frames"] == 60
+        assert numbers["elements"].keys() == {"H", "C", "O"}
+        assert numbers["readings"]["0.5"] == pytest.approx(model.threshold(Quantile(0.5)))
 
 
 class TestThreshold:
@@ -477,8 +521,13 @@ class TestUnits:
         walking = dataclasses.replace(model, record=self.record(self.walk(200)))
         n_units = len(np.unique(walking.record.groups))
         assert walking.threshold(ErrorBound(0.3, confidence=0.9)).n_units == n_units  # pyright: ignore
-        assert f"thresholds count {n_units} blocks, not 200 frames" in walking.summary()
-        assert "blocks" not in model.summary()
+        assert f"thresholds count {n_units} units, not 200 frames" in walking.summary()
+        assert "thresholds count" not in model.summary()
+
+    def test_a_number_for_each_element_is_not_one_number(self, model: UncertaintyModel):
+        with pytest.raises(TypeError, match=r"PerElement\(Quantile\(0\.5\)\) is a number for each element, not one"):
+            model.threshold(PerElement(Quantile(0.5)))  # type: ignore[arg-type]
+        assert model.threshold(Quantile(0.5), Reduction(elements=("C",))) > 0
 
     def test_errors_are_the_largest_of_the_atoms_that_are_looked_at(self, model: UncertaintyModel):
         record = model.record

@@ -1,11 +1,24 @@
 """`ase-uq evaluate`: takes labelled test frames and prints how good the uncertainties are."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, EnergyKey, ForcesKey, Model, Seed, StressKey, label_keys
+from ase_uq.cli.options import (
+    JSON,
+    UQ,
+    BatchAtoms,
+    Device,
+    DType,
+    EnergyKey,
+    ForcesKey,
+    Model,
+    Seed,
+    StressKey,
+    label_keys,
+)
 from ase_uq.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
@@ -34,9 +47,10 @@ def evaluate(
     energy_key: EnergyKey = None,
     forces_key: ForcesKey = None,
     stress_key: StressKey = None,
+    as_json: JSON = False,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: BatchAtoms = 1000,
+    batch_atoms: BatchAtoms = None,
     seed: Seed = 0,
 ) -> None:
     """Judge uncertainties on labelled test frames: are they calibrated, and are they large where the errors are?
@@ -62,12 +76,13 @@ def evaluate(
         block=block,
         seed=seed,
     )
-    typer.echo(assessment.table())
     if csv is not None:
         assessment.to_csv(csv)
-        typer.echo(f"{len(assessment.scores)} numbers written to {csv}")
+        typer.echo(f"{len(assessment.scores)} numbers written to {csv}", err=as_json)
     if plots is not None:
-        typer.echo(f"figures written: {', '.join(str(path) for path in _draw(assessment, plots))}")
+        typer.echo(f"figures written: {', '.join(str(path) for path in _draw(assessment, plots))}", err=as_json)
+    in_words = f"{assessment.table()}\n\n{assessment.describe()}"
+    typer.echo(json.dumps(assessment.numbers(), indent=2) if as_json else in_words)
 
 
 def _check_outputs(csv: Path | None, plots: Path | None) -> None:

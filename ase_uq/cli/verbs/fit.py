@@ -64,7 +64,7 @@ def fit(
     stress_key: StressKey = None,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: BatchAtoms = 1000,
+    batch_atoms: BatchAtoms = None,
     seed: Seed = 0,
 ) -> None:
     """Fit the uncertainty model of a potential, once, and write it to one small file.

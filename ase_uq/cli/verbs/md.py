@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ase_uq.cli._interrupt import INTERRUPTED, ends_with_its_step
+from ase_uq.cli._interrupt import ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
 from ase_uq.cli.levels import threshold, told, watch_policy
 from ase_uq.cli.options import (
@@ -22,19 +23,23 @@ from ase_uq.cli.options import (
     FlaggedFrames,
     Halt,
     Model,
+    Quantity,
     Reduce,
     Seed,
+    WatchedQuantity,
     check_before,
+    given_options,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
-from ase_uq.io.files import check_whole
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
+    from ase import Atoms
     from ase.md.md import MolecularDynamics
     from tqdm import tqdm
 
     from ase_uq.dynamics import UncertaintyMonitor
+    from ase_uq.dynamics.restart import Restart
 
 HALTED = 3  # exit code
 # Options that only some ensembles have.
@@ -48,6 +53,7 @@ _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
 
 
 def md(
+    context: typer.Context,
     start: Annotated[
         Path,
         typer.Argument(
@@ -61,7 +67,7 @@ def md(
             "--temperature", min=0, help="Temperature, K. In nve: only for initial velocities, if START has none."
         ),
     ],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps to run.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Number of steps of the whole run.")],
     uq: UQ = None,
     ensemble: Annotated[
         MDEnsemble,
@@ -108,6 +114,7 @@ def md(
     refractory: Annotated[
         float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
     ] = None,
+    quantity: Quantity = WatchedQuantity.forces,
     element: EachElement = False,
     reduce: Reduce = "max",
     max_temperature: Annotated[
@@ -125,25 +132,30 @@ def md(
         Path | None,
         typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
     ] = None,
-    append: Annotated[bool, typer.Option("--append", help="Add to --trajectory and --log if they exist.")] = False,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Go on with the run of --trajectory after a halt, or with other options."),
+    ] = False,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
 ) -> None:
     """Run molecular dynamics that saves frames, and halts, when the uncertainty of the forces is too large.
 
-    At each step the largest force uncertainty of an atom is compared with --flag and --halt. LEVEL is a number in eV/Å
-    or a criterion that the calibration data turn into one: q0.99, which 99 % of the calibration frames stay below;
-    miss=0.1@0.3, which misses at most 0.1 of the frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence
-    0.9); bound=0.95@0.3, below which errors stay within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or
-    alarms=0.05@20000, which disturbs at most 0.05 of good runs of 100 ps or of 20000 readings
-    ([bold]ase-uq reference[/] makes the runs for it).
+    At each step the largest force uncertainty of an atom, or what --quantity names, is compared with --flag and --halt;
+    without them it is written to --log. LEVEL is a number, for forces in eV/Å, or a criterion that the calibration data
+    turn into one: q0.99, which 99 % of the calibration frames stay below; miss=0.1@0.3, which misses at most 0.1 of the
+    frames with an error above 0.3 eV/Å (miss=0.1@0.3/0.9 with confidence 0.9); bound=0.95@0.3, below which errors stay
+    within 0.3 eV/Å with confidence 0.95; alarms=0.05@100ps or alarms=0.05@20000, which disturbs at most 0.05 of good
+    runs of 100 ps or of 20000 readings ([bold]ase-uq reference[/] makes the runs for it).
 
     Frames that reach --flag are added to --frames at once, ready to be labelled. A halted run exits with code 3; the
-    last frame of --trajectory is then the frame that halted it, with its velocities. To go on from there, give that
-    file as START and as --trajectory, with --append: the count of steps and time continues, and the first frame is
-    neither judged nor written again. Raise --halt or lower --temperature, or the next step is likely to halt as well.
-    In npt the inner variables of thermostat and barostat start anew, so let the run equilibrate again.
+    last frame of --trajectory is then the frame that halted it, with its velocities.
+
+    With --trajectory a run that ended early, however it ended, goes on where it was when the same command is given
+    again: --steps and --temperature-end are of the whole run. What it needs for that is in FILE.restart, which is saved
+    every few seconds; rows and frames that were written after it are made again. To go on after a halt, or with other
+    options, add --append: raise --halt or lower --temperature, or the next step is likely to halt as well.
 
     [dim]ase-uq md --model mace:my.model --uq my.uq.safetensors start.xyz --temperature 300 --temperature-end 1500
     --steps 20000 --flag q0.99 --halt 0.5 --frames flagged.xyz --trajectory run.xyz[/]
@@ -159,15 +171,17 @@ def md(
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
-    if flag is None and halt is None:
+    if flag is None and halt is None and log is None:
         raise typer.BadParameter(
-            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames).",
+            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames), or "
+            "--log alone to write down the uncertainties.",
             param_hint="'--flag' / '--halt'",
         )
     check_before(before, frames)
     policy = watch_policy(
         flag,
         halt,
+        quantity=quantity.value,
         each_element=element,
         bonds=bonds,
         max_temperature=max_temperature,
@@ -178,72 +192,91 @@ def md(
         every=every,
     )
     check_xyz_names({"--frames": frames, "--trajectory": trajectory})
-    check_outputs(trajectory, log, may_exist=append, otherwise="--append to add this run to it")
-    for file in filter(None, (trajectory, log)):
-        check_whole(file)
-    import numpy as np
-    from tqdm import tqdm
+    goes_on = trajectory is not None and trajectory.with_name(trajectory.name + ".restart").exists()
+    check_outputs(log, may_exist=goes_on, otherwise="remove it")
+    check_outputs(trajectory)
 
     from ase_uq.cli.potential import load_calculator, seed_all
-    from ase_uq.cli.start import give_calculator, read_start
-    from ase_uq.dynamics import UncertaintyMonitor
-    from ase_uq.dynamics.run import Origin, ramp, run_md
+    from ase_uq.cli.start import give_calculator
+    from ase_uq.dynamics.restart import monitored
+    from ase_uq.dynamics.run import ramp, run_md
+    from ase_uq.progress import progress_bar
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 
     rng = seed_all(seed)
-    goes_on = trajectory is not None and trajectory.exists() and trajectory.samefile(start)
-    atoms = read_start(start, goes_on=goes_on)
-    if not atoms.has("momenta"):
-        set_thermal_momenta(atoms, temperature, rng)
-    origin = Origin()
-    if goes_on:
-        origin = Origin.at_end_of(atoms)
-        # From the seed alone, it would be the noise of the first steps once more.
-        rng = np.random.default_rng([seed, origin.step])
-    calculator = load_calculator(model, uq, device, dtype, policy.every)
-    give_calculator(atoms, calculator)
-    dynamics = make_dynamics(
-        ensemble,
-        atoms,
-        timestep=timestep,
-        temperature=temperature,
-        friction=FRICTION if friction is None else friction,
-        thermostat_time=THERMOSTAT_TIME if thermostat_time is None else thermostat_time,
-        barostat_time=BAROSTAT_TIME if barostat_time is None else barostat_time,
-        pressure=pressure or 0.0,
-        rng=rng,
-    )
-    monitor = UncertaintyMonitor(dynamics, policy=policy, before=before, frames=frames, log=log)
-    for line in told(policy, calculator, atoms.get_chemical_symbols()):
-        typer.echo(line, err=True)
-    if temperature_end is not None:
-        dynamics.attach(ramp(dynamics, temperature, temperature_end, steps))
-    stopwatch = Stopwatch(calculator)
-    dynamics.insert_observer(stopwatch.stop)
-    with ends_with_its_step(dynamics) as interruption, tqdm(total=steps, desc="md", unit="step") as bar:
-        halted = run_md(
-            dynamics,
-            monitor,
-            steps,
-            trajectory=trajectory,
-            interval=interval,
-            origin=origin,
-            after_step=_progress(bar, dynamics, monitor, stopwatch),
+    restart, atoms = _restart(context, start, trajectory, steps, append)
+    with restart or nullcontext():
+        if not atoms.has("momenta"):
+            set_thermal_momenta(atoms, temperature, rng)
+        calculator = load_calculator(model, uq, device, dtype, policy.every)
+        give_calculator(atoms, calculator)
+        dynamics = make_dynamics(
+            ensemble,
+            atoms,
+            timestep=timestep,
+            temperature=temperature,
+            friction=FRICTION if friction is None else friction,
+            thermostat_time=THERMOSTAT_TIME if thermostat_time is None else thermostat_time,
+            barostat_time=BAROSTAT_TIME if barostat_time is None else barostat_time,
+            pressure=pressure or 0.0,
+            rng=rng,
         )
+        monitor = monitored(dynamics, restart, policy=policy, before=before, frames=frames, log=log)
+        if dynamics.nsteps:
+            typer.echo(f"going on from step {dynamics.nsteps} of {steps}", err=True)
+        for line in told(policy, calculator, atoms.get_chemical_symbols()):
+            typer.echo(line, err=True)
+        if temperature_end is not None:
+            heat = ramp(dynamics, temperature, temperature_end, steps)
+            heat()  # a run that goes on shows its first step to no observer
+            dynamics.attach(heat)
+        stopwatch = Stopwatch(calculator)
+        dynamics.insert_observer(stopwatch.stop)
+        bar = progress_bar(total=steps, initial=dynamics.nsteps, desc="md", unit="step")
+        with ends_with_its_step(dynamics) as interruption, bar:
+            halted = run_md(
+                dynamics,
+                monitor,
+                steps,
+                restart=restart,
+                interval=interval,
+                after_step=_progress(bar, dynamics, monitor, stopwatch),
+            )
     leave_list(frames)
-    if interruption.asked and not halted:
-        typer.echo(_interrupted_message(origin.step + dynamics.nsteps, trajectory), err=True)
-        raise typer.Exit(INTERRUPTED)
+    if interruption.number is not None and not halted:
+        and_then = "" if trajectory is None else "; the same command goes on from there"
+        typer.echo(f"interrupted at step {dynamics.nsteps}{and_then}", err=True)
+        raise typer.Exit(interruption.exit_code)
     if every > 1:
         typer.echo(stopwatch.saved(every), err=halted)
     if halted:
         typer.echo(_halt_message(monitor, frames, before, trajectory), err=True)
         raise typer.Exit(HALTED)
     typer.echo(
-        f"done: {_counted(steps, 'step')}, {steps * timestep:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
+        f"done: {_counted(steps, 'step')}, {monitor.time_fs:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
         + (f", added to {frames}" if frames and monitor.n_flagged else "")
     )
+
+
+def _restart(
+    context: typer.Context, start: Path, trajectory: Path | None, steps: int, append: bool
+) -> "tuple[Restart | None, Atoms]":
+    """What the run of a trajectory goes on from, if it has one, and the structure that it begins or goes on with."""
+    from ase_uq.cli.start import read_start
+    from ase_uq.dynamics.restart import Restart, digest_of
+
+    if trajectory is None:
+        return None, read_start(start)
+    command = given_options(context, but=("--trajectory", "--frames", "--log", "--append", "--device"))
+    if trajectory.exists() and start.exists() and trajectory.samefile(start):
+        restart = Restart(trajectory, steps, command, append=append)
+        assert restart.atoms is not None  # a trajectory without a run is refused
+        atoms = restart.atoms
+    else:
+        atoms = read_start(start)
+        restart = Restart(trajectory, steps, command | {"START": digest_of(atoms)}, append=append)
+    return restart, atoms if restart.atoms is None else restart.atoms
 
 
 def _check_belong(ensemble: MDEnsemble, given: dict[str, float | None]) -> None:
@@ -274,30 +307,22 @@ def _progress(
     """Shows each step in a bar; the stopwatch, which is started last, does not count that."""
     from ase import units
 
-    started = perf_counter()
+    unit = monitor.policy.watched.unit or monitor.policy.quantity
+    started, first = perf_counter(), dynamics.nsteps
     reading = math.nan
 
     def show() -> None:
         nonlocal reading
         days = (perf_counter() - started) / 86400
-        speed = dynamics.get_time() / (1000 * 1000 * units.fs) / days
+        speed = (dynamics.nsteps - first) * dynamics.dt / (1000 * 1000 * units.fs) / days
         if monitor.last and not math.isnan(monitor.last.reading):  # NaN at a step that --every skips
             reading = monitor.last.reading
         kelvin = dynamics.atoms.get_temperature()
-        bar.set_postfix_str(f"{reading:.3f} eV/Å, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
+        bar.set_postfix_str(f"{reading:.3f} {unit}, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
         bar.update(dynamics.nsteps - bar.n)
         stopwatch.start()
 
     return show
-
-
-def _interrupted_message(step: int, trajectory: Path | None) -> str:
-    if trajectory is None:
-        return f"interrupted at step {step}"
-    return (
-        f"interrupted at step {step}; {trajectory} ends with it and its velocities; to go on from here, start from it "
-        f"with --trajectory {trajectory} --append"
-    )
 
 
 def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: int, trajectory: Path | None) -> str:
@@ -309,8 +334,8 @@ def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: in
         lines.append(f"  {_counted(monitor.n_flagged + monitor.n_halted, 'frame')} added to {frames}{and_before}")
     if trajectory is not None:
         lines.append(
-            f"  {trajectory} ends with this step and its velocities; to go on from here, start from it with "
-            f"--trajectory {trajectory} --append and a higher --halt or a lower --temperature"
+            f"  {trajectory} ends with this step and its velocities; to go on from here, give --append and a higher "
+            "--halt or a lower --temperature"
         )
     return "\n".join(lines)
 

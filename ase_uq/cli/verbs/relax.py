@@ -18,8 +18,10 @@ from ase_uq.cli.options import (
     FlaggedFrames,
     Halt,
     Model,
+    Quantity,
     Reduce,
     Seed,
+    WatchedQuantity,
     check_before,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
@@ -46,6 +48,7 @@ def relax(
     cell: Annotated[bool, typer.Option("--cell", help="Relax the cell of a crystal too.")] = False,
     flag: Flag = None,
     halt: Halt = None,
+    quantity: Quantity = WatchedQuantity.forces,
     element: EachElement = False,
     reduce: Reduce = "max",
     bonds: Bonds = False,
@@ -70,14 +73,15 @@ def relax(
     cases OUT has the last structure, from which you can go on, and the printed text says how far to trust it: a minimum
     is located only as well as its forces are known.
 
-    LEVEL of --flag and --halt is a number in eV/Å or a criterion, as for [bold]ase-uq md[/]; neither is needed.
+    LEVEL of --flag and --halt is a number in the unit of --quantity or a criterion, as for [bold]ase-uq md[/]; neither
+    is needed.
 
     [dim]ase-uq relax start.xyz --model mace:my.model --uq my.uq.safetensors --out relaxed.xyz --fmax 0.02 --halt 0.5[/]
     """
     if not fmax > 0:
         raise typer.BadParameter(f"{fmax} is not positive.", param_hint="'--fmax'")
     check_before(before, frames)
-    policy = watch_policy(flag, halt, each_element=element, bonds=bonds, reduce=reduce)
+    policy = watch_policy(flag, halt, quantity=quantity.value, each_element=element, bonds=bonds, reduce=reduce)
     check_xyz_names({"--out": out, "--trajectory": trajectory, "--frames": frames})
     check_outputs(out, trajectory, log, may_exist=overwrite)
 

@@ -41,7 +41,7 @@ def report(
     stress_key: StressKey = None,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: BatchAtoms = 1000,
+    batch_atoms: BatchAtoms = None,
 ) -> None:
     """Show at a glance where a potential can be trusted: one page that opens without a network, and its pictures.
 

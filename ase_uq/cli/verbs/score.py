@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, Device, DType, Model, Seed
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
 from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
 from ase_uq.io.files import check_distinct
 
@@ -21,15 +21,7 @@ def score(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: Annotated[
-        int | None,
-        typer.Option(
-            "--batch-atoms",
-            min=1,
-            show_default="300 on a CPU, else 8000",
-            help="Largest number of atoms evaluated together; reduced if memory runs out.",
-        ),
-    ] = None,
+    batch_atoms: BatchAtoms = None,
     workers: Annotated[
         int | None,
         typer.Option(

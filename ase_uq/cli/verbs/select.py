@@ -66,7 +66,7 @@ def select(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
-    batch_atoms: BatchAtoms = 1000,
+    batch_atoms: BatchAtoms = None,
     seed: Seed = 0,
 ) -> None:
     """Choose the frames that are worth labelling.

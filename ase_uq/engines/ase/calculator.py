@@ -54,6 +54,7 @@ class UncertainCalculator(CalibratedCalculator):
         implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
             with uncertainties, without the extras; a list of this instance.
         every: Number of calculations from one with uncertainties to the next.
+        n_calculated: Number of calculations so far; `every` counts them. A run that goes on sets it to its step.
         uncertainty_model: The uncertainty model in use.
 
     Raises:
@@ -82,7 +83,7 @@ class UncertainCalculator(CalibratedCalculator):
         self.implemented_properties = list(self.predictor.results)
         self.every = int(every)
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)
-        self._n_calculated = 0
+        self.n_calculated = 0
         self._memory = Memory()
         if uncertainty_model.gradients and self.every == 1:
             costly = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
@@ -110,12 +111,12 @@ class UncertainCalculator(CalibratedCalculator):
         if remembered and requested <= remembered.keys():
             self.results = remembered
             return
-        wanted = bool(requested) or self._n_calculated % self.every == 0
+        wanted = bool(requested) or self.n_calculated % self.every == 0
         predicted = self.predictor.predict([atoms], uncertainties=wanted)[0].results
         # Calculating a structure again for an uncertainty does not count towards `every`, and the results that were
         # returned before are kept: a GPU need not give the same bits twice.
         if not remembered:
-            self._n_calculated += 1
+            self.n_calculated += 1
         self.results = predicted | remembered
         self._memory.keep(inputs, len(atoms), self.results)
 
@@ -123,7 +124,7 @@ class UncertainCalculator(CalibratedCalculator):
         """Forgets all results, also those of earlier structures; the next calculation includes uncertainties."""
         super().reset()
         self._memory = Memory()
-        self._n_calculated = 0
+        self.n_calculated = 0
 
     def calculation_required(self, atoms: Atoms, properties: Sequence[str]) -> bool:
         """Whether these properties cost a forward pass; False for a structure that is remembered."""

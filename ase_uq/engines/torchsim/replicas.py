@@ -19,7 +19,6 @@ from ase_uq.dynamics.actions import Event, Flag
 from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.judging import Judge, Observation, Verdict, symbols_looked_at
 from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
-from ase_uq.dynamics.structures import norms_of
 from ase_uq.engines.torchsim.model import UncertainModel
 from ase_uq.engines.torchsim.running import RunningModel, copied_rows, put_back
 from ase_uq.io.results import annotated
@@ -37,7 +36,7 @@ class Replica:
         formula: Chemical formula.
         step: Last judged step: the one at which it was halted, or the last of the run.
         time_fs: Simulated time of that step, fs; None in a relaxation.
-        reading: Reduced force uncertainty at that step, eV/Å; NaN without one.
+        reading: Reading of that step, such as the largest force uncertainty, eV/Å; NaN without one.
         halted: Whether it was halted.
         reason: Why it was halted, in words; empty if it was not.
         n_flagged: Number of steps that reached the flag level but not the halt level.
@@ -56,7 +55,7 @@ class Replica:
 class ReplicaMonitor:
     """Runs TorchSim's dynamics and relaxations, and halts each replica where the model is no longer reliable.
 
-    At every step the force uncertainties that the step has just computed are judged by the rules of
+    At every step the uncertainties that the step has just computed are judged by the rules of
     `UncertaintyMonitor`, which remember each replica separately. A replica that reaches `halt` stays where it is: until
     the run ends its rows of the state, with momenta and optimiser memory, remain those of that step, the potential no
     longer evaluates it, and a reporter no longer writes it. The others go on unaffected, with the same random numbers.
@@ -79,7 +78,8 @@ class ReplicaMonitor:
         replicas: The outcome of each system in the last run, in their order; empty before.
 
     Raises:
-        ValueError: `WatchPolicy` raises it, there is nothing to watch for, or a file cannot be written.
+        ValueError: `WatchPolicy` raises it, there is nothing to watch for, the model does not give the quantity, or a
+            file cannot be written.
         TypeError: A threshold or check has the wrong type, or both a policy and options are given.
     """
 
@@ -94,6 +94,10 @@ class ReplicaMonitor:
         self.model = model
         self.policy = as_policy(policy, **options)
         self._judge = Judge(self.policy)
+        if self.policy.rules and (key := self.policy.watched.key) not in model.predictor.results:
+            raise ValueError(
+                f"the model gives no {key}, so there is nothing to watch with quantity={self.policy.quantity!r}."
+            )
         self._keep = None if frames is None else Flag(frames)
         self._running = RunningModel(model)
         self._judges: list[Judge] = []
@@ -243,8 +247,13 @@ class ReplicaMonitor:
         for system, atoms, prediction in evaluated:
             replica, results = self._next(numbers[system], dt), prediction.results
             snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
-            verdict = self._judges[replica.number]([Observation(snapshot, norms_of(atoms, results))], replica.time_fs)
-            assert verdict is not None  # every forward pass has uncertainties
+            values = self.policy.watched.values(atoms, results)
+            verdict = self._judges[replica.number]([Observation(snapshot, values)], replica.time_fs)
+            if verdict is None:
+                raise ValueError(
+                    f"replica {replica.number} has no {self.policy.watched.key}, which is to be watched. Without a "
+                    "periodic cell there is no stress; for other quantities look at what the potential gives."
+                )
             self._note(replica, verdict)
             if verdict.level != "ok" and self._keep is not None:
                 self._keep(_event(replica, verdict, annotated(atoms, results, replica=replica.number)))
