@@ -36,7 +36,7 @@ def provenance_of(train: list[Atoms], calibration: list[Atoms]) -> dict[str, Any
         digest = hashlib.sha256("".join(sorted(digest_of(atoms) for atoms in frames)).encode()).hexdigest()
         return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
 
-    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models")
+    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
     return {"train": described(train), "calibration": described(calibration), "versions": versions}
