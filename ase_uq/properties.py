@@ -39,7 +39,7 @@ _TABLE = (
     Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
     Property(
-        "contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of the two elements in training"
+        "contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"
     ),
 )
 PROPERTIES = {entry.name: entry for entry in _TABLE}

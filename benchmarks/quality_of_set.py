@@ -3,8 +3,8 @@
     python benchmarks/quality_of_set.py ../shared/data/acac POTENTIAL.model [--committee 'MEMBERS_*.model']
                                  [--out benchmarks/results/quality_acac] [--block 5] [--tolerance 0.3]
 
-The folder holds train*.xyz (or ref*.xyz), calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the first,
-calibrated on the second, and only looked at on the others. POTENTIAL is a MACE .model file, or a SPEC.
+The folder holds train*.xyz (or ref*.xyz), calib*.xyz, test*.xyz and ood*.xyz, labelled. Everything is fitted on the
+first, calibrated on the second, and only looked at on the others. POTENTIAL is a MACE .model file, or a SPEC.
 
 The committee is judged on the errors of POTENTIAL, which should be one of its members: the standard deviation over
 the members is calibrated like everything else. What its mean would gain in accuracy stands in a line of its own.

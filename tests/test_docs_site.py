@@ -37,7 +37,7 @@ def test_the_reference_has_every_public_name_and_every_plugin(site: Path):
     reference = "".join(page.read_text(encoding="utf-8") for page in site.glob("api/*/index.html"))
     wanted = [f"{home}.{name}" if home else name for name, home in ase_uq._HOMES.items()]
     wanted += [f"methods.{name}" for name in available_methods()]
-    wanted += [f"backends.{name}" for name in ("mace", "orb", "summed", "toy")]
+    wanted += [f"backends.{name}" for name in ("mace", "orb", "sevennet", "summed", "toy")]
     assert [name for name in wanted if f'id="ase_uq.{name}' not in reference] == []
 
 

@@ -32,6 +32,7 @@ class _BuiltIn:
 _BUILT_IN = (
     _BuiltIn("mace", "mace", ("mace:PATH", "mace-mp:NAME", "mace-off:NAME", "mace-omol:NAME")),
     _BuiltIn("orb", "orb_models", ("orb:FUNCTION", "orb:FUNCTION@WEIGHTS")),
+    _BuiltIn("sevennet", "sevenn", ("sevennet:NAME", "sevennet:PATH")),
     _BuiltIn("toy", "ase_uq.backends.toy", ("toy:",)),
     _BuiltIn("summed", "ase.calculators.mixing", ()),
 )

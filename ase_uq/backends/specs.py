@@ -20,9 +20,9 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
 
     Args:
         spec: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`, `orb:FUNCTION[@WEIGHTS]`,
-            `orb:PATH.safetensors`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`, or `FILE.py:FUNCTION` or
-            `package.module:FUNCTION`, a function that returns an ASE calculator. `?head=NAME` at its end names one
-            head of a potential that has several.
+            `orb:PATH.safetensors`, `sevennet:NAME`, `sevennet:PATH`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`,
+            or `FILE.py:FUNCTION` or `package.module:FUNCTION`, a function that returns an ASE calculator. `?head=NAME`
+            at its end names one head of a potential that has several.
         device: Device, as in `load_backend`.
         dtype: Precision, as in `load_backend`.
 
@@ -110,6 +110,8 @@ def _suggestion(spec: str) -> str:
         return f"{spec}:FUNCTION"
     if spec.replace("-", "_").startswith("orb_"):
         return f"orb:{spec}"
+    if spec.lower().startswith(("7net-", "sevennet-")):
+        return f"sevennet:{spec}"
     return f"mace:{spec}"
 
 

@@ -38,7 +38,7 @@ def provenance_of(train: list[Atoms], calibration: list[Atoms], shift: EnergyShi
         digest = hashlib.sha256("".join(sorted(digest_of(atoms) for atoms in frames)).encode()).hexdigest()
         return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
 
-    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models")
+    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
     told = {} if shift is None else {"energy_shift": shift.describe()}

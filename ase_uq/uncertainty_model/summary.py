@@ -18,8 +18,8 @@ _WIDTH = 110  # characters of a line of sentences
 _A_LINE = 10  # elements; more are a table
 _CALIBRATED = 0.8, 1.25  # mean z² in which nobody needs to be told
 _FAR = (
-    "they lead to what the potential is wrong by where it knows nothing, and are more often right within a factor of two "
-    "than not; "
+    "they lead to what the potential is wrong by where it knows nothing, which is right within a factor of two more "
+    "often than not; "
 )
 _RANKS = 0.2  # rank correlation below which uncertainties hardly tell good atoms from bad ones
 _CHANCES = (0.5, 0.9, 0.99)

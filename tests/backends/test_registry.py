@@ -60,11 +60,11 @@ def test_importing_the_registry_imports_no_potential():
     )
     folder = Path(backends.__file__).parents[2]
     run = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, check=True)
-    assert not {"mace", "e3nn", "orb_models"} & set(run.stdout.split())
+    assert not {"mace", "e3nn", "orb_models", "sevenn"} & set(run.stdout.split())
 
 
 def test_available_backends():
-    assert available_backends() == ("mace", "orb", "toy")
+    assert available_backends() == ("mace", "orb", "sevennet", "toy")
 
 
 def test_a_backend_is_returned_as_it_is():
@@ -138,6 +138,8 @@ def test_dtypes_that_cannot_be_used():
     [
         ("my.model", "mace:my.model"),
         ("orb_v3_direct_20_omat", "orb:orb_v3_direct_20_omat"),
+        ("7net-0", "sevennet:7net-0"),
+        ("SevenNet-0_22May2024", "sevennet:SevenNet-0_22May2024"),
         ("orb-direct", "embedded:orb-direct"),
         ("mace", "embedded:mace"),
         ("my.py", "my.py:FUNCTION"),
@@ -229,7 +231,8 @@ def test_function_of_a_module():
 
 
 @pytest.mark.parametrize(
-    ("name", "package", "spec"), [("mace", "mace", "mace:x.model"), ("orb", "orb_models", "orb:x")]
+    ("name", "package", "spec"),
+    [("mace", "mace", "mace:x.model"), ("orb", "orb_models", "orb:x"), ("sevennet", "sevenn", "sevennet:7net-0")],
 )
 def test_missing_package(name: str, package: str, spec: str, monkeypatch: pytest.MonkeyPatch):
     _forget(f"ase_uq.backends.{name}", monkeypatch)
@@ -262,7 +265,7 @@ class TestPlugins:
         assert load_backend("plugin:").name == "plugin"
 
     def test_calculator_that_no_plugin_takes(self, plugin: str):
-        with pytest.raises(TypeError, match=r"no backend knows EMT .* Backends here: mace, orb, plugin, toy"):
+        with pytest.raises(TypeError, match=r"no backend knows EMT .* Backends here: mace, orb, plugin, sevennet, toy"):
             load_backend(EMT())
 
     def test_missing_package(self, plugin: str, tmp_path: Path):
