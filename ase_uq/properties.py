@@ -38,9 +38,7 @@ _TABLE = (
     Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
     Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
-    Property(
-        "contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"
-    ),
+    Property("contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"),
 )
 PROPERTIES = {entry.name: entry for entry in _TABLE}
 STANDARD = ("energy", "free_energy", "energies", "forces", "stress")

@@ -89,9 +89,11 @@ def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residual
     total = 0.0
     for k in range(_FOLDS):
         left_out = residuals.only(fold == k)
-        rows = (left_out.scores, left_out.limits, left_out.numbers)
-        tensors = (None if values is None else torch.from_numpy(values) for values in rows)
-        variance = fit(residuals.only(fold != k)).variance(*tensors).numpy()
+        limit, numbers = (
+            None if rows is None else torch.from_numpy(rows) for rows in (left_out.limits, left_out.numbers)
+        )
+        calibrator = fit(residuals.only(fold != k))
+        variance = calibrator.variance(torch.from_numpy(left_out.scores), limit, numbers).numpy()
         total += mean_nll(variance, left_out) * len(left_out.squares)
     return total / len(residuals.squares)
 

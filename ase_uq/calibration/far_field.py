@@ -163,8 +163,12 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
     shares = np.exp(found.x[2:] - found.x[2:].max())
     slopes = np.zeros(len(near))
     slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / span
-    slopes, near, far, floors = (tuple(values.tolist()) for values in (slopes, near, far, floors))
-    calibrator = FarFieldCalibrator(start + float(found.x[0]), slopes, near, far, limit, floors)
+    columns = {"slopes": slopes, "near": near, "far": far, "floors": floors}
+    calibrator = FarFieldCalibrator(
+        constant=start + float(found.x[0]),
+        limit=limit,
+        **{name: tuple(values.tolist()) for name, values in columns.items()},
+    )
     return replace(calibrator, elements=_offsets(calibrator, residuals))
 
 

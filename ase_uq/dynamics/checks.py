@@ -34,12 +34,15 @@ class Snapshot:
         energy: Energy, eV; None if unknown.
         forces: (n_atoms, 3) forces, eV/Å; None if unknown.
         time: Simulated time, fs; None if there is none, as in an optimiser.
+        contact: (n_atoms,) distance of each atom's closest neighbour, as a share of the shortest distance of the two
+            elements in the training frames; None if unknown.
     """
 
     atoms: Atoms
     energy: float | None
     forces: np.ndarray | None
     time: float | None
+    contact: np.ndarray | None = None
 
 
 class Check(ABC):

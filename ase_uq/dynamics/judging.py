@@ -13,6 +13,7 @@ from ase_uq.dynamics.checks import Snapshot
 from ase_uq.dynamics.policy import Watch, WatchPolicy, as_checks
 from ase_uq.dynamics.quantities import QUANTITIES, Quantity
 from ase_uq.dynamics.rules import Level
+from ase_uq.dynamics.structures import too_close
 from ase_uq.thresholds.reduction import Reduction
 
 _RANKS: dict[Level, int] = {"ok": 0, "flag": 1, "halt": 2}
@@ -268,13 +269,15 @@ def _reason(level: Level, watch: Watch, quantity: Quantity, observation: Observa
         f"{observation}{quantity.meaning}{kind} {quantity.number(reading, unit)} reached {level} at "
         f"{quantity.number(watch.rule.threshold, unit)} by {watch.asked}"
     )
-    if not quantity.per_atom:
-        return text
     atoms = observation.snapshot.atoms
+    closest = too_close(atoms, observation.snapshot.contact)
+    closest = f"; {closest}" if closest else ""
+    if not quantity.per_atom:
+        return text + closest
     chosen = _looked_at(watch.reduction, atoms)
     worst = chosen[np.argmax(observation.values[chosen])]
     value = quantity.number(float(observation.values[worst]), unit)
-    return f"{text}; worst atom {worst} ({atoms.symbols[worst]}, {value})"
+    return f"{text}; worst atom {worst} ({atoms.symbols[worst]}, {value}){closest}"
 
 
 def _name(watch: Watch) -> str:

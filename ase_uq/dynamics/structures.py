@@ -70,3 +70,25 @@ def results_of(structure: Structure) -> Mapping[str, Any] | None:
         calculator.get_property("forces", atoms)
         return calculator.results
     return None
+
+
+def too_close(atoms: Atoms, contact: np.ndarray | None) -> str:
+    """The pair that is closest compared with the training frames, in words; empty if none is closer than there.
+
+    Args:
+        atoms: The structure.
+        contact: (n_atoms,) distance of each atom's closest neighbour, as a share of the shortest distance of the two
+            elements in the training frames; None if unknown.
+    """
+    if contact is None or not (contact < 1).any():
+        return ""
+    atom = int(np.nanargmin(contact))
+    # The share is the smallest of all, so it is that of both atoms of the pair.
+    partners = np.nonzero(np.isclose(contact, contact[atom], rtol=1e-4))[0]
+    partners = partners[partners != atom]
+    if not len(partners):
+        return f"{atoms.symbols[atom]} is at {contact[atom]:.2f} of the shortest distance of training from its own image"
+    distances = atoms.get_distances(atom, partners, mic=bool(atoms.pbc.any()))
+    partner, distance = partners[np.argmin(distances)], float(distances.min())
+    pair = "-".join(sorted((atoms.symbols[atom], atoms.symbols[partner])))
+    return f"{pair} {distance:.2f} A, training never below {distance / contact[atom]:.2f}"

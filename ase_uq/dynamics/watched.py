@@ -138,7 +138,8 @@ class WatchedCalculator(Calculator):
         if symbols != self._symbols:
             self._settle(symbols)
             self._symbols = symbols
-        snapshot = Snapshot(atoms, self.results.get("energy"), self.results.get("forces"), None)
+        energy, forces, contact = (self.results.get(key) for key in ("energy", "forces", "contact"))
+        snapshot = Snapshot(atoms, energy, forces, None, contact)
         values = self.policy.watched.values(atoms, self.results) if self.policy.reads else None
         verdict = self._judge([Observation(snapshot, values)], None)
         if verdict is None:

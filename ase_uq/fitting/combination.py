@@ -21,9 +21,10 @@ from ase_uq.uncertainty_model.combination import (
     Combination,
     CombinationFeatures,
     CombinationInputs,
+    Fade,
     bounded,
     corrections_of_methods,
-    fade,
+    floored,
 )
 from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
@@ -70,8 +71,8 @@ def fit_combination(
     corrections = corrections_of_methods(features, inputs.others)
     ensemble, predicted = _residual_model(training, calibration, title)
     corrections[RESIDUAL] = bounded(predicted)
-    reach = max(float(np.quantile(features.way.cpu().numpy(), _REACH_QUANTILE)), _SMALLEST_REACH)
-    faded = fade(features.way, reach).expand_as(features.base)
+    fade = _fade(inputs.span, features)
+    faded = fade(features).expand_as(features.base)
     table = {name: (faded * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
@@ -89,9 +90,18 @@ def fit_combination(
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(inputs, reach, kept, constant if weights else 0.0, weights, likelihoods)
-    variance = np.exp(rows.log_variance(list(weights), combination.constant, np.array(list(weights.values()))))
-    return Fitted(combination, variance)
+    combination = Combination(
+        inputs, fade, floor := float(features.base.min()), kept, constant if weights else 0.0, weights, likelihoods
+    )
+    corrected = rows.log_variance(list(weights), combination.constant, np.array(list(weights.values())))
+    variance = floored(torch.from_numpy(corrected), features.base.cpu(), floor).exp()
+    return Fitted(combination, variance.numpy())
+
+
+def _fade(span: float, features: CombinationFeatures) -> Fade:
+    fade = Fade(float(features.field.mean()), span)
+    reach = float(np.quantile(fade.way(features).cpu().numpy(), _REACH_QUANTILE))
+    return replace(fade, reach=max(reach, _SMALLEST_REACH))
 
 
 def _is_earned(gains: np.ndarray) -> bool:
@@ -327,7 +337,7 @@ def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Co
 
     `like` has the widths and the device of the features.
     """
-    parts = ("base", "way", "network_inputs")
+    parts = ("base", "way", "field", "network_inputs")
     widths = [*(getattr(like, part).shape[1] for part in parts), like.base.shape[1], 1]
     flat = None
     if rows is not None:
@@ -338,6 +348,6 @@ def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Co
     if flat is None:
         return None
     flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
-    base, way, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
-    features = CombinationFeatures(base, way, base.new_zeros((*base.shape, 0)), inputs)
+    base, way, field, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
+    features = CombinationFeatures(base, way, field, base.new_zeros((*base.shape, 0)), inputs)
     return features, squares, frames[:, 0].long()

@@ -94,7 +94,7 @@ def know_nothing(
     train: Sequence[Atoms],
     shortest: torch.Tensor,
     *,
-    batch_atoms: int,
+    batch_atoms: int | None,
     title: str = "",
 ) -> KnowNothing | None:
     """Rattles training frames until the potential knows nothing of them; None if no frame has neighbours.
@@ -104,7 +104,7 @@ def know_nothing(
         heads: Fitted heads by name; those whose scores grow are read.
         train: Training frames.
         shortest: Shortest distances of the pairs of the training frames' elements, as of `ShortestDistances`.
-        batch_atoms: Largest number of atoms evaluated together.
+        batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         title: Title of the progress bar; empty for none.
 
     Raises:
@@ -155,7 +155,7 @@ def _evaluated[T](
     backend: Backend,
     frames: Sequence[Atoms],
     use: Callable[[ForwardPass], T],
-    batch_atoms: int,
+    batch_atoms: int | None,
     *,
     gradients: bool = False,
 ) -> list[T]:

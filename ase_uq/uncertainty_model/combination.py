@@ -13,7 +13,10 @@ methods without additional passes come first). It ends where the potential knows
 
 and are bounded, |t_k| ≤ 2. They fade with the way, and vanish twice as far out as the calibration frames reach, ρ:
 likelihood on frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere, and
-what a network answers out there means nothing.
+what a network answers out there means nothing. The way is that of the atom or that of the sites in its receptive field,
+whichever is longer: an atom deep in a slab looks like one of the bulk, but its surroundings do not. Nor do corrections
+lower log σ² below the smallest A of a calibration atom: the errors of perfect crystals vanish by symmetry, not because
+they are known so well.
 
 The likelihood of left-out calibration frames decides which corrections are kept. Networks are trained on training and
 calibration frames by cross-fitting: the prediction for a calibration frame comes from a network that has not seen it.
@@ -21,7 +24,7 @@ Each network leaves out the same share of both sets.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -38,6 +41,7 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
+_SHORTEST_SPAN = 0.7  # as in the calibrator
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
 RESIDUAL = "residual"  # name of the correction by networks
 
@@ -49,12 +53,14 @@ class CombinationFeatures:
     Args:
         base: (n_atoms, n_components) log σ² of the anchor.
         way: (n_atoms, n_components) t of the anchor: 0 at the calibration frames, 1 where nothing is known.
+        field: (n_atoms, 1) logarithm of the mean distance of the anchor over the receptive field.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
         network_inputs: (n_atoms, n_inputs) inputs of the networks.
     """
 
     base: Tensor
     way: Tensor
+    field: Tensor
     others: Tensor
     network_inputs: Tensor
 
@@ -82,10 +88,19 @@ class CombinationInputs:
     elements: tuple[int, ...]
     methods: Mapping[str, FittedMethod]
 
-    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> CombinationFeatures:
-        """The features of a batch, which must have forces; `limit` is σ∞² of `FarField`."""
+    @property
+    def span(self) -> float:
+        """Logarithm of how much the distance of the anchor grows from the calibration frames to the far end."""
+        return max(self._far_field.far[0] - self._far_field.near[0], _SHORTEST_SPAN)
+
+    @property
+    def _far_field(self) -> FarFieldCalibrator:
         calibrator = self.methods[self.anchor].calibrators["forces"]
         assert isinstance(calibrator, FarFieldCalibrator)
+        return calibrator
+
+    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> CombinationFeatures:
+        """The features of a batch, which must have forces; `limit` is σ∞² of `FarField`."""
         base = self.log_variance(self.anchor, forward_pass, raws, limit)
         others = [
             self.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base) for name in self.others
@@ -93,7 +108,8 @@ class CombinationInputs:
         views = views_of(forward_pass, raws[self.anchor])
         return CombinationFeatures(
             base=base,
-            way=calibrator.way(raws[self.anchor].forces),
+            way=self._far_field.way(raws[self.anchor].forces),
+            field=views[:, -1:],
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
             network_inputs=network_inputs(
                 forward_pass, views, self.elements, [raws[name].distance for name in self.distances]
@@ -147,12 +163,41 @@ def network_inputs(
     return torch.cat(columns, 1)
 
 
+@dataclass(frozen=True)
+class Fade:
+    """The share of the corrections that counts: 1 at the calibration frames, 0 at twice their reach or the far end.
+
+    Args:
+        centre: Mean of the `field` of the calibration atoms.
+        span: Logarithm of how much the distance grows from there to where nothing is known.
+        reach: ρ, the way that the calibration atoms reach.
+    """
+
+    centre: float
+    span: float
+    reach: float = 1.0
+
+    def way(self, features: CombinationFeatures) -> Tensor:
+        """(n_atoms, n_components) the longer way, of the atom or of its receptive field."""
+        return torch.maximum(features.way, (features.field - self.centre) / self.span)
+
+    def __call__(self, features: CombinationFeatures) -> Tensor:
+        """(n_atoms, n_components) f."""
+        return (1 - self.way(features) / self.end).clamp(0, 1)
+
+    @property
+    def end(self) -> float:
+        """The way at which no correction is left."""
+        return min(2 * self.reach, 1.0)
+
+
 class Combination(torch.nn.Module):
     """The fitted estimator of force uncertainties.
 
     Args:
         inputs: How features are read from a batch.
-        reach: ρ, t that the calibration atoms reach.
+        fade: Where corrections count.
+        floor: Smallest log σ² of the anchor among the calibration atoms; corrections do not lead below it.
         ensemble: Networks of the residual model, or None if it was not kept.
         constant: c.
         weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
@@ -162,7 +207,8 @@ class Combination(torch.nn.Module):
     def __init__(
         self,
         inputs: CombinationInputs,
-        reach: float,
+        fade: Fade,
+        floor: float,
         ensemble: MLPEnsemble | None,
         constant: float,
         weights: dict[str, float],
@@ -170,7 +216,8 @@ class Combination(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.inputs = inputs
-        self.reach = reach
+        self.fade = fade
+        self.floor = floor
         self.ensemble = ensemble
         self.constant = constant
         self.weights = weights
@@ -185,7 +232,8 @@ class Combination(torch.nn.Module):
             "others": list(self.inputs.others),
             "distances": list(self.inputs.distances),
             "elements": list(self.inputs.elements),
-            "reach": self.reach,
+            "fade": asdict(self.fade),
+            "floor": self.floor,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -206,7 +254,8 @@ class Combination(torch.nn.Module):
         )
         return cls(
             inputs,
-            settings["reach"],
+            Fade(**settings["fade"]),
+            settings["floor"],
             ensemble_of(settings, tensors),
             settings["constant"],
             settings["weights"],
@@ -220,20 +269,20 @@ class Combination(torch.nn.Module):
         if self.ensemble is not None:
             corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
-        return (features.base + fade(features.way, self.reach) * total).exp()
+        return floored(features.base + self.fade(features) * total, features.base, self.floor).exp()
 
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""
         kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
         inside = f"{self.inputs.anchor} + f·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
         tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
-        inside += f", f from 1 to 0 at t = {min(2 * self.reach, 1):.2f}" if kept else ""
+        inside += f", f from 1 to 0 at t = {self.fade.end:.2f}" if kept else ""
         return [f"log σ² = {inside}", f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}"]
 
 
-def fade(way: Tensor, reach: float) -> Tensor:
-    """Share of the corrections that counts: 1 at the calibration frames, 0 at twice their reach or at the far end."""
-    return (1 - way / min(2 * reach, 1.0)).clamp(0, 1)
+def floored(log_variance: Tensor, base: Tensor, floor: float) -> Tensor:
+    """Corrected log σ², at least `floor`, or the anchor's `base` where that is lower still."""
+    return torch.maximum(log_variance, base.clamp(max=floor))
 
 
 def ensemble_of(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> MLPEnsemble | None:

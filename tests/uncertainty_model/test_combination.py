@@ -28,7 +28,8 @@ from ase_uq.uncertainty_model.combination import (
     Combination,
     CombinationFeatures,
     CombinationInputs,
-    fade,
+    Fade,
+    floored,
 )
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
@@ -38,6 +39,8 @@ QUICK = Training(hidden=(8,), learning_rate=1e-2, batch=128, max_epochs=5, patie
 
 class Given(CombinationInputs):
     """A view of batches that are scenes already."""
+
+    span = 5.0  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
     def features(self, forward_pass: Any, raws: Any, limit: Any) -> CombinationFeatures:
         return forward_pass
@@ -82,6 +85,7 @@ class World:
         features = CombinationFeatures(
             base=torch.tensor(base),
             way=torch.tensor(random.uniform(-0.2, 0.3, shape)),
+            field=torch.tensor(random.uniform(-1, 1.5, (n, 1))),
             others=torch.tensor(np.stack(others, 2) if others else np.zeros((*shape, 0))),
             network_inputs=torch.tensor(network_inputs),
         )
@@ -283,23 +287,40 @@ class TestOutOfFold:
         assert RESIDUAL in combination.weights
         _, seen = fitting._residual_model(None, rows, "")
         correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
-        expected = (rows[0].base + fade(rows[0].way, combination.reach) * correction).exp()
+        expected = (rows[0].base + combination.fade(rows[0]) * correction).clamp(min=combination.floor).exp()
         np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
         assert not np.allclose(fitted.variance, combination(rows[0], {}, None))
 
 
 class TestFade:
+    def at(self, way: list[float], field: float | list[float]) -> CombinationFeatures:
+        column = torch.tensor(way, dtype=torch.float64)[:, None]
+        fields = torch.as_tensor(field, dtype=torch.float64).expand(len(way))[:, None]
+        return CombinationFeatures(column, column, fields, column[:, :0, None], column[:, :0])
+
     def test_is_whole_near_and_nothing_at_twice_the_reach(self):
-        way = torch.tensor([-0.5, 0.0, 0.1, 0.2, 0.4, 0.41, 1.0], dtype=torch.float64)
-        np.testing.assert_allclose(fade(way, 0.2), [1, 1, 0.75, 0.5, 0, 0, 0], atol=1e-12)
+        found = Fade(0.0, 5.0, 0.2)(self.at([-0.5, 0.0, 0.1, 0.2, 0.4, 0.41, 1.0], -1.0))
+        np.testing.assert_allclose(found[:, 0], [1, 1, 0.75, 0.5, 0, 0, 0], atol=1e-12)
+
+    def test_is_that_of_the_receptive_field_where_that_is_farther_out(self):
+        found = Fade(2.0, 5.0, 0.2)(self.at([-0.5, -0.5, -0.5, 0.3], [2.0, 2.5, 9.0, 2.0]))
+        np.testing.assert_allclose(found[:, 0], [1, 0.75, 0, 0.25], atol=1e-12)
 
     def test_is_nothing_where_nothing_is_known_however_far_calibration_frames_reach(self):
-        assert float(fade(torch.tensor([1.0], dtype=torch.float64), 0.9)) == 0
+        assert float(Fade(0.0, 5.0, 0.9)(self.at([1.0], 0.0))) == 0
 
     def test_reach_is_that_of_the_calibration_atoms(self):
-        rows = World(1.5).rows(0)
-        combination = fit_combination(World().inputs, None, rows).combination
-        assert combination.reach == pytest.approx(np.quantile(rows[0].way, 0.99))
+        features = World(1.5).rows(0)[0]
+        found = fit_combination(World().inputs, None, World(1.5).rows(0)).combination.fade
+        assert found.centre == pytest.approx(float(features.field.mean()))
+        way = np.maximum(features.way.numpy(), (features.field.numpy() - found.centre) / 5.0)
+        assert found.reach == pytest.approx(np.quantile(way, 0.99))
+
+
+def test_corrections_lead_to_no_less_than_the_smallest_of_the_anchor():
+    base = torch.tensor([-6.0, -4.0, -9.0])
+    torch.testing.assert_close(floored(base - 1.5, base, -6.0), torch.tensor([-6.0, -5.5, -9.0]))
+    torch.testing.assert_close(floored(base + 1.5, base, -6.0), base + 1.5)
 
 
 class TestFarAway:
@@ -312,7 +333,7 @@ class TestFarAway:
         ensemble = wild.ensemble or fitting._residual_model(None, World(1.5).rows(0), "")[0]
         ensemble.weights *= 100
         weights = {"knows": 0.9, RESIDUAL: 1.4}
-        return Combination(combination.inputs, combination.reach, ensemble, 0.3, weights, {})
+        return Combination(combination.inputs, combination.fade, -99.0, ensemble, 0.3, weights, {})
 
     def test_the_anchor_is_all_there_is(self, combination: Combination):
         features = World(1.5, others=(("knows", 5.0, 3.0),)).rows(3)[0]
@@ -322,9 +343,9 @@ class TestFarAway:
 
     def test_corrections_fade_in_proportion(self, combination: Combination):
         features = World(1.5, others=(("knows", 1.0, 0.3),)).rows(3)[0]
-        whole = replace(features, way=torch.zeros_like(features.way))
+        whole = replace(features, way=torch.zeros_like(features.way), field=torch.zeros_like(features.field) - 9)
         found, full = (combination(f, {}, None).log() - f.base for f in (features, whole))
-        torch.testing.assert_close(found, fade(features.way, combination.reach) * full, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(found, combination.fade(features) * full, rtol=1e-9, atol=1e-12)
 
     def test_corrections_are_bounded_everywhere(self, combination: Combination):
         features = World(1.5, others=(("knows", 50.0, 30.0),)).rows(3)[0]
@@ -359,7 +380,7 @@ class TestSameBits:
 
     def test_without_networks_too(self):
         found = self.world.fit().combination
-        combination = Combination(found.inputs, 0.3, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
+        combination = Combination(found.inputs, found.fade, -99.0, None, 0.1, {"knows": 0.5}, {"anchor": 1.0})
         again = Combination.load(json.loads(json.dumps(combination.settings)), dict(_state(combination)), {})
         assert again.ensemble is None
         assert again.weights == {"knows": 0.5}
@@ -397,7 +418,7 @@ class TestSameBits:
         """Everything kept, however little it helps."""
         ensemble = fitting._residual_model(None, self.world.rows(0), "")[0]
         weights = {"knows": 0.7, "more": 0.2, RESIDUAL: 0.4}
-        return Combination(combination.inputs, combination.reach, ensemble, 0.1, weights, combination.likelihoods)
+        return Combination(combination.inputs, combination.fade, -99.0, ensemble, 0.1, weights, combination.likelihoods)
 
 
 class TestView:

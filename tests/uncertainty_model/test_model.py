@@ -91,7 +91,7 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
     ).network_inputs.shape[1]
     ensemble = _networks(n_inputs)
     weights = {"mahalanobis": 0.3, RESIDUAL: 0.6}
-    kept = Combination(found.inputs, 0.3, ensemble, -0.1, weights, found.likelihoods)
+    kept = Combination(found.inputs, found.fade, -99.0, ensemble, -0.1, weights, found.likelihoods)
     return dataclasses.replace(model, combination=kept)
 
 
@@ -138,7 +138,7 @@ class TestCombination:
     def test_without_networks_too(self, several: UncertaintyModel, potential: ToyCalculator, tmp_path: Path):
         found = several.combination
         assert found is not None
-        plain = Combination(found.inputs, 0.3, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
+        plain = Combination(found.inputs, found.fade, -99.0, None, 0.1, {"mahalanobis": 0.4}, found.likelihoods)
         model = dataclasses.replace(several, combination=plain)
         model.save(tmp_path / "a")
         batch = forward_pass_of(load_backend(potential), labelled_frames(6, seed=3))

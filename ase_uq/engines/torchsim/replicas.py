@@ -246,7 +246,8 @@ class ReplicaMonitor:
         evaluated = zip(self._running.systems, self._with_motion(state), self._running.predictions, strict=True)
         for system, atoms, prediction in evaluated:
             replica, results = self._next(numbers[system], dt), prediction.results
-            snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs)
+            contact = results.get("contact")
+            snapshot = Snapshot(atoms, results["energy"], results["forces"], replica.time_fs, contact)
             values = self.policy.watched.values(atoms, results)
             verdict = self._judges[replica.number]([Observation(snapshot, values)], replica.time_fs)
             if verdict is None:
