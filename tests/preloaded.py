@@ -65,10 +65,6 @@ def bin() -> Iterator[Path]:
 def serve(address: str) -> None:
     for module in MODULES:
         importlib.import_module(module)
-    import e3nn  # after mace, which patches it
-
-    # Every command builds its potential; compiling it pays only in longer runs than those of the pages.
-    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
     gc.freeze()  # a collection in a child would copy every page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
     with socket.socket(socket.AF_UNIX) as here:
