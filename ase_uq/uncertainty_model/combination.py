@@ -183,7 +183,7 @@ class Fade:
 
     def __call__(self, features: CombinationFeatures) -> Tensor:
         """(n_atoms, n_components) f."""
-        return (1 - self.way(features).abs() / self.end).clamp(0, 1)
+        return (1 - self.way(features) / self.end).clamp(0, 1)
 
     @property
     def end(self) -> float:
