@@ -1,5 +1,6 @@
 """From labelled frames to an uncertainty model: fit on training frames, calibrate on held-out frames."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 def fit(
-    calculator: BaseCalculator | Backend | str,
+    calculator: BaseCalculator | Backend | str | os.PathLike[str],
     train: Frames,
     calibration: Frames,
     *,
@@ -41,7 +42,7 @@ def fit(
     """Fits an uncertainty model to a potential.
 
     Args:
-        calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
+        calculator: The potential: an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
         train: Path or list of frames the potential was trained on, or of frames like them. Each needs a reference
             energy or forces; direct force heads need forces.
         calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
