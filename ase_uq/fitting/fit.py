@@ -21,6 +21,7 @@ from ase_uq.fitting.checks import (
 from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
+from ase_uq.io.labels import labels_of
 from ase_uq.methods import available_methods, make_method
 from ase_uq.methods.base import Method
 from ase_uq.stream.labelled import LabelledStream
@@ -43,8 +44,8 @@ def fit(
 
     Args:
         calculator: The potential: an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
-        train: Path or list of frames the potential was trained on, or of frames like them. Each needs a reference
-            energy or forces; direct force heads need forces.
+        train: Path or list of frames the potential was trained on, or of frames like them. Methods that learn
+            from errors (`pdrum`, `pops`) need a reference energy or forces of each; direct force heads need forces.
         calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
             uncertainties. Keep the frames of a trajectory in their order; if there are several runs,
             `info["run"]` names the run of each frame.
@@ -84,7 +85,10 @@ def fit(
     perturbed_frames = (
         None if perturbed is None else without_isolated_atoms(read_frames(perturbed, name="perturbed frames"))
     )
-    check_labelled(backend, "training", train_frames, label_keys, forces=False)
+    # Without labels in either set, their names are wrong.
+    calibrates = bool(calibration_frames) and labels_of(calibration_frames[0], label_keys).forces is not None
+    needed_by = [method.name for method in makers if method.labels] if calibrates else None
+    check_labelled(backend, "training", train_frames, label_keys, forces=False, needed_by=needed_by)
     check_labelled(backend, "calibration", calibration_frames, label_keys, forces=True)
     refuse_overlap(train_frames, calibration_frames)
     if perturbed_frames is not None:
