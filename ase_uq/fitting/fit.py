@@ -30,8 +30,8 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 def fit(
     calculator: BaseCalculator | Backend | str | os.PathLike[str],
-    train: Frames,
-    calibration: Frames,
+    train: Frames | Sequence[str | os.PathLike[str]],
+    calibration: Frames | Sequence[str | os.PathLike[str]],
     *,
     perturbed: Frames | None = None,
     methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
@@ -44,9 +44,10 @@ def fit(
 
     Args:
         calculator: The potential: an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
-        train: Path or list of frames the potential was trained on, or of frames like them. Methods that learn
-            from errors (`pdrum`, `pops`) need a reference energy or forces of each; direct force heads need forces.
-        calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
+        train: Path (or several, or parts such as `run.xyz@:100`) or list of frames the potential was trained on, or of
+            frames like them. Methods that learn from errors (`pdrum`, `pops`) need a reference energy or forces of
+            each; direct force heads need forces.
+        calibration: Likewise frames the potential was *not* trained on, with forces. They set the scale of the
             uncertainties. Keep the frames of a trajectory in their order; if there are several runs,
             `info["run"]` names the run of each frame.
         perturbed: Deliberately bad frames with forces, such as those of `perturb_frames`. Nothing is fitted to them or
