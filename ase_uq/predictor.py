@@ -25,8 +25,8 @@ class Predictor:
     """Means and uncertainties of structures from one forward pass.
 
     Args:
-        backend: The potential.
-        uncertainty_model: The uncertainty model that was fitted for this potential.
+        backend: The potential: a backend, an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
+        uncertainty_model: The uncertainty model that was fitted for this potential, or the path of its file.
         interval: Confidence in (0, 1) of `forces_interval`, a bound of the norm of each atom's force error; None
             leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
 
@@ -35,7 +35,15 @@ class Predictor:
         ValueError: The calibration data cannot support the interval.
     """
 
-    def __init__(self, backend: Backend, uncertainty_model: UncertaintyModel, interval: float | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend | BaseCalculator | str | os.PathLike[str],
+        uncertainty_model: UncertaintyModel | str | os.PathLike[str],
+        interval: float | None = None,
+    ) -> None:
+        if not isinstance(uncertainty_model, UncertaintyModel):
+            uncertainty_model = UncertaintyModel.load(uncertainty_model)
+        backend = load_backend(backend)
         warning = backend.check_identity(uncertainty_model.identity)
         if warning:
             warnings.warn(warning, UQWarning, stacklevel=3)
@@ -127,13 +135,13 @@ class Predictor:
 
 
 def as_predictor(
-    calculator: BaseCalculator | Predictor | Backend | str,
+    calculator: BaseCalculator | Predictor | Backend | str | os.PathLike[str],
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None,
 ) -> Predictor:
     """The predictor of an `UncertainCalculator`, or of a bare potential and its uncertainty model.
 
     Args:
-        calculator: A calculator, a SPEC, or a predictor, which is returned as it is.
+        calculator: A calculator, a SPEC, the path of a `.model` file, or a predictor, which is returned as it is.
         uncertainty_model: For a bare potential, an uncertainty model or the path of its file; None for an
             `UncertainCalculator`.
 
@@ -151,13 +159,12 @@ def as_predictor(
         return predictor
     assert not isinstance(calculator, Predictor)
     if uncertainty_model is None:
+        named = calculator if isinstance(calculator, str | os.PathLike) else type(calculator).__name__
         raise TypeError(
-            f"{calculator if isinstance(calculator, str) else type(calculator).__name__} is a bare potential: give "
+            f"{named} is a bare potential: give "
             "the uncertainty_model that `fit` made for it, or an UncertainCalculator."
         )
-    if not isinstance(uncertainty_model, UncertaintyModel):
-        uncertainty_model = UncertaintyModel.load(uncertainty_model)
-    return Predictor(load_backend(calculator), uncertainty_model)
+    return Predictor(calculator, uncertainty_model)
 
 
 def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> list[Prediction]:

@@ -1,6 +1,7 @@
 """The one road from structures to numbers."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -244,3 +245,14 @@ def test_a_structure_at_which_the_package_fails_is_named(poisoned: Predictor, fr
         poisoned.predict(frames, first=10)
     found = poisoned.outcomes(frames)
     assert [isinstance(one, Prediction) for one in found] == [number != 3 for number in range(len(frames))]
+
+
+@pytest.mark.parametrize("make", [lambda: "toy:", ToyCalculator, lambda: load_backend("toy:")])
+def test_it_takes_what_all_others_take(make, tmp_path: Path):
+    frames = labelled_frames(20, seed=1), labelled_frames(20, seed=2)
+    model = fit(make(), *frames, methods=["bll"], progress=False)
+    model.save(tmp_path / "toy.uq.safetensors")
+    expected = Predictor(load_backend("toy:"), model).predict(frames[0][:1])[0]
+    for given in (model, tmp_path / "toy.uq.safetensors", str(tmp_path / "toy.uq.safetensors")):
+        (found,) = Predictor(make(), given).predict(frames[0][:1])
+        np.testing.assert_allclose(found["forces_uncertainty"], expected["forces_uncertainty"])

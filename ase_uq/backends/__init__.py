@@ -6,6 +6,7 @@ that define its classes, a SPEC by its prefix. Third parties add backends throug
 `accepts`, `wrap` and `load`.
 """
 
+import os
 from typing import TYPE_CHECKING
 
 from ase_uq.backends.registry import available_backends, broken_plugins, find_module
@@ -18,12 +19,15 @@ if TYPE_CHECKING:
 __all__ = ["available_backends", "load_backend"]
 
 
-def load_backend(calculator: "BaseCalculator | str | Backend", *, device: str = "", dtype: str = "") -> "Backend":
+def load_backend(
+    calculator: "BaseCalculator | str | os.PathLike[str] | Backend", *, device: str = "", dtype: str = ""
+) -> "Backend":
     """The backend of a calculator, or of the calculator that a SPEC names.
 
     Args:
         calculator: An ASE calculator (`MACECalculator`, `ORBCalculator`, a `SumCalculator` of one of them and
-            corrections, or one that an installed plugin knows), a SPEC, or a backend, which is returned unchanged.
+            corrections, or one that an installed plugin knows), a SPEC, the path of a `.model` file, or a backend,
+            which is returned unchanged.
         device: Device for a SPEC, for example `cpu` or `cuda:1`; if empty, a GPU if there is one.
         dtype: Precision for a SPEC, `float32` or `float64`; if empty, the default of the package.
 
@@ -35,8 +39,8 @@ def load_backend(calculator: "BaseCalculator | str | Backend", *, device: str = 
     from ase_uq.backends.base import Backend
     from ase_uq.backends.specs import calculator_from_spec
 
-    if isinstance(calculator, str):
-        calculator = calculator_from_spec(calculator, device=device, dtype=dtype)
+    if isinstance(calculator, str | os.PathLike):
+        calculator = calculator_from_spec(os.fspath(calculator), device=device, dtype=dtype)
     elif device or dtype:
         raise ValueError(
             f"device={device!r} and dtype={dtype!r} go with a SPEC; {type(calculator).__name__} already has its own. "

@@ -22,7 +22,8 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
         spec: `mace:PATH`, `mace-mp:NAME`, `mace-off:NAME`, `mace-omol:NAME`, `orb:FUNCTION[@WEIGHTS]`,
             `orb:PATH.safetensors`, `sevennet:NAME`, `sevennet:PATH`, `toy:`, `embedded:NAME`, a plugin's `PREFIX:...`,
             or `FILE.py:FUNCTION` or `package.module:FUNCTION`, a function that returns an ASE calculator. `?head=NAME`
-            at its end names one head of a potential that has several.
+            at its end names one head of a potential that has several. The path of a `.model` file alone is that of a
+            MACE.
         device: Device, as in `load_backend`.
         dtype: Precision, as in `load_backend`.
 
@@ -36,8 +37,10 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
     asked = {"device": device, "dtype": dtype, "head": head}
     device, dtype = _checked_device(device), _checked_dtype(dtype)
     prefix, colon, target = spec.partition(":")
+    if not colon and spec.endswith(".model") and Path(spec).is_file():
+        prefix, colon, target = "mace", ":", spec
     if not colon:
-        raise ValueError(f"{spec!r} has no colon. A SPEC is PREFIX:TARGET, for example {_suggestion(spec)!r}.")
+        raise ValueError(f"{spec!r} has no colon. A SPEC is PREFIX:TARGET, for example '{_suggestion(spec)}'.")
     if prefix == "embedded":
         prefix, target = _embedded(target)
     known = loaders()
@@ -108,6 +111,8 @@ def _suggestion(spec: str) -> str:
         return f"embedded:{spec}"
     if spec.endswith(".py"):
         return f"{spec}:FUNCTION"
+    if spec.endswith(".safetensors"):
+        return f"mace:{spec}' or 'orb:{spec}"
     if spec.replace("-", "_").startswith("orb_"):
         return f"orb:{spec}"
     if spec.lower().startswith(("7net-", "sevennet-")):

@@ -1,7 +1,7 @@
 """Checks the frames of a fit before it begins."""
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from ase import Atoms
@@ -25,9 +25,24 @@ def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
 
 
 def check_labelled(
-    backend: Backend, what: str, frames: list[Atoms], keys: tuple[str, str, str] | None, *, forces: bool
+    backend: Backend,
+    what: str,
+    frames: list[Atoms],
+    keys: tuple[str, str, str] | None,
+    *,
+    forces: bool,
+    needed_by: Sequence[str] | None = None,
 ) -> None:
     """Refuses too few frames, and frames without the labels that the fit needs, or with those of another head.
+
+    Args:
+        backend: The potential.
+        what: Name of the frames in error texts, such as "training".
+        frames: The frames.
+        keys: Names of their labels.
+        forces: Whether forces are needed, or an energy will do.
+        needed_by: Names of the methods that need labels of these frames; if there are none, frames of which not one
+            has labels will do. None if the fit itself needs them.
 
     Raises:
         LabelError: There are too few frames, or a frame lacks a label or has an unusable one, or one of another head.
@@ -36,15 +51,18 @@ def check_labelled(
         raise LabelError(
             f"there are {len(frames)} {what} frames; at least {FEWEST_FRAMES} are needed, a few hundred are better."
         )
-    for index, atoms in enumerate(frames):
+    every = [labels_of(atoms, keys, f"{what} frame {index}") for index, atoms in enumerate(frames)]
+    if needed_by == [] and all(labels.forces is None and labels.energy is None for labels in every):
+        return
+    for index, (atoms, labels) in enumerate(zip(frames, every, strict=True)):
         which = f"{what} frame {index}"
-        labels = labels_of(atoms, keys, which)
         if labels.forces is None and (forces or labels.energy is None):
             wanted = "forces" if forces else "energy or forces"
             names = ", ".join(keys) if keys else "REF_energy and REF_forces, or energy and forces"
             raise LabelError(
                 f"{which} has no reference {wanted}. Looked for {names}; its info has "
                 f"{sorted(atoms.info)}, its arrays have {sorted(atoms.arrays)}."
+                + (f" Without labels, fit without {' and '.join(needed_by)}, which need them." if needed_by else "")
             )
         check_labels(which, atoms, labels)
     refuse_other_heads(what, dict(enumerate(frames)), backend.heads, backend.head)

@@ -55,6 +55,8 @@ def energy_shift(residuals: np.ndarray, numbers: np.ndarray, n_atoms_of_frame: n
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
     """
     labelled = np.isfinite(residuals)
+    if not labelled.any():
+        return None
     elements, element = np.unique(numbers, return_inverse=True)
     counts = np.zeros((len(residuals), len(elements)))
     np.add.at(counts, (np.repeat(np.arange(len(residuals)), n_atoms_of_frame), element), 1)

@@ -1,5 +1,6 @@
 """From labelled frames to an uncertainty model: fit on training frames, calibrate on held-out frames."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
 from ase_uq.fitting.know_nothing import ShortestDistances, know_nothing
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
+from ase_uq.io.labels import labels_of
 from ase_uq.methods import available_methods, make_method
 from ase_uq.methods.base import Method
 from ase_uq.stream.labelled import LabelledStream
@@ -28,9 +30,9 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
 def fit(
-    calculator: BaseCalculator | Backend | str,
-    train: Frames,
-    calibration: Frames,
+    calculator: BaseCalculator | Backend | str | os.PathLike[str],
+    train: Frames | Sequence[str | os.PathLike[str]],
+    calibration: Frames | Sequence[str | os.PathLike[str]],
     *,
     perturbed: Frames | None = None,
     methods: Sequence[str | Method] = ("bll", "pdrum", "kernel"),
@@ -42,10 +44,11 @@ def fit(
     """Fits an uncertainty model to a potential.
 
     Args:
-        calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
-        train: Path or list of frames the potential was trained on, or of frames like them. Each needs a reference
-            energy or forces; direct force heads need forces.
-        calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
+        calculator: The potential: an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
+        train: Path (or several, or parts such as `run.xyz@:100`) or list of frames the potential was trained on, or of
+            frames like them. Methods that learn from errors (`pdrum`, `pops`) need a reference energy or forces of
+            each; direct force heads need forces.
+        calibration: Likewise frames the potential was *not* trained on, with forces. They set the scale of the
             uncertainties. Keep the frames of a trajectory in their order; if there are several runs,
             `info["run"]` names the run of each frame.
         perturbed: Deliberately bad frames with forces, such as those of `perturb_frames`. Nothing is fitted to them or
@@ -84,7 +87,10 @@ def fit(
     perturbed_frames = (
         None if perturbed is None else without_isolated_atoms(read_frames(perturbed, name="perturbed frames"))
     )
-    check_labelled(backend, "training", train_frames, label_keys, forces=False)
+    # Without labels in either set, their names are wrong.
+    calibrates = bool(calibration_frames) and labels_of(calibration_frames[0], label_keys).forces is not None
+    needed_by = [method.name for method in makers if method.labels] if calibrates else None
+    check_labelled(backend, "training", train_frames, label_keys, forces=False, needed_by=needed_by)
     check_labelled(backend, "calibration", calibration_frames, label_keys, forces=True)
     refuse_overlap(train_frames, calibration_frames)
     if perturbed_frames is not None:

@@ -8,11 +8,14 @@ note says which structure the uncertainties are of.
 
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from ase import Atoms
+from ase.io import read
+from ase.io.formats import string2index
 
 from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
@@ -21,25 +24,36 @@ from ase_uq.io.results import uncertainties_belong, with_results
 from ase_uq.io.source import Frames, Source, Unreadable
 
 
-def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
+def read_frames(frames: Frames | Sequence[str | os.PathLike[str]], *, name: str = "frames") -> list[Atoms]:
     """The structures of a file that ASE can read, with uncertainties back in `atoms.calc.results`.
 
     Uncertainties in a file that are of another structure, as those of a copy whose atoms were moved, are left out, with
     a warning.
 
     Args:
-        frames: A path, or a list of structures, which are returned unchanged.
+        frames: A path, with `@` and an index or a query of a database as ASE takes them (`run.xyz@:100`); several of
+            them; or a list of structures, which are returned unchanged.
         name: Name of the frames in error texts.
 
     Raises:
         LabelError: The file is missing, has no structures, or cannot be read to its end.
     """
     if not isinstance(frames, str | os.PathLike):
-        checked = list(frames)
+        checked: list[Any] = list(frames)
         if not checked:
             raise LabelError(f"{name}: the list has no structures.")
+        if all(isinstance(one, str | os.PathLike) for one in checked):
+            return [atoms for path in checked for atoms in read_frames(path, name=name)]
         return checked
-    path, read, moved = Path(frames), [], []
+    path = Path(frames)
+    if "@" in path.name and not path.exists():
+        return _chosen(os.fspath(frames), name)
+    return _all_of(path, name)
+
+
+def _all_of(path: Path, name: str) -> list[Atoms]:
+    found: list[Atoms] = []
+    moved: list[int] = []
     try:
         source = Source(path)
     except InputError as error:
@@ -49,17 +63,36 @@ def read_frames(frames: Frames, *, name: str = "frames") -> list[Atoms]:
             raise LabelError(f"{name}: {path} cannot be read after structure {number}: {atoms.reason.rstrip('.')}.")
         if not uncertainties_belong(atoms):
             moved.append(number)
-        read.append(with_results(atoms))
-    if not read:
+        found.append(with_results(atoms))
+    if not found:
         raise LabelError(f"{name}: the file {path} has no structures.")
     if moved:
         warnings.warn(
-            f"{len(moved)} of {len(read)} {name} (the first is frame {moved[0]}) have uncertainties of another "
+            f"{len(moved)} of {len(found)} {name} (the first is frame {moved[0]}) have uncertainties of another "
             "structure, as copies have whose atoms were moved: they are left out.",
             UQWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return read
+    return found
+
+
+def _chosen(text: str, name: str) -> list[Atoms]:
+    """The structures that `FILE@INDEX` or `FILE.db@QUERY` names."""
+    file, _, chosen = text.rpartition("@")
+    index = string2index(chosen)
+    if not isinstance(index, str):
+        try:
+            frames = read_frames(file, name=name)[index]
+        except IndexError:
+            frames = []
+    elif file.endswith(".db") and Path(file).is_file():
+        frames = read(file, chosen)
+    else:
+        raise LabelError(f"{name}: {chosen!r} in {text} is no index: write {file}@:100 or {file}@-1.")
+    found = [frames] if isinstance(frames, Atoms) else list(frames)
+    if not found:
+        raise LabelError(f"{name}: {text} has no structures.")
+    return [with_results(atoms) for atoms in found]
 
 
 def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, append: bool = False) -> None:

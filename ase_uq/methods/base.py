@@ -110,10 +110,12 @@ class Method(ABC):
         head: The class of head that is rebuilt from saved settings and tensors.
         forces: Whether the fit needs the potential's forces, which cost a backward pass if they are conservative.
         gradients: Whether the fit needs `ForwardPass.gradients`.
+        labels: Whether the fit needs reference values of the training frames.
     """
 
     name: str
     head: type[Head]
+    labels: bool = False
     forces: bool = False
     gradients: bool = False
 

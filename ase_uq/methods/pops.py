@@ -58,6 +58,7 @@ class POPS(Method):
     name = "pops"
     head = POPSHead
     forces = True
+    labels = True
     ridge: float = 1e-9
     rows: int = 20_000
 

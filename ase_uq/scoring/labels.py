@@ -66,9 +66,8 @@ def _is_own(labels: Labels, prediction: Prediction) -> bool:
 def _renamed(atoms: Atoms, labels: Labels) -> Atoms:
     check_labels("a frame", atoms, labels)
     copy = atoms.copy()
-    values = (labels.energy, labels.forces, labels.stress)
-    stores: tuple[dict[str, Any], ...] = (copy.info, copy.arrays, copy.info)
-    for name, store, value in zip(LABEL_KEYS[0], stores, values, strict=True):
-        if value is not None:
-            store.setdefault(name, value)
+    values: tuple[Any, ...] = (labels.energy, labels.forces, labels.stress)
+    for name, store, value in zip(LABEL_KEYS[0], (copy.info, copy.arrays, copy.info), values, strict=True):
+        if value is not None and name not in store:
+            store[name] = value
     return copy

@@ -233,6 +233,10 @@ class TestHeadsInASpec:
         )
         np.testing.assert_allclose(found.energy, expected.energy, atol=1e-9)
 
+    def test_a_path_alone_is_that_of_a_mace(self, two_heads: Path):
+        for path in (f"{two_heads}?head=two", Path(f"{two_heads}?head=two")):
+            assert load_backend(path, device="cpu").head == "two"
+
     def test_a_pattern_may_have_a_question_mark_too(self, two_heads: Path):
         assert load_backend(f"mace:{two_heads.with_name('t?o.model')}?head=two", device="cpu").head == "two"
 

@@ -143,6 +143,7 @@ def test_dtypes_that_cannot_be_used():
         ("orb-direct", "embedded:orb-direct"),
         ("mace", "embedded:mace"),
         ("my.py", "my.py:FUNCTION"),
+        ("my.safetensors", "mace:my.safetensors' or 'orb:my.safetensors"),
     ],
 )
 def test_spec_without_a_colon(spec: str, suggestion: str):

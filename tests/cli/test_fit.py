@@ -53,6 +53,17 @@ def test_options_reach_the_library(run, files, tmp_path):
     assert "error: training frame 0 has no reference energy or forces" in missing.stderr
 
 
+def test_several_files_and_parts_of_them(run, files, tmp_path):
+    frames = read(files.train, ":")
+    write(tmp_path / "first.xyz", frames[:12])
+    write(tmp_path / "rest.xyz", frames[12:])
+    words = ["fit", "--model", "toy:", "--calibration", f"{files.calibration}@:20", "--methods", "bll", "--out", "a.st"]
+    assert run(*words, "--train", tmp_path / "first.xyz", "--train", tmp_path / "rest.xyz").exit_code == 0
+    provenance = UncertaintyModel.load(tmp_path / "a.st").provenance
+    assert provenance["train"]["digest"] == UncertaintyModel.load(files.uq).provenance["train"]["digest"]
+    assert provenance["calibration"]["frames"] == 20
+
+
 def test_a_method_that_is_not_there(run, files):
     words = ["fit", "--model", "toy:", "--train", files.train, "--calibration", files.calibration, "--out", "a.st"]
     result = run(*words, "--methods", "bll,none")

@@ -585,6 +585,33 @@ class TestLabels:
         assert "stress_uncertainty" not in quick(calculator, train, held_out).results
 
 
+class TestTrainingWithoutLabels:
+    """Methods that learn nothing from errors need none."""
+
+    @pytest.mark.parametrize("methods", [["bll"], ["kernel"], ["bll", "kernel"], ["mahalanobis", "knn"]])
+    @pytest.mark.parametrize("direct", [False, True])
+    def test_training_frames_without_any_label(self, held_out, methods: list[str], direct: bool):
+        bare = [Atoms(atoms.numbers, atoms.positions) for atoms in labelled_frames(20, seed=1)]
+        calculator = ToyCalculator(ELEMENTS, direct=direct)
+        if direct:
+            with pytest.raises(LabelError, match="training frames have no forces, which the direct force head of this"):
+                quick(calculator, bare, held_out, methods=methods)
+            return
+        model = quick(calculator, bare, held_out, methods=methods)
+        ratio = model.record.error**2 / model.record.uncertainty**2
+        assert ratio.mean() == pytest.approx(1, rel=0.2)
+        (prediction,) = Predictor(load_backend(calculator), model).predict(held_out[:1])
+        assert prediction["energy_uncertainty"] > 0
+
+    @pytest.mark.parametrize("method", ["pdrum", "pops"])
+    def test_training_frames_without_labels_where_they_are_needed(self, calculator, held_out, method: str):
+        bare = [Atoms(atoms.numbers, atoms.positions) for atoms in labelled_frames(20, seed=1)]
+        with pytest.raises(
+            LabelError, match=f"training frame 0 has no .* Without labels, fit without {method}, which need"
+        ):
+            quick(calculator, bare, held_out, methods=["bll", method])
+
+
 class TestRefusals:
     """Every bad input is named before the first pass over the frames."""
 

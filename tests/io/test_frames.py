@@ -8,6 +8,7 @@ import pytest
 from ase import Atoms
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.db import connect
 from ase.io import read, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -272,3 +273,43 @@ def test_nothing_is_added_to_a_file_that_was_cut_off(tmp_path):
     path.write_bytes(b"")
     write_frames(path, [molecule("CH4")], append=True)
     assert len(read_frames(path)) == 1
+
+
+class TestSeveralFilesAndParts:
+    @pytest.fixture
+    def file(self, tmp_path):
+        write(tmp_path / "five.xyz", [Atoms("H", [(float(i), 0, 0)]) for i in range(5)])
+        return tmp_path / "five.xyz"
+
+    @pytest.mark.parametrize(
+        ("part", "expected"),
+        [(":2", [0, 1]), ("-1", [4]), ("1", [1]), ("::2", [0, 2, 4]), ("3:", [3, 4]), (":", [0, 1, 2, 3, 4])],
+    )
+    def test_a_part_of_a_file(self, file, part, expected):
+        assert [atoms.positions[0, 0] for atoms in read_frames(f"{file}@{part}")] == expected
+
+    def test_several(self, file):
+        found = read_frames([file, f"{file}@:2", str(file)])
+        assert [atoms.positions[0, 0] for atoms in found] == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4]
+
+    def test_a_query_of_a_database(self, file, tmp_path):
+        with connect(tmp_path / "all.db") as database:
+            for number, atoms in enumerate(read_frames(file)):
+                database.write(atoms, kept=number % 2)
+        found = read_frames(f"{tmp_path / 'all.db'}@kept=1")
+        assert [atoms.positions[0, 0] for atoms in found] == [1, 3]
+        with pytest.raises(LabelError, match=r"test frames: .*kept=7 has no structures"):
+            read_frames(f"{tmp_path / 'all.db'}@kept=7", name="test frames")
+
+    @pytest.mark.parametrize("part", ["7", "5:", "-9"])
+    def test_a_part_with_nothing_in_it(self, file, part):
+        with pytest.raises(LabelError, match=rf"frames: .*five.xyz@{part} has no structures"):
+            read_frames(f"{file}@{part}")
+
+    def test_no_index(self, file):
+        with pytest.raises(LabelError, match=r"'first' in .*five.xyz@first is no index: write .*five.xyz@:100 or"):
+            read_frames(f"{file}@first")
+
+    def test_an_at_in_the_name_of_a_file(self, file):
+        file.rename(file.with_name("a@1.xyz"))
+        assert len(read_frames(file.with_name("a@1.xyz"))) == 5

@@ -23,11 +23,16 @@ from ase_uq.cli.outputs import check_outputs
 def fit(
     model: Model,
     train: Annotated[
-        Path,
-        typer.Option("--train", metavar="FILE", help="Frames that the potential was trained on, or frames like them."),
+        list[str],
+        typer.Option(
+            "--train",
+            metavar="FILE",
+            help="Frames that the potential was trained on, or frames like them; may be given several times. "
+            "FILE@:100 takes a part of a file, FILE.db@QUERY of a database.",
+        ),
     ],
     calibration: Annotated[
-        Path,
+        list[str],
         typer.Option(
             "--calibration",
             metavar="FILE",

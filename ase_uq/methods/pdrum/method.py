@@ -62,6 +62,7 @@ class PDRUM(Method):
     name = "pdrum"
     head = PDRUMHead
     forces = True
+    labels = True
     variant: Variant = "norm"
     target: Target = "magnitude"
     quantile: float = 0.9
