@@ -160,9 +160,7 @@ def test_the_threshold_is_the_kth_smallest_of_the_bad_readings():
 def test_perturbed_frames_count_too():
     good = threshold_data(np.ones(50), np.zeros(50))
     perturbed = threshold_data(np.arange(1.0, 10), np.ones(9))
-    with pytest.raises(
-        ValueError, match=r"at least 9 independent units .* above 0\.3 eV/Å, .* has 0 \(among 50 units"
-    ):
+    with pytest.raises(ValueError, match=r"at least 9 independent units .* above 0\.3 eV/Å, .* has 0 \(among 50 units"):
         MissRate(0.3, 0.1).resolve(good)
     found = MissRate(0.3, 0.1).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
     assert (found, found.n_units) == (1.0, 9)
