@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 from ase import Atoms
 from ase.calculators.calculator import Calculator, all_changes
@@ -66,7 +66,7 @@ class Lockstep:
                 for answers in self._answers:
                     answers.put(None)
                 raise
-            return [future.result() for future in futures]
+            return cast(list[T], [future.result() for future in futures])
 
     def _work[T](self, number: int, work: Callable[[], T]) -> T | None:
         try:

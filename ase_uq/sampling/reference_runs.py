@@ -98,7 +98,7 @@ def reference_runs(
     conditions = f"{atoms.get_chemical_formula()}, Langevin {temperature:g} K"
     made = _made_before(before, timestep * interval, reduction, conditions)
     numbers = range(len(made), len(made) + n_runs)
-    together = min(n_runs, calculator.together(len(atoms)) if isinstance(calculator, _Several) else 1)
+    together = min(n_runs, _together(calculator, len(atoms)))
     if announce is not None:
         announce(_seconds(atoms, together) * -(-n_runs // together) * (waiting + steps), together)
 
@@ -152,6 +152,10 @@ def _readings(
             norms = atom_norms(atoms.calc.get_property(_KEY, atoms))
             readings.append(reduction(norms, atoms.numbers))
     return np.array(readings)
+
+
+def _together(calculator: BaseCalculator, n_atoms: int) -> int:
+    return calculator.together(n_atoms) if isinstance(calculator, _Several) else 1
 
 
 def _moved(
