@@ -43,7 +43,7 @@ def reduction(text: str) -> str | float:
     return kind
 
 
-def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None", quantity: str) -> None:
+def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | None", quantity: str = "forces") -> None:
     """Refuses a flag at or above the halt, where both are numbers; criteria are compared once they are resolved."""
     if not (isinstance(flag, float) and isinstance(halt, float)):
         return

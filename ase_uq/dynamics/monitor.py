@@ -338,9 +338,7 @@ class UncertaintyMonitor:
 
     def _observation(self, structure: Structure, results: Mapping[str, Any] | None, time: float | None) -> Observation:
         known = results or {}
-        snapshot = Snapshot(
-            structure.atoms, known.get("energy"), known.get("forces"), time, known.get("contact")
-        )
+        snapshot = Snapshot(structure.atoms, known.get("energy"), known.get("forces"), time, known.get("contact"))
         values = self.policy.watched.values(structure.atoms, known) if self.policy.reads else None
         return Observation(snapshot, values, structure.image)
 

@@ -87,7 +87,9 @@ def too_close(atoms: Atoms, contact: np.ndarray | None) -> str:
     partners = np.nonzero(np.isclose(contact, contact[atom], rtol=1e-4))[0]
     partners = partners[partners != atom]
     if not len(partners):
-        return f"{atoms.symbols[atom]} is at {contact[atom]:.2f} of the shortest distance of training from its own image"
+        return (
+            f"{atoms.symbols[atom]} is at {contact[atom]:.2f} of the shortest distance of training from its own image"
+        )
     distances = atoms.get_distances(atom, partners, mic=bool(atoms.pbc.any()))
     partner, distance = partners[np.argmin(distances)], float(distances.min())
     pair = "-".join(sorted((atoms.symbols[atom], atoms.symbols[partner])))

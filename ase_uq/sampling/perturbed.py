@@ -126,7 +126,7 @@ def perturb_frames(
         candidates = eligible[name]
         parent = candidates[int((slot + 0.5) / len(slots) * len(candidates))]
         rng = np.random.default_rng([seed, list(table).index(name), i])
-        share = (order[name][i] + rng.random()) / per_kind
+        share = float(order[name][i] + rng.random()) / per_kind
         variant = _drawn(table[name], parents[parent], share, rng, settings)
         if variant is None:
             failed[name] += 1

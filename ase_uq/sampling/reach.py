@@ -1,7 +1,8 @@
 """How far runs leave the calibration data: where they do, the potential is not to be trusted without labels."""
 
+import threading
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,7 @@ class Reach:
     n_outside: int = 0
     n_grades: int = 0
     largest: float = 0.0
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @classmethod
     def of(cls, calculator: BaseCalculator, atoms: Atoms, reduction: Reduction) -> "Reach":
@@ -59,20 +61,17 @@ class Reach:
     def add_grades(self, gamma: np.ndarray, numbers: np.ndarray) -> None:
         """Counts the gamma of one structure."""
         largest = replace(self.reduction, kind="max")(gamma, numbers)
-        self.n_grades += 1
-        self.n_outside += largest > 1
-        self.largest = max(self.largest, largest)
+        with self._lock:  # runs that go forward together have a thread each
+            self.n_grades += 1
+            self.n_outside += largest > 1
+            self.largest = max(self.largest, largest)
 
     @property
     def excess(self) -> float:
         """Share of the readings that are beyond the calibration data, without those that are to be expected."""
         found = (
             (self.n_above, self.n_readings, _QUANTILE**self.times),
-            (
-                self.n_outside,
-                self.n_grades,
-                _INSIDE**self.n_atoms,
-            ),
+            (self.n_outside, self.n_grades, _INSIDE**self.n_atoms),
         )
         return max(1 - (1 - count / max(n, 1)) / inside for count, n, inside in found)
 

@@ -1,22 +1,38 @@
 """Reference runs: the uncertainty in runs where the potential is trusted, so that false alarms can be counted."""
 
 import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
+from time import perf_counter
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from ase import Atoms
+from ase.calculators.calculator import BaseCalculator
 from ase.md.langevin import Langevin
-from tqdm import tqdm
 
 from ase_uq.errors import UQWarning
 from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
+from ase_uq.sampling.lockstep import Lockstep
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.sampling.reach import Reach
 from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 _KEY = "forces_uncertainty"
+
+
+@runtime_checkable
+class _Several(Protocol):
+    """A calculator that evaluates several structures at once, as `UncertainCalculator` does."""
+
+    implemented_properties: list[str]
+
+    def together(self, n_atoms: int) -> int: ...
+
+    def results_of(self, frames: list[Atoms]) -> Sequence[Mapping[str, Any]]: ...
 
 
 def reference_runs(
@@ -34,6 +50,7 @@ def reference_runs(
     beyond: float = 0.2,
     seed: int = 0,
     progress: bool = True,
+    announce: Callable[[float, int], object] | None = None,
 ) -> ReferenceRuns:
     """Makes independent Langevin runs under conditions in which the potential is trusted; no labels are needed.
 
@@ -42,6 +59,7 @@ def reference_runs(
 
     Each run starts at the structure with newly drawn momenta and is equilibrated before readings are taken. A threshold
     for false alarms is only as good as these runs are like the later ones: same system, temperature and ensemble.
+    With an `UncertainCalculator`, several runs of a small structure are evaluated together.
 
     Args:
         atoms: Structure with an `UncertainCalculator`; it is not changed.
@@ -59,6 +77,8 @@ def reference_runs(
             not counted. From 0.05 on a warning tells.
         seed: Seed of momenta and thermostat.
         progress: Whether to show a progress bar.
+        announce: Function that is told, before the runs begin, how many seconds they take by a measurement, and how
+            many are evaluated together.
 
     Raises:
         ValueError: A number is not positive, the calculator of the structure gives no uncertainties, the uncertainties
@@ -88,24 +108,33 @@ def reference_runs(
     for readings in made:
         reach.add(readings)
     numbers = range(len(made), len(made) + n_runs)
+    together = min(n_runs, _together(calculator, len(atoms)))
+    if announce is not None:
+        announce(_seconds(atoms, together) * -(-n_runs // together) * (waiting + steps), together)
+
+    def prepared(number: int, calculator: BaseCalculator) -> Langevin:
+        rng = np.random.default_rng([seed, number])
+        copy = atoms.copy()
+        copy.calc = calculator
+        set_thermal_momenta(copy, temperature, rng)
+        return langevin(copy, timestep=timestep, temperature=temperature, friction=friction, rng=rng)
+
     with progress_bar(total=n_runs * (waiting + steps), desc="reference", unit="step", show=progress) as bar:
         try:
-            for number in numbers:
-                rng = np.random.default_rng([seed, number])
-                copy = atoms.copy()
-                copy.calc = calculator
-                set_thermal_momenta(copy, temperature, rng)
-                dynamics = langevin(copy, timestep=timestep, temperature=temperature, friction=friction, rng=rng)
-                readings = _readings(dynamics, waiting, steps, interval, reach, bar)
-                if not np.isfinite(readings).all():
-                    lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
-                    raise ValueError(
-                        f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K "
-                        "the potential cannot be trusted. Use a lower temperature."
-                    )
-                made.append(readings)
-                reach.add(readings)
+            for first in range(numbers.start, numbers.stop, together):
+                group = numbers[first - numbers.start :][:together]
+                read = partial(_readings, waiting=waiting, steps=steps, interval=interval, reach=reach)
+                runs = _moved(calculator, group, prepared, read, bar.update)
+                for number, readings in zip(group, runs, strict=True):
+                    if not np.isfinite(readings).all():
+                        lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
+                        raise ValueError(
+                            f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K "
+                            "the potential cannot be trusted. Use a lower temperature."
+                        )
+                    reach.add(readings)
                 reach.judge(beyond, conditions)
+                made.extend(runs)
         except KeyboardInterrupt:
             if not made:
                 raise
@@ -118,18 +147,64 @@ def reference_runs(
     return ReferenceRuns(tuple(made), timestep * interval, reduction, conditions)
 
 
-def _readings(dynamics: Langevin, waiting: int, steps: int, interval: int, reach: Reach, bar: tqdm) -> np.ndarray:
-    """(n_readings,) readings, eV/Å, at every `interval`-th step after the equilibration."""
+def _readings(
+    dynamics: Langevin, waiting: int, steps: int, interval: int, reach: Reach, told: Callable[[int], object] | None
+) -> np.ndarray:
+    """(n_readings,) readings, eV/Å, at every `interval`-th step after the equilibration; `told` hears of each step."""
     atoms, readings = dynamics.atoms, []
     assert atoms.calc is not None
     for step, _ in enumerate(dynamics.irun(waiting + steps)):
-        bar.update(1 if step else 0)
+        if step and told is not None:
+            told(1)
         if step > waiting and (step - waiting) % interval == 0:
             norms = atom_norms(atoms.calc.get_property(_KEY, atoms))
             readings.append(reach.reduction(norms, atoms.numbers))
             if "gamma" in atoms.calc.results:
                 reach.add_grades(atoms.calc.results["gamma"], atoms.numbers)
     return np.array(readings)
+
+
+def _together(calculator: BaseCalculator, n_atoms: int) -> int:
+    return calculator.together(n_atoms) if isinstance(calculator, _Several) else 1
+
+
+def _moved(
+    calculator: BaseCalculator,
+    group: Sequence[int],
+    prepared: Callable[[int, BaseCalculator], Langevin],
+    read: Callable[..., np.ndarray],
+    told: Callable[[int], object],
+) -> list[np.ndarray]:
+    """The readings of a group of runs, which go forward together if there are several."""
+    if not isinstance(calculator, _Several) or len(group) == 1:
+        return [read(prepared(number, calculator), told=told) for number in group]
+    lockstep = Lockstep(calculator.results_of, len(group))
+    asking = [lockstep.calculator(n, calculator.implemented_properties) for n in range(len(group))]
+    first, *others = [prepared(*pair) for pair in zip(group, asking, strict=True)]
+    counted = partial(read, first, told=partial(_times, told, len(group)))
+    return lockstep.run([counted, *(partial(read, other, told=None) for other in others)])
+
+
+def _times(told: Callable[[int], object], n_runs: int, n: int) -> None:
+    told(n_runs * n)
+
+
+def _seconds(atoms: Atoms, together: int) -> float:
+    """Time of one step of so many runs, s, measured on the structure."""
+    calculator = atoms.calc
+    times = []
+    for turn in range(3):  # the first includes what is done once
+        frames = [atoms.copy() for _ in range(together)]
+        for number, frame in enumerate(frames):
+            frame.positions += 1e-4 * (1 + turn + number)  # not remembered
+        start = perf_counter()
+        if isinstance(calculator, _Several):
+            calculator.results_of(frames)
+        else:
+            assert calculator is not None
+            calculator.get_property(_KEY, frames[0])
+        times.append(perf_counter() - start)
+    return min(times[1:])
 
 
 def _made_before(

@@ -523,3 +523,23 @@ def test_npt_needs_a_stress():
 def test_a_start_that_is_not_there(md):
     result = md("--halt", 1, start="no.xyz")
     assert (result.exit_code, result.stderr) == (1, "error: START: there is no file no.xyz.\n")
+
+
+def test_other_quantities_halt_and_are_told(md):
+    halted = md("--quantity", "gamma", "--flag", 1e-7, "--halt", 1e-6)
+    assert halted.exit_code == 3
+    assert "gamma (max) " in halted.stderr
+    assert "reached halt at 1e-06 by" in halted.stderr
+    refused = md("--quantity", "energy", "--halt", "q0.9")
+    assert refused.exit_code == 1
+    assert "it is no threshold of energy. Give a number in eV." in refused.stderr
+    wrong = md("--quantity", "gamma", "--flag", 2, "--halt", 1)
+    assert wrong.exit_code == 2
+    assert "flag is 2 and halt is 1, so no frame lies between" in " ".join(wrong.stderr.replace("│", "").split())
+
+
+def test_without_thresholds_it_only_logs(md):
+    result = md("--log", "run.csv", steps=3)
+    assert result.exit_code == 0
+    assert [row["level"] for row in rows("run.csv")] == ["ok"] * 4
+    assert all(float(row["reading"]) > 0 for row in rows("run.csv"))

@@ -26,7 +26,8 @@ def test_the_model_it_writes_carries_the_runs_of_the_library(run, files, tmp_pat
     assert "10 runs of 10 readings, C2H6O, Langevin 300 K; written to" in result.stdout
     assert "eV/Å by FalseAlarms(per_run=0.1, ps=0.01): at most 0.1 of runs" in result.stdout
     assert "FalseAlarms(per_run=0.05, ps=0.01) needs at least 30 independent excursions" in result.stdout
-    assert "reference: " in result.stderr
+    told = "10 runs of 15 steps, 10 at a time: about 1 s; fewer --runs or a shorter --ps take less\n"
+    assert result.stderr == told
 
 
 def test_the_same_file_may_be_written(run, files, tmp_path):

@@ -187,7 +187,7 @@ def test_bad_files(tell, tmp_path):
 def test_another_potential_is_refused(tell):
     result = tell("--model", "embedded:mace")
     assert result.exit_code == 1
-    assert "fitted on another potential" in result.stderr
+    assert "this potential is for H, C, O: another potential" in result.stderr
 
 
 def test_without_matplotlib_it_is_told_before_the_work(tell, monkeypatch):

@@ -31,7 +31,7 @@ def select(files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[.
     return select
 
 
-def test_the_library_chooses_and_the_file_has_its_frames(select, files):
+def test_the_library_chooses_and_the_file_has_its_frames(select, files, terminal):
     result = select("--n", 6, "--train", files.train)
     assert result.exit_code == 0
     expected = choose(files.test, 6, calculator="toy:", uncertainty_model=files.uq, train=files.train, progress=False)

@@ -781,3 +781,22 @@ class TestConstraints:
             state, integrator=ts.Integrator.nve, n_steps=3, temperature=300, timestep=STEP
         )
         assert torch.equal(final.positions[0], state.positions[0])
+
+
+@pytest.mark.parametrize(("quantity", "unit"), [("gamma", ""), ("energy", "eV")])
+def test_each_quantity_halts_replicas(model: UncertainModel, quantity: str, unit: str):
+    monitor = ReplicaMonitor(model, quantity=quantity, halt=1e-9)
+    run(monitor, model, copies(2), n_steps=2, temperature=10)
+    assert all(replica.halted and replica.step == 0 for replica in monitor.replicas)
+    assert f"reached halt at 1e-09 {unit}".rstrip() in monitor.replicas[0].reason
+    monitor = ReplicaMonitor(model, quantity=quantity, halt=1e9)
+    run(monitor, model, copies(2), n_steps=2, temperature=10)
+    assert not any(replica.halted for replica in monitor.replicas)
+
+
+def test_a_quantity_that_a_replica_does_not_have_is_refused(model: UncertainModel):
+    def watch() -> None:
+        run(ReplicaMonitor(model, quantity="stress", halt=1.0), model, [molecule("H2O")], n_steps=1, temperature=10)
+
+    with pytest.raises(ValueError, match="stress_uncertainty"):
+        watch()

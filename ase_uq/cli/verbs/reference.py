@@ -1,5 +1,6 @@
 """`ase-uq reference`: runs in which the potential is trusted, for thresholds that count false alarms."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -83,6 +84,7 @@ def reference(
         before=calculator.uncertainty_model.reference if add else None,
         beyond=beyond,
         seed=seed,
+        announce=_announce(runs, round(1000 * (ps + equilibration) / timestep)),
     )
     fitted = calculator.uncertainty_model.with_reference(made)
     fitted.save(out)
@@ -93,3 +95,17 @@ def reference(
             typer.echo(criterion.resolve(fitted.threshold_data(made.reduction)).describe())
         except ValueError as error:
             typer.echo(str(error))
+
+
+def _announce(runs: int, steps: int) -> Callable[[float, int], None]:
+    """Says how long it will take, before it begins."""
+
+    def announce(seconds: float, together: int) -> None:
+        minutes = seconds / 60
+        time = f"{max(1, seconds):.0f} s" if minutes < 2 else f"{minutes:.0f} min"
+        if minutes > 120:
+            time = f"{minutes / 60:.1f} h"
+        what = f"{runs} runs of {steps} steps, {together} at a time"
+        typer.echo(f"{what}: about {time}; fewer --runs or a shorter --ps take less", err=True)
+
+    return announce

@@ -15,6 +15,7 @@ from ase_uq.engines.ase.base import CalibratedCalculator
 from ase_uq.engines.ase.memory import Memory, inputs_of
 from ase_uq.errors import UQWarning
 from ase_uq.predictor import Predictor
+from ase_uq.stream.limits import default_batch_atoms
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
@@ -119,6 +120,14 @@ class UncertainCalculator(CalibratedCalculator):
             self.n_calculated += 1
         self.results = predicted | remembered
         self._memory.keep(inputs, len(atoms), self.results)
+
+    def results_of(self, frames: Sequence[Atoms]) -> list[dict[str, Any]]:
+        """Results of several structures, evaluated together; this calculator forgets and remembers nothing by it."""
+        return [prediction.results for prediction in self.predictor.predict(frames)]
+
+    def together(self, n_atoms: int) -> int:
+        """Number of structures of so many atoms that are best evaluated together, at least 1."""
+        return max(1, default_batch_atoms(self.predictor.backend.device.type) // n_atoms)
 
     def reset(self) -> None:
         """Forgets all results, also those of earlier structures; the next calculation includes uncertainties."""
