@@ -41,7 +41,7 @@ def fit(
     """Fits an uncertainty model to a potential.
 
     Args:
-        calculator: The potential: an ASE calculator of MACE or orb, or a SPEC string.
+        calculator: The potential: an ASE calculator of MACE, orb or SevenNet, or a SPEC string.
         train: Path or list of frames the potential was trained on, or of frames like them. Each needs a reference
             energy or forces; direct force heads need forces.
         calibration: Path or list of frames the potential was *not* trained on, with forces. They set the scale of the
