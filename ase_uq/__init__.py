@@ -1,4 +1,4 @@
-"""Molecular dynamics that knows when it is wrong: calibrated uncertainties for MACE and orb, in one forward pass.
+"""Molecular dynamics that knows when it is wrong: calibrated uncertainties from one forward pass.
 
     from ase_uq import UncertainCalculator, UncertaintyMonitor
 

@@ -18,7 +18,14 @@ hypothesis.settings.load_profile("suite")
 
 
 # Begun last, they would keep one process busy while the others have nothing left to do.
-_LONGEST = ("test_readme.py", "test_mace.py", "test_orb.py", "test_examples.py", "test_everywhere.py")
+_LONGEST = (
+    "test_readme.py",
+    "test_mace.py",
+    "test_orb.py",
+    "test_sevennet.py",
+    "test_examples.py",
+    "test_everywhere.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

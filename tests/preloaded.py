@@ -8,7 +8,7 @@ interpreter (an option of Python's) gets one.
 
 import atexit
 import gc
-import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -27,6 +27,7 @@ MODULES = (
     "ase_uq.cli",
     "ase_uq.backends.mace",
     "ase_uq.backends.orb",
+    *(["ase_uq.backends.sevennet"] if importlib.util.find_spec("sevenn") else []),
     "ase_uq.engines.ase.calculator",
     "ase_uq.fitting.fit",
     "ase_uq.report.page",

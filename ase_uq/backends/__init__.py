@@ -25,9 +25,9 @@ def load_backend(
     """The backend of a calculator, or of the calculator that a SPEC names.
 
     Args:
-        calculator: An ASE calculator (`MACECalculator`, `ORBCalculator`, a `SumCalculator` of one of them and
-            corrections, or one that an installed plugin knows), a SPEC, the path of a `.model` file, or a backend,
-            which is returned unchanged.
+        calculator: An ASE calculator (`MACECalculator`, `ORBCalculator`, `SevenNetCalculator`, a `SumCalculator` of one
+            of them and corrections, or one that an installed plugin knows), a SPEC, the path of a `.model` file, or a
+            backend, which is returned unchanged.
         device: Device for a SPEC, for example `cpu` or `cuda:1`; if empty, a GPU if there is one.
         dtype: Precision for a SPEC, `float32` or `float64`; if empty, the default of the package.
 

@@ -54,7 +54,7 @@ def _(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Calibrated uncertainties for MACE and orb potentials, from the same forward pass as the forces.
+    """Calibrated uncertainties for MACE, orb and SevenNet potentials, from the same forward pass as the forces.
 
     First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
     [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the

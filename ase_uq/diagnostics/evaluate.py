@@ -153,7 +153,7 @@ def evaluate(
 
     Args:
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
-            calculator of MACE or orb, a SPEC, or the path of a `.model` file.
+            calculator of MACE, orb or SevenNet, a SPEC, or the path of a `.model` file.
         frames: Path or list of test frames. Frames without forces are judged by their other labels.
         uncertainty_model: Uncertainty model from `fit`, or the path of its file, for a bare potential.
         label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces`,

@@ -44,7 +44,7 @@ def fit(
     """Fits an uncertainty model to a potential.
 
     Args:
-        calculator: The potential: an ASE calculator of MACE or orb, a SPEC, or the path of a `.model` file.
+        calculator: The potential: an ASE calculator of MACE, orb or SevenNet, a SPEC, or the path of a `.model` file.
         train: Path (or several, or parts such as `run.xyz@:100`) or list of frames the potential was trained on, or of
             frames like them. Methods that learn from errors (`pdrum`, `pops`) need a reference energy or forces of
             each; direct force heads need forces.

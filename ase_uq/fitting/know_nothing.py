@@ -13,7 +13,6 @@ import torch
 from ase import Atoms
 from ase.data import covalent_radii
 from ase.neighborlist import neighbor_list
-from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
 from ase_uq.calibration.base import SMALLEST_SCORE
@@ -23,6 +22,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.labels import keep_structure
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
+from ase_uq.progress import progress_bar
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.far_field import FarField
 
@@ -120,7 +120,7 @@ def know_nothing(
 
     searched = parents[: _number(parents, _SEARCH)]
     medians: list[float] = []
-    for fraction in tqdm(FRACTIONS, desc=title, unit="step", disable=not title, leave=False):
+    for fraction in progress_bar(FRACTIONS, desc=title, unit="step", show=bool(title), leave=False):
         forces = forces_of([parent.rattled(fraction) for parent in searched])
         medians.append(float(np.median(np.linalg.norm(forces, axis=1))))
         if len(medians) > 1 and medians[-1] < medians[-2]:

@@ -126,12 +126,7 @@ def reference_runs(
                 read = partial(_readings, waiting=waiting, steps=steps, interval=interval, reach=reach)
                 runs = _moved(calculator, group, prepared, read, bar.update)
                 for number, readings in zip(group, runs, strict=True):
-                    if not np.isfinite(readings).all():
-                        lost = timestep * interval * int(np.argmin(np.isfinite(readings)))
-                        raise ValueError(
-                            f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K "
-                            "the potential cannot be trusted. Use a lower temperature."
-                        )
+                    _check_finite(number, readings, timestep * interval, temperature)
                     reach.add(readings)
                 reach.judge(beyond, conditions)
                 made.extend(runs)
@@ -145,6 +140,15 @@ def reference_runs(
             )
     reach.tell(conditions)
     return ReferenceRuns(tuple(made), timestep * interval, reduction, conditions)
+
+
+def _check_finite(number: int, readings: np.ndarray, interval: float, temperature: float) -> None:
+    if not np.isfinite(readings).all():
+        lost = interval * int(np.argmin(np.isfinite(readings)))
+        raise ValueError(
+            f"reference run {number} has no finite uncertainty after {lost:g} fs: at {temperature:g} K the potential "
+            "cannot be trusted. Use a lower temperature."
+        )
 
 
 def _readings(

@@ -119,7 +119,7 @@ def score(
     Args:
         frames: A path in any format that ASE reads, or a list of structures.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
-            calculator of MACE or orb, a SPEC, or the path of a `.model` file.
+            calculator of MACE, orb or SevenNet, a SPEC, or the path of a `.model` file.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
         out: Extended XYZ file to write.
         csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.

@@ -186,7 +186,7 @@ def select(
         n: Number of frames to choose; the first k of them are the choice of k frames. If the pool has fewer, these are
             the candidates, with a warning.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
-            calculator of MACE or orb, or a SPEC string.
+            calculator of MACE, orb or SevenNet, or a SPEC string.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
         train: Frames that are labelled already: path or list. Frames close to them are not chosen.
         strategy: `"lcmd"`, dense regions count as much as outliers; `"maxdet"`, largest determinant of the posterior

@@ -13,6 +13,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import add_adsorbate, fcc111, molecule
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import SumCalculator
 
 pytest.importorskip("sevenn", reason='sevenn is not installed; pip install "ase-uq[sevennet]" brings it')
 
@@ -234,6 +236,13 @@ def test_vectors_of_two_atoms_point_along_their_bond():
         assert vectors is not None
         assert float(vectors.abs().max()) > 1e-3
         np.testing.assert_allclose(np.cross(vectors.mT, bond), 0, atol=1e-6)
+
+
+def test_a_correction_may_be_added():
+    calculator, correction = calculator_of(), LennardJones(epsilon=0.01)
+    e = evaluate(load_backend(SumCalculator([calculator, correction])), water())
+    expected = calculator.get_property("forces", water()) + correction.get_property("forces", water())
+    np.testing.assert_allclose(e.forces, expected, atol=1e-4)
 
 
 def test_threads_may_share_a_potential():

@@ -37,7 +37,7 @@ class UncertainModel(Calibrated, ModelInterface):
     The potential's own package builds the neighbour lists, so the structures go through the CPU at every step.
 
     Args:
-        calculator: The user's MACE or orb calculator, a backend, or a SPEC string such as `"mace:my.model"`.
+        calculator: The user's MACE, orb or SevenNet calculator, a backend, or a SPEC such as `"mace:my.model"`.
         uncertainty_model: Uncertainty model that `fit` made for this potential, or the path of its file.
         interval: Confidence in (0, 1) of `forces_interval`; None leaves it out. See `UncertainCalculator`.
 
