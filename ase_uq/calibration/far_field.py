@@ -163,11 +163,13 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
     shares = np.exp(found.x[2:] - found.x[2:].max())
     slopes = np.zeros(len(near))
     slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / span
-    columns = {"slopes": slopes, "near": near, "far": far, "floors": floors}
     calibrator = FarFieldCalibrator(
         constant=start + float(found.x[0]),
+        slopes=tuple(slopes.tolist()),
+        near=tuple(near.tolist()),
+        far=tuple(far.tolist()),
         limit=limit,
-        **{name: tuple(values.tolist()) for name, values in columns.items()},
+        floors=tuple(floors.tolist()),
     )
     return replace(calibrator, elements=_offsets(calibrator, residuals))
 

@@ -92,5 +92,6 @@ def too_close(atoms: Atoms, contact: np.ndarray | None) -> str:
         )
     distances = atoms.get_distances(atom, partners, mic=bool(atoms.pbc.any()))
     partner, distance = partners[np.argmin(distances)], float(distances.min())
-    pair = "-".join(sorted((atoms.symbols[atom], atoms.symbols[partner])))
+    symbols = atoms.get_chemical_symbols()
+    pair = "-".join(sorted((symbols[atom], symbols[partner])))
     return f"{pair} {distance:.2f} A, training never below {distance / contact[atom]:.2f}"

@@ -94,12 +94,7 @@ def reference_runs(
             f"reference runs of {ps:g} ps are shorter than the {timestep * interval:g} fs from one reading to the "
             "next. Make them longer."
         )
-    calculator = atoms.calc
-    if calculator is None or _KEY not in calculator.implemented_properties:
-        raise ValueError(
-            f"reference runs need a structure whose calculator gives {_KEY}. "
-            "Set atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
-        )
+    calculator = _calculator_of(atoms)
     reduction = reduction or Reduction()
     waiting, steps = round(1000 * equilibration / timestep), round(1000 * ps / timestep)
     conditions = f"{atoms.get_chemical_formula()}, Langevin {temperature:g} K"
@@ -140,6 +135,16 @@ def reference_runs(
             )
     reach.tell(conditions)
     return ReferenceRuns(tuple(made), timestep * interval, reduction, conditions)
+
+
+def _calculator_of(atoms: Atoms) -> BaseCalculator:
+    calculator = atoms.calc
+    if calculator is None or _KEY not in calculator.implemented_properties:
+        raise ValueError(
+            f"reference runs need a structure whose calculator gives {_KEY}. "
+            "Set atoms.calc = UncertainCalculator(calculator, uncertainty_model)."
+        )
+    return calculator
 
 
 def _check_finite(number: int, readings: np.ndarray, interval: float, temperature: float) -> None:

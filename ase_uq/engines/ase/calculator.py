@@ -43,8 +43,8 @@ class UncertainCalculator(CalibratedCalculator):
     share a calculator, the same images may have the uncertainties each time.
 
     Args:
-        calculator: The user's MACE, orb or SevenNet calculator (also inside a `SumCalculator`), the path of a `.model` file,
-            or a SPEC such as `"mace:my.model"` or `"orb:orb_v3_direct_20_omat"`.
+        calculator: The user's MACE, orb or SevenNet calculator (also inside a `SumCalculator`), the path of a `.model`
+            file, or a SPEC such as `"mace:my.model"` or `"orb:orb_v3_direct_20_omat"`.
         uncertainty_model: Uncertainty model that `fit` made for this potential, or the path of its file.
         every: Number of calculations from one with uncertainties to the next. Forces do not depend on it.
         interval: Confidence in (0, 1) for `forces_interval` in the results, (n_atoms,) eV/Å: in frames like those of
