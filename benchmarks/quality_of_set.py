@@ -30,7 +30,8 @@ from ase_uq import Predictor, UncertaintyModel, UQWarning, fit, load_backend, re
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import Calibrator, Residuals, fit_calibrator
 from ase_uq.communicator import Serial
-from ase_uq.diagnostics.evaluate import Assessment, assess, evaluate
+from ase_uq.diagnostics.assessment import Assessment
+from ase_uq.diagnostics.evaluate import assess, evaluate
 from ase_uq.diagnostics.samples import Sample, largest_of_frames
 from ase_uq.diagnostics.table import MetricValue
 from ase_uq.errors import InputError

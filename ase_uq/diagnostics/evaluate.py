@@ -1,16 +1,11 @@
 """How good the uncertainties are on frames with reference labels: every metric, for every method, side by side."""
 
-import csv
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from html import escape
 from itertools import chain
-from pathlib import Path
-from textwrap import fill
-from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -19,18 +14,16 @@ from ase.data import chemical_symbols
 
 from ase_uq import metrics
 from ase_uq.backends.base import Backend
+from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
-from ase_uq.diagnostics.table import UNITS, MetricValue, aligned_table
-from ase_uq.diagnostics.verdict import as_json, sentences
+from ase_uq.diagnostics.table import UNITS, MetricValue
 from ase_uq.errors import LabelError, UQWarning
-from ase_uq.io.files import check_writable
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.progress import progress_bar
 from ase_uq.properties import find_property
-from ase_uq.representation import Brief
 from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -53,83 +46,6 @@ _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]]
     "miscalibration_area": metrics.miscalibration_area,
     "ence": lambda residuals, zeros, std: metrics.ence(residuals, zeros, std, n_bins=min(10, residuals.size)),
 }
-
-
-@dataclass(frozen=True, repr=False)
-class Assessment(Brief):
-    """How good uncertainties are: scores for people and programs, and the samples they were computed from, for figures.
-
-    Args:
-        scores: All numbers in tidy form, one per row.
-        samples: Residuals with finite, positive standard deviations, by (method, quantity).
-        n_frames: Labelled frames that were evaluated.
-        tolerance: Force errors above it counted as bad, eV/Å.
-        energy_offset: Constant offset of the reference energies that was taken out, in words; empty if there is none.
-    """
-
-    scores: tuple[MetricValue, ...]
-    samples: Mapping[tuple[str, str], Sample]
-    n_frames: int
-    tolerance: float
-    energy_offset: str = ""
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Names of the methods, the primary one first."""
-        return tuple(dict.fromkeys(method for method, _ in self.samples))
-
-    @property
-    def quantities(self) -> tuple[str, ...]:
-        """Names of the quantities, in the order of the table."""
-        return tuple(dict.fromkeys(quantity for _, quantity in self.samples))
-
-    def select(
-        self,
-        *,
-        method: str | None = None,
-        quantity: str | None = None,
-        element: str | None = None,
-        metric: str | None = None,
-    ) -> tuple[MetricValue, ...]:
-        """The scores that match all given arguments."""
-        arguments = {"method": method, "quantity": quantity, "element": element, "metric": metric}
-        wanted = {name: value for name, value in arguments.items() if value is not None}
-        return tuple(s for s in self.scores if all(getattr(s, name) == value for name, value in wanted.items()))
-
-    def table(self) -> str:
-        """The most telling scores as aligned text: one block per quantity, one row per method."""
-        table = aligned_table(self.scores, self.n_frames, self.tolerance)
-        return table + (f" Energies: an\noffset of {self.energy_offset} was taken out." if self.energy_offset else "")
-
-    def describe(self) -> str:
-        """What the scores say, in sentences."""
-        return "\n".join(fill(text, 110) for text in sentences(self.scores, self.n_frames, self.tolerance))
-
-    def numbers(self) -> dict[str, Any]:
-        """All scores and the sentences, as JSON values; None where a number is not defined."""
-        return as_json(self.scores, self.n_frames, self.tolerance)
-
-    def _repr_html_(self) -> str:
-        return f"<pre>{escape(self.table())}</pre><p>{escape(self.describe())}</p>"
-
-    def to_csv(self, path: str | os.PathLike[str]) -> None:
-        """Writes all scores in full precision, one per row; the file appears complete or not at all.
-
-        Raises:
-            ArtefactError: The file cannot be written.
-        """
-        path = Path(path)
-        check_writable(path)
-        part = path.with_name(path.name + ".part")
-        try:
-            with open(part, "w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow([field.name for field in fields(MetricValue)])
-                writer.writerows(astuple(score) for score in self.scores)
-            os.replace(part, path)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
 
 
 def evaluate(

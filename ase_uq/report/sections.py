@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from ase.data import chemical_symbols
 
-from ase_uq.diagnostics.evaluate import Assessment, assess
+from ase_uq.diagnostics.assessment import Assessment
+from ase_uq.diagnostics.evaluate import assess
 from ase_uq.diagnostics.latent import LatentMap
 from ase_uq.diagnostics.table import UNITS
 from ase_uq.report import plots

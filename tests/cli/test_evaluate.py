@@ -59,6 +59,7 @@ def test_figures(judge, tmp_path):
         "forces_errors.png",
         "energy_per_atom_reliability.png",
         "energy_per_atom_errors.png",
+        "far_field.png",
     }
     for name in written:
         assert (tmp_path / "new" / "figures" / name).read_bytes().startswith(b"\x89PNG")

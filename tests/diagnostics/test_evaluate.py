@@ -14,7 +14,7 @@ from ase import Atoms
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, evaluate, fit, metrics
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.diagnostics.evaluate import Assessment
+from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.errors import ArtefactError, InputError, LabelError, UQWarning
 from ase_uq.io.labels import labels_of
 from ase_uq.testing.methods import ELEMENTS, labelled_frames

@@ -249,3 +249,14 @@ def test_without_matplotlib_the_install_line_is_told(monkeypatch):
     monkeypatch.delitem(sys.modules, "ase_uq.report.plots")
     with pytest.raises(MissingDependency, match=r'pip install "ase-uq\[report\]"'):
         importlib.import_module("ase_uq.report.plots")
+
+
+# Where nothing is known
+
+
+def test_forces_of_rattled_frames_and_where_nothing_is_known():
+    ax = plots.know_nothing([0.04, 0.06, 0.08], [1.0, 2.5, 2.0], 0.06)
+    np.testing.assert_allclose(line(ax, "median predicted force"), [[0.04, 1.0], [0.06, 2.5], [0.08, 2.0]])
+    assert line(ax, "nothing known: 0.06")[0, 0] == 0.06
+    assert ax.get_xlabel() == "displacement / nearest distance"
+    assert ax.get_ylabel() == "force (eV/Å)"

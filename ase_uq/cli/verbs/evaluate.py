@@ -22,7 +22,10 @@ from ase_uq.cli.options import (
 from ase_uq.cli.outputs import check_outputs
 
 if TYPE_CHECKING:
-    from ase_uq.diagnostics.evaluate import Assessment
+    from matplotlib.axes import Axes
+
+    from ase_uq.diagnostics.assessment import Assessment
+    from ase_uq.uncertainty_model.far_field import FarField
 
 
 def evaluate(
@@ -67,8 +70,9 @@ def evaluate(
 
     test_frames = read_frames(frames, name="test frames")
     seed_all(seed)
+    predictor = load_calculator(model, uq, device, dtype).predictor
     assessment = assess(
-        load_calculator(model, uq, device, dtype).predictor,
+        predictor,
         test_frames,
         label_keys=label_keys(energy_key, forces_key, stress_key),
         batch_atoms=batch_atoms,
@@ -80,7 +84,10 @@ def evaluate(
         assessment.to_csv(csv)
         typer.echo(f"{len(assessment.scores)} numbers written to {csv}", err=as_json)
     if plots is not None:
-        typer.echo(f"figures written: {', '.join(str(path) for path in _draw(assessment, plots))}", err=as_json)
+        written = _draw(assessment, plots)
+        if (far := predictor.uncertainty_model.far_field) is not None:
+            written.append(_draw_far_field(far, plots))
+        typer.echo(f"figures written: {', '.join(map(str, written))}", err=as_json)
     in_words = f"{assessment.table()}\n\n{assessment.describe()}"
     typer.echo(json.dumps(assessment.numbers(), indent=2) if as_json else in_words)
 
@@ -99,8 +106,6 @@ def _check_outputs(csv: Path | None, plots: Path | None) -> None:
 
 def _draw(assessment: "Assessment", folder: Path) -> list[Path]:
     """Draws two figures per quantity, each with all methods; returns their files."""
-    from matplotlib import pyplot as plt
-
     from ase_uq.diagnostics.table import UNITS
     from ase_uq.report import plots
 
@@ -118,10 +123,23 @@ def _draw(assessment: "Assessment", folder: Path) -> list[Path]:
         panels = plots.errors_side_by_side(pairs, components=components, unit=UNITS[quantity])
         for name, axes in (("reliability", ax), ("errors", panels[0])):
             assert axes is not None
-            figure = axes.get_figure(root=True)
-            assert figure is not None
-            path = folder / f"{quantity}_{name}.png"
-            figure.savefig(path, dpi=200)
-            plt.close(figure)
-            written.append(path)
+            written.append(_saved(axes, folder / f"{quantity}_{name}.png"))
     return written
+
+
+def _draw_far_field(far: "FarField", folder: Path) -> Path:
+    """Draws where the potential was taken to know nothing; returns the file."""
+    from ase_uq.report import plots
+
+    ax = plots.know_nothing(far.fractions, far.median_forces, far.fraction)
+    return _saved(ax, folder / "far_field.png")
+
+
+def _saved(axes: "Axes", path: Path) -> Path:
+    from matplotlib import pyplot as plt
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, dpi=200)
+    plt.close(figure)
+    return path
