@@ -18,11 +18,13 @@ frames.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from scipy.special import softmax
 from torch import Tensor
 
 from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
@@ -132,46 +134,78 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
     if not len(used):
         return None
     span = np.maximum(span, _SHORTEST_SPAN)[used]
-    ways = torch.from_numpy((logs[:, used] - near[used]) / span)
-    reach = float(np.quantile(ways.numpy().mean(1), _REACH_QUANTILE))
-    width = prior.width / max(1 - reach**2, _SHORTEST_REST)
-    squares = torch.from_numpy(residuals.squares / residuals.components)
-    limits = torch.from_numpy(residuals.limits).log()
-    limit = float(limits.mean())
-    n_groups = len(np.unique(residuals.groups))
-    start = float(squares.mean().clamp(min=1e-300).log())
-
-    def loss(x: np.ndarray) -> tuple[float, np.ndarray]:
-        parameters = torch.from_numpy(x).requires_grad_()
-        constant, log_slope, shares = start + parameters[0], parameters[1], parameters[2:].softmax(0)
-        way = (log_slope.exp().clamp(max=1) * (ways @ shares)).clamp(max=1)
-        log_variance = _log_variance(constant, way, limits, limit)
-        likelihood = 0.5 * (log_variance + squares * torch.exp(-log_variance)).mean()
-        of_slope = 0.5 * ((log_slope - np.log(prior.centre)) / width) ** 2
-        total = likelihood * n_groups + of_slope - (shares + _SMALLEST_SHARE).log().mean()
-        total.backward()
-        assert parameters.grad is not None
-        return float(total.detach()), parameters.grad.numpy()
-
+    ways = (logs[:, used] - near[used]) / span
+    reach = float(np.quantile(ways.mean(1), _REACH_QUANTILE))
+    loss = _Loss(
+        ways=ways,
+        squares=residuals.squares / residuals.components,
+        limits=np.log(residuals.limits),
+        n_groups=len(np.unique(residuals.groups)),
+        centre=float(np.log(prior.centre)),
+        width=prior.width / max(1 - reach**2, _SHORTEST_REST),
+    )
     # Rows beyond the far end do not say in which direction they would like to have it moved: several τ are tried.
     starts = [np.concatenate([[0.0, np.log(slope)], np.zeros(len(used))]) for slope in (1.0, 0.5, 0.2)]
     starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
-    found = min(
-        (minimize(loss, x, jac=True, method="L-BFGS-B", options={"maxiter": 1000, "gtol": 1e-8}) for x in starts),
-        key=lambda result: result.fun,
-    )
+    options = {"maxiter": 1000, "gtol": 1e-8}
+    found = min((minimize(loss, x, jac=True, method="L-BFGS-B", options=options) for x in starts), key=lambda r: r.fun)
     shares = np.exp(found.x[2:] - found.x[2:].max())
     slopes = np.zeros(len(near))
     slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / span
     calibrator = FarFieldCalibrator(
-        constant=start + float(found.x[0]),
+        constant=loss.start + float(found.x[0]),
         slopes=tuple(slopes.tolist()),
         near=tuple(near.tolist()),
         far=tuple(far.tolist()),
-        limit=limit,
+        limit=float(loss.limits.mean()),
         floors=tuple(floors.tolist()),
     )
     return replace(calibrator, elements=_offsets(calibrator, residuals))
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """Negative logarithm of the posterior, and its slope, of x = (c - start, log τ, logits of w).
+
+    Args:
+        ways: (n, n_used) t_k of every row.
+        squares: (n,) mean squared residual of a component.
+        limits: (n,) log σ∞².
+        n_groups: Number of frames, the weight of the mean likelihood.
+        centre: Of log τ.
+        width: Of log τ.
+    """
+
+    ways: np.ndarray
+    squares: np.ndarray
+    limits: np.ndarray
+    n_groups: int
+    centre: float
+    width: float
+
+    @cached_property
+    def start(self) -> float:
+        """The constant c if no row were on any way."""
+        return float(np.log(max(self.squares.mean(), 1e-300)))
+
+    def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        constant, shares = self.start + x[0], softmax(x[2:])
+        slope = min(np.exp(x[1]), 1.0)
+        raw = slope * (self.ways @ shares)
+        way = np.minimum(raw, 1)
+        rise = np.where(way > 0, self.limits, self.limits.mean()) - constant
+        log_variance = constant + rise * way
+        ratio = self.squares * np.exp(-log_variance)
+        deviation = (x[1] - self.centre) / self.width
+        value = self.n_groups * 0.5 * np.mean(log_variance + ratio)
+        value += 0.5 * deviation**2 - np.mean(np.log(shares + _SMALLEST_SHARE))
+        # Of the likelihood with respect to log σ², then through c and t.
+        of_row = self.n_groups * 0.5 * (1 - ratio) / len(ratio)
+        of_way = of_row * rise * (raw <= 1)
+        of_shares = slope * (of_way @ self.ways) - 1 / (shares + _SMALLEST_SHARE) / len(shares)
+        of_slope = float(of_way @ raw) * (x[1] <= 0) + deviation / self.width
+        of_logits = shares * (of_shares - of_shares @ shares)
+        return float(value), np.concatenate([[of_row @ (1 - way), of_slope], of_logits])
 
 
 def _offsets(calibrator: FarFieldCalibrator, residuals: Residuals) -> dict[int, float]:

@@ -43,10 +43,9 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
     if details:
         lines += _formulas(model)
     if (far := model.far_field) is not None:
-        forces = ", ".join(f"{m:.2g} at {f:g}" for f, m in zip(far.fractions, far.median_forces, strict=True))
         lines.append(
-            f"  far field      training frames rattled by {far.fraction:g} of the nearest distance: the median force "
-            f"stops growing there (eV/Å: {forces}); σ∞ from {far.force:.3g} eV/Å"
+            f"  far field      nothing is known of training frames rattled by {far.fraction:g} of each bond: "
+            f"σ from {far.force:.3g} eV/Å"
         )
     if shift := provenance.get("energy_shift"):
         lines.append(f"  energies       offset of {shift}, taken out before calibration")
@@ -130,6 +129,9 @@ def _formulas(model: "UncertaintyModel") -> list[str]:
     if model.combination is not None:
         first, *rest = model.combination.describe()
         lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
+    if (far := model.far_field) is not None:
+        forces = ", ".join(f"{m:.2g} at {f:g}" for f, m in zip(far.fractions, far.median_forces, strict=True))
+        lines.append(f"  median force of rattled frames, eV/Å: {forces}")
     return lines
 
 

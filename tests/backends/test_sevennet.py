@@ -219,7 +219,7 @@ def test_a_last_layer_that_is_not_understood_is_refused():
         ({key.CUTOFF: 3.9}, "cutoff was 4.0, here it is 3.9"),
         ({key._NORMALIZE_SPH: False}, "edges was .*, normalized: True', here it is .*, normalized: False'"),
         ({key.CUTOFF_FUNCTION: {key.CUTOFF_FUNCTION_NAME: "poly_cut", "poly_cut_p_value": 5}}, "envelope was .* 6"),
-        ({"elements": ("H", "O", "C", "Ag")}, "elements was"),
+        ({"elements": ("H", "O", "C", "Ag")}, "fitted for H, C, O, Cu, this potential is for H, C, O, Ag"),
     ],
 )
 def test_what_is_not_in_the_weights_is_part_of_the_identity(settings: dict[str, Any], match: str):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from ase_uq.calibration import FarFieldCalibrator, Residuals, far_field_choice, fit_far_field, load_calibrator
+from ase_uq.calibration.far_field import _Loss
 
 FAR = np.log([1e4, 3e3])
 
@@ -96,6 +97,14 @@ class TestFit:
         )
         slope = shares_of(found).sum()
         assert loss(found.constant, slope, shares_of(found)[0] / slope) <= other.fun + 1e-6
+
+    @pytest.mark.parametrize("log_slope", [-0.3, 0.3])
+    def test_the_slope_of_what_is_minimised_is_that_of_finite_differences(self, log_slope: float):
+        random = np.random.default_rng(0)
+        loss = _Loss(random.normal(0.4, 0.5, (50, 3)), random.chisquare(3, 50), random.normal(size=50), 7, -0.1, 0.2)
+        x = np.concatenate([[0.2, log_slope], random.normal(size=3)])
+        numeric = [(loss(x + h)[0] - loss(x - h)[0]) / 2e-6 for h in 1e-6 * np.eye(5)]
+        np.testing.assert_allclose(loss(x)[1], numeric, rtol=1e-5, atol=1e-7)
 
     def test_a_gentle_slope_near_the_data_hardly_changes_how_far_the_way_goes(self):
         few = simulated(slope=0.5, n_frames=12)

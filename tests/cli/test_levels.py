@@ -139,9 +139,17 @@ def test_false_alarms_are_not_counted_by_element():
 
 
 def test_what_the_options_ask_to_watch_for():
-    assert watch_policy(0.3, 0.5, each_element=False, bonds=False) == WatchPolicy(flag=0.3, halt=0.5)
+    assert watch_policy(0.3, 0.5, quantity="forces", each_element=False, bonds=False) == WatchPolicy(flag=0.3, halt=0.5)
     policy = watch_policy(
-        None, Quantile(0.9), each_element=True, bonds=True, max_temperature=900, patience=2, at_once=0.8, reduce="mean"
+        None,
+        Quantile(0.9),
+        quantity="forces",
+        each_element=True,
+        bonds=True,
+        max_temperature=900,
+        patience=2,
+        at_once=0.8,
+        reduce="mean",
     )
     assert policy == WatchPolicy(
         halt=PerElement(Quantile(0.9)),
@@ -154,11 +162,11 @@ def test_what_the_options_ask_to_watch_for():
 
 def test_options_that_ask_for_what_cannot_be_are_refused():
     with pytest.raises(typer.BadParameter, match=r"flag is 0.5 eV/Å and halt is 0.3 eV/Å"):
-        watch_policy(0.5, 0.3, each_element=False, bonds=False)
+        watch_policy(0.5, 0.3, quantity="forces", each_element=False, bonds=False)
     with pytest.raises(typer.BadParameter, match="--per-element needs a criterion"):
-        watch_policy(0.3, None, each_element=True, bonds=False)
+        watch_policy(0.3, None, quantity="forces", each_element=True, bonds=False)
     with pytest.raises(ValueError, match="patience belongs to halt"):
-        watch_policy(0.3, None, each_element=False, bonds=False, patience=2)
+        watch_policy(0.3, None, quantity="forces", each_element=False, bonds=False, patience=2)
 
 
 def test_what_a_meaning_comes_to_is_told_and_numbers_are_not():

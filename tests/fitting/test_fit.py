@@ -232,7 +232,7 @@ class TestInputs:
         assert "ase" in provenance["versions"]
 
     @pytest.mark.parametrize("progress", [True, False])
-    def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, capfd):
+    def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, terminal, capfd):
         fit(calculator, train, held_out, methods=["bll"], progress=progress)
         out, errors = capfd.readouterr()
         assert out == ""
@@ -317,7 +317,7 @@ class TestSeveralMethods:
         found = model.apply(batch)
         quantities = [f"{quantity}_uncertainty" for quantity in ("forces", "energy", "energies")]
         alone = {f"{key}_{name}" for key in quantities for name in ("bll", "mahalanobis")}
-        assert set(found) == set(model.results) == {*quantities, *alone, "gamma"}
+        assert set(found) == set(model.results) == {*quantities, *alone, "gamma", "contact"}
         assert len(model.results) == len(set(model.results))
         for key, value in found.items():
             assert bool((value > 0).all()), key
@@ -327,7 +327,7 @@ class TestSeveralMethods:
         for key in quantities[1:]:
             np.testing.assert_array_equal(found[key], found[f"{key}_bll"])
         prediction = Predictor(load_backend(calculator), model).predict(labelled_frames(1, seed=3))[0]
-        assert {*quantities, *alone, "gamma"} <= set(prediction.results)
+        assert {*quantities, *alone, "gamma", "contact"} <= set(prediction.results)
 
     def test_each_gives_what_it_gives_alone(self, calculator, train, held_out):
         both = quick(calculator, train, held_out, methods=PAIR)
@@ -335,7 +335,7 @@ class TestSeveralMethods:
         together = both.apply(batch)
         for method in PAIR:
             for key, value in quick(calculator, train, held_out, methods=[method]).apply(batch).items():
-                if key != "gamma":
+                if key not in ("gamma", "contact"):
                     np.testing.assert_array_equal(together[f"{key}_{method.name}"], value)
 
     def test_one_alone_is_not_combined(self, calculator, train, held_out):
@@ -395,7 +395,8 @@ class TestSeveralMethods:
             del atoms.info["REF_energy"]
         model = quick(calculator, train, held_out, methods=PAIR)
         assert model.primary == "combined"
-        expected = ("forces_uncertainty", "gamma", "forces_uncertainty_bll", "forces_uncertainty_mahalanobis")
+        alone = ("forces_uncertainty_bll", "forces_uncertainty_mahalanobis")
+        expected = ("forces_uncertainty", "gamma", "contact", *alone)
         assert model.results == expected
 
     @pytest.mark.parametrize("labelled", [0, 1, 2])
@@ -460,7 +461,7 @@ class TestSeveralMethods:
         assert sum(evaluations) == expected_evaluations(model)
 
     @pytest.mark.parametrize("progress", [True, False])
-    def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, capfd):
+    def test_progress_can_be_switched_off(self, calculator, train, held_out, progress: bool, terminal, capfd):
         fit(calculator, train, held_out, methods=PAIR, progress=progress)
         out, errors = capfd.readouterr()
         assert out == ""
@@ -530,7 +531,7 @@ class TestLabels:
         for atoms in held_out:
             del atoms.info["REF_energy"]
         model = quick(calculator, train, held_out)
-        assert model.results == ("forces_uncertainty", "gamma")
+        assert model.results == ("forces_uncertainty", "gamma", "contact")
 
     def test_energies_of_some_calibration_frames_are_enough(self, calculator, train):
         calibration = labelled_frames(30, seed=2)

@@ -127,7 +127,7 @@ def test_too_few_units_for_a_bound_are_refused():
     ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(19)))
     with pytest.raises(ValueError, match=r"ErrorBound\(0\.3, confidence=0\.95\) needs at least 19 .* has 18 units\."):
         ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(18)))
-    with pytest.raises(ValueError, match=r"has 100 frames in 10 blocks, since neighbouring frames are alike"):
+    with pytest.raises(ValueError, match=r"has 100 frames in 10 units, since neighbouring frames are alike"):
         ErrorBound(0.3, confidence=0.95).resolve(threshold_data(np.ones(100), groups=np.repeat(np.arange(10), 10)))
 
 
@@ -164,7 +164,7 @@ def test_perturbed_frames_count_too():
         MissRate(0.3, 0.1).resolve(good)
     found = MissRate(0.3, 0.1).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
     assert (found, found.n_units) == (1.0, 9)
-    with pytest.raises(ValueError, match=r"has 9 \(among 50 frames and 9 frames that were perturbed\)"):
+    with pytest.raises(ValueError, match=r"has 9 \(among 50 units and 9 units that were perturbed\)"):
         MissRate(0.3, 0.05).resolve(threshold_data(np.ones(50), np.zeros(50), perturbed=perturbed))
 
 

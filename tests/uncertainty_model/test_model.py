@@ -680,6 +680,7 @@ class TestResults:
             "energy_uncertainty": (5,),
             "energies_uncertainty": (n_atoms,),
             "gamma": (n_atoms,),
+            "contact": (n_atoms,),
         }
         assert {key: tuple(value.shape) for key, value in found.items()} == shapes
         assert set(model.results) == set(shapes)
