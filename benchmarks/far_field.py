@@ -278,16 +278,20 @@ def draw(observed: Mapping[str, Observed]) -> plt.Figure:
             shown = np.random.default_rng(0).permutation(len(way))[:1500]
             ax.plot(way[shown], error[shown], ".", ms=1.5, alpha=0.35, color=colours[kind], rasterized=True)
         way, sigma = np.concatenate(ways), np.concatenate(sigmas)
-        edges = np.quantile(way, np.linspace(0.002, 0.998, 25))
+        edges = np.linspace(way.min(), way.max(), 25)
         place = np.digitize(way, edges)
-        full = [k for k in range(1, len(edges)) if (place == k).sum() > 5]
+        full = [k for k in range(1, len(edges)) if (place == k).sum() > 3]
         centres = [float(np.median(way[place == k])) for k in full]
         ax.plot(centres, [float(np.median(sigma[place == k])) for k in full], "-", color="black", lw=1.8)
         far = float(np.exp(calibrator.limit / 2))
-        for x, y, text in ((0.0, np.exp(calibrator.constant / 2), "known"), (1.0, far, "nothing known")):
+        for x, y, text, side in (
+            (0.0, np.exp(calibrator.constant / 2), "known", "left"),
+            (1.0, far, "nothing known", "right"),
+        ):
             ax.axvline(x, color="#B0B0B0", lw=0.8, zorder=0)
             ax.plot([x], [y], "o", ms=7, mfc="white", mec="black", mew=1.5)
-            ax.annotate(text, (x, y), textcoords="offset points", xytext=(6, -12), fontsize=8)
+            shift = (6, -14) if side == "left" else (-6, 8)
+            ax.annotate(text, (x, y), textcoords="offset points", xytext=shift, ha=side, fontsize=8)
         positive = np.concatenate([np.sqrt((rows.residuals**2).mean(1)) for rows in of_set.splits.values()])
         ax.set(yscale="log", title=name, ylim=(max(1e-4, np.quantile(positive, 0.01)), 3 * max(positive.max(), far)))
         ax.set(xlabel="way t (log u)", ylabel="force error, σ (eV/Å)")
