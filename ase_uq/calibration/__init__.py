@@ -16,6 +16,7 @@ from ase_uq.calibration.choice import Choice, far_field_choice, fit_calibrator
 from ase_uq.calibration.edges import EdgeTable, fit_edges
 from ase_uq.calibration.far_field import FarFieldCalibrator, fit_far_field
 from ase_uq.calibration.power import PowerCalibrator, fit_power
+from ase_uq.entries import Entries
 
 __all__ = [
     "AffineCalibrator",
@@ -25,6 +26,7 @@ __all__ = [
     "FarFieldCalibrator",
     "PowerCalibrator",
     "Residuals",
+    "checked_calibrator",
     "far_field_choice",
     "fit_affine",
     "fit_calibrator",
@@ -36,11 +38,23 @@ __all__ = [
 ]
 
 
+_KINDS: dict[str, type[Calibrator]] = {
+    "affine": AffineCalibrator,
+    "far_field": FarFieldCalibrator,
+    "power": PowerCalibrator,
+}
+
+
 def load_calibrator(settings: dict) -> Calibrator:
     """The calibrator with these settings, as `Calibrator.settings` gave them."""
-    kinds: dict[str, type[Calibrator]] = {
-        "affine": AffineCalibrator,
-        "far_field": FarFieldCalibrator,
-        "power": PowerCalibrator,
-    }
-    return kinds[settings["kind"]].load(settings)
+    return _KINDS[settings["kind"]].load(settings)
+
+
+def checked_calibrator(settings: Entries) -> Calibrator:
+    """The calibrator with these settings of a file.
+
+    Raises:
+        WrongEntry: An entry is missing or wrong.
+    """
+    _KINDS[settings.text("kind", tuple(_KINDS))].check(settings)
+    return load_calibrator(settings.value)

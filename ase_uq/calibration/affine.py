@@ -7,7 +7,8 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 
-from ase_uq.calibration.base import Calibrator, Residuals
+from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, Calibrator, Residuals
+from ase_uq.entries import Entries
 
 # The floor of a, as a share of the mean square: with zero variance at u = 0, one exact row would outweigh all others.
 _SMALLEST_SHARE = 1e-6
@@ -43,6 +44,19 @@ class AffineCalibrator(Calibrator):
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "AffineCalibrator":
         return cls(**{key: value for key, value in settings.items() if key != "kind"})
+
+    @classmethod
+    def check(cls, settings: Entries) -> None:
+        settings.keys(("kind", "intercept", "slope", "column", "boundary"))
+        settings.number("intercept", np.exp(SMALLEST_LOG), np.exp(LARGEST_LOG))
+        settings.number("slope", 0)
+        if "column" in settings:
+            settings.whole("column")
+        if "boundary" in settings:
+            settings.text("boundary", ("", "useless", "bare"))
+
+    def combines(self, n_scores: int) -> bool:
+        return self.column < n_scores
 
     def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         return self.intercept + self.slope * scores[..., self.column]

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ase_uq.entries import Entries
+
 # Scores are means of squares, of order one on the training rows; anything smaller than this counts as zero.
 SMALLEST_SCORE = 1e-12
 
@@ -40,6 +42,10 @@ class Residuals:
         )
 
 
+# Of log σ², in squared ASE units: e^±600 is a number in float64, and nobody is wrong by e^50 eV/Å.
+SMALLEST_LOG, LARGEST_LOG = -600.0, 100.0
+
+
 class Calibrator(ABC):
     """Turns scores into variances. Immutable; `settings` describes it completely."""
 
@@ -52,6 +58,19 @@ class Calibrator(ABC):
     @abstractmethod
     def load(cls, settings: dict[str, Any]) -> "Calibrator":
         """The calibrator with these settings."""
+
+    @classmethod
+    @abstractmethod
+    def check(cls, settings: Entries) -> None:
+        """Refuses settings of a file that are not those of a calibrator, or whose variance is no positive number.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+
+    @abstractmethod
+    def combines(self, n_scores: int) -> bool:
+        """Whether it is made for so many scores."""
 
     @abstractmethod
     def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:

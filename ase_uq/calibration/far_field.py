@@ -27,12 +27,15 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from torch import Tensor
 
-from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
+from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, Calibrator, Residuals
+from ase_uq.entries import Entries
 
 _REACH_QUANTILE, _SHORTEST_REST = 0.99, 0.05  # of t: how far calibration frames reach; least share that is left
 _SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
 _SMALLEST_SHARE = 1e-3
 _LARGEST_NUMBER = 118
+_LARGEST_SCORE = 700.0  # of log u: float64 ends there
+_LARGEST_SLOPE = 10.0  # spans are not that short
 _FRAMES_OF_ALL = 20  # weight, in frames, of the c of all elements beside that of one
 
 
@@ -87,6 +90,26 @@ class FarFieldCalibrator(Calibrator):
         slopes, near, far, floors = (tuple(settings[key]) for key in ("slopes", "near", "far", "floors"))
         elements = {int(number): offset for number, offset in settings["elements"].items()}
         return cls(settings["constant"], slopes, near, far, settings["limit"], floors, elements)
+
+    @classmethod
+    def check(cls, settings: Entries) -> None:
+        settings.keys(("kind", "constant", "slopes", "near", "far", "limit", "floors", "elements"))
+        constant = settings.number("constant", SMALLEST_LOG, LARGEST_LOG)
+        limit = settings.number("limit", SMALLEST_LOG, LARGEST_LOG)
+        slopes = settings.numbers("slopes", 0, _LARGEST_SLOPE)
+        near = settings.numbers("near", -_LARGEST_SCORE, _LARGEST_SCORE, len(slopes))
+        settings.numbers("far", -_LARGEST_SCORE, _LARGEST_SCORE, len(slopes))
+        floors = settings.numbers("floors", SMALLEST_SCORE, length=len(slopes))
+        least = float((np.log(floors) - near) @ slopes)
+        offsets = settings.under("elements")
+        for key in offsets.of_elements().values():
+            offsets.number(key, -LARGEST_LOG, LARGEST_LOG)
+        for offset in (0.0, *offsets.value.values()):
+            if not SMALLEST_LOG <= constant + offset + (limit - constant - offset) * min(least, 0) <= LARGEST_LOG:
+                raise settings.wrong("constant", "one with a possible variance at the floors of the scores")
+
+    def combines(self, n_scores: int) -> bool:
+        return len(self.slopes) == n_scores
 
     def way(self, scores: Tensor) -> Tensor:
         """(..., n_scores) → (...): t, at most 1; 0 at the calibration frames, 1 where nothing is known."""

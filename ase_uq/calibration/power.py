@@ -9,7 +9,10 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ase_uq.calibration.base import SMALLEST_SCORE, Calibrator, Residuals
+from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, Calibrator, Residuals
+from ase_uq.entries import Entries
+
+_LARGEST_POWER = 20.0
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,30 @@ class PowerCalibrator(Calibrator):
     def load(cls, settings: dict[str, Any]) -> "PowerCalibrator":
         return cls(settings["constant"], tuple(settings["powers"]), tuple(settings["floors"]), settings["boundary"])
 
+    @classmethod
+    def check(cls, settings: Entries) -> None:
+        settings.keys(("kind", "constant", "powers", "floors", "boundary"))
+        constant = settings.number("constant")
+        powers = settings.numbers("powers", 0, _LARGEST_POWER)
+        floors = settings.numbers("floors", SMALLEST_SCORE, length=len(powers))
+        least = constant + float(np.log(floors) @ powers)
+        if not SMALLEST_LOG <= least <= LARGEST_LOG:
+            raise settings.wrong("constant", "one with a possible variance at the floors of the scores")
+        settings.text("boundary", ("", "useless"))
+
+    def combines(self, n_scores: int) -> bool:
+        return len(self.powers) == n_scores
+
     def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
         powers, floors = torch.tensor([self.powers, self.floors], dtype=scores.dtype, device=scores.device)
-        return torch.exp(self.constant + torch.maximum(scores, floors).log() @ powers)
+        log_variance = self.constant + torch.maximum(scores, floors).log() @ powers
+        return torch.exp(log_variance.clamp(max=-SMALLEST_LOG))  # far away it would be infinite
 
     def describe(self) -> str:
         powers = "·".join(f"u[{k}]^{p:.2f}" for k, p in enumerate(self.powers) if p > 1e-3)
         return f"σ² = {np.exp(self.constant):.3g}·{powers or '1'}"
 
 
-_LARGEST_POWER = 20.0
 # Of a loss of about 1, in a mean over many rows.
 _ROUNDING = 1e-15
 

@@ -210,9 +210,9 @@ def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
 
 
 def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
-    """One row per labelled frame; None if there are too few to calibrate on."""
+    """One row per labelled frame; None if there are too few to calibrate on, or none of them has an error."""
     (labelled,) = np.nonzero(np.isfinite(residuals).all(1))
-    if len(labelled) < FEWEST_FRAMES:
+    if len(labelled) < FEWEST_FRAMES or not residuals[labelled].any():
         return None
     return Residuals(scores[labelled], (residuals[labelled] ** 2).sum(1), residuals.shape[1], labelled)
 

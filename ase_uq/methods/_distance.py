@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods.base import Head, Raw
+from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.numerics.sites import RADII, around
 
 # A feature that never varied in training gets this share of the largest spread as its unit: any change in it then
@@ -60,6 +61,21 @@ class DistanceHead(Head):
 
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__({"radii": list(RADII), "reach": REACH, **settings}, tensors)
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        radii = RADII
+        if "radii" in settings:  # since version 0.2
+            radii = settings.numbers("radii", SMALLEST)
+        if "reach" in settings:
+            settings.number("reach", 0)
+        width, elements = cls.check_distance(settings, tensors)
+        return Implied({"forces": 1 + len(radii), "energy": 1, "stress": 1}, width, elements)
+
+    @classmethod
+    def check_distance(cls, settings: Entries, tensors: StoredTensors) -> tuple[int | None, list[int] | None]:
+        """The part of `check` about `distance`; returns the number of latent features and the fitted elements."""
+        return super().check(settings, tensors).width, None
 
     @abstractmethod
     def distance(self, forward_pass: ForwardPass) -> Tensor:

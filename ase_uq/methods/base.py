@@ -1,5 +1,6 @@
 """The protocol of a method: labelled, evaluated batches go in, a fitted head comes out, and the head gives `Raw`."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.numerics.buffers import Fitted
@@ -37,6 +39,21 @@ class Raw:
     distance: Tensor
 
 
+@dataclass(frozen=True)
+class Implied:
+    """What the file of a head says of the rest of the file; None where it says nothing.
+
+    Args:
+        scores: Number of scores of `forces`, `energy` and `stress`, which calibrators combine.
+        width: Number of latent features of an atom.
+        elements: Atomic numbers of the fitted atoms, ascending.
+    """
+
+    scores: dict[str, int] | None = None
+    width: int | None = None
+    elements: list[int] | None = None
+
+
 class Head(Fitted, ABC):
     """A fitted method.
 
@@ -59,12 +76,34 @@ class Head(Fitted, ABC):
     def forward(self, forward_pass: ForwardPass) -> Raw:
         """Raw uncertainties of a batch, from the results of one forward pass of the potential."""
 
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        """Refuses settings and tensors of a file from which no head can be made that gives finite scores.
+
+        A head whose file is checked no further has every buffer that its class annotates, and finite ones only. One
+        with buffers that may be absent, or with more to say, overrides this.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+        for name in _annotated(cls):
+            if name not in tensors:
+                raise WrongEntry(f"there is no tensor {tensors.prefix}{name}")
+        tensors.finite()
+        return Implied()
+
     def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, width) float64 coordinates in the space that the head measures in, before any posterior.
 
         A head with such a space, where the distance between two atoms is meaningful, defines this and `measures`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no features to measure distances in")
+
+
+def _annotated(head: type[Head]) -> list[str]:
+    """Names that a class and those above it annotate as tensors."""
+    tensors = (Tensor, "Tensor", "torch.Tensor")
+    return [name for c in head.__mro__ for name, kind in inspect.get_annotations(c).items() if kind in tensors]
 
 
 class Accumulator(ABC):

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass, Members, Targets
 from ase_uq.methods._distance import MeanOverAtoms
-from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 
 
 class CommitteeHead(Head):
@@ -28,6 +29,11 @@ class CommitteeHead(Head):
     """
 
     grows = False
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        settings.positive("mean_square")
+        return Implied({"forces": 1, "energy": 1, "stress": 1})
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         members = _members_of(forward_pass)

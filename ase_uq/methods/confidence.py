@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ConfidenceBins, ForwardPass, Targets
 from ase_uq.methods._distance import MeanOverAtoms
-from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 
 # Added to the probability of the last bin: smaller probabilities from a softmax carry no information.
 _SMALLEST_TAIL = 1e-3
@@ -35,6 +36,11 @@ class ConfidenceHead(Head):
     """
 
     grows = False
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        settings.positive("mean_square")
+        return Implied({"forces": 2, "energy": 1, "stress": 1})
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         confidence = _confidence_of(forward_pass)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
@@ -26,6 +27,7 @@ from ase_uq.numerics.sample import RowSample, labels_of_atoms
 _SMALLEST_VARIANCE = 1e-3
 _SMALLEST_SHARE = 1e-6  # share of the largest variance below which a principal component is rounding error
 _FLAT = 1e-7  # nats per atom: a mixture that gains less in one step has converged
+_LARGEST_DENSITY = 1e6  # of its logarithm, far beyond that of any file
 _STEPS = 300
 _PATIENCE = 2  # number of successive component counts without a lower BIC after which the search stops
 
@@ -43,6 +45,19 @@ class GMMHead(DistanceHead):
     log_weights: Tensor
     means: Tensor
     roots: Tensor
+
+    @classmethod
+    def check_distance(cls, settings: Entries, tensors: StoredTensors) -> tuple[int, None]:
+        settings.number("peak", -_LARGEST_DENSITY, _LARGEST_DENSITY)
+        settings.positive("scale")
+        width = len(tensors.take("centre", None))
+        dimensions = tensors.take("projection", width, None).shape[1]
+        components = len(tensors.take("log_weights", None, low=-_LARGEST_DENSITY, high=_LARGEST_DENSITY))
+        tensors.take("means", components, dimensions)
+        roots = tensors.take("roots", components, dimensions, dimensions)
+        if not bool((roots.diagonal(dim1=1, dim2=2) > 0).all()):
+            raise WrongEntry(f"the diagonal of the tensor {tensors.prefix}roots is not above zero")
+        return width, None
 
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         rows = (forward_pass.features.double() - self.centre) @ self.projection

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import raw_of_atoms
-from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.moments import Moments, reduced
@@ -37,6 +38,14 @@ _ROWS_A_LANDMARK = 8
 # Rows are divided by the square root of a pivot: below this pivot only rounding error is left of a row.
 _SMALLEST_PIVOT = 1e-10
 _MEDIAN_ROWS = 1000  # the pairs among this many rows determine the median distance
+
+
+CHOICES = {
+    "features": ("latent", "last_layer"),
+    "kernel": ("linear", "rbf"),
+    "normalisation": ("centred", "global", "cosine"),
+    "pooling": ("mean", "sum"),
+}
 
 
 class KernelHead(Head):
@@ -53,6 +62,20 @@ class KernelHead(Head):
         super().__init__(settings, {})
         variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
         self.atoms, self.frames = (variance(tensors_of(part, tensors)) for part in ("atoms", "frames"))
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        for option, choices in CHOICES.items():
+            settings.text(option, choices)
+        radii = settings.numbers("radii", SMALLEST)
+        variance = LinearVariance if settings["kernel"] == "linear" else LandmarkVariance
+        width = None
+        for part in ("atoms", "frames"):
+            of_part = tensors.under(f"{part}.")
+            width = variance.check(of_part, width)
+            of_part.nothing_else()
+        latent = settings["features"] == "latent"
+        return Implied({"forces": 1 + len(radii), "energy": 2, "stress": 2}, width if latent else None)
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         atoms, frames = _rows(forward_pass, self._settings)
@@ -103,14 +126,9 @@ class Kernel(Method):
     radii: tuple[float, ...] = RADII
 
     def __post_init__(self) -> None:
-        for option, value, choices in (
-            ("features", self.features, ("latent", "last_layer")),
-            ("kernel", self.kernel, ("linear", "rbf")),
-            ("normalisation", self.normalisation, ("centred", "global", "cosine")),
-            ("pooling", self.pooling, ("mean", "sum")),
-        ):
-            if value not in choices:
-                raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {value!r}.")
+        for option, choices in CHOICES.items():
+            if getattr(self, option) not in choices:
+                raise ValueError(f"{option} is one of {', '.join(map(repr, choices))}, not {getattr(self, option)!r}.")
         if not 0 < self.noise <= 1:
             raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
         if not self.length > 0:
@@ -129,6 +147,13 @@ class LinearVariance(Buffers):
 
     centre: Tensor
     root: Tensor
+
+    @staticmethod
+    def check(tensors: StoredTensors, width: int | None) -> int:
+        """Refuses wrong tensors of a file; `width` is the number of features, if it is known, and is returned."""
+        width = len(tensors.take("centre", width))
+        tensors.take("root", width, width)
+        return width
 
     def forward(self, rows: Tensor) -> Tensor:
         return ((rows - self.centre) @ self.root).square().sum(1)
@@ -151,6 +176,15 @@ class LandmarkVariance(Buffers):
     root: Tensor  # (m, m)
     length: Tensor  # () ℓ
     mean: Tensor  # () mean of v over the fitted rows
+
+    @staticmethod
+    def check(tensors: StoredTensors, width: int | None) -> int:
+        """Refuses wrong tensors of a file; `width` is the number of features, if it is known, and is returned."""
+        size, width = tensors.take("landmarks", None, width).shape
+        tensors.take("root", size, size)
+        for name in ("length", "mean"):
+            tensors.take(name, low=SMALLEST)
+        return width
 
     def forward(self, rows: Tensor) -> Tensor:
         known = (_rbf(rows / self.length, self.landmarks) @ self.root).square().sum(1)

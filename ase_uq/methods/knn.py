@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
@@ -33,6 +34,15 @@ class KNNHead(DistanceHead):
     elements: Tensor
     units: Tensor
     rows: Tensor
+
+    @classmethod
+    def check_distance(cls, settings: Entries, tensors: StoredTensors) -> tuple[int, list[int]]:
+        settings.whole("neighbours", 1)
+        settings.positive("scale")
+        elements = tensors.elements("elements")
+        width = len(tensors.take("units", None, low=SMALLEST))
+        tensors.take("rows", sum(settings.wholes("atoms", 1, length=len(elements))), width)
+        return width, elements.tolist()
 
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         queries = forward_pass.features.double() / self.units

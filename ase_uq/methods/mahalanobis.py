@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
@@ -34,6 +35,13 @@ class MahalanobisHead(DistanceHead):
     elements: Tensor
     centres: Tensor
     roots: Tensor
+
+    @classmethod
+    def check_distance(cls, settings: Entries, tensors: StoredTensors) -> tuple[int, list[int]]:
+        elements = tensors.elements("elements")
+        width = tensors.take("centres", len(elements) + 1, None).shape[1]
+        tensors.take("roots", len(elements) + 1, width, width)
+        return width, elements.tolist()
 
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         rows = rows_of(forward_pass.numbers, self.elements)

@@ -21,11 +21,14 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
-from ase_uq.methods.base import Accumulator, Head, Method, Raw
+from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.hashing import random_signs, substream
 from ase_uq.numerics.posterior import mean_square, residual
 from ase_uq.numerics.sketch import Sketch
+
+MOST_TANGENTS = 1024  # each costs a backward pass
 
 
 class NTKHead(Head):
@@ -44,6 +47,15 @@ class NTKHead(Head):
     def __init__(self, settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         super().__init__(settings, tensors)
         self.sketch = Sketch(settings["parameters"], settings["size"], settings["seed"])
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        size = min(settings.whole("size", 1), settings.whole("parameters", 1))
+        settings.whole("tangents", 1, MOST_TANGENTS)
+        settings.whole("seed", -(2**63), 2**63 - 1)
+        for name in ("energy_root", "force_root"):
+            tensors.take(name, size, size)
+        return Implied({"forces": 2, "energy": 2, "stress": 2})
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         energy = (energy_rows(forward_pass, self.sketch) @ self.energy_root).square().sum(1)
@@ -83,9 +95,10 @@ class NTK(Method):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, value in (("size", self.size), ("tangents", self.tangents)):
-            if not value >= 1:
-                raise ValueError(f"{option} is at least 1, not {value!r}.")
+        if not self.size >= 1:
+            raise ValueError(f"size is at least 1, not {self.size!r}.")
+        if not 1 <= self.tangents <= MOST_TANGENTS:
+            raise ValueError(f"tangents is between 1 and {MOST_TANGENTS}, not {self.tangents!r}.")
         if not 0 < self.noise <= 1:
             raise ValueError(f"the noise is above 0 and at most 1, not {self.noise!r}.")
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import DistanceHead, units_of
@@ -40,6 +41,12 @@ class POPSHead(DistanceHead):
 
     centre: Tensor
     root: Tensor
+
+    @classmethod
+    def check_distance(cls, settings: Entries, tensors: StoredTensors) -> tuple[int, None]:
+        width = len(tensors.take("centre", None))
+        tensors.take("root", width + 1, width + 1)
+        return width, None
 
     def distance(self, forward_pass: ForwardPass) -> Tensor:
         return (with_constant(forward_pass.features.double() - self.centre) @ self.root).square().sum(1)

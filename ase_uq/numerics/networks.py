@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from ase_uq.entries import LARGEST, SMALLEST, Entries, StoredTensors
 from ase_uq.errors import LabelError
 from ase_uq.numerics.buffers import Fitted
 
@@ -44,6 +45,28 @@ class MLPEnsemble(Fitted):
     shift: Tensor
     unit: Tensor
 
+    @staticmethod
+    def check(settings: Entries, tensors: StoredTensors, output: Output, n_outputs: int | None) -> tuple[int, int]:
+        """Refuses wrong entries of a file, of networks with this output; returns how many inputs and outputs they have.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+        settings.text("output", (output,))
+        sizes = settings.wholes("sizes", 1)
+        if len(sizes) < 2 or n_outputs not in (None, sizes[-1]):
+            raise settings.wrong("sizes", f"layers from the inputs to {n_outputs or 'the'} outputs")
+        tensors.take("weights", None, _n_weights(sizes), dtype=torch.float32)
+        for name, size, low in (
+            ("centre", sizes[0], -LARGEST),
+            ("spread", sizes[0], SMALLEST),
+            ("shift", sizes[-1], -LARGEST),
+            ("unit", sizes[-1], SMALLEST),
+        ):
+            tensors.take(name, size, low=low)
+        tensors.nothing_else()
+        return sizes[0], sizes[-1]
+
     def members(self, inputs: Tensor) -> Tensor:
         """(n, n_inputs) → (n_members, n, n_outputs), float64: the prediction of each member."""
         # float64, since a row must not depend on the others of its batch, and in float32 products it does, by 1e-7.
@@ -53,6 +76,10 @@ class MLPEnsemble(Fitted):
     def forward(self, inputs: Tensor) -> Tensor:
         """(n, n_inputs) → (n, n_outputs), float64: the mean over the members."""
         return self.members(inputs).mean(0)
+
+
+def _n_weights(sizes: list[int]) -> int:
+    return sum((fan_in + 1) * fan_out for fan_in, fan_out in itertools.pairwise(sizes))
 
 
 def squared_error(predictions: Tensor, targets: Tensor) -> Tensor:

@@ -30,12 +30,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_uq.calibration import FarFieldCalibrator
+from ase_uq.calibration import Calibrator, FarFieldCalibrator
+from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
-from ase_uq.numerics.sites import RADII, around, mean_around
+from ase_uq.numerics.sites import HOPS, RADII, around, mean_around
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
@@ -44,6 +46,8 @@ _SMALLEST = 1e-12
 _SHORTEST_SPAN = 0.7  # as in the calibrator
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
 RESIDUAL = "residual"  # name of the correction by networks
+_LARGEST_WEIGHT = 10.0  # in a file; those of a fit are at most 1
+N_VIEWS = len(RADII) + HOPS
 
 
 @dataclass(frozen=True)
@@ -191,6 +195,52 @@ class Fade:
         return min(2 * self.reach, 1.0)
 
 
+@dataclass(frozen=True)
+class KnownParts:
+    """What is known of the rest of a file when its combination is checked.
+
+    Args:
+        calibrators: By method and quantity.
+        scores: By method, how many scores of each quantity it gives; None where that is not known.
+        elements: Atomic numbers of the fitted elements, ascending.
+        width: Number of latent features; None if no method tells.
+    """
+
+    calibrators: Mapping[str, Mapping[str, Calibrator]]
+    scores: Mapping[str, Mapping[str, int] | None]
+    elements: list[int]
+    width: int | None
+
+
+def check_shared(settings: Entries, tensors: StoredTensors, model: KnownParts) -> str:
+    """Refuses wrong entries that a combination has in files of every schema; returns the anchor.
+
+    Raises:
+        WrongEntry: An entry is missing or wrong.
+    """
+    names, elements = tuple(model.calibrators), model.elements
+    anchor = settings.text("anchor", names)
+    others = settings.names("others", [name for name in names if name != anchor])
+    distances = settings.names("distances", others)
+    if settings.elements("elements") != elements:
+        raise settings.wrong("elements", f"{elements}, as in header.edges.counts,")
+    settings.number("constant", -LARGEST_LOG, LARGEST_LOG)
+    weights = settings.under("weights")
+    kept = weights.keys((*others, RESIDUAL))
+    for name in kept:
+        weights.number(name, 0, _LARGEST_WEIGHT)
+    if not settings.under("likelihoods").any_numbers():
+        raise settings.wrong("likelihoods", "at least one number")
+    if (settings["ensemble"] is not None) != (RESIDUAL in kept):
+        raise settings.wrong("ensemble", f"one beside a weight of {RESIDUAL}, else null,")
+    if settings["ensemble"] is not None:
+        n_inputs, _ = MLPEnsemble.check(settings.under("ensemble"), tensors.under("ensemble."), "linear", 1)
+        n_features = n_inputs - N_VIEWS - 1 - len(elements) - len(distances)
+        if n_features < 2 or n_features % 2 or model.width not in (None, n_features // 2):
+            raise settings.under("ensemble").wrong("sizes", "as many inputs as features, elements and distances give")
+    return anchor
+
+
 class Combination(torch.nn.Module):
     """The fitted estimator of force uncertainties.
 
@@ -239,6 +289,24 @@ class Combination(torch.nn.Module):
             "weights": self.weights,
             "likelihoods": self.likelihoods,
         }
+
+    @staticmethod
+    def check(settings: Entries, tensors: StoredTensors, model: "KnownParts") -> None:
+        """Refuses settings and tensors of a file that are not those of a combination of its methods.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+        anchor = check_shared(settings, tensors, model)
+        if not isinstance(model.calibrators[anchor]["forces"], FarFieldCalibrator):
+            raise settings.wrong("anchor", "a method whose forces have a far_field calibrator")
+        fade = settings.under("fade")
+        fade.keys(("centre", "span", "reach"))
+        fade.number("centre")
+        fade.number("span", 1e-3)
+        fade.number("reach", 1e-3)
+        settings.number("floor", SMALLEST_LOG, LARGEST_LOG)
+        tensors.nothing_else()
 
     @classmethod
     def load(

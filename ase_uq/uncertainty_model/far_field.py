@@ -23,12 +23,18 @@ import torch
 from ase.data import covalent_radii
 from torch import Tensor
 
+from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import Edges, ForwardPass
 from ase_uq.numerics.repulsion import zbl_force
 from ase_uq.numerics.sites import mean_around
 
 # Of the sum of covalent radii: the shortest distance of two elements that never meet in the training frames.
 _UNSEEN = 0.8
+
+
+# What a file may hold: eV/Å, and Å.
+_SMALLEST_FORCE, _LARGEST_FORCE = 1e-6, 1e20
+_SHORTEST, _LONGEST = 1e-6, 1e3
 
 
 @dataclass(frozen=True)
@@ -64,11 +70,26 @@ class FarField:
             "fraction": self.fraction,
         }
 
+    @staticmethod
+    def check(settings: Entries, tensors: StoredTensors, elements: list[int]) -> None:
+        """Refuses settings and tensors of a file that are not those of a far field for these elements.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+        if settings.elements("elements") != elements:
+            raise settings.wrong("elements", f"{elements}, as in header.edges.counts,")
+        settings.number("force", _SMALLEST_FORCE, _LARGEST_FORCE)
+        fractions = settings.numbers("fractions", _SMALLEST_FORCE, 10)
+        settings.numbers("median_forces", 0, _LARGEST_FORCE, len(fractions))
+        settings.number("fraction", _SMALLEST_FORCE, 10)
+        tensors.take("shortest", len(elements), len(elements), low=_SHORTEST, high=_LONGEST, nan=True)
+
     @classmethod
     def load(cls, settings: dict[str, Any], shortest: Tensor) -> "FarField":
         """The far field with these settings."""
         elements, fractions, medians = (tuple(settings[key]) for key in ("elements", "fractions", "median_forces"))
-        return cls(elements, shortest, settings["force"], fractions, medians, settings["fraction"])
+        return cls(elements, shortest, float(settings["force"]), fractions, medians, settings["fraction"])
 
     def to(self, device: torch.device) -> "FarField":
         """A copy on a device."""

@@ -16,11 +16,14 @@ from torch import Tensor
 
 from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable, load_calibrator
+from ase_uq.entries import Entries
+from ase_uq.errors import ArtefactError
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
-from ase_uq.methods import method_class
+from ase_uq.methods.base import Head, Method
 from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.combination import Combination
+from ase_uq.uncertainty_model.contents import check_contents
 from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.gated import GatedCombination
@@ -81,22 +84,38 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         ArtefactError: There is no such file, or it is not an uncertainty model, or it is newer than this package,
-            truncated or altered.
+            truncated or altered, or something in it is not what the rest of it implies.
     """
-    header, tensors = _upgraded(*read_tensor_file(path, _KIND, _SCHEMA))
+    header, tensors = read_tensor_file(path, _KIND, _SCHEMA)
+    try:
+        header, tensors = _upgraded(header, tensors)
+        return _fields(header, tensors, check_contents(header, tensors))
+    except ValueError as error:
+        raise ArtefactError(
+            f"{path} is not an uncertainty model that can be used: {str(error).rstrip('.')}. Another tool has changed "
+            "it, or it comes from another installation: take it from a backup, or fit again."
+        ) from error
+
+
+def _fields(header: dict[str, Any], tensors: dict[str, Tensor], classes: dict[str, type[Method]]) -> dict[str, Any]:
+    """The fields of the model with these checked contents.
+
+    Raises:
+        ValueError: A method of a plugin cannot be made again, or a reduction is not known.
+    """
     methods = {}
     for name, stored in header["methods"].items():
         methods[name] = FittedMethod(
-            head=method_class(name).load(stored["settings"], _under(f"head/{name}/", tensors)),
+            head=_head(classes[name], stored["settings"], _under(f"head/{name}/", tensors)),
             calibrators={quantity: load_calibrator(c) for quantity, c in stored["calibrators"].items()},
             likelihoods=stored["likelihoods"],
         )
     combination = None
-    if header.get("combination"):
-        load = Combination.load if header["combination"].get("kind") == "fading" else GatedCombination
+    if header.get("combination") is not None:
+        load = Combination.load if "kind" in header["combination"] else GatedCombination
         combination = load(header["combination"], _under("combination/", tensors), methods)
     identity = header["identity"]
-    reference = header.get("reference") and _reference(header["reference"], tensors)
+    reference, far_field = header.get("reference"), header.get("far_field")
     return dict(
         identity=Identity(identity["settings"], identity["weights"], tensors["identity/probe"]),
         methods=methods,
@@ -109,10 +128,17 @@ def read_model(path: str | os.PathLike[str]) -> dict[str, Any]:
         record=_record("record", tensors),
         provenance=header["provenance"],
         combination=combination,
-        perturbed=_record("perturbed", tensors) if "perturbed/run" in tensors else None,
-        reference=reference or None,
-        far_field=header.get("far_field") and FarField.load(header["far_field"], tensors["far_field/shortest"]),
+        perturbed=_record("perturbed", tensors) if _under("perturbed/", tensors) else None,
+        reference=None if reference is None else _reference(reference, tensors),
+        far_field=None if far_field is None else FarField.load(far_field, tensors["far_field/shortest"]),
     )
+
+
+def _head(method: type[Method], settings: dict[str, Any], tensors: dict[str, Tensor]) -> Head:
+    try:
+        return method.load(settings, tensors)
+    except Exception as error:  # of a plugin, whose settings only it can judge
+        raise ValueError(f"the method {method.name} cannot be made from its settings and tensors: {error}") from error
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -151,7 +177,7 @@ def _reference(settings: dict[str, Any], tensors: dict[str, Tensor]) -> Referenc
 def _upgraded(header: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The contents of a file of an older schema, under the names of today."""
     tensors = {re.sub("^stressed/", "perturbed/", name): tensor for name, tensor in tensors.items()}
-    kernel = header["methods"].get("kernel", {}).get("settings", {})
-    if "layer" in kernel:
-        kernel["features"] = kernel.pop("layer")
+    methods = Entries(header, "header").under("methods")
+    if "kernel" in methods and "layer" in (kernel := methods.under("kernel").under("settings")):
+        kernel.value["features"] = kernel.value.pop("layer")
     return header, tensors

@@ -13,14 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ase_uq.calibration import Calibrator, load_calibrator
+from ase_uq.calibration import Calibrator, FarFieldCalibrator, checked_calibrator, load_calibrator
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.uncertainty_model.combination import (
+    N_VIEWS,
     RESIDUAL,
     CombinationInputs,
+    KnownParts,
     bounded,
+    check_shared,
     ensemble_of,
     network_inputs,
     views_of,
@@ -73,6 +77,29 @@ class GatedCombination(torch.nn.Module):
         self.gate = Gate(tensors_of("gate", tensors))
         self.ensemble = ensemble_of(settings, tensors)
         self.weights: dict[str, float] = settings["weights"]
+
+    @staticmethod
+    def check(settings: Entries, tensors: StoredTensors, model: KnownParts) -> None:
+        """Refuses settings and tensors of a file that are not those of a combination of its methods.
+
+        Raises:
+            WrongEntry: An entry is missing or wrong.
+        """
+        anchor = check_shared(settings, tensors, model)
+        alternative = checked_calibrator(settings.under("alternative"))
+        scores = model.scores[anchor]
+        if isinstance(alternative, FarFieldCalibrator) or not (
+            scores is None or alternative.combines(scores["forces"])
+        ):
+            raise settings.wrong("alternative", f"an affine or power calibrator for the scores of {anchor}")
+        size = N_VIEWS - 1
+        gate = tensors.under("gate.")
+        gate.take("centre", size)
+        gate.take("spread", size, low=SMALLEST)
+        gate.take("precision", size, size)
+        gate.take("edges", 2)
+        gate.nothing_else()
+        tensors.nothing_else()
 
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
         """(n_atoms, n_components) variances of the force components, (eV/Å)²; older models have no `limit`."""

@@ -32,6 +32,13 @@ def test_known_constant_and_powers_are_recovered():
     assert found.boundary == ""
 
 
+def test_variance_is_a_number_however_large_the_scores_are():
+    calibrator = PowerCalibrator(3.0, (20.0,), (1e-3,))
+    found = calibrator.variance(torch.tensor([[1e300], [0.0], [torch.nan]], dtype=torch.float64))
+    assert bool((found[:2].isfinite() & (found[:2] > 0)).all())
+    assert bool(found[2].isnan())
+
+
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=25, deadline=None)
 def test_mean_square_over_variance_is_one_at_the_optimum(seed: int):

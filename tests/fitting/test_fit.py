@@ -533,6 +533,15 @@ class TestLabels:
         model = quick(calculator, train, held_out)
         assert model.results == ("forces_uncertainty", "gamma", "contact")
 
+    def test_energies_that_are_the_potentials_own_give_no_energy(self, calculator, train, held_out, tmp_path):
+        """Their σ would be 0, and a file with it is refused."""
+        for atoms in held_out:
+            atoms.info["REF_energy"] = calculator.get_property("energy", atoms)
+        model = quick(calculator, train, held_out)
+        assert "energy_uncertainty" not in model.results
+        model.save(tmp_path / "a.uq.safetensors")
+        assert UncertaintyModel.load(tmp_path / "a.uq.safetensors").results == model.results
+
     def test_energies_of_some_calibration_frames_are_enough(self, calculator, train):
         calibration = labelled_frames(30, seed=2)
         for atoms in calibration[12:]:

@@ -13,9 +13,11 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
+from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
 from ase_uq.methods.kernel import Kernel
 from ase_uq.methods.ntk import NTK, directions
+from ase_uq.numerics.sketch import Sketch
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 NOISE = 1e-4
@@ -205,14 +207,19 @@ class TestRefusals:
     def test_another_potential(self, conservative: Backend, frames: list[Atoms]):
         head = fit_head(NTK(tangents=1), conservative, frames)
         other = load_backend(ToyCalculator(("H", "C", "O", "Si")))
-        with pytest.raises(ValueError, match="fitted for a potential with 57 parameters, but this one has 94"):
+        with pytest.raises(PotentialMismatch, match="fitted for a potential with 57 parameters, but this one has 94"):
             head(forward_pass_of(other, frames, gradients=True))
+
+    def test_the_length_that_a_file_says_allocates_nothing(self):
+        sketch = Sketch(10**12, 4, seed=0)
+        with pytest.raises(PotentialMismatch, match="a potential with 1000000000000 parameters, but this one has 3"):
+            sketch(torch.ones(3))
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"size": 0}, "size is at least 1, not 0"),
-            ({"tangents": 0}, "tangents is at least 1, not 0"),
+            ({"tangents": 0}, "tangents is between 1 and 1024, not 0"),
             ({"noise": 0.0}, "the noise is above 0 and at most 1, not 0.0"),
         ],
     )

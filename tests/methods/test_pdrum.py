@@ -14,7 +14,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
-from ase_uq.errors import LabelError, UQWarning
+from ase_uq.errors import LabelError, PotentialMismatch, UQWarning
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods import make_method
 from ase_uq.methods.base import Head
@@ -280,6 +280,13 @@ class TestDirections:
         assert forward_pass.vectors is not None
         own = forward_pass.vectors[:, :, :5]
         torch.testing.assert_close(directions(replace(forward_pass, vectors=own), mixing_of(5, seed=0)), own)
+
+    @pytest.mark.parametrize("n_vectors", [3, 0])
+    def test_those_of_another_potential_are_refused(self, backend: Backend, frames: list[Atoms], n_vectors: int):
+        with pytest.raises(
+            PotentialMismatch, match=r"mixing of (3|119) rows, but this one has 54 vectors for each atom"
+        ):
+            directions(forward_pass_of(backend, frames[:1]), mixing_of(n_vectors, 0))
 
     def test_built_ones_vanish_at_a_centre_of_symmetry(self, backend: Backend):
         forward_pass = replace(forward_pass_of(backend, [molecule("CO2")]), vectors=None)

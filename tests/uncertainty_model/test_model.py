@@ -337,7 +337,7 @@ class TestDamage:
     def test_a_method_that_is_not_installed_is_named(self, model: UncertaintyModel, tmp_path: Path):
         foreign = dataclasses.replace(model, methods={"theirs": model.methods["bll"]}, primary="theirs")
         foreign.save(tmp_path / "a")
-        with pytest.raises(ValueError, match=r"there is no method 'theirs'"):
+        with pytest.raises(ArtefactError, match=r"there is no method 'theirs'"):
             UncertaintyModel.load(tmp_path / "a")
 
 

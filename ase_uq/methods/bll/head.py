@@ -5,11 +5,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._distance import raw_of_atoms
-from ase_uq.methods.base import Head, Raw
+from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.methods.bll.projection import projected_leverage
 
+FEATURES = ("latent", "last_layer")
 _SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
 
 
@@ -28,6 +30,30 @@ class BLLHead(Head):
     energy_centre: Tensor
     energy_root: Tensor
     force_root: Tensor
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        latent = settings.text("features", FEATURES) == "latent"
+        settings.number("ridge", SMALLEST, 1)
+        radii = settings.numbers("radii", SMALLEST)
+        if "reach" in settings:  # since version 0.2
+            settings.number("reach", 0)
+        settings.under("atoms").positive("effective")
+        width = len(tensors.take("centre", None))
+        tensors.take("atom_root", width, width)
+        scores = {"forces": 1 + len(radii), "energy": 1, "stress": 1}
+        last = None if latent else width
+        if "energy" in settings:
+            # In the score of an energy 1/γ stands beside squares.
+            settings.under("energy").number("effective", 1e-6)
+            last = len(tensors.take("energy_centre", last))
+            tensors.take("energy_root", last, last)
+            scores["energy"] += 1
+        if "force" in settings:
+            size = len(tensors.take("force_root", None, None))
+            tensors.take("force_root", size, size)
+            scores["forces"] += 1
+        return Implied(scores, width if latent else None)
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         features = atom_features(forward_pass, self._settings["features"])

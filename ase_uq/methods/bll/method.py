@@ -26,7 +26,7 @@ from ase_uq.communicator import Communicator
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import REACH, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.methods.bll.head import BLLHead, atom_features
+from ase_uq.methods.bll.head import FEATURES, BLLHead, atom_features
 from ase_uq.methods.bll.projection import removed_mean
 from ase_uq.methods.bll.regression import Statistics, maximise_evidence
 from ase_uq.numerics.linalg import whitener
@@ -56,7 +56,7 @@ class BLL(Method):
     reach: float = REACH
 
     def __post_init__(self) -> None:
-        if self.features not in ("latent", "last_layer"):
+        if self.features not in FEATURES:
             raise ValueError(f"features are 'latent' or 'last_layer', not {self.features!r}.")
         if not 0 < self.ridge < 1:
             raise ValueError(f"the ridge lies between 0 and 1, not at {self.ridge!r}.")

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import Edges, ForwardPass
 
 WIDTH = 32  # vectors per atom; if a potential has more, they are mixed
@@ -29,12 +30,26 @@ def mixing_of(n_vectors: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float64) / shape[1] ** 0.5
 
 
+def width_of(mixing: Tensor) -> int:
+    """Number of vectors that `directions` makes of each atom."""
+    return WIDTH if mixing.shape == (_LARGEST_NUMBER + 1, WIDTH // _RADIAL) else mixing.shape[1]
+
+
 def directions(forward_pass: ForwardPass, mixing: Tensor) -> Tensor:
     """(n_atoms, 3, width) float64: the potential's own l = 1 channels, or v_ic = Σ_j f_c(r_ij) a_c(z_j) r̂_ij.
 
     The f_c are Gaussians under an envelope that falls smoothly to zero, the a_c random weights of the elements. All
     vectors vanish at a centre of symmetry, as the force does.
+
+    Raises:
+        PotentialMismatch: The weights are for another number of channels.
     """
+    own = None if forward_pass.vectors is None else forward_pass.vectors.shape[2]
+    if len(mixing) != (_LARGEST_NUMBER + 1 if own is None else own):
+        raise PotentialMismatch(
+            f"the directions of P-DRUM were fitted for a potential with a mixing of {len(mixing)} rows, but this one "
+            f"has {own or 'no'} vectors for each atom. Load the potential it was fitted on, or fit again."
+        )
     if forward_pass.vectors is not None:
         return forward_pass.vectors.double() @ mixing
     edges = forward_pass.edges

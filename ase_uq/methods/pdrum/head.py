@@ -1,16 +1,17 @@
 """The fitted residual networks."""
 
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from scipy import special
 from torch import Tensor
 
+from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.methods.base import Head, Raw
+from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.methods.pdrum.conservative import forces_of
-from ase_uq.methods.pdrum.directions import directions
+from ase_uq.methods.pdrum.directions import directions, width_of
 from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
 
@@ -57,6 +58,32 @@ class PDRUMHead(Head):
             if buffers := tensors_of(part, tensors):
                 self.add_module(part, MLPEnsemble(settings[part], buffers))
         self.gradients = settings["variant"] == "diff_conservative"
+
+    @classmethod
+    def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
+        variant = settings.text("variant", get_args(Variant))
+        settings.text("target", get_args(Target) if variant == "norm" else ("magnitude",))
+        settings.number("quantile", 1e-9, 1 - 1e-9)
+        settings.positive("mean_score")
+        output = "softplus" if variant == "norm" else "linear"
+        width = None
+        if "energy" in settings:
+            width, _ = MLPEnsemble.check(settings.under("energy"), tensors.under("energy."), output, 1)
+        n_outputs = 3 if variant == "diff_invariant" else 1
+        if variant in ("diff", "diff_conservative"):
+            mixing = tensors.take("mixing", width if variant == "diff_conservative" else None, None)
+            n_outputs = width_of(mixing) if variant == "diff" else mixing.shape[1]
+            tensors.take("vector_units", n_outputs, low=SMALLEST)
+            tensors.take("force_unit", low=SMALLEST)
+        if variant == "diff_conservative":
+            tensors.take("weights", n_outputs)
+            width = len(tensors.take("mixing", None, None))
+        else:
+            inputs, _ = MLPEnsemble.check(settings.under("forces"), tensors.under("forces."), output, n_outputs)
+            if width not in (None, inputs):
+                raise settings.under("forces").wrong("sizes", f"{width} inputs, as of the networks of the energy,")
+            width = inputs
+        return Implied({"forces": 1, "energy": 1, "stress": 1}, width)
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
         if self._settings["variant"] == "norm":
