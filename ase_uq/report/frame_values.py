@@ -79,10 +79,14 @@ def source_frame(atoms: Atoms) -> int | None:
 
 
 def temperature(atoms: Atoms) -> float:
-    """Temperature of the velocities, K; NaN without velocities, or if no atom can move."""
-    if not atoms.get_momenta().any() or not atoms.get_number_of_degrees_of_freedom() > 0:
+    """Temperature of the velocities, K; NaN without velocities, or if no atom can move or nobody knows how many can."""
+    if not atoms.get_momenta().any():
         return np.nan
-    return float(atoms.get_temperature())
+    try:
+        n_free = atoms.get_number_of_degrees_of_freedom()
+    except NotImplementedError:  # some constraints of ASE do not say what they fix, such as FixSymmetry
+        return np.nan
+    return float(atoms.get_temperature()) if n_free > 0 else np.nan
 
 
 def flag_reason(atoms: Atoms) -> str:

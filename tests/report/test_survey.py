@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, MirrorForce
 
 from ase_uq import Reduction, UQWarning, write_frames
 from ase_uq.errors import InputError, LabelError
@@ -283,9 +283,15 @@ def test_temperature_gamma_and_reason_of_each_frame():
     frames[1].set_momenta(np.zeros((3, 3)))
     frames[1].calc.results["gamma"] = np.array([0.5, np.nan, 2.0])
     frames[2].info["flag_reason"] = "hot"
-    frames[2].set_momenta(np.ones((3, 3)), apply_constraint=False)
-    frames[2].set_constraint(FixAtoms([0, 1, 2]))
     found = survey(frames)
     np.testing.assert_allclose(found.temperature, [frames[0].get_temperature(), np.nan, np.nan])
     np.testing.assert_array_equal(found.gamma_of_frame, [np.nan, 2.0, np.nan])
     assert found.reason == ("", "", "hot")
+
+
+@pytest.mark.parametrize("constraint", [FixAtoms([0, 1, 2]), MirrorForce(0, 1)])
+def test_there_is_no_temperature_where_no_atom_moves_or_a_constraint_does_not_say_what_it_fixes(constraint):
+    (atoms,) = scored([0.1])
+    atoms.set_momenta(np.ones((3, 3)))
+    atoms.set_constraint(constraint)
+    assert np.isnan(survey([atoms]).temperature).all()
