@@ -206,3 +206,13 @@ def test_help_shows_an_example():
     result = CliRunner().invoke(app, ["report", "--help"])
     assert result.exit_code == 0
     assert "ase-uq report scored.xyz" in result.stdout
+
+
+def test_the_tolerance_says_what_is_wrong(tell, tmp_path):
+    assert tell("--flag", "q0.9", "--tolerance", 0.0123).exit_code == 0
+    assert "wrong by more than 0.0123" in (tmp_path / "report.html").read_text("utf-8")
+    refused = tell("--tolerance", 0)
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: the tolerance is 0.0 eV/Å; a positive force error was expected.\n",
+    )
