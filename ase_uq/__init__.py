@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ase_uq.errors import UncertaintyHalt, UQError, UQWarning
     from ase_uq.fitting.fit import fit
     from ase_uq.io.frames import read_frames, write_frames
+    from ase_uq.io.split import split_as_mace, split_frames
     from ase_uq.methods import available_methods
     from ase_uq.prediction import Prediction
     from ase_uq.predictor import Predictor
@@ -90,6 +91,8 @@ _HOMES: dict[str, str | None] = {
     "relax": "dynamics.relaxation",
     "score": "scoring.score",
     "select": "selection.select",
+    "split_as_mace": "io.split",
+    "split_frames": "io.split",
     "write_frames": "io.frames",
     "embedded": None,
     "metrics": None,
@@ -144,6 +147,8 @@ __all__ = [
     "relax",
     "score",
     "select",
+    "split_as_mace",
+    "split_frames",
     "write_frames",
 ]
 

@@ -67,6 +67,8 @@ PUBLIC_NAMES = {
     "relax",
     "score",
     "select",
+    "split_as_mace",
+    "split_frames",
     "perturb_frames",
     "write_frames",
 }

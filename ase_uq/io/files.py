@@ -2,9 +2,11 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 from ase_uq.errors import ArtefactError
 
@@ -63,25 +65,37 @@ def check_whole(path: str | os.PathLike[str]) -> None:
             )
 
 
-def check_distinct(source: str | os.PathLike[str] | None, *outputs: str | os.PathLike[str] | None) -> None:
-    """Refuses outputs that would overwrite each other or the input.
+def paths_of(frames: Any) -> list[str | os.PathLike[str]]:
+    """The paths that were given as frames, one or several; none if structures were given."""
+    if isinstance(frames, str | os.PathLike):
+        return [frames]
+    return list(frames) if all(isinstance(one, str | os.PathLike) for one in frames) else []
+
+
+def file_of(path: str | os.PathLike[str]) -> Path:
+    """The file of a path that may end in `@` and an index or a query of a database, as ASE takes them."""
+    path = Path(path)
+    name = path.name.rpartition("@")[0]
+    return path if not name or path.exists() else path.with_name(name)
+
+
+def check_distinct(sources: Sequence[str | os.PathLike[str]], *outputs: str | os.PathLike[str] | None) -> None:
+    """Refuses outputs that would overwrite each other or an input.
 
     Args:
-        source: File that is read; None if there is none.
+        sources: Files that are read, or parts of them.
         outputs: Files that are written; None for an output that is not.
 
     Raises:
-        ValueError: Two of these are the same file.
+        ValueError: An output is the same file as an input or another output.
     """
-    paths = [Path(path) for path in (source, *outputs) if path is not None]
-    for index, path in enumerate(paths):
-        for earlier in paths[:index]:
+    read = [file_of(source) for source in sources]
+    written = [Path(path) for path in outputs if path is not None]
+    for index, path in enumerate(written):
+        for place, earlier in enumerate([*read, *written[:index]]):
             if earlier.resolve() == path.resolve() or (earlier.exists() and path.exists() and earlier.samefile(path)):
-                read = source is not None and earlier is paths[0]
-                raise ValueError(
-                    f"{path} is {'the input' if read else 'given for two outputs'}: it would be overwritten. "
-                    "Give another name for the output."
-                )
+                role = "the input" if place < len(read) else "given for two outputs"
+                raise ValueError(f"{path} is {role}: it would be overwritten. Give another name for the output.")
 
 
 def write_all(file: FileIO, data: bytes) -> None:

@@ -19,7 +19,7 @@ from ase.io.formats import string2index
 
 from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
-from ase_uq.io.files import check_whole, write_all
+from ase_uq.io.files import check_whole, file_of, write_all
 from ase_uq.io.results import uncertainties_belong, with_results
 from ase_uq.io.source import Frames, Source, Unreadable
 
@@ -46,9 +46,7 @@ def read_frames(frames: Frames | Sequence[str | os.PathLike[str]], *, name: str 
             return [atoms for path in checked for atoms in read_frames(path, name=name)]
         return checked
     path = Path(frames)
-    if "@" in path.name and not path.exists():
-        return _chosen(os.fspath(frames), name)
-    return _all_of(path, name)
+    return _all_of(path, name) if file_of(path) == path else _chosen(os.fspath(frames), name)
 
 
 def _all_of(path: Path, name: str) -> list[Atoms]:

@@ -42,6 +42,10 @@ class Unreadable:
     reason: str
     last: bool = False
 
+    def at(self, where: str) -> "Unreadable":
+        """The same with the name of its place in a file, after which frames of other files may follow."""
+        return Unreadable(f"{self.reason} ({where})")
+
 
 @dataclass(frozen=True)
 class Unparsed:
@@ -51,15 +55,18 @@ class Unparsed:
         format: ASE's name of its format.
         text: Contents of a file with this frame alone.
         n_atoms: Number of atoms that the text states.
+        where: Which frame of which file it is, for the reason why it cannot be read; may be empty.
     """
 
     format: str
     text: str
     n_atoms: int
+    where: str = ""
 
     def parse(self) -> Atoms | Unreadable:
         """The structure, or what is wrong with it."""
-        return _attempt(self._parsed)
+        found = _attempt(self._parsed)
+        return found if isinstance(found, Atoms) or not self.where else found.at(self.where)
 
     def _parsed(self) -> Atoms:
         # The reader that ase.io.read calls, without its preparations, which take as long as parsing a small frame.

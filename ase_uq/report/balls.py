@@ -8,6 +8,8 @@ from ase.data import covalent_radii
 from ase.geometry import get_distances
 from ase.neighborlist import natural_cutoffs, neighbor_list
 
+_TOUCHING = 1.15  # atoms are bonded within this multiple of the sum of their covalent radii
+
 
 @dataclass(frozen=True)
 class Balls:
@@ -27,10 +29,11 @@ class Balls:
 
 
 def balls(atoms: Atoms) -> Balls:
-    """Balls and sticks of a structure whose positions and cell are finite."""
+    """Balls and sticks of a structure whose positions and cell are finite; see `whole`."""
+    atoms = whole(atoms)
     middle = atoms.positions.mean(0) if len(atoms) else np.zeros(3)
     axes = _tilted() if atoms.pbc.any() else _flattest(atoms.positions - middle)
-    i, j, shift = neighbor_list("ijS", atoms, [1.15 * radius for radius in natural_cutoffs(atoms)])
+    i, j, shift = neighbor_list("ijS", atoms, [_TOUCHING * radius for radius in natural_cutoffs(atoms)])
     inside = (i < j) & ~shift.any(1)
     return Balls(
         positions=(atoms.positions - middle) @ axes.T,
@@ -38,6 +41,35 @@ def balls(atoms: Atoms) -> Balls:
         bonds=np.stack([i[inside], j[inside]], 1),
         cell=(_edges(atoms) - middle) @ axes.T,
     )
+
+
+def whole(atoms: Atoms) -> Atoms:
+    """The structure, moved so that the boundary of its cell runs through the vacuum if there is some.
+
+    A slab or molecule whose atoms were wrapped one by one stands in two pieces at opposite sides of its cell. Along
+    directions without a gap that is wider than any bond, atoms stay where they are.
+    """
+    along = np.flatnonzero(atoms.pbc & atoms.cell.array.any(1))
+    cell = atoms.cell.complete()
+    if not len(along) or not len(atoms) or abs(cell.volume) < 1e-9:
+        return atoms
+    heights = 1 / np.linalg.norm(cell.reciprocal().array, axis=1)
+    longest_bond = 2 * _TOUCHING * max(natural_cutoffs(atoms))
+    scaled = cell.scaled_positions(atoms.positions)
+    for axis in along:
+        fractions = scaled[:, axis] % 1.0
+        ordered = np.sort(fractions)
+        gaps = np.diff(ordered, append=ordered[0] + 1)
+        widest = gaps.argmax()
+        if gaps[widest] * heights[axis] <= longest_bond:
+            continue
+        middle = ordered[widest] + gaps[widest] / 2
+        above = (fractions - middle) % 1.0
+        # As it stands if that is inside of the cell already, else with the vacuum shared between both ends.
+        scaled[:, axis] = fractions if widest == len(gaps) - 1 else above
+    moved = atoms.copy()
+    moved.positions = cell.cartesian_positions(scaled)
+    return moved
 
 
 def finite_part(atoms: Atoms) -> tuple[Atoms, np.ndarray]:

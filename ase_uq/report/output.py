@@ -13,7 +13,7 @@ from ase_uq.io.files import check_writable
 # Metadata of our pictures, by which those of an earlier report are recognised.
 PICTURE_METADATA = {"Software": "ase-uq report"}
 _MARK = b"tEXtSoftware\0ase-uq report"
-_NAMES = re.compile(r"(uncertainty|reliability|errors|latent_map|frame_\d+)\.png")
+_NAMES = re.compile(r"(uncertainty|gamma|parity_\w+|reliability|errors|latent_map|frame_\d+)\.png")
 
 
 def check_outputs(page: Path, folder: Path) -> None:

@@ -20,9 +20,10 @@ from ase_uq.dynamics.policy import check_order
 from ase_uq.errors import MissingDependency
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.report.output import check_outputs, publish
-from ase_uq.report.sections import Sections, counted, number
+from ase_uq.report.sections import Sections
 from ase_uq.report.survey import Survey, survey
 from ase_uq.report.viewer import packed, plotly_script
+from ase_uq.report.words import counted, number
 from ase_uq.representation import Brief
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
@@ -77,6 +78,7 @@ def write_report(
     flag: float | str | Criterion | None = None,
     halt: float | str | Criterion | None = None,
     reduction: Reduction | None = None,
+    tolerance: float = 0.3,
     label_keys: tuple[str, str, str] | None = None,
     backend: Backend | None = None,
     train: Frames | None = None,
@@ -95,6 +97,7 @@ def write_report(
         flag: Threshold, eV/Å, or a criterion such as `Quantile(0.99)`.
         halt: Threshold, eV/Å, or a criterion; above `flag`.
         reduction: How a frame becomes a reading; the largest ε_i by default.
+        tolerance: Force errors above it count as wrong, eV/Å.
         label_keys: Names of energy, forces and stress of the reference; `REF_energy`, `REF_forces`, `REF_stress` by
             default.
         backend: The potential, for the latent map; without it there is no map.
@@ -112,8 +115,8 @@ def write_report(
         ArtefactError: A file cannot be written; the files that were there before remain.
         FileExistsError: The folder of the pictures is a file, or contains a file that is not ours and that a picture
             would overwrite.
-        ValueError: Flag is not below halt, a threshold is not positive, calibration data cannot support a criterion, or
-            frames for the latent map were given without the potential.
+        ValueError: Flag is not below halt, a threshold or the tolerance is not positive, calibration data cannot
+            support a criterion, or frames for the latent map were given without the potential.
     """
     path = Path(path)
     folder = path.with_name(f"{path.stem}_figures") if pictures is None else Path(pictures)
@@ -121,6 +124,8 @@ def write_report(
         raise ValueError(
             "training and calibration frames are for the latent map, which needs the potential: give the backend too."
         )
+    if not tolerance > 0:
+        raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
     check_outputs(path, folder)
     reduction = reduction or Reduction()
     flag, halt = _levels(uncertainty_model, flag, halt, reduction)
@@ -128,9 +133,9 @@ def write_report(
     plane = None
     if backend is not None:
         plane = _plane(backend, surveyed, {"training": train, "calibration": calibration}, batch_atoms)
-    sections = Sections(surveyed, uncertainty_model, flag, halt, reduction, dict(sources or {}))
+    sections = Sections(surveyed, uncertainty_model, flag, halt, reduction, dict(sources or {}), tolerance)
     text = _page(sections, plane)
-    return Report(path, publish(path, text, folder, sections.pictures), surveyed, flag, halt)
+    return Report(path, publish(path, text, folder, sections.album.files), surveyed, flag, halt)
 
 
 def _levels(

@@ -13,25 +13,20 @@ from numpy.typing import ArrayLike
 from scipy.special import gammaincinv, ndtri
 
 from ase_uq import metrics
-from ase_uq.errors import MissingDependency
+from ase_uq.report.axes import BLUE, GREY, ORANGE, RED, Axes, axes_of, clipped, equal, faint, largest_of, log_ticks, plt
 from ase_uq.report.balls import balls, finite_part
 
-try:
-    from matplotlib import pyplot as plt
-    from matplotlib.axes import Axes
-    from matplotlib.colors import LinearSegmentedColormap
-    from matplotlib.patches import Circle
-    from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, NullFormatter
-except ImportError as error:
-    raise MissingDependency(
-        'figures need matplotlib, which is not installed. Run: pip install "ase-uq[report]"'
-    ) from error
+# Only now: `axes` says what to install where matplotlib is missing.
+# isort: split
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.patches import Circle
 
-# Colours of Okabe and Ito, which colour-blind readers can tell apart, and which stay distinct in print.
-BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#8C8C8C"
 # From certain to uncertain, increasingly dark, so that the scale also works in grey.
 UNCERTAINTY_COLOURS = ("#DCE3E8", ORANGE, RED, "#8E1B00")
 _COLOUR_MAP = LinearSegmentedColormap.from_list("uncertainty", UNCERTAINTY_COLOURS)
+_UNCERTAINTY = "force uncertainty (eV/Å)"
+_LEGEND_INCHES = 1.5  # width of a legend entry as long as "predicted uncertainty"
+_FEW = 300  # a line through as many frames also has points
 
 
 def run(
@@ -65,12 +60,12 @@ def run(
     Raises:
         ValueError: Two sequences have different lengths.
     """
-    time, readings = _equal(time=time, readings=readings)
+    time, readings = equal(time=time, readings=readings)
     readings = np.where(np.isfinite(readings), readings, np.nan)
-    ax = _axes(ax, (6.4, 3.4))
+    ax = axes_of(ax, (6.4, 3.4))
     handles = []
     if temperature is not None:
-        _, kelvin = _equal(time=time, temperature=temperature)
+        _, kelvin = equal(time=time, temperature=temperature)
         right = ax.twinx()
         handles += right.plot(time, kelvin, color=GREY, lw=0.8, alpha=0.45, label="temperature")
         right.set(ylabel="temperature (K)", ylim=(0, 1.08 * np.nanmax(kelvin)))
@@ -81,7 +76,7 @@ def run(
         ax.set_zorder(right.get_zorder() + 1)
         ax.patch.set_visible(False)
     # A frame between two gaps gives no line, so if there are few frames, they are also drawn as points.
-    points = {"marker": ".", "ms": 4} if len(time) <= 300 else {}
+    points = {"marker": ".", "ms": 4} if len(time) <= _FEW else {}
     handles += ax.plot(time, readings, color=BLUE, lw=1.3, label="predicted uncertainty", zorder=2, **points)
     if flag is not None:
         above = readings >= flag
@@ -92,7 +87,7 @@ def run(
             # In front of the readings, which would hide the line if there are many.
             handles.append(ax.axhline(level, color=color, lw=1, ls="--", zorder=2.5, label=f"{name} {level:.3g}"))
     if errors is not None:
-        _, errors = _equal(time=time, errors=errors)
+        _, errors = equal(time=time, errors=errors)
         shown = np.isfinite(errors)
         style = {"ms": 4.5, "mfc": "white", "mec": "black", "mew": 0.9}
         handles += ax.plot(time[shown], errors[shown], "D", label="true error", **style)
@@ -107,6 +102,73 @@ def run(
     assert figure is not None
     columns = max(1, int(figure.get_figwidth() * ax.get_position().width / _LEGEND_INCHES))
     ax.legend(handles=handles, frameon=False, fontsize=8, ncols=columns, loc="lower left", bbox_to_anchor=(0, 1))
+    return ax
+
+
+def gamma_along(time: ArrayLike, gamma: ArrayLike, *, x_label: str = "time (fs)", ax: Axes | None = None) -> Axes:
+    """The extrapolation grade along a run, with the edge of the calibration data at 1.
+
+    Args:
+        time: (n,) times, fs, or the quantity that `x_label` names.
+        gamma: (n,) largest γ of each frame; values that are not finite leave a gap.
+        x_label: Label of the horizontal axis, if `time` is something else, such as the number of the frame.
+        ax: Axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: Two sequences have different lengths.
+    """
+    time, gamma = equal(time=time, gamma=gamma)
+    gamma = np.where(np.isfinite(gamma), gamma, np.nan)
+    ax = axes_of(ax, (6.4, 2.4))
+    points = {"marker": ".", "ms": 4} if len(time) <= _FEW else {}
+    ax.plot(time, gamma, color=BLUE, lw=1.3, label="largest γ", **points)
+    ax.axhline(1, color=ORANGE, lw=1, ls="--", label="edge of the calibration data")
+    ax.set(xlabel=x_label, ylabel="γ of the frame")
+    if largest_of(gamma) > 20 and np.nanmin(gamma) > 0:
+        ax.set_yscale("log")
+    else:
+        ax.set_ylim(bottom=0)
+    ax.margins(x=0.01)
+    ax.legend(frameon=False, fontsize=8, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
+    return ax
+
+
+def parity(
+    reference: ArrayLike,
+    predicted: ArrayLike,
+    *,
+    quantity: str = "force component",
+    unit: str = "eV/Å",
+    ax: Axes | None = None,
+) -> Axes:
+    """Predicted values against reference values, on equal axes with their diagonal.
+
+    Args:
+        reference: Reference values, of any shape.
+        predicted: Predicted values of the same number.
+        quantity: What they are, for the labels of the axes.
+        unit: Their unit.
+        ax: Axes to draw into; a new figure by default.
+
+    Raises:
+        ValueError: There are not as many values of both, or no pair is finite.
+    """
+    reference, predicted = equal(reference=reference, predicted=predicted)
+    finite = np.isfinite(reference) & np.isfinite(predicted)
+    reference, predicted = reference[finite], predicted[finite]
+    if not len(reference):
+        raise ValueError("no reference and predicted value are both finite: there is nothing to draw.")
+    ax = axes_of(ax, (4.2, 4.2))
+    both = np.concatenate([reference, predicted])
+    room = 0.05 * np.ptp(both) or 1.0
+    ends = (both.min() - room, both.max() + room)
+    ax.plot(ends, ends, color=GREY, lw=0.9, zorder=1)
+    ax.plot(reference, predicted, ".", ms=4, mew=0, color=BLUE, alpha=faint(len(reference)), rasterized=True, zorder=2)
+    rmse = np.sqrt(np.mean((predicted - reference) ** 2))
+    ax.text(0.97, 0.04, f"RMSE {rmse:.3g} {unit}", transform=ax.transAxes, ha="right", size=8)
+    ax.set(xlabel=f"reference {quantity} ({unit})", ylabel=f"predicted {quantity} ({unit})")
+    ax.set(xlim=ends, ylim=ends, aspect="equal")
+    ax.locator_params(nbins=4)
     return ax
 
 
@@ -129,12 +191,12 @@ def error_against_uncertainty(
     Raises:
         ValueError: The lengths differ, or no error and uncertainty are both positive and finite.
     """
-    errors, uncertainties = _equal(errors=np.abs(np.asarray(errors, float)), uncertainties=uncertainties)
+    errors, uncertainties = equal(errors=np.abs(np.asarray(errors, float)), uncertainties=uncertainties)
     usable = (errors > 0) & (uncertainties > 0) & np.isfinite(errors) & np.isfinite(uncertainties)
     errors, uncertainties = errors[usable], uncertainties[usable]
     if not len(errors):
         raise ValueError("no error and uncertainty are both positive and finite: there is nothing to draw.")
-    ax = _axes(ax, (4.6, 4.2))
+    ax = axes_of(ax, (4.6, 4.2))
     ax.set(xscale="log", yscale="log")
     low, high = uncertainties.min() / 1.2, uncertainties.max() * 1.2
     line = np.array([low, high])
@@ -146,8 +208,7 @@ def error_against_uncertainty(
             line, below * line, above * line, color=BLUE, alpha=alpha, lw=0, label=f"{level:.0%}, calibrated"
         )
     ax.plot(line, line, color="black", lw=0.9)
-    faint = float(np.clip(300 / len(errors), 0.05, 0.6))
-    ax.plot(uncertainties, errors, ".", ms=3, mew=0, color="black", alpha=faint, rasterized=True, zorder=2)
+    ax.plot(uncertainties, errors, ".", ms=3, mew=0, color="black", alpha=faint(len(errors)), rasterized=True, zorder=2)
     bins = np.array_split(np.argsort(uncertainties), int(np.clip(len(errors) // 20, 1, 12)))
     rms = np.array([[np.sqrt(np.mean(values[chosen] ** 2)) for values in (uncertainties, errors)] for chosen in bins])
     ax.plot(*rms.T, "o-", color=RED, ms=4, lw=1.2, label="root mean square in bins", zorder=3)
@@ -155,12 +216,7 @@ def error_against_uncertainty(
     ax.text(0.97, 0.04, f"Spearman {correlation:.2f}", transform=ax.transAxes, ha="right", size=8)
     ax.set(xlabel=f"predicted uncertainty ({unit})", ylabel=f"true error ({unit})", xlim=(low, high))
     ax.set_ylim(max(float(np.quantile(errors, 0.002)), errors.max() / 1e4), errors.max() * 1.5)
-    for axis, (start, end) in ((ax.xaxis, ax.get_xlim()), (ax.yaxis, ax.get_ylim())):
-        # Over short ranges matplotlib labels 2 to 9, which overlap, and powers of ten alone say little.
-        short = end / start < 100
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if short else (1,)))
-        axis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}") if short else LogFormatterMathtext())
-        axis.set_minor_formatter(NullFormatter())
+    log_ticks(ax)
     ax.legend(frameon=False, fontsize=8, loc="upper left")
     return ax
 
@@ -212,7 +268,7 @@ def reliability(residuals: ArrayLike, std: ArrayLike, *, label: str = "", ax: Ax
     z = np.abs(np.asarray(residuals, float) / np.asarray(std, float))
     observed = np.searchsorted(np.sort(z, axis=None), ndtri(0.5 + levels / 2), side="right") / z.size
     is_new = ax is None or not ax.lines
-    ax = _axes(ax, (4.2, 4.0))
+    ax = axes_of(ax, (4.2, 4.0))
     if is_new:
         ax.plot([0, 1], [0, 1], color="black", lw=0.9, ls="--")
         ax.text(0.97, 0.04, "too sure", ha="right", size=8, color=GREY)
@@ -247,17 +303,17 @@ def latent_map(
     points, readings = np.asarray(scored, float).reshape(-1, 2), np.asarray(readings, float).ravel()
     if len(points) != len(readings):
         raise ValueError(f"scored has {len(points)} points, readings {len(readings)}; they must have the same length.")
-    ax = _axes(ax, (5.2, 4.2))
+    ax = axes_of(ax, (5.2, 4.2))
     marks = cycle(((BLUE, "o"), ("black", "x"), (GREY, "^")))
     for (name, known), (color, marker) in zip(reference.items(), marks, strict=False):
         known = np.asarray(known, float).reshape(-1, 2)
         ax.scatter(*known.T, s=13, marker=marker, c=color, lw=0.7, alpha=0.35, label=f"{name} ({len(known)})", zorder=2)
-    top = _largest(readings)
+    top = largest_of(readings)
     order = np.argsort(np.nan_to_num(readings, nan=np.inf))
     shown = ax.scatter(
         *points[order].T,
         s=20,
-        c=_clipped(readings[order], top),
+        c=clipped(readings[order], top),
         cmap=_COLOUR_MAP,
         vmin=0,
         vmax=top,
@@ -292,7 +348,7 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     values = np.asarray(uncertainties, float).ravel()
     if len(values) != len(atoms):
         raise ValueError(f"{len(values)} uncertainties for {len(atoms)} atoms; give one for each atom.")
-    top = largest or _largest(values)
+    top = largest or largest_of(values)
     if ax is None:
         _, ax = plt.subplots(figsize=(3.6, 3.6), layout="constrained")
     atoms, indices = finite_part(atoms)
@@ -302,7 +358,7 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
     model = balls(atoms)
     for line in model.cell:
         ax.plot(*line[:, :2].T, color=GREY, lw=0.8, zorder=1)
-    colours = _COLOUR_MAP(_clipped(values, top) / top)
+    colours = _COLOUR_MAP(clipped(values, top) / top)
     # Bonds and atoms are drawn from the back to the front, so that nearer ones cover farther ones.
     shapes = [(model.positions[pair, 2].min(), tuple(pair)) for pair in model.bonds]
     shapes += [(depth, (i,)) for i, depth in enumerate(model.positions[:, 2])]
@@ -315,7 +371,7 @@ def structure(atoms: Atoms, uncertainties: ArrayLike, *, largest: float | None =
         (i,), ((x, y),) = which, places
         ax.add_patch(Circle((x, y), float(model.radii[i]), fc=colours[i], ec="#3A3F44", lw=0.9, zorder=zorder))
         if len(atoms) <= 40:
-            ink = "white" if _clipped(values, top)[i] > 0.55 * top else "black"
+            ink = "white" if clipped(values, top)[i] > 0.55 * top else "black"
             ax.text(x, y, atoms[i].symbol, color=ink, ha="center", va="center", size=9, zorder=zorder)
     ax.set(aspect="equal")
     ax.autoscale_view()
@@ -333,40 +389,10 @@ def know_nothing(fractions: ArrayLike, median_forces: ArrayLike, chosen: float, 
         chosen: The fraction that was taken.
         ax: Axes to draw into; a new figure by default.
     """
-    ax = _axes(ax, (5, 3.4))
-    x, y = _equal(fractions=fractions, median_forces=median_forces)
+    ax = axes_of(ax, (5, 3.4))
+    x, y = equal(fractions=fractions, median_forces=median_forces)
     ax.axvline(chosen, color=ORANGE, lw=1.5, label=f"nothing known: {chosen:g}")
     ax.plot(x, y, "o-", color=BLUE, label="median predicted force")
-    ax.set(xlabel="displacement / nearest distance", ylabel="force (eV/Å)", ylim=(0, 1.1 * _largest(y)))
+    ax.set(xlabel="displacement / nearest distance", ylabel="force (eV/Å)", ylim=(0, 1.1 * largest_of(y)))
     ax.legend(frameon=False, fontsize=8)
     return ax
-
-
-def _largest(values: np.ndarray) -> float:
-    """The largest finite value; 1 if no finite value is above 0."""
-    finite = values[np.isfinite(values)]
-    return float(finite.max()) if len(finite) and finite.max() > 0 else 1.0
-
-
-def _clipped(values: np.ndarray, top: float) -> np.ndarray:
-    """Values in [0, top]; NaN and inf become `top`."""
-    return np.clip(np.nan_to_num(values, nan=top, posinf=top), 0, top)
-
-
-_UNCERTAINTY = "force uncertainty (eV/Å)"
-_LEGEND_INCHES = 1.5  # width of a legend entry as long as "predicted uncertainty"
-
-
-def _axes(ax: Axes | None, size: tuple[float, float]) -> Axes:
-    if ax is None:
-        _, ax = plt.subplots(figsize=size, layout="constrained")
-    ax.spines[["top", "right"]].set_visible(False)
-    return ax
-
-
-def _equal(**named: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
-    """Two sequences as flat arrays of equal length."""
-    (a, b), (name_a, name_b) = (np.asarray(values, float).ravel() for values in named.values()), named
-    if a.shape != b.shape:
-        raise ValueError(f"{name_a} has {len(a)} values, {name_b} {len(b)}; they must have the same length.")
-    return a, b

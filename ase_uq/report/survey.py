@@ -1,31 +1,22 @@
 """A survey of scored frames in one pass: readings, atoms, errors of labelled frames, and the worst frames."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from reprlib import repr as shortened
-from typing import Any
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 
 from ase_uq.diagnostics.samples import Sample, without_energy_shift
-from ase_uq.errors import InputError, UQWarning
+from ase_uq.errors import InputError
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
-from ase_uq.io.results import uncertainties_belong
 from ase_uq.io.source import Source, Unreadable
-from ase_uq.properties import STANDARD
+from ase_uq.report.frame_values import Warned, flag_reason, label, result, source_frame, structure, temperature
 from ase_uq.representation import Brief
-from ase_uq.scoring.frame_score import NUMBER_KEY
 from ase_uq.thresholds.reduction import Reduction, atom_norms
-
-_TIME_KEYS = ("time_fs", "flag_time_fs")  # in trajectories and in flagged frames of `ase-uq md`
-_NAMED = 10  # frames with the same defect that get a warning each
 
 
 @dataclass(frozen=True, repr=False)
@@ -72,14 +63,19 @@ class Survey(Brief):
         counts_source: Whether `place` counts the frames of the trajectory that was scored.
         n_missing: How many numbers up to the largest belong to no frame that was read.
         time: (n_frames,) times, fs; None if a frame has no time, or times do not grow.
+        temperature: (n_frames,) temperatures of the velocities, K; NaN if the frame has none.
         reading: (n_frames,) readings, eV/Å.
+        error: (n_frames,) true errors, reduced as the readings are, eV/Å; NaN without reference forces.
+        reason: Why a monitor kept each frame; empty if none did.
         numbers: (n_atoms,) atomic numbers of all frames.
         uncertainty: (n_atoms,) ε_i, eV/Å.
         gamma: (n_atoms,) γ; NaN if the frame does not have it.
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
         compositions: Number of frames by chemical formula.
         n_without: Number of frames without uncertainties, which were left out.
-        samples: Residuals and standard deviations of labelled frames, by quantity: `forces` and `energy_per_atom`.
+        samples: Residuals and standard deviations of labelled frames, `forces` and `energy_per_atom`. Their
+            `frame` counts frames with uncertainties.
+        predicted: Predicted values of the same rows, by quantity.
         kept: The worst frame of each stretch of consecutive frames, in their order.
         stretch: Number of frames in a stretch.
     """
@@ -88,7 +84,10 @@ class Survey(Brief):
     counts_source: bool
     n_missing: int
     time: np.ndarray | None
+    temperature: np.ndarray
     reading: np.ndarray
+    error: np.ndarray
+    reason: tuple[str, ...]
     numbers: np.ndarray
     uncertainty: np.ndarray
     gamma: np.ndarray
@@ -96,6 +95,7 @@ class Survey(Brief):
     compositions: Mapping[str, int]
     n_without: int
     samples: Mapping[str, Sample]
+    predicted: Mapping[str, np.ndarray]
     kept: tuple[ScoredFrame, ...]
     stretch: int
 
@@ -105,10 +105,15 @@ class Survey(Brief):
         return len(self.place)
 
     @cached_property
+    def gamma_of_frame(self) -> np.ndarray:
+        """(n_frames,) largest γ of each frame; NaN if it does not have it."""
+        starts = np.cumsum(self.n_atoms_of_frame) - self.n_atoms_of_frame
+        return np.fmax.reduceat(self.gamma, starts)
+
+    @property
     def n_beyond(self) -> int:
         """Number of frames with an atom beyond the edge of the calibration data, γ > 1."""
-        frame = np.repeat(np.arange(self.n_frames), self.n_atoms_of_frame)
-        return len(np.unique(frame[self.gamma > 1]))
+        return int((self.gamma_of_frame > 1).sum())
 
     def above(self, level: float) -> np.ndarray:
         """(n_frames,) whether each reading is at or above a level, or is NaN."""
@@ -170,21 +175,7 @@ def survey(
     return gathered.survey()
 
 
-@dataclass
-class _Warned:
-    """Warns of frames; after ten with the same defect, only once more, that there are further ones."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-
-    def __call__(self, defect: str, text: str) -> None:
-        self.counts[defect] += 1
-        if self.counts[defect] <= _NAMED:
-            warnings.warn(text, UQWarning, stacklevel=2)
-        elif self.counts[defect] == _NAMED + 1:
-            warnings.warn(f"further frames {defect} are not named.", UQWarning, stacklevel=2)
-
-
-def _numbered(frames: Frames | Iterable[Atoms], warn: _Warned) -> Iterator[tuple[int, Atoms]]:
+def _numbered(frames: Frames | Iterable[Atoms], warn: Warned) -> Iterator[tuple[int, Atoms]]:
     if not isinstance(frames, str | os.PathLike):
         yield from enumerate(frames)
         return
@@ -224,18 +215,21 @@ class _Gathered:
     reduction: Reduction
     keys: tuple[str, str, str]
     stretches: _Stretches
-    warn: _Warned = field(default_factory=_Warned)
+    warn: Warned = field(default_factory=Warned)
     place: list[int] = field(default_factory=list)
     source: list[int | None] = field(default_factory=list)  # number in the trajectory that was scored
     without: list[tuple[int, int | None]] = field(default_factory=list)  # place, source: frames without uncertainties
     time: list[float] = field(default_factory=list)
+    temperature: list[float] = field(default_factory=list)
+    reason: list[str] = field(default_factory=list)
+    error: list[float] = field(default_factory=list)
     reading: list[float] = field(default_factory=list)
     numbers: list[np.ndarray] = field(default_factory=list)
     uncertainty: list[np.ndarray] = field(default_factory=list)
     gamma: list[np.ndarray] = field(default_factory=list)
     compositions: Counter[str] = field(default_factory=Counter)
-    # By quantity: place, residuals and standard deviations of each labelled frame, with one row per atom or frame.
-    labelled: dict[str, list[tuple[int, np.ndarray, np.ndarray]]] = field(default_factory=dict)
+    # By quantity: index, predictions, residuals, standard deviations of each labelled frame; one row per atom or frame.
+    labelled: dict[str, list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]] = field(default_factory=dict)
     squared_forces: float = 0.0
 
     @property
@@ -243,7 +237,7 @@ class _Gathered:
         return len(self.place) + len(self.without)
 
     def add(self, place: int, atoms: Atoms) -> None:
-        source, std = _source_frame(atoms), _result(atoms, "forces_uncertainty")
+        source, std = source_frame(atoms), result(atoms, "forces_uncertainty")
         if std is None:
             self.without.append((place, source))
             return
@@ -256,66 +250,51 @@ class _Gathered:
         if not len(atoms):
             raise InputError(f"{which} has no atoms.")
         norms = atom_norms(std)
-        gamma = self._checked(which, "gamma", _result(atoms, "gamma"), (len(atoms),), finite=False)
-        key = next((key for key in _TIME_KEYS if key in atoms.info), "")
-        time = self._checked(which, key, atoms.info.get(key), ())
+        gamma = self.warn.checked(which, "gamma", result(atoms, "gamma"), (len(atoms),), finite=False)
         self.place.append(place)
         self.source.append(source)
-        self.time.append(np.nan if time is None else float(time))
+        self.time.append(self.warn.time(which, atoms))
+        self.temperature.append(temperature(atoms))
+        self.reason.append(flag_reason(atoms))
         self.reading.append(self.reduction(norms, atoms.numbers))
         self.numbers.append(atoms.numbers.astype(np.uint8))
         self.uncertainty.append(norms.astype(np.float32))
         self.gamma.append(np.full(len(atoms), np.nan, np.float32) if gamma is None else gamma.astype(np.float32))
         self.compositions[atoms.get_chemical_formula()] += 1
-        self._add_labels(place, which, atoms, np.asarray(std, float))
-        self.stretches.add(ScoredFrame(place, self.reading[-1], _structure(atoms), norms, self.time[-1]))
+        self._add_labels(which, atoms, np.asarray(std, float))
+        self.stretches.add(ScoredFrame(place, self.reading[-1], structure(atoms), norms, self.time[-1]))
 
-    def _add_labels(self, place: int, which: str, atoms: Atoms, std: np.ndarray) -> None:
-        def label(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-            return self._checked(which, key, _label(atoms, key), shape)
+    def _add_labels(self, which: str, atoms: Atoms, std: np.ndarray) -> None:
+        index = len(self.place) - 1
 
-        def result(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
-            return self._checked(which, key, _result(atoms, key), shape, finite=False)
+        def reference_of(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+            return self.warn.checked(which, key, label(atoms, key), shape)
 
-        reference = label(self.keys[1], std.shape)
-        forces = None if reference is None else result("forces", std.shape)
+        def predicted(key: str, shape: tuple[int, ...]) -> np.ndarray | None:
+            return self.warn.checked(which, key, result(atoms, key), shape, finite=False)
+
+        reference = reference_of(self.keys[1], std.shape)
+        forces = None if reference is None else predicted("forces", std.shape)
+        self.error.append(np.nan)
         if reference is not None and forces is not None:
+            self.error[-1] = self.reduction(atom_norms(reference - forces), atoms.numbers)
             self.squared_forces += float(np.sum(reference**2))
-            self.labelled.setdefault("forces", []).append((place, reference - forces, std))
-        reference = label(self.keys[0], ())
-        energy, energy_std = (None if reference is None else result(k, ()) for k in ("energy", "energy_uncertainty"))
+            self.labelled.setdefault("forces", []).append((index, forces, reference - forces, std))
+        reference = reference_of(self.keys[0], ())
+        energy, energy_std = (None if reference is None else predicted(k, ()) for k in ("energy", "energy_uncertainty"))
         if reference is not None and energy is not None and energy_std is not None:
-            residual, std = ((values / len(atoms)).reshape(1, 1) for values in (reference - energy, energy_std))
-            self.labelled.setdefault("energy_per_atom", []).append((place, residual, std))
-
-    def _checked(
-        self, which: str, key: str, value: Any, shape: tuple[int, ...], *, finite: bool = True
-    ) -> np.ndarray | None:
-        """The value as numbers of this shape; None, with a warning, if it is something else."""
-        if value is None:
-            return None
-        try:
-            numbers = np.asarray(value, float)
-        except (TypeError, ValueError):
-            numbers, problem = np.empty(0), f"is {shortened(value)}, {_wanted(shape)} expected"
-        else:
-            if shape == () and numbers.size == 1:
-                numbers = numbers.reshape(())
-            problem = f"has shape {numbers.shape}, {_wanted(shape)} expected" if numbers.shape != shape else ""
-            if not problem and finite and not np.isfinite(numbers).all():
-                problem = "is not finite"
-        if problem:
-            self.warn(f"whose {key} cannot be used", f"{key} of {which} {problem}: it is left out.")
-        return None if problem else numbers
+            values = (energy, reference - energy, energy_std)
+            energy, residual, std = ((value / len(atoms)).reshape(1, 1) for value in values)
+            self.labelled.setdefault("energy_per_atom", []).append((index, energy, residual, std))
 
     def survey(self) -> Survey:
-        samples = {quantity: self._sample(quantity) for quantity in ("forces", "energy_per_atom")}
-        usable = {quantity: sample for quantity, sample in samples.items() if sample is not None}
+        found = {q: self._sample(q) for q in ("forces", "energy_per_atom")}
+        usable = {quantity: sample for quantity, (sample, _) in found.items() if len(sample.frame)}
         if "forces" in usable:
             error, size = float(np.linalg.norm(usable["forces"].residuals)), self.squared_forces**0.5
             refuse_own_forces(f"the labels ({self.keys[1]})", error, size, purpose="to show")
         energies = {q: sample for q, sample in usable.items() if q == "energy_per_atom"}
-        usable |= without_energy_shift(energies, dict(zip(self.place, self.numbers, strict=True)))[0]
+        usable |= without_energy_shift(energies, dict(enumerate(self.numbers)))[0]
         time = np.array(self.time)
         known = [number for number in self.source if number is not None]
         counts_source = len(known) == len(self.place) and bool((np.diff(known) > 0).all())
@@ -327,7 +306,10 @@ class _Gathered:
             counts_source=counts_source,
             n_missing=max(present) + 1 - len(present),
             time=time if len(time) > 1 and (np.diff(time) > 0).all() else None,
+            temperature=np.array(self.temperature),
             reading=np.array(self.reading),
+            error=np.array(self.error),
+            reason=tuple(self.reason),
             numbers=np.concatenate(self.numbers).astype(int),
             uncertainty=np.concatenate(self.uncertainty).astype(float),
             gamma=np.concatenate(self.gamma).astype(float),
@@ -335,50 +317,19 @@ class _Gathered:
             compositions=dict(self.compositions.most_common()),
             n_without=len(self.without),
             samples=usable,
+            predicted={quantity: found[quantity][1] for quantity in usable},
             kept=tuple(replace(frame, place=shown[frame.place]) for frame in self.stretches.kept),
             stretch=self.stretches.length,
         )
 
-    def _sample(self, quantity: str) -> Sample | None:
-        """Rows with finite residuals and finite, positive standard deviations; None if there are none."""
+    def _sample(self, quantity: str) -> tuple[Sample, np.ndarray]:
+        """Rows with finite residuals and finite, positive standard deviations, and their predictions."""
         rows = self.labelled.get(quantity)
         if not rows:
-            return None
-        places, residuals, std = zip(*rows, strict=True)
-        index = {place: number for number, place in enumerate(self.place)}
-        numbers = np.concatenate([self.numbers[index[p]] for p in places]).astype(int) if quantity == "forces" else None
-        frame = np.repeat(places, [len(r) for r in residuals])
+            return Sample(np.empty((0, 1)), np.empty((0, 1)), np.empty(0, int)), np.empty((0, 1))
+        indices, predicted, residuals, std = zip(*rows, strict=True)
+        numbers = np.concatenate([self.numbers[i] for i in indices]).astype(int) if quantity == "forces" else None
+        frame = np.repeat(indices, [len(r) for r in residuals])
         sample = Sample(np.concatenate(residuals), np.concatenate(std), frame, numbers)
         usable = np.isfinite(sample.residuals).all(1) & (np.isfinite(sample.std) & (sample.std > 0)).all(1)
-        return sample.only(usable) if usable.any() else None
-
-
-def _result(atoms: Atoms, key: str) -> Any:
-    """A result from the calculator, else from arrays, else from info; None if there is none of this structure."""
-    if key in (results := _results(atoms)) or (key not in STANDARD and not uncertainties_belong(atoms)):
-        return results.get(key)
-    return atoms.arrays.get(key, atoms.info.get(key))
-
-
-def _label(atoms: Atoms, key: str) -> Any:
-    """A reference value from info, else from arrays, else from the calculator, whose results are the potential's."""
-    return atoms.info.get(key, atoms.arrays.get(key, _results(atoms).get(key)))
-
-
-def _results(atoms: Atoms) -> Mapping[str, Any]:
-    return atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
-
-
-def _source_frame(atoms: Atoms) -> int | None:
-    number = atoms.info.get(NUMBER_KEY)
-    return int(number) if isinstance(number, int | np.integer) and number >= 0 else None
-
-
-def _wanted(shape: tuple[int, ...]) -> str:
-    return f"{shape} was" if shape else "a number was"
-
-
-def _structure(atoms: Atoms) -> Atoms:
-    """The structure with the notes a potential or a reader may need; without results, to save memory."""
-    notes = {key: value for key, value in atoms.info.items() if isinstance(value, str | int | float | np.number)}
-    return Atoms(atoms.numbers, atoms.positions, cell=atoms.cell, pbc=atoms.pbc, info=notes)
+        return sample.only(usable), np.concatenate(predicted)[usable]

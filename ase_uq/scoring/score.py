@@ -20,8 +20,9 @@ from loky import cpu_count
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError
 from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
-from ase_uq.io.files import check_distinct
+from ase_uq.io.files import check_distinct, paths_of
 from ase_uq.io.frames import Frames
+from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
@@ -97,7 +98,7 @@ def _rank(row: FrameScore) -> float:
 
 
 def score(
-    frames: Frames,
+    frames: Frames | Sequence[str | os.PathLike[str]],
     calculator: BaseCalculator | Predictor | Backend | str | os.PathLike[str],
     uncertainty_model: UncertaintyModel | str | os.PathLike[str] | None = None,
     *,
@@ -112,12 +113,13 @@ def score(
 
     Memory does not grow with the trajectory. After a kill at any instant, the same call resumes after the last frame
     that was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out,
-    with a warning that names them. `source_frame` in a frame's info is its number in the trajectory, from 0. Labels
+    with a warning that names them. `source_frame` in a frame's info is its number among those given, from 0. Labels
     under ASE's names, whose place the results take, are written as `REF_energy`, `REF_forces` and `REF_stress`, unless
     they are the potential's own.
 
     Args:
-        frames: A path in any format that ASE reads, or a list of structures.
+        frames: A path in any format that ASE reads, with `@` and an index or a query of a database as ASE takes them
+            (`run.xyz@:100`); several of them, one after the other; or a list of structures.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE, orb or SevenNet, a SPEC, or the path of a `.model` file.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
@@ -140,14 +142,14 @@ def score(
         TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
         ValueError: Two of the trajectory, `out` and `csv` are the same file, or an option is out of range.
     """
-    check_distinct(frames if isinstance(frames, str | os.PathLike) else None, out, csv)
+    check_distinct(paths_of(frames), out, csv)
     if batch_atoms is not None and batch_atoms < 1:
         raise ValueError(f"batch_atoms is {batch_atoms}; 1 or more was expected.")
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; 0 or more was expected.")
     start = time.perf_counter()
     predictor = as_predictor(calculator, uncertainty_model)
-    source = Source(frames)
+    source = source_of(frames)
     backend = predictor.backend
     csv_file = None if csv is None else Path(csv)
     with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:

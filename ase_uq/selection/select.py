@@ -73,23 +73,23 @@ class Bands:
     Args:
         flag: Lower threshold, eV/Å.
         halt: Upper threshold, eV/Å.
-        accurate: Number of frames below `flag`.
+        trusted: Number of frames below `flag`.
         candidate: Number of frames from `flag` to below `halt`.
         failed: Number of frames at or above `halt`, or whose reading is not a number.
     """
 
     flag: float
     halt: float
-    accurate: int
+    trusted: int
     candidate: int
     failed: int
 
     def describe(self) -> str:
         """The counts in words, in one line."""
-        total = self.accurate + self.candidate + self.failed
+        total = self.trusted + self.candidate + self.failed
         counts = ", ".join(
             f"{name} {count} ({count / total:.1%})"
-            for name, count in (("accurate", self.accurate), ("candidate", self.candidate), ("failed", self.failed))
+            for name, count in (("trusted", self.trusted), ("candidate", self.candidate), ("failed", self.failed))
         )
         return f"bands at {self.flag:.3g} and {self.halt:.3g} eV/Å: {counts}"
 
@@ -194,7 +194,7 @@ def select(
             between `flag` and `halt`, as DP-GEN does; `"random"`.
         method: Fitted method whose features are compared; by default the first one that has features, such as `"bll"`.
         per: What is compared: `"structure"` or `"environment"`.
-        flag: Threshold, in eV/Å or as a criterion: frames with a lower reading are accurate and never chosen.
+        flag: Threshold, in eV/Å or as a criterion: frames with a lower reading are trusted and never chosen.
         halt: Threshold likewise: frames with this reading or a higher one have failed and are never chosen.
         duplicates: Share of the typical distance between frames of the pool below which two frames are the same. A
             rotated copy is recognised if the potential's features are invariant, as those of MACE but not of orb.
@@ -292,9 +292,9 @@ def _levels(
 def _bands(readings: np.ndarray, levels: tuple[float, float] | None) -> tuple[Bands | None, Tensor]:
     if levels is None:
         return None, torch.ones(len(readings), dtype=torch.bool)
-    accurate, candidate = readings < levels[0], (levels[0] <= readings) & (readings < levels[1])
-    n_accurate, n_candidate = int(accurate.sum()), int(candidate.sum())
-    bands = Bands(*levels, n_accurate, n_candidate, len(readings) - n_accurate - n_candidate)
+    trusted, candidate = readings < levels[0], (levels[0] <= readings) & (readings < levels[1])
+    n_trusted, n_candidate = int(trusted.sum()), int(candidate.sum())
+    bands = Bands(*levels, n_trusted, n_candidate, len(readings) - n_trusted - n_candidate)
     return bands, torch.from_numpy(candidate)
 
 

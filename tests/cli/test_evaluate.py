@@ -154,7 +154,8 @@ def test_uq_is_needed_unless_embedded(run, files):
 
 def test_without_matplotlib_it_is_told_before_the_work(judge, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "ase_uq.report.plots", raising=False)
+    for name in ("axes", "plots"):
+        monkeypatch.delitem(sys.modules, f"ase_uq.report.{name}", raising=False)
     monkeypatch.delattr(report, "plots", raising=False)
     result = judge("--plots", "figures")
     assert result.exit_code == 1

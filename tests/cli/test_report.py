@@ -87,7 +87,7 @@ def test_labels_of_other_names(tell, tmp_path, scored):
     write_frames("in.xyz", frames)
     for words, shown in (((), False), (("--forces-key", "dft"), True)):
         assert tell(*words, frames="in.xyz").exit_code == 0
-        assert ("Are the uncertainties right?" in (tmp_path / "report.html").read_text("utf-8")) == shown
+        assert ("Are forces and uncertainties right?" in (tmp_path / "report.html").read_text("utf-8")) == shown
 
 
 def test_a_damaged_frame_is_named_and_left_out(tell, tmp_path, scored):
@@ -194,7 +194,7 @@ def test_without_matplotlib_it_is_told_before_the_work(tell, monkeypatch):
     import sys
 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    for name in ("plots", "sections", "page"):
+    for name in ("axes", "plots", "pictures", "along", "quality", "sections", "page"):
         monkeypatch.delitem(sys.modules, f"ase_uq.report.{name}", raising=False)
         monkeypatch.delattr(report, name, raising=False)
     result = tell()
@@ -206,3 +206,13 @@ def test_help_shows_an_example():
     result = CliRunner().invoke(app, ["report", "--help"])
     assert result.exit_code == 0
     assert "ase-uq report scored.xyz" in result.stdout
+
+
+def test_the_tolerance_says_what_is_wrong(tell, tmp_path):
+    assert tell("--flag", "q0.9", "--tolerance", 0.0123).exit_code == 0
+    assert "wrong by more than 0.0123" in (tmp_path / "report.html").read_text("utf-8")
+    refused = tell("--tolerance", 0)
+    assert (refused.exit_code, refused.stderr) == (
+        1,
+        "error: the tolerance is 0.0 eV/Å; a positive force error was expected.\n",
+    )

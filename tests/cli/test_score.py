@@ -178,3 +178,25 @@ def test_the_model_of_the_file_is_used(score, files):
     std = read("out.xyz", "0").info["energy_uncertainty"]
     assert std > 0
     assert "energy" in UncertaintyModel.load(files.uq).methods["bll"].calibrators
+
+
+def test_several_files_and_parts_follow_one_another(run, files):
+    words = ("--model", "toy:", "--uq", files.uq, "--out", "out.xyz")
+    result = run("score", f"{files.test}@:3", files.test, f"{files.test}@-1", *words)
+    assert result.exit_code == 0
+    frames = read(files.test, ":")
+    expected = [*frames[:3], *frames, frames[-1]]
+    scored = read_frames("out.xyz")
+    assert [atoms.info["source_frame"] for atoms in scored] == list(range(29))
+    for atoms, original in zip(scored, expected, strict=True):
+        np.testing.assert_allclose(atoms.positions, original.positions, atol=1e-8)
+
+
+def test_every_input_must_be_there_and_none_is_overwritten(run, files, tmp_path):
+    words = ("--model", "toy:", "--uq", files.uq)
+    missing = run("score", files.test, "none.xyz@:3", *words, "--out", "out.xyz")
+    assert (missing.exit_code, missing.stderr) == (1, "error: there is no file none.xyz.\n")
+    write("b.xyz", read(files.test, ":2"))
+    same = run("score", files.test, "b.xyz@:1", *words, "--out", "b.xyz", "--overwrite")
+    assert same.exit_code == 1
+    assert same.stderr.startswith("error: b.xyz is the input: it would be overwritten.")

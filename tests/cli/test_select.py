@@ -98,7 +98,7 @@ def test_bands_are_counted(select, files):
 def test_no_candidate_leaves_no_file(select, tmp_path):
     result = select("--n", 3, "--flag", 1000)
     assert result.exit_code == 1
-    assert result.stdout == "bands at 1e+03 and inf eV/Å: accurate 25 (100.0%), candidate 0 (0.0%), failed 0 (0.0%)\n"
+    assert result.stdout == "bands at 1e+03 and inf eV/Å: trusted 25 (100.0%), candidate 0 (0.0%), failed 0 (0.0%)\n"
     assert "warning: 0 of the 3 frames asked for were chosen" in result.stderr
     assert result.stderr.splitlines()[-1].endswith("was chosen, and chosen.xyz is not written.")
     assert not list(tmp_path.iterdir())

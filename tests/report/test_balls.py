@@ -1,8 +1,10 @@
 import numpy as np
 from ase import Atoms
-from ase.build import bulk, molecule
+from ase.build import bulk, fcc111, molecule
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ase_uq.report.balls import balls, surroundings
+from ase_uq.report.balls import balls, surroundings, whole
 
 
 def distances(positions):
@@ -31,8 +33,60 @@ def test_bonds_join_atoms_that_touch():
 
 
 def test_no_bond_crosses_the_cell():
-    atoms = Atoms("H2", [[0.1, 0, 0], [9.9, 0, 0]], cell=[10, 10, 10], pbc=True)
-    assert len(balls(atoms).bonds) == 0
+    atoms = bulk("Si", cubic=True)
+    seen = balls(atoms)
+    pairs = {tuple(pair) for pair in np.argwhere(np.triu(distances(atoms.positions), 1) > 0).tolist()}
+    assert {tuple(pair) for pair in seen.bonds.tolist()} == {p for p in pairs if atoms.get_distance(*p) < 2.5}
+    assert len(seen.bonds) < 16  # those of the crystal
+
+
+def built(kind: str) -> Atoms:
+    if kind == "slab":
+        atoms = fcc111("Cu", (3, 3, 4), vacuum=6.0, periodic=True)
+        atoms.rattle(0.1, seed=1)
+        return atoms
+    if kind == "slanted":
+        atoms = fcc111("Cu", (3, 3, 4), vacuum=6.0, orthogonal=False, periodic=True)
+        atoms.cell[2] += 0.4 * atoms.cell[0]
+        return atoms
+    atoms = molecule("CH3CH2OH")
+    atoms.set_cell([9.0, 10.0, 11.0])
+    atoms.pbc = True
+    return atoms
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    kind=st.sampled_from(["slab", "slanted", "molecule"]),
+    shift=st.tuples(*[st.floats(-1.5, 1.5)] * 3),
+)
+def test_what_stands_in_a_vacuum_stands_whole_wherever_its_atoms_were_wrapped(kind, shift):
+    original = built(kind)
+    atoms = original.copy()
+    shift = np.array(shift) if kind == "molecule" else np.array([0, 0, shift[2]])
+    atoms.positions += shift @ atoms.cell.array
+    if kind == "molecule":
+        atoms.wrap()
+    else:
+        scaled = atoms.get_scaled_positions(wrap=False)
+        scaled[:, 2] %= 1.0
+        atoms.set_scaled_positions(scaled)
+    seen = whole(atoms)
+    np.testing.assert_allclose(distances(seen.positions), distances(original.positions), atol=1e-8)
+    scaled = seen.get_scaled_positions(wrap=False)[:, slice(None) if kind == "molecule" else 2]
+    assert (scaled >= -1e-9).all()
+    assert (scaled < 1 + 1e-9).all()
+    moved = (seen.positions - atoms.positions) @ np.linalg.inv(atoms.cell.array)
+    moved -= moved[0]  # as a whole, and by vectors of the cell
+    np.testing.assert_allclose(moved, moved.round(), atol=1e-8)
+    assert len(balls(atoms).bonds) == len(balls(original).bonds)
+
+
+def test_a_structure_that_is_whole_or_fills_its_cell_stays_where_it_is():
+    for atoms in (built("slab"), bulk("Si", cubic=True), molecule("H2O")):
+        np.testing.assert_allclose(whole(atoms).positions, atoms.positions, atol=1e-9)
+    flat = Atoms("H2", [[0, 0, 0], [0, 0, 0.7]], cell=[[1, 0, 0], [1, 0, 0], [0, 0, 9]], pbc=(True, False, False))
+    assert whole(flat) is flat
 
 
 def test_the_cell_has_the_edges_of_its_periodic_directions():

@@ -110,7 +110,7 @@ def test_numbers_are_those_of_the_frames(labelled, scored, model):
     readings = np.array([each.max() for each in norms])
     flag = model.threshold(Quantile(0.99))
     counts = [(readings < flag).sum(), ((readings >= flag) & (readings < 0.5)).sum(), (readings >= 0.5).sum()]
-    for name, count in zip(("accurate", "candidate", "failed"), counts, strict=True):
+    for name, count in zip(("trusted", "candidate", "failed"), counts, strict=True):
         assert re.search(rf"{name} [^:]*: {count} frames", said)
     assert f"{readings.max():.3g} eV/Å frame {readings.argmax()}" in said
     residuals = np.concatenate([a.arrays["REF_forces"] - a.calc.results["forces"] for a in frames])
@@ -118,6 +118,112 @@ def test_numbers_are_those_of_the_frames(labelled, scored, model):
     assert report.summary().startswith(
         f"60 frames, 540 atoms, {counts[1] + counts[2]} at or above flag, {counts[2]} at or above halt."
     )
+
+
+def test_of_the_frames_in_each_band_it_says_how_many_were_wrong(write, scored):
+    frames = read_frames(scored)
+    readings = np.array([np.linalg.norm(a.calc.results["forces_uncertainty"], axis=1).max() for a in frames])
+    residuals = [a.arrays["REF_forces"] - a.calc.results["forces"] for a in frames]
+    errors = np.array([np.linalg.norm(each, axis=1).max() for each in residuals])
+    del frames[0].arrays["REF_forces"]  # counts in the band, but nobody knows whether it is wrong
+    flag, tolerance = np.median(readings), np.quantile(errors, 0.3)
+    said = Elements(write(frames, flag=flag, tolerance=tolerance)[1]).visible
+    trusted = (readings < flag) & (np.arange(60) > 0)
+    n, wrong = trusted.sum(), (errors[trusted] > tolerance).sum()
+    assert 0 < wrong < n
+    share = f"{wrong / n:.1%}"
+    assert (
+        f"Of {n} trusted frames with reference forces, {wrong} ({share}) were wrong: by more than {tolerance:.3g}"
+        in said
+    )
+    assert f"trusted {n} {wrong} ({share}) {np.median(errors[trusted]):.3g} {errors[trusted].max():.3g} " in said
+    rest = (readings >= flag) & (np.arange(60) > 0)
+    assert f"candidate {rest.sum()} {(errors[rest] > tolerance).sum()} (" in said
+    assert "failed" not in said
+
+
+def rows_of(text: str, caption: str) -> list[list[str]]:
+    """The cells of a table's body, by row."""
+    (table,) = [table for table in re.findall(r"<table>.*?</table>", text, re.DOTALL) if f"<caption>{caption}" in table]
+    rows = re.findall(r"<tr>(.*?)</tr>", table[table.index("<tbody>") :], re.DOTALL)
+    return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+
+
+def test_flagged_frames_are_listed_with_number_time_reading_and_reason(write, scored):
+    frames = read_frames(scored)[:6]
+    for step, atoms in enumerate(frames):
+        atoms.info["time_fs"] = 0.5 * step
+        atoms.calc.results["forces_uncertainty"] = np.full((9, 3), 0.1 * (step + 1) / np.sqrt(3))
+    frames[0].info["flag_reason"] = "contact of 0.5"
+    frames[2].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
+    text = write(frames, flag=0.45, halt=0.55)[1]
+    assert rows_of(text, "Flagged frames") == [
+        ["0", "0", "0.1", "contact of 0.5"],
+        ["2", "1", "undefined", "the reading is not a number"],
+        ["4", "2", "0.5", "at or above flag"],
+        ["5", "2.5", "0.6", "at or above halt"],
+    ]
+    for atoms in frames:
+        del atoms.info["time_fs"]
+    assert rows_of(write(frames, flag=0.45)[1], "Flagged frames")[0] == ["0", "0.1", "contact of 0.5"]
+    assert "Flagged frames" not in write(frames[3:])[1]
+
+
+def test_of_very_many_flagged_frames_those_with_the_largest_readings_are_listed(write, scored):
+    frames = read_frames(scored)
+    readings = [np.linalg.norm(a.calc.results["forces_uncertainty"], axis=1).max() for a in frames]
+    text = write([frames[i % 60] for i in range(240)], flag=1e-9)[1]
+    rows = rows_of(text, "Flagged frames")
+    assert len(rows) == 200
+    assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
+    least = np.argsort(readings)[:10]
+    assert not {int(row[0]) % 60 for row in rows} & set(least.tolist())
+    assert "40 further flagged frames with smaller readings are not listed." in Elements(text).visible
+
+
+def test_gamma_and_temperature_are_shown_where_frames_have_them(write, scored):
+    frames = read_frames(scored)[:5]
+    for kelvin, atoms in zip((290, 300, 310, 320, 330), frames, strict=True):
+        atoms.set_velocities(np.random.default_rng(0).normal(size=(9, 3)))
+        atoms.set_momenta(atoms.get_momenta() * np.sqrt(kelvin / atoms.get_temperature()))
+    text = write(frames)[1]
+    assert "The temperature is between 290 and 330 K." in text
+    assert "Line of the largest γ of each frame over frame: median " in text
+    for atoms in frames:
+        atoms.set_momenta(np.zeros((9, 3)))
+        del atoms.calc.results["gamma"]
+        atoms.arrays.pop("gamma", None)
+    text = write(frames)[1]
+    assert "The temperature" not in text
+    assert "largest γ" not in text
+
+
+def test_captions_name_no_colours_which_a_dark_page_changes(labelled):
+    page = Elements(labelled[1])
+    captions = " ".join(data for tag, data in page.texts if tag == "figcaption")
+    described = " ".join(image["alt"] for image in page.attributes("img"))
+    assert "the line with markers lies on the diagonal" in captions
+    assert not re.search(r"\b(red|blue|black|white|orange|gr[ae]y|yellow|green)\b", captions + described)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_captions_can_be_read_on_their_cards(labelled, dark):
+    colours = [
+        dict(re.findall(r"--(\w+): (#\w+);", block)) for block in re.findall(r":root \{(.*?)\}", labelled[1], re.DOTALL)
+    ]
+    light, night = colours
+
+    def luminance(colour: str) -> float:
+        channels = colour[1:] if len(colour) == 7 else "".join(2 * c for c in colour[1:])
+        values = np.array([int(channels[i : i + 2], 16) for i in (0, 2, 4)]) / 255
+        linear = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+        return float(linear @ [0.2126, 0.7152, 0.0722])
+
+    of = light | night if dark else light
+    for ink in ("ink", "quiet", "trusted", "candidate", "failed"):
+        for ground in ("card", "paper"):
+            dim, bright = sorted((luminance(of[ink]), luminance(of[ground])))
+            assert (bright + 0.05) / (dim + 0.05) >= 4.5, (ink, ground)  # WCAG 2.1, level AA
 
 
 def test_the_table_has_a_row_for_each_element(labelled, scored):
@@ -134,7 +240,7 @@ def test_it_has_every_section_and_where_it_comes_from(labelled, model):
     said = Elements(text).visible
     for title in (
         "Uncertainty along the frames",
-        "Are the uncertainties right?",
+        "Are forces and uncertainties right?",
         "By element",
         "Where the frames lie",
         "The most uncertain frames",
@@ -151,8 +257,9 @@ def test_it_has_every_section_and_where_it_comes_from(labelled, model):
 def test_pictures_are_files_too(labelled):
     report, _ = labelled
     names = [path.name for path in report.pictures]
-    assert names[:4] == ["uncertainty.png", "reliability.png", "errors.png", "latent_map.png"]
-    assert len(names) == 10
+    parities = ["parity_forces.png", "parity_energy_per_atom.png"]
+    assert names[:7] == ["uncertainty.png", "gamma.png", *parities, "reliability.png", "errors.png", "latent_map.png"]
+    assert len(names) == 13
     assert {path.parent.name for path in report.pictures} == {"report_figures"}
     for path in report.pictures:
         with Image.open(path) as image:
@@ -193,7 +300,7 @@ def test_the_policy_allows_the_two_scripts_that_are_in_it(labelled):
 def test_every_picture_says_what_it_shows(labelled):
     page = Elements(labelled[1])
     images = page.attributes("img")
-    assert len(images) == 10
+    assert len(images) == 13
     assert all(len(image["alt"]) > 30 for image in images)
     assert page.attributes("html") == [{"lang": "en"}]
     assert len(page.attributes("h1")) == 1
@@ -244,7 +351,7 @@ def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
     report, text = write(frames)
     said = Elements(text).visible
     assert "No threshold was given" in said
-    for absent in ("Are the uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
+    for absent in ("Are forces and uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
         assert absent not in said
     assert (report.flag, report.halt) == (None, None)
     assert "Frames within" not in said
@@ -294,7 +401,7 @@ def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, 
     ]
     structure = structures_of(text)["structures"][drawn.index(8)]
     assert [int(re.search(r" (\d+):", name)[1]) for name in structure["names"]] == [0, 1, 2, 4, 5, 6, 7, 8]
-    assert len(report.pictures) == 8
+    assert len(report.pictures) == 11
 
 
 def test_what_is_not_a_number_is_told(write, scored):
@@ -332,6 +439,7 @@ def test_time_is_shown_where_it_is_known(write, scored):
     [
         ({"flag": 0.5, "halt": 0.4}, ValueError, "flag is 0.5 eV/Å and halt is 0.4 eV/Å, so no frame lies between"),
         ({"halt": -1.0}, ValueError, "halt is -1 eV/Å; a positive force uncertainty"),
+        ({"tolerance": 0.0}, ValueError, "the tolerance is 0.0 eV/Å; a positive force error was expected"),
         ({"train": []}, ValueError, "the latent map, which needs the potential"),
     ],
 )

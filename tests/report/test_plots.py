@@ -92,6 +92,42 @@ def test_run_starts_at_zero_or_is_logarithmic():
     assert plots.run([0, 1], [0.1, 0.2], log=True).get_yscale() == "log"
 
 
+# The extrapolation grade
+
+
+def test_gamma_is_shown_with_the_edge_of_the_calibration_data():
+    ax = plots.gamma_along([0, 1, 2, 3], [0.5, np.inf, 2.0, np.nan])
+    np.testing.assert_array_equal(line(ax, "largest")[:, 1], [0.5, np.nan, 2.0, np.nan])
+    np.testing.assert_allclose(line(ax, "edge")[:, 1], 1)
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_yscale()) == ("time (fs)", "γ of the frame", "linear")
+    assert plots.gamma_along([0, 1], [0.5, 500.0], x_label="frame").get_yscale() == "log"
+    assert plots.gamma_along([0, 1], [0.0, 500.0]).get_yscale() == "linear"
+
+
+# Parity
+
+
+def test_parity_shows_every_finite_pair_on_equal_axes():
+    ax = plots.parity(
+        [[0.0, 1.0], [np.nan, 4.0]], [[0.1, 0.8], [2.0, np.inf]], quantity="energy per atom", unit="eV/atom"
+    )
+    np.testing.assert_allclose(ax.lines[1].get_xydata(), [[0.0, 0.1], [1.0, 0.8]])
+    assert ax.get_xlim() == ax.get_ylim()
+    assert ax.get_aspect() == 1
+    diagonal = ax.lines[0].get_xydata()
+    np.testing.assert_allclose(diagonal[:, 0], diagonal[:, 1])
+    assert ax.texts[0].get_text() == f"RMSE {np.sqrt(0.025):.3g} eV/atom"
+    assert ax.get_xlabel() == "reference energy per atom (eV/atom)"
+    assert ax.get_ylabel() == "predicted energy per atom (eV/atom)"
+
+
+def test_parity_of_one_value_or_none():
+    low, high = plots.parity([2.0], [2.0]).get_xlim()
+    assert low < 2 < high
+    with pytest.raises(ValueError, match="no reference and predicted value are both finite: there is nothing to draw"):
+        plots.parity([np.nan], [1.0])
+
+
 # Errors against uncertainties
 
 
@@ -231,14 +267,16 @@ def test_structure_wants_an_uncertainty_for_each_atom():
 # All of them
 
 
-@pytest.mark.parametrize("draw", [plots.run, plots.error_against_uncertainty, plots.reliability])
+@pytest.mark.parametrize(
+    "draw", [plots.run, plots.gamma_along, plots.parity, plots.error_against_uncertainty, plots.reliability]
+)
 def test_figures_draw_into_the_given_axes(draw):
     _, ax = plt.subplots()
     assert draw([1.0, 2.0, 3.0], [1.0, 2.0, 3.0], ax=ax) is ax
     assert len(plt.get_fignums()) == 1
 
 
-@pytest.mark.parametrize("draw", [plots.run, plots.error_against_uncertainty])
+@pytest.mark.parametrize("draw", [plots.run, plots.gamma_along, plots.parity, plots.error_against_uncertainty])
 def test_lengths_must_agree(draw):
     with pytest.raises(ValueError, match=r"has 3 values, \w+ 2"):
         draw([1, 2, 3], [1, 2])
@@ -246,7 +284,8 @@ def test_lengths_must_agree(draw):
 
 def test_without_matplotlib_the_install_line_is_told(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "ase_uq.report.plots")
+    for module in ("axes", "plots"):
+        monkeypatch.delitem(sys.modules, f"ase_uq.report.{module}")
     with pytest.raises(MissingDependency, match=r'pip install "ase-uq\[report\]"'):
         importlib.import_module("ase_uq.report.plots")
 

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 from ase.build import molecule
+from ase.constraints import FixAtoms, MirrorForce
 
 from ase_uq import Reduction, UQWarning, write_frames
 from ase_uq.errors import InputError, LabelError
@@ -252,3 +253,45 @@ def test_kept_structures_are_without_results():
     assert frame.atoms.info == {"flag_reason": "hot"}
     assert frame.atoms.calc is None
     assert frame.worst_atom == 0
+
+
+def test_true_errors_are_reduced_as_the_readings_are():
+    frames = scored([0.1, 0.2, 0.3])
+    for atoms, size in zip(frames[:2], (3.0, 5.0), strict=True):
+        atoms.set_array("REF_forces", size * np.array([[1.0, 0, 0], [0, 0.5, 0], [0, 0, 0.1]]))
+    np.testing.assert_allclose(survey(frames).error, [3.0, 5.0, np.nan])
+    hydrogen = Reduction("mean", elements=("H",))
+    np.testing.assert_allclose(survey(frames, reduction=hydrogen).error, [0.9, 1.5, np.nan])
+
+
+def test_predictions_stand_beside_their_residuals():
+    bare = molecule("H2O")
+    frames = [bare, *scored([0.1, 0.2])]
+    for size, atoms in enumerate(frames[1:]):
+        atoms.calc.results |= {"forces": np.full((3, 3), size + 1.0), "energy": 3.0, "energy_uncertainty": 0.1}
+        atoms.set_array("REF_forces", np.full((3, 3), 5.0))
+        atoms.info["REF_energy"] = 6.0 + size
+    found = survey(frames)
+    for quantity, reference in (("forces", np.full((6, 3), 5.0)), ("energy_per_atom", [[2.0], [7 / 3]])):
+        np.testing.assert_allclose(found.predicted[quantity] + found.samples[quantity].residuals, reference)
+    np.testing.assert_array_equal(found.samples["energy_per_atom"].frame, [0, 1])
+
+
+def test_temperature_gamma_and_reason_of_each_frame():
+    frames = scored([0.1, 0.2, 0.3])
+    frames[0].set_momenta(np.ones((3, 3)))
+    frames[1].set_momenta(np.zeros((3, 3)))
+    frames[1].calc.results["gamma"] = np.array([0.5, np.nan, 2.0])
+    frames[2].info["flag_reason"] = "hot"
+    found = survey(frames)
+    np.testing.assert_allclose(found.temperature, [frames[0].get_temperature(), np.nan, np.nan])
+    np.testing.assert_array_equal(found.gamma_of_frame, [np.nan, 2.0, np.nan])
+    assert found.reason == ("", "", "hot")
+
+
+@pytest.mark.parametrize("constraint", [FixAtoms([0, 1, 2]), MirrorForce(0, 1)])
+def test_there_is_no_temperature_where_no_atom_moves_or_a_constraint_does_not_say_what_it_fixes(constraint):
+    (atoms,) = scored([0.1])
+    atoms.set_momenta(np.ones((3, 3)))
+    atoms.set_constraint(constraint)
+    assert np.isnan(survey([atoms]).temperature).all()

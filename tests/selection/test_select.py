@@ -169,9 +169,9 @@ class TestBands:
         chosen = select(pool, 5, strategy=strategy, flag=flag, halt=halt)
         assert ((flag <= found[chosen.indices]) & (found[chosen.indices] < halt)).all()
         bands = chosen.bands
-        assert (bands.accurate, bands.candidate, bands.failed) == (16, 20, 4)
+        assert (bands.trusted, bands.candidate, bands.failed) == (16, 20, 4)
         assert bands.describe() == (
-            f"bands at {flag:.3g} and {halt:.3g} eV/Å: accurate 16 (40.0%), candidate 20 (50.0%), failed 4 (10.0%)"
+            f"bands at {flag:.3g} and {halt:.3g} eV/Å: trusted 16 (40.0%), candidate 20 (50.0%), failed 4 (10.0%)"
         )
 
     def test_thresholds_may_be_meanings(self, select, model, pool):

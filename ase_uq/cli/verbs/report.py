@@ -20,6 +20,9 @@ def report(
     flag: Flag = None,
     halt: Halt = None,
     reduce: Reduce = "max",
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", help="Force errors above this count as wrong, eV/Å; of frames with labels.")
+    ] = 0.3,
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="SPEC", help="The potential, for the latent map; a SPEC as in `ase-uq score`."),
@@ -45,9 +48,9 @@ def report(
 ) -> None:
     """Show at a glance where a potential can be trusted: one page that opens without a network, and its pictures.
 
-    The page shows the uncertainty along the frames with thresholds, the calibration if the frames have reference
-    labels, a table by element, the most uncertain frames as structures that can be turned, and the provenance. With
-    --model, --train and --calibration it also maps where the frames lie among the known frames.
+    The page shows uncertainty, γ and temperature along the frames, the flagged frames, errors and calibration if the
+    frames have reference labels, a table by element, the most uncertain frames as structures that can be turned, and
+    the provenance. With --model, --train and --calibration it also maps where the frames lie among the known frames.
 
     [dim]ase-uq report scored.xyz --uq my.uq.safetensors --flag q0.99 --halt 0.5 --out report.html[/]
     """
@@ -74,6 +77,7 @@ def report(
         flag=flag,
         halt=halt,
         reduction=Reduction(reduce),
+        tolerance=tolerance,
         label_keys=names_of_labels(energy_key, forces_key, stress_key),
         backend=backend,
         train=train,

@@ -7,11 +7,18 @@ import typer
 
 from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
 from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
-from ase_uq.io.files import check_distinct
+from ase_uq.io.files import check_distinct, file_of
 
 
 def score(
-    frames: Annotated[Path, typer.Argument(metavar="IN", help="Frames in any format that ASE reads.")],
+    frames: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="IN...",
+            help="Frames in any format that ASE reads; several files follow one another. FILE@:100 takes a part of a "
+            "file, FILE.db@QUERY of a database.",
+        ),
+    ],
     model: Model,
     out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
     uq: UQ = None,
@@ -36,16 +43,16 @@ def score(
     """Score finished frames: every energy and force with its calibrated standard deviation.
 
     OUT has the frames of IN with the results of the potential, with forces_uncertainty and gamma of every atom in
-    arrays, and with energy_uncertainty and source_frame (the number of the frame in IN) in info. Labels under ASE's
-    names become REF_energy and REF_forces. Memory use does not grow with the file. OUT appears when it is complete;
-    after an interruption the same command goes on where it stopped. Frames that cannot be read or evaluated are
-    reported and left out.
+    arrays, and with energy_uncertainty and source_frame (the number of the frame among those of IN) in info. Labels
+    under ASE's names become REF_energy and REF_forces. Memory use does not grow with the file. OUT appears when it is
+    complete; after an interruption the same command goes on where it stopped. Frames that cannot be read or evaluated
+    are reported and left out.
 
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
     part = out.with_name(out.name + ".part")
     check_xyz_names({"--out": out})
-    check_inputs(frames)
+    check_inputs(*map(file_of, frames))
     check_distinct(frames, out, csv)
     # A run that was killed while it finished has files of both kinds.
     interrupted = part.with_name(part.name + ".json").exists()

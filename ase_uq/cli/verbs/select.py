@@ -50,7 +50,7 @@ def select(
     flag: Annotated[
         Any,
         typer.Option(
-            "--flag", metavar="LEVEL", parser=threshold, help="Leave out frames below this uncertainty: accurate."
+            "--flag", metavar="LEVEL", parser=threshold, help="Leave out frames below this uncertainty: trusted."
         ),
     ] = None,
     halt: Annotated[
