@@ -30,7 +30,7 @@ def test_every_page_is_there(site: Path):
     for page in (*written, "about", "changes", "benchmarks/results/index"):
         folder = site / page.removesuffix("index") if page.endswith("index") else site / page
         assert "<h1" in (folder / "index.html").read_text(encoding="utf-8"), page
-    assert (site / "benchmarks/results/quality_acac.png").stat().st_size
+    assert (site / "benchmarks/results/far_field.png").stat().st_size
 
 
 def test_the_reference_has_every_public_name_and_every_plugin(site: Path):
@@ -55,4 +55,4 @@ def test_a_link_to_nowhere_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
     (tmp_path / "benchmarks/results").mkdir(parents=True)  # no results: the pages that show them lack their targets
     with pytest.raises(Abort, match="in strict mode"):
         build(load_config(str(tmp_path / "mkdocs.yml"), site_dir=str(tmp_path / "site")))
-    assert any("'benchmarks/results/quality_acac.md'" in message for message in caplog.messages)
+    assert any("'benchmarks/results/far_field.md'" in message for message in caplog.messages)

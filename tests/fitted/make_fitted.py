@@ -1,11 +1,11 @@
 """Makes the uncertainty models that `test_uncertainty_model.py` reads for ever: one a file format, then kept.
 
-    python tests/fitted/make_fitted.py v3
+    python tests/fitted/make_fitted.py v5
 
-`v3.uq.safetensors` is the model, `v3_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
+`v5.uq.safetensors` is the model, `v5_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
 it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
 share of the receptive field in its site sums; format 2 has several and their combination; format 3 the runs of its
-calibration frames, perturbed frames and reference runs.
+calibration frames, perturbed frames and reference runs; format 4 other names; format 5 a far field.
 """
 
 import sys
