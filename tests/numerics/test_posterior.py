@@ -9,7 +9,7 @@ from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import DotProduct
 from torch import Tensor
 
-from ase_uq.errors import LabelError
+from ase_uq.errors import LabelError, PotentialMismatch
 from ase_uq.numerics.hashing import random_bits, random_normal, random_signs, random_uniform, substream
 from ase_uq.numerics.posterior import mean_square, pivoted_cholesky, residual
 from ase_uq.numerics.sketch import Sketch
@@ -264,5 +264,7 @@ class TestSketch:
         assert float(torch.corrcoef(torch.stack(ranks))[0, 1]) > 0.95
 
     def test_vectors_of_another_length_are_refused(self):
-        with pytest.raises(ValueError, match="fitted for a potential with 3000 parameters, but this one has 2999"):
+        with pytest.raises(
+            PotentialMismatch, match="fitted for a potential with 3000 parameters, but this one has 2999"
+        ):
             Sketch(3000, 64, seed=0)(torch.zeros(2999))

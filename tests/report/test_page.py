@@ -532,7 +532,7 @@ frame.onload = () => setTimeout(() => {{
 @pytest.mark.parametrize("width", [360, 1280])
 def test_a_browser_shows_the_page(labelled, tmp_path, width):
     assert BROWSER is not None
-    height = 8000 if width < 600 else 4000
+    height = 12000 if width < 600 else 6500
     shutil.copy(labelled[0].page, tmp_path / "report.html")
     (tmp_path / "holder.html").write_text(HOLDER.format(width=width, height=height))
     common = [BROWSER, *BROWSE, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},{height}"]
