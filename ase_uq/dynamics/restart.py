@@ -114,8 +114,12 @@ class Restart:
             log: Log of the run, if it has one.
             frames: File of its flagged frames, if it has one. Frames of other runs in it are kept.
         """
-        dynamics.atoms.info["run"] = self.run
         self._log = None if log is None else Path(log)
+        if self._found is None and frames is not None and Path(frames).exists():
+            # The same command may have made frames in it before, in a run that has ended.
+            size = Path(frames).stat().st_size
+            self.run = f"md-{sha256(f'{self.run} {size}'.encode()).hexdigest()[:8]}" if size else self.run
+        dynamics.atoms.info["run"] = self.run
         if self._found is None:
             self.save(dynamics, None, "running")
             return

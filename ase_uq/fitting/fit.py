@@ -130,7 +130,7 @@ def fit(
         batch_atoms=batch_atoms,
         title="rattle" if progress else "",
     )
-    far_field = None if nothing is None else nothing.far_field
+    far_field = None if nothing is None else nothing.far_field.to(backend.device)
     held_out = LabelledStream(
         backend,
         calibration_frames,

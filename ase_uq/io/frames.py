@@ -77,7 +77,10 @@ def _all_of(path: Path, name: str) -> list[Atoms]:
 def _chosen(text: str, name: str) -> list[Atoms]:
     """The structures that `FILE@INDEX` or `FILE.db@QUERY` names."""
     file, _, chosen = text.rpartition("@")
-    index = string2index(chosen)
+    try:
+        index = string2index(chosen)
+    except ValueError:
+        index = chosen
     if not isinstance(index, str):
         try:
             frames = read_frames(file, name=name)[index]

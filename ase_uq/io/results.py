@@ -18,6 +18,9 @@ BELONG_KEY = "uncertainty_of"
 LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
 
 
+_STANDARD_DEVIATIONS = tuple(key for key in UNCERTAINTIES if key.endswith("_uncertainty"))
+
+
 class StoredResults(SinglePointCalculator):
     """A `SinglePointCalculator` that also holds keys ASE does not know."""
 
@@ -92,19 +95,28 @@ def lost_constraints(atoms: Atoms) -> list[str]:
 def has_uncertainties(atoms: Atoms) -> bool:
     """Whether a calculator of ours has left its uncertainties in info, arrays or results."""
     results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
-    return any(key in store for store in (results, atoms.arrays, atoms.info) for key in UNCERTAINTIES)
+    # `gamma` or `contact` alone may be anybody's.
+    return any(key in results or key in _store(atoms, key) for key in _STANDARD_DEVIATIONS)
 
 
 def drop_uncertainties(atoms: Atoms) -> None:
     """Removes uncertainties that an earlier calculation left in info and arrays; labels stay."""
-    for store in (atoms.info, atoms.arrays):
-        for key in [key for key in store if _is_uncertainty(key)]:
+    for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
+        for key in [key for key in store if _is_uncertainty(key, per_atom)]:
             del store[key]
     atoms.info.pop(BELONG_KEY, None)
 
 
-def _is_uncertainty(key: Any) -> bool:
-    return isinstance(key, str) and key.startswith(UNCERTAINTIES) and find_property(key) is not None
+def _is_uncertainty(key: Any, per_atom: bool) -> bool:
+    """Whether an entry of arrays (`per_atom`) or info has the name and the place of one of our uncertainties.
+
+    Only standard deviations come from several methods, with a suffix: `contact_id` or `gamma_only` are the user's own.
+    """
+    if not isinstance(key, str):
+        return False
+    of_a_method = key.startswith(tuple(f"{name}_" for name in _STANDARD_DEVIATIONS))
+    entry = find_property(key) if key in UNCERTAINTIES or of_a_method else None
+    return entry is not None and entry.per_atom == per_atom
 
 
 def uncertainties_belong(atoms: Atoms) -> bool:
@@ -141,11 +153,7 @@ def with_results(atoms: Atoms) -> Atoms:
     results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
     known = len(results)
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
-        for key, value in store.items():
-            entry = find_property(key) if _is_uncertainty(key) else None
-            # A user's own info entry with a name like `gamma_only` is not an array over atoms.
-            if entry is not None and entry.per_atom == per_atom:
-                results[key] = value
+        results |= {key: value for key, value in store.items() if _is_uncertainty(key, per_atom)}
     if len(results) > known:
         atoms.calc = StoredResults(atoms, results)
     return atoms

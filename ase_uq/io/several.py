@@ -32,7 +32,10 @@ def _of_path(path: str) -> Source:
     file = file_of(path)
     if file == Path(path):
         return Source(path)
-    index = string2index(path.rpartition("@")[2])
+    try:
+        index = string2index(path.rpartition("@")[2])
+    except ValueError:  # the reader says what is wrong with it
+        index = None
     if isinstance(index, slice) and min(index.start or 0, index.stop or 0) >= 0 and (index.step or 1) > 0:
         return _Part(file, index)
     try:

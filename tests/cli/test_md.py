@@ -543,3 +543,18 @@ def test_without_thresholds_it_only_logs(md):
     assert result.exit_code == 0
     assert [row["level"] for row in rows("run.csv")] == ["ok"] * 4
     assert all(float(row["reading"]) > 0 for row in rows("run.csv"))
+
+
+@pytest.mark.parametrize(
+    "words", [["--frames", "out.xyz", "--trajectory", "out.xyz"], ["--trajectory", "out.xyz", "--log", "out.xyz"]]
+)
+def test_outputs_that_are_each_other_are_refused(md, words):
+    result = md("--halt", 1, *words)
+    assert result.exit_code == 1
+    assert "out.xyz is given for two outputs" in result.stderr
+
+
+def test_the_start_is_no_output(md, files):
+    result = md("--halt", 1, "--frames", files.start)
+    assert result.exit_code == 1
+    assert "start.xyz is the input: it would be overwritten" in result.stderr

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from ase_uq import UncertainCalculator, UncertaintyModel, embedded, read_frames, write_frames
 from ase_uq.errors import InputError, UQWarning
-from ase_uq.io.results import BELONG_KEY, annotated, uncertainties_belong
+from ase_uq.io.results import BELONG_KEY, annotated, drop_uncertainties, has_uncertainties, uncertainties_belong
 from ase_uq.properties import UNCERTAINTIES
 from ase_uq.report.survey import survey
 
@@ -164,3 +164,24 @@ def test_a_calculation_takes_the_place_of_what_a_file_held(reader: Callable, mov
     assert (found is None) == (expected is None) == (every == 2)
     if found is not None:
         np.testing.assert_allclose(found, expected, atol=1e-8)
+
+
+def test_what_is_the_users_own_stays():
+    atoms = molecule("H2O")
+    atoms.info |= {"contact_id": "me", "gamma_only": True, "contact": "me", "energy_uncertainty": 0.1}
+    atoms.arrays["contact_angle"] = np.ones(3)
+    atoms.arrays["gamma_fit"] = np.ones(3)
+    atoms.arrays["gamma"] = np.ones(3)
+    atoms.arrays["forces_uncertainty_bll"] = np.ones((3, 3))
+    drop_uncertainties(atoms)
+    assert set(atoms.info) == {"contact_id", "gamma_only", "contact"}
+    assert set(atoms.arrays) == {"numbers", "positions", "contact_angle", "gamma_fit"}
+
+
+def test_a_note_of_the_users_is_no_uncertainty():
+    atoms = molecule("H2O")
+    atoms.info["contact"] = "me"
+    atoms.arrays["gamma"] = np.ones(3)
+    assert not has_uncertainties(atoms)
+    atoms.arrays["forces_uncertainty"] = np.ones((3, 3))
+    assert has_uncertainties(atoms)

@@ -20,7 +20,7 @@ from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.properties import PROPERTIES, UNCERTAINTIES, find_property
 
-KEYS = (*PROPERTIES, *(f"{key}_bll" for key in UNCERTAINTIES))
+KEYS = (*PROPERTIES, *(f"{key}_bll" for key in UNCERTAINTIES if key.endswith("_uncertainty")))
 
 
 def results_of(n_atoms: int, seed: int = 0) -> dict:

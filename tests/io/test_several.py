@@ -91,3 +91,10 @@ def test_after_the_last_readable_frame_of_a_file_the_next_file_follows(files):
 def test_what_is_not_there_is_named(files, names, message):
     with pytest.raises(InputError, match=message):
         source_of(given(files, names))
+
+
+@pytest.mark.parametrize("part", ["a:b", "1:b", "x"])
+def test_a_part_that_is_none_is_named(tmp_path, part):
+    write(tmp_path / "run.xyz", Atoms("H"))
+    with pytest.raises(InputError, match=f"{part!r} in .*run.xyz@{part} is no index"):
+        source_of(f"{tmp_path / 'run.xyz'}@{part}")

@@ -31,6 +31,7 @@ from ase_uq.cli.options import (
     given_options,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
+from ase_uq.io.files import check_distinct
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
@@ -192,6 +193,8 @@ def md(
         every=every,
     )
     check_xyz_names({"--frames": frames, "--trajectory": trajectory})
+    check_distinct([], frames, trajectory, log)
+    check_distinct([start], frames, log)
     goes_on = trajectory is not None and trajectory.with_name(trajectory.name + ".restart").exists()
     check_outputs(log, may_exist=goes_on, otherwise="remove it")
     check_outputs(trajectory)
