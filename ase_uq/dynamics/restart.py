@@ -24,7 +24,7 @@ from ase_uq.errors import ArtefactError, InputError
 from ase_uq.io.files import lock
 from ase_uq.io.frames import write_frames
 from ase_uq.io.results import annotated
-from ase_uq.sampling.ensembles import inner_variables, set_inner_variables
+from ase_uq.sampling.ensembles import check_restartable, inner_variables, set_inner_variables
 
 # A killed process loses the work of at most so many seconds, and of the steps that are longer.
 SECONDS_AT_RISK = 5.0
@@ -113,7 +113,11 @@ class Restart:
             dynamics: The run, made for `atoms` and without a step yet.
             log: Log of the run, if it has one.
             frames: File of its flagged frames, if it has one. Frames of other runs in it are kept.
+
+        Raises:
+            ValueError: These dynamics could not go on as if nothing had happened.
         """
+        check_restartable(dynamics)
         self._log = None if log is None else Path(log)
         if self._found is None and frames is not None and Path(frames).exists():
             # The same command may have made frames in it before, in a run that has ended.

@@ -156,6 +156,34 @@ def _npt(
     )
 
 
+def check_restartable(dynamics: "MolecularDynamics") -> None:
+    """Refuses dynamics that could not go on as if nothing had happened.
+
+    Raises:
+        ValueError: Its random numbers are those of the whole process, or it may remember more than `inner_variables`.
+    """
+    import numpy as np
+    from ase.md.andersen import Andersen
+    from ase.md.bussi import Bussi
+    from ase.md.langevin import Langevin
+    from ase.md.nose_hoover_chain import IsotropicMTKNPT
+    from ase.md.nvtberendsen import NVTBerendsen
+    from ase.md.verlet import VelocityVerlet
+
+    known = (Andersen, Bussi, IsotropicMTKNPT, Langevin, NVTBerendsen, VelocityVerlet)
+    if type(dynamics) not in known:
+        raise ValueError(
+            f"a run of {type(dynamics).__name__} cannot go on later: what it remembers beside the structure is not "
+            f"known. Use one of {', '.join(sorted(cls.__name__ for cls in known))}."
+        )
+    rng = getattr(dynamics, "rng", None)
+    if rng is not None and not isinstance(rng, np.random.Generator):
+        raise ValueError(
+            "the random numbers of these dynamics are those of the whole process, so that no run could go on with "
+            f"them. Give {type(dynamics).__name__} rng=np.random.default_rng(0)."
+        )
+
+
 def inner_variables(dynamics: "MolecularDynamics") -> dict[str, Any]:
     """What dynamics remember beside the structure, as JSON values: random numbers, thermostat and barostat."""
     return {name: _plain(holder, attribute) for name, holder, attribute in _inner(dynamics)} | _noise(dynamics)

@@ -6,7 +6,9 @@ import json
 import numpy as np
 import pytest
 from ase import units
+from ase.build import molecule
 from ase.md.langevin import Langevin
+from ase.md.nose_hoover_chain import NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 
 from ase_uq.dynamics import restart as restart_module
@@ -16,6 +18,7 @@ from ase_uq.dynamics.restart import Restart, digest_of, monitored
 from ase_uq.dynamics.run import ramp, run_md
 from ase_uq.errors import InputError
 from ase_uq.io.frames import read_frames
+from ase_uq.sampling.ensembles import check_restartable
 from tests.dynamics.builders import crystal
 
 STEP = 0.5  # fs
@@ -161,3 +164,29 @@ def test_a_ramp_takes_the_thermostat_evenly_to_another_temperature():
     dynamics.attach(lambda: kelvin.append(dynamics.temp / units.kB))
     dynamics.run(4)
     assert kelvin == pytest.approx([100, 150, 200, 250, 300])
+
+
+def langevin(atoms, **options):
+    return Langevin(atoms, 1.0, temperature_K=300, friction=0.01, fixcm=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda atoms: Langevin(atoms, 1.0, temperature_K=300, friction=0.01),
+            r"Give Langevin rng=np\.random\.default_rng",
+        ),
+        (
+            lambda atoms: NoseHooverChainNVT(atoms, 1.0, temperature_K=300, tdamp=50.0),
+            "a run of NoseHooverChainNVT cannot go on later",
+        ),
+    ],
+)
+def test_dynamics_that_could_not_go_on_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        check_restartable(make(molecule("H2O")))
+
+
+def test_dynamics_with_random_numbers_of_their_own_can_go_on():
+    check_restartable(langevin(molecule("H2O"), rng=np.random.default_rng(0)))
