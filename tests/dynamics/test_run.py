@@ -174,7 +174,7 @@ def langevin(atoms, **options):
     ("make", "message"),
     [
         (
-            lambda atoms: Langevin(atoms, 1.0, temperature_K=300, friction=0.01),
+            langevin,
             r"Give Langevin rng=np\.random\.default_rng",
         ),
         (
