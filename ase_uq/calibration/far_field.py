@@ -31,7 +31,7 @@ from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, C
 from ase_uq.entries import Entries
 
 _REACH_QUANTILE, _SHORTEST_REST = 0.99, 0.05  # of t: how far calibration frames reach; least share that is left
-_SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
+SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise
 _SMALLEST_SHARE = 1e-3
 _LARGEST_NUMBER = 118
 _LARGEST_SCORE = 700.0  # of log u: float64 ends there
@@ -153,10 +153,10 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
     # Nothing is known only beyond what the calibration frames reach: if they reach that far, their errors say what is.
     far = np.maximum(far, np.quantile(logs, _REACH_QUANTILE, axis=0))
     span = far - near
-    (used,) = np.nonzero(span > (_SHORTEST_SPAN if (span > _SHORTEST_SPAN).any() else 0))
+    (used,) = np.nonzero(span > (SHORTEST_SPAN if (span > SHORTEST_SPAN).any() else 0))
     if not len(used):
         return None
-    span = np.maximum(span, _SHORTEST_SPAN)[used]
+    span = np.maximum(span, SHORTEST_SPAN)[used]
     ways = (logs[:, used] - near[used]) / span
     reach = float(np.quantile(ways.mean(1), _REACH_QUANTILE))
     loss = _Loss(

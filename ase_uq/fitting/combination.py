@@ -90,15 +90,15 @@ def fit_combination(
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(
-        inputs, fade, floor := float(features.base.min()), kept, constant if weights else 0.0, weights, likelihoods
-    )
+    floor = float(features.base.min())
+    combination = Combination(inputs, fade, floor, kept, constant if weights else 0.0, weights, likelihoods)
     corrected = rows.log_variance(list(weights), combination.constant, np.array(list(weights.values())))
     variance = floored(torch.from_numpy(corrected), features.base.cpu(), floor).exp()
     return Fitted(combination, variance.numpy())
 
 
 def _fade(span: float, features: CombinationFeatures) -> Fade:
+    """Where corrections count, from the features of the calibration atoms."""
     fade = Fade(float(features.field.mean()), span)
     reach = float(np.quantile(fade.way(features).cpu().numpy(), _REACH_QUANTILE))
     return replace(fade, reach=max(reach, _SMALLEST_REACH))

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ase_uq.calibration import Calibrator, FarFieldCalibrator
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG
+from ase_uq.calibration.far_field import SHORTEST_SPAN
 from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
@@ -43,7 +44,6 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
-_SHORTEST_SPAN = 0.7  # as in the calibrator
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
 RESIDUAL = "residual"  # name of the correction by networks
 _LARGEST_WEIGHT = 10.0  # in a file; those of a fit are at most 1
@@ -95,7 +95,7 @@ class CombinationInputs:
     @property
     def span(self) -> float:
         """Logarithm of how much the distance of the anchor grows from the calibration frames to the far end."""
-        return max(self._far_field.far[0] - self._far_field.near[0], _SHORTEST_SPAN)
+        return max(self._far_field.far[0] - self._far_field.near[0], SHORTEST_SPAN)
 
     @property
     def _far_field(self) -> FarFieldCalibrator:
