@@ -25,7 +25,7 @@ class Assessment(Brief):
         samples: Residuals with finite, positive standard deviations, by (method, quantity).
         n_frames: Labelled frames that were evaluated.
         tolerance: Force errors above it counted as bad, eV/Å.
-        energy_offset: Constant offset of the reference energies that was taken out, in words; empty if there is none.
+        energy_offset: Offset of the calibration frames' energies that was taken out, in words; empty for none.
     """
 
     scores: tuple[MetricValue, ...]
@@ -60,7 +60,9 @@ class Assessment(Brief):
     def table(self) -> str:
         """The most telling scores as aligned text: one block per quantity, one row per method."""
         table = aligned_table(self.scores, self.n_frames, self.tolerance)
-        return table + (f" Energies: an\noffset of {self.energy_offset} was taken out." if self.energy_offset else "")
+        if self.energy_offset:
+            table += f" Energies: the\noffset of the calibration frames, {self.energy_offset}, was taken out."
+        return table
 
     def describe(self) -> str:
         """What the scores say, in sentences."""

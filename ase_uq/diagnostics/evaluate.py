@@ -100,9 +100,11 @@ def evaluate(
     _refuse_own_labels(predictor, labelled, labels, batch_atoms)
     observed = _observe(predictor, labelled, labels, batch_atoms, progress)
     energies = {of: sample for of, sample in observed.items() if of[1] == "energy_per_atom"}
-    energies, offset = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(labelled)})
+    shift = predictor.uncertainty_model.energy_shift
+    energies = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(labelled)}, shift)
     options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed}
-    return replace(assess(observed | energies, len(labelled), progress=progress, **options), energy_offset=offset)
+    assessment = assess(observed | energies, len(labelled), progress=progress, **options)
+    return replace(assessment, energy_offset="" if shift is None else shift.describe())
 
 
 def assess(

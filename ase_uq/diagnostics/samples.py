@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
 from ase_uq.errors import UQWarning
-from ase_uq.fitting.energy_shift import energy_shift
 from ase_uq.representation import Brief
 from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
@@ -60,30 +60,30 @@ def largest_of_frames(sample: Sample) -> Sample:
 
 
 def without_energy_shift[K](
-    samples: Mapping[K, Sample], numbers: Mapping[int, np.ndarray]
-) -> tuple[dict[K, Sample], str]:
-    """Samples of energies per atom without a constant offset of the reference, which a warning names.
+    samples: Mapping[K, Sample], numbers: Mapping[int, np.ndarray], shift: EnergyShift | None
+) -> dict[K, Sample]:
+    """Samples of energies per atom without the offset that the calibration frames had; a warning names a further one.
+
+    An offset that only these frames have may be an error of the potential, so it stays in.
 
     Args:
         samples: Samples of `energy_per_atom` with the same frames and residuals, such as those of several methods.
         numbers: Atomic numbers of each frame, by its number.
-
-    Returns:
-        The samples, and the offset in words; empty if there is none that is large beside the spread.
+        shift: The offset of the calibration frames, if they have one.
     """
     if not samples:
-        return {}, ""
+        return {}
     first = next(iter(samples.values()))
     of_frames = [numbers[frame] for frame in first.frame.tolist()]
-    counts = np.array([len(of_frame) for of_frame in of_frames])
-    shift = energy_shift(first.residuals[:, 0], np.concatenate(of_frames), counts)
-    if shift is None:
-        return dict(samples), ""
-    warnings.warn(
-        f"the reference energies have an offset of {shift.describe()}: another E0 or functional, or a constant that "
-        "was left out. It is taken out before energies are judged.",
-        UQWarning,
-        stacklevel=3,
-    )
-    left = shift.taken_out(first.residuals[:, 0])[:, None]
-    return {key: replace(sample, residuals=left) for key, sample in samples.items()}, shift.describe()
+    atoms = np.concatenate(of_frames), np.array([len(of_frame) for of_frame in of_frames])
+    left = first.residuals[:, 0] if shift is None else shift.taken_out(first.residuals[:, 0], *atoms)
+    further = energy_shift(left, *atoms)
+    if further is not None:
+        warnings.warn(
+            f"the reference energies have an offset of {further.describe()} that the calibration frames do not have: "
+            "another E0 or functional, or an error that the potential makes in all of these frames. It counts as an "
+            "error here. Label with the reference of the calibration frames.",
+            UQWarning,
+            stacklevel=3,
+        )
+    return {key: replace(sample, residuals=left[:, None]) for key, sample in samples.items()}

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from io import FileIO
+from io import BytesIO, FileIO, StringIO
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -21,7 +21,7 @@ from ase.md.md import MolecularDynamics
 
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.errors import ArtefactError, InputError
-from ase_uq.io.files import lock
+from ase_uq.io.files import appending, lock
 from ase_uq.io.frames import write_frames
 from ase_uq.io.results import annotated
 from ase_uq.sampling.ensembles import check_restartable, inner_variables, set_inner_variables
@@ -29,7 +29,7 @@ from ase_uq.sampling.ensembles import check_restartable, inner_variables, set_in
 # A killed process loses the work of at most so many seconds, and of the steps that are longer.
 SECONDS_AT_RISK = 5.0
 
-_KEYS = {"command", "run", "status", "step", "written", "size", "atoms", "inner", "monitor"}
+_KEYS = {"command", "run", "status", "step", "written", "size", "log_start", "atoms", "inner", "monitor"}
 
 Status = Literal["running", "halted", "ended"]
 
@@ -78,7 +78,8 @@ class Restart:
         self._append = append
         self._changed: list[str] = []
         self._log: Path | None = None
-        self._held: FileIO | None = None
+        self._log_start = 0  # bytes that were in the log before the run
+        self._held: list[FileIO] = []
         self._saved = -1e9
         self.step, self.written, self.atoms = 0, -1, None
         if self._found is None:
@@ -119,6 +120,10 @@ class Restart:
         """
         check_restartable(dynamics)
         self._log = None if log is None else Path(log)
+        if self._log is not None and self._log.exists():
+            size = self._log.stat().st_size
+            start = size if self._found is None else self._found["log_start"]
+            self._log_start = start if start <= size else 0  # a log that was moved away is begun anew
         if self._found is None and frames is not None and Path(frames).exists():
             # The same command may have made frames in it before, in a run that has ended.
             size = Path(frames).stat().st_size
@@ -126,6 +131,9 @@ class Restart:
         dynamics.atoms.info["run"] = self.run
         if self._found is None:
             self.save(dynamics, None, "running")
+        if self._log is not None:
+            self._hold(self._log)
+        if self._found is None:
             return
         dynamics.nsteps = self.step
         set_inner_variables(dynamics, self._found["inner"])
@@ -135,8 +143,8 @@ class Restart:
         os.truncate(self.trajectory, self._found["size"])
         dynamics.atoms.get_forces()  # the results of this step, which an observer may want before the next one
         judged = -1 if self._found["monitor"] is None else self.step
-        if self._log is not None and self._log.exists():
-            _cut_log(self._log, judged)
+        if self._log is not None:
+            _cut_log(self._log, judged, self._log_start)
         if frames is not None and Path(frames).exists():
             _cut_frames(Path(frames), self.run, judged)
 
@@ -181,6 +189,7 @@ class Restart:
             "step": dynamics.nsteps,
             "written": self.written,
             "size": self.trajectory.stat().st_size,
+            "log_start": self._log_start,
             "atoms": encode(dynamics.atoms),
             "inner": inner_variables(dynamics),
             "monitor": None if monitor is None else monitor.state(),
@@ -189,22 +198,36 @@ class Restart:
         self._saved = time.monotonic()
 
     def __enter__(self) -> Self:
-        self._held = FileIO(self.trajectory, "ab")
+        self._hold(self.trajectory)
         try:
-            lock(self._held, self.trajectory)
             if self._found is not None:
                 self._check_trajectory()
         except BaseException:
-            self._held.close()
+            self._let_go()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._held is not None
-        self._held.close()
+        self._let_go()
         if self._found is None and not self.trajectory.stat().st_size:  # the run did not begin
             self.trajectory.unlink()
             self.file.unlink(missing_ok=True)
+            if self._log is not None and self._log.exists() and not self._log.stat().st_size:
+                self._log.unlink()
+
+    def _hold(self, path: Path) -> None:
+        """Opens a file, which is created if it is missing, and locks it for this run."""
+        file = FileIO(path, "ab")
+        self._held.append(file)
+        try:
+            lock(file, path)
+        except BaseException:
+            self._let_go()
+            raise
+
+    def _let_go(self) -> None:
+        while self._held:
+            self._held.pop().close()
 
     def _read(self) -> dict[str, Any] | None:
         if not self.file.exists():
@@ -276,11 +299,15 @@ def monitored(
         frames: As in `UncertaintyMonitor`.
         options: The others of `UncertaintyMonitor`.
     """
-    if restart is not None:
-        restart.begin(dynamics, log=log, frames=frames)  # before the monitor opens its files
+    if restart is None:
+        return UncertaintyMonitor(dynamics, log=log, frames=frames, **options)
+    if restart.goes_on:
+        # Another uncertainty model is refused before anything is dropped from the files.
+        without_files: dict[str, Any] = {**options, "before": 0}
+        restart.restore(UncertaintyMonitor(dynamics, log=StringIO(), **without_files))
+    restart.begin(dynamics, log=log, frames=frames)  # before the monitor opens its files
     monitor = UncertaintyMonitor(dynamics, log=log, frames=frames, **options)
-    if restart is not None:
-        restart.restore(monitor)
+    restart.restore(monitor)
     return monitor
 
 
@@ -304,10 +331,11 @@ def _replace(path: Path, data: bytes) -> None:
     os.replace(new, path)
 
 
-def _cut_log(path: Path, step: int) -> None:
-    """Drops the rows after a step, and one that was torn."""
-    end = 0
+def _cut_log(path: Path, step: int, start: int) -> None:
+    """Drops the rows after a step, and one that was torn; those before byte `start` are of another run."""
+    end = start
     with open(path, "rb") as file:
+        file.seek(start)
         for line in file:
             number = line.split(b",", 1)[0]  # of the first line: its name
             if not line.endswith(b"\n") or (number.isdigit() and int(number) > step):
@@ -318,43 +346,45 @@ def _cut_log(path: Path, step: int) -> None:
 
 def _cut_frames(path: Path, run: str, step: int) -> None:
     """Drops the frames of a run that its alarms after a step left, those from before the alarms, and a torn one."""
-    kept: list[bytes] = []
-    waiting: list[int] = []  # places of frames from before an alarm, which stands after them
-    dropped = False
-    for text, entries in _frames_in(path):
-        if entries is None:
-            dropped = True
-            continue
-        kept.append(text)
-        if str(entries.get("run")) != run:
-            continue
-        waiting.append(len(kept) - 1)
-        if entries.get("flag_level") == "before":
-            continue
-        if int(entries.get("flag_step", -1)) > step:
-            dropped = True
-            for place in waiting:
-                kept[place] = b""
-        waiting = []
-    for place in waiting:
-        dropped = True
-        kept[place] = b""
-    if dropped:
-        _replace(path, b"".join(kept))
-
-
-def _frames_in(path: Path) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
-    """The frames of an extended XYZ file as they stand there, and their entries of info; None for a torn frame."""
-    with open(path, "rb") as file:
-        while head := file.readline():
-            if not head.strip().isdigit():  # a blank line, or something else than frames
-                yield head + (file.read() if head.strip() else b""), {}
+    with appending(path) as file:  # other runs may add frames of theirs
+        kept: list[bytes] = []
+        waiting: list[int] = []  # places of frames from before an alarm, which stands after them
+        dropped = False
+        for text, entries in _frames_in(file):
+            if entries is None:
+                dropped = True
                 continue
-            lines = [head, *(file.readline() for _ in range(int(head) + 1))]
-            if not lines[-1].endswith(b"\n"):
-                yield b"".join(lines), None
-                return
-            yield b"".join(lines), key_val_str_to_dict(lines[1].decode())
+            kept.append(text)
+            if str(entries.get("run")) != run:
+                continue
+            waiting.append(len(kept) - 1)
+            if entries.get("flag_level") == "before":
+                continue
+            if int(entries.get("flag_step", -1)) > step:
+                dropped = True
+                for place in waiting:
+                    kept[place] = b""
+            waiting = []
+        for place in waiting:
+            dropped = True
+            kept[place] = b""
+        if dropped:
+            _replace(path, b"".join(kept))
+
+
+def _frames_in(file: FileIO) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """The frames of an extended XYZ file as they stand there, and their entries of info; None for a torn frame."""
+    file.seek(0)
+    text = BytesIO(file.readall())
+    while head := text.readline():
+        if not head.strip().isdigit():  # a blank line, or something else than frames
+            yield head + (text.read() if head.strip() else b""), {}
+            continue
+        lines = [head, *(text.readline() for _ in range(int(head) + 1))]
+        if not lines[-1].endswith(b"\n"):
+            yield b"".join(lines), None
+            return
+        yield b"".join(lines), key_val_str_to_dict(lines[1].decode())
 
 
 def _shown(value: Any) -> str:

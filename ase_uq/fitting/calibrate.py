@@ -11,10 +11,10 @@ from ase import Atoms
 
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import Choice, Residuals, far_field_choice, fit_affine, fit_calibrator
+from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
 from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.checks import FEWEST_FRAMES, tell_zero_forces
-from ase_uq.fitting.energy_shift import EnergyShift, energy_shift
 from ase_uq.fitting.provenance import runs_of
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
@@ -158,7 +158,8 @@ def observe(
 
 def without_shift(observed: Observed) -> Observed:
     """The same without a constant shift of the energies, which a warning names."""
-    shift = energy_shift(observed.energy[:, 0], observed.numbers, observed.n_atoms_of_frame)
+    energies = (observed.energy[:, 0], observed.numbers, observed.n_atoms_of_frame)
+    shift = energy_shift(*energies)
     if shift is None:
         return observed
     warnings.warn(
@@ -168,7 +169,9 @@ def without_shift(observed: Observed) -> Observed:
         UQWarning,
         stacklevel=3,
     )
-    return replace(observed, energy=shift.taken_out(observed.energy[:, 0])[:, None], energy_shift=shift)
+    # As large as those of frames that the constants were not fitted to.
+    left = shift.inflation * shift.taken_out(*energies)
+    return replace(observed, energy=left[:, None], energy_shift=shift)
 
 
 def calibrated_method(name: str, head: Head, observed: Observed, far: np.ndarray | None) -> FittedMethod:

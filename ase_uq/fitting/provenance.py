@@ -8,7 +8,7 @@ import numpy as np
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_uq.fitting.energy_shift import EnergyShift
+from ase_uq.calibration.energy_shift import EnergyShift
 
 
 def runs_of(frames: list[Atoms]) -> np.ndarray:
@@ -41,5 +41,5 @@ def provenance_of(train: list[Atoms], calibration: list[Atoms], shift: EnergyShi
     packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn")
     installed = {d.name for d in importlib.metadata.distributions()}
     versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
-    told = {} if shift is None else {"energy_shift": shift.describe()}
+    told = {} if shift is None else {"energy_shift": shift.as_json()}
     return {"train": described(train), "calibration": described(calibration), "versions": versions, **told}

@@ -2,8 +2,8 @@
 
 import os
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,9 @@ def check_appendable(path: str | os.PathLike[str]) -> None:
         ValueError: The file cannot be written, or ends in the middle of a line.
     """
     path = Path(path)
-    check_whole(path)
+    if path.is_file():
+        with FileIO(path) as file:
+            check_whole(file, path)
     existed = path.exists()
     try:
         with open(path, "a"):
@@ -47,22 +49,19 @@ def check_appendable(path: str | os.PathLike[str]) -> None:
         path.unlink()  # an empty file would suggest that the run had something to record
 
 
-def check_whole(path: str | os.PathLike[str]) -> None:
+def check_whole(file: FileIO, path: str | os.PathLike[str]) -> None:
     """Refuses to add to a file that ends in the middle of a line, which would make all of it unreadable.
 
     Raises:
         ValueError: The file was cut off, for example because a run was killed while it wrote.
     """
-    path = Path(path)
-    if not path.is_file() or path.stat().st_size == 0:
+    if not file.seekable() or not file.seek(0, os.SEEK_END):
         return
-    with open(path, "rb") as file:
-        file.seek(-1, os.SEEK_END)
-        if file.read(1) != b"\n":
-            raise ValueError(
-                f"{path} ends in the middle of a line: it was cut off. Remove its last, broken frame, or give another "
-                "file."
-            )
+    file.seek(-1, os.SEEK_END)
+    if file.read(1) != b"\n":
+        raise ValueError(
+            f"{path} ends in the middle of a line: it was cut off. Remove its last, broken frame, or give another file."
+        )
 
 
 def paths_of(frames: Any) -> list[str | os.PathLike[str]]:
@@ -120,6 +119,31 @@ def lock(file: FileIO, path: Path) -> None:
             raise ArtefactError(f"another process is writing {path}. Wait for it, or give another output.") from None
         except OSError:  # a file system without locks
             pass
+
+
+@contextmanager
+def appending(path: str | os.PathLike[str]) -> Iterator[FileIO]:
+    """A file to append to, created if it is missing; no other process appends to it or replaces it meanwhile.
+
+    Read it through what this gives: the lock is lost as soon as the file is closed once in this process.
+    """
+    while True:
+        with FileIO(path, "ab+") as file:
+            with suppress(ImportError, OSError):  # Windows, or a file system without locks
+                import fcntl
+
+                # Not flock: a run holds that for its trajectory, and would wait for itself.
+                fcntl.lockf(file, fcntl.LOCK_EX)
+            if _is_at(path, file):  # else it was replaced while this process waited
+                yield file
+                return
+
+
+def _is_at(path: str | os.PathLike[str], file: FileIO) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
 
 
 def as_readable_as_a_new_file(path: str) -> None:

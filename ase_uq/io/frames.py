@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ase.io.formats import string2index
 
 from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.io.extxyz import check_xyz_name, frame_text, unwritable, warn_of_unwritable, without_unwritable
-from ase_uq.io.files import check_whole, file_of, write_all
+from ase_uq.io.files import appending, check_whole, file_of, write_all
 from ase_uq.io.results import uncertainties_belong, with_results
 from ase_uq.io.source import Frames, Source, Unreadable
 
@@ -113,14 +114,14 @@ def write_frames(path: str | os.PathLike[str], frames: Iterable[Atoms], *, appen
         ValueError: The name is that of another format, or the existing file ends in the middle of a line.
     """
     check_xyz_name(path)
-    if append:
-        check_whole(path)
     frames = list(frames)
     warn_of_unwritable({name for atoms in frames for name in unwritable(atoms)})
     text = "".join(frame_text(without_unwritable(atoms)) for atoms in frames)
     is_new = not os.path.lexists(path)
-    with open(path, "ab" if append else "wb", buffering=0) as file:
-        before = file.tell() if file.seekable() else None
+    with appending(path) if append else FileIO(path, "wb") as file:
+        if append:
+            check_whole(file, path)
+        before = file.seek(0, os.SEEK_END) if file.seekable() else None
         try:
             write_all(file, text.encode())
             os.fsync(file.fileno())

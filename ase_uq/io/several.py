@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -83,7 +84,12 @@ class _Several(Source):
 
     def __init__(self, paths: Sequence[str], sources: Sequence[Source]) -> None:
         self._paths, self._sources = paths, sources
+        self._starts: list[int] = []  # number of the first frame of each source, as far as they were read
         self.name = " and ".join(paths) if len(paths) < 4 else f"{paths[0]} and {len(paths) - 1} more"
+
+    def place_of(self, number: int) -> str:
+        which = bisect_right(self._starts, number) - 1
+        return f"frame {number - self._starts[which]} of {self._paths[which]}"
 
     def digest(self, info_keys: Sequence[str] = ()) -> str:
         return _digest([source.digest(info_keys) for source in self._sources])
@@ -94,10 +100,12 @@ class _Several(Source):
 
     def unparsed(self, start: int = 0) -> Iterator[tuple[int, Item]]:
         number = 0
-        for path, source in zip(self._paths, self._sources, strict=True):
-            for place, item in source.unparsed():
+        self._starts = []
+        for source in self._sources:
+            self._starts.append(number)
+            for _, item in source.unparsed():
                 if number >= start:
-                    yield number, _placed(item, f"frame {place} of {path}")
+                    yield number, _placed(item, self.place_of(number))
                 number += 1
 
 

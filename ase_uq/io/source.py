@@ -117,6 +117,10 @@ class Source:
         except Exception as error:  # UnknownFileTypeError
             raise InputError(f"{path} is in no format that ASE knows ({error}).") from error
 
+    def place_of(self, number: int) -> str:
+        """Which frame of which file a frame is that was read; empty where its number says that."""
+        return ""
+
     def digest(self, info_keys: Sequence[str] = ()) -> str:
         """sha256 of the file, or of the structures' atoms, positions and cells.
 

@@ -129,7 +129,8 @@ def write_report(
     check_outputs(path, folder)
     reduction = reduction or Reduction()
     flag, halt = _levels(uncertainty_model, flag, halt, reduction)
-    surveyed = survey(frames, reduction=reduction, label_keys=label_keys)
+    shift = uncertainty_model.energy_shift
+    surveyed = survey(frames, reduction=reduction, label_keys=label_keys, energy_shift=shift)
     plane = None
     if backend is not None:
         plane = _plane(backend, surveyed, {"training": train, "calibration": calibration}, batch_atoms)

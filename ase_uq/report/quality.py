@@ -58,6 +58,7 @@ def quality(survey: Survey, bands: Mapping[str, np.ndarray], tolerance: float, a
     return {
         "n_frames": len(np.unique(sample.frame)),
         "quantity": _NAMES[quantity],
+        "energy_offset": survey.energy_offset if "energy_per_atom" in survey.samples else "",
         "pictures": pictures,
         "bands": _errors_of_bands(survey.error, bands, tolerance),
     }
@@ -65,7 +66,7 @@ def quality(survey: Survey, bands: Mapping[str, np.ndarray], tolerance: float, a
 
 def _parity(survey: Survey, name: str, album: Album) -> Picture:
     predicted = survey.predicted[name]
-    # The reference with the offset of its energies taken out, if the survey has found one.
+    # The reference without the offset of the calibration frames, if they have one.
     reference = predicted + survey.samples[name].residuals
     ax = plots.parity(reference, predicted, quantity=_AXES[name], unit=UNITS[name])
     what = "component of the forces" if name == "forces" else _NAMES[name]

@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from ase import Atoms
 
+from ase_uq.calibration.energy_shift import EnergyShift
 from ase_uq.diagnostics.samples import Sample, without_energy_shift
 from ase_uq.errors import InputError
 from ase_uq.io.frames import Frames
@@ -76,6 +77,7 @@ class Survey(Brief):
         samples: Residuals and standard deviations of labelled frames, `forces` and `energy_per_atom`. Their
             `frame` counts frames with uncertainties.
         predicted: Predicted values of the same rows, by quantity.
+        energy_offset: Offset of the calibration frames' energies that was taken out, in words; empty for none.
         kept: The worst frame of each stretch of consecutive frames, in their order.
         stretch: Number of frames in a stretch.
     """
@@ -96,6 +98,7 @@ class Survey(Brief):
     n_without: int
     samples: Mapping[str, Sample]
     predicted: Mapping[str, np.ndarray]
+    energy_offset: str
     kept: tuple[ScoredFrame, ...]
     stretch: int
 
@@ -144,6 +147,7 @@ def survey(
     *,
     reduction: Reduction | None = None,
     label_keys: tuple[str, str, str] | None = None,
+    energy_shift: EnergyShift | None = None,
     keep: int = 500,
 ) -> Survey:
     """Reads scored frames once, one by one; only numbers and at most 2 · `keep` structures stay in memory.
@@ -155,6 +159,7 @@ def survey(
         reduction: How a frame becomes a reading; the largest ε_i by default.
         label_keys: Names of energy, forces and stress of the reference; by default `REF_energy`, `REF_forces` and
             `REF_stress`, since `energy` and `forces` of scored frames are the potential's.
+        energy_shift: The offset of the calibration frames, which is taken out of the reference energies.
         keep: Number of structures to keep for pictures.
 
     Raises:
@@ -162,7 +167,7 @@ def survey(
             a frame has no atoms.
         LabelError: The labels are the potential's own forces.
     """
-    gathered = _Gathered(reduction or Reduction(), label_keys or LABEL_KEYS[0], _Stretches(keep))
+    gathered = _Gathered(reduction or Reduction(), label_keys or LABEL_KEYS[0], energy_shift, _Stretches(keep))
     for place, atoms in _numbered(frames, gathered.warn):
         gathered.add(place, atoms)
     if not gathered.n_read:
@@ -214,6 +219,7 @@ class _Gathered:
 
     reduction: Reduction
     keys: tuple[str, str, str]
+    shift: EnergyShift | None
     stretches: _Stretches
     warn: Warned = field(default_factory=Warned)
     place: list[int] = field(default_factory=list)
@@ -294,7 +300,7 @@ class _Gathered:
             error, size = float(np.linalg.norm(usable["forces"].residuals)), self.squared_forces**0.5
             refuse_own_forces(f"the labels ({self.keys[1]})", error, size, purpose="to show")
         energies = {q: sample for q, sample in usable.items() if q == "energy_per_atom"}
-        usable |= without_energy_shift(energies, dict(enumerate(self.numbers)))[0]
+        usable |= without_energy_shift(energies, dict(enumerate(self.numbers)), self.shift)
         time = np.array(self.time)
         known = [number for number in self.source if number is not None]
         counts_source = len(known) == len(self.place) and bool((np.diff(known) > 0).all())
@@ -318,6 +324,7 @@ class _Gathered:
             n_without=len(self.without),
             samples=usable,
             predicted={quantity: found[quantity][1] for quantity in usable},
+            energy_offset="" if self.shift is None else self.shift.describe(),
             kept=tuple(replace(frame, place=shown[frame.place]) for frame in self.stretches.kept),
             stretch=self.stretches.length,
         )

@@ -218,8 +218,11 @@ def _score_rest(
 
         for event in events:
             if isinstance(event, LeftOut):
-                warn_of_left_out(event.number, event.reason, scored.n_left_out + len(left_out))
-                left_out.append(FrameScore(event.number, event.n_atoms, problem=event.reason))
+                # Why a frame cannot be read names its place already.
+                place = source.place_of(event.number) if event.n_atoms else ""
+                reason = f"{event.reason} ({place})" if place else event.reason
+                warn_of_left_out(event.number, reason, scored.n_left_out + len(left_out))
+                left_out.append(FrameScore(event.number, event.n_atoms, problem=reason))
             else:
                 behind = write(event)
         write(Pass([], [], [])).result()

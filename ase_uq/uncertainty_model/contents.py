@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator, FarFieldCalibrator, checked_calibrator
+from ase_uq.calibration.energy_shift import EnergyShift
 from ase_uq.entries import LARGEST, LARGEST_NUMBER, SMALLEST, Entries, StoredTensors, WrongEntry
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Implied, Method
@@ -146,7 +147,7 @@ def _check_provenance(provenance: Entries) -> None:
     for package in versions.value:
         versions.text(package)
     if "energy_shift" in provenance:
-        provenance.text("energy_shift")
+        EnergyShift.check(provenance.under("energy_shift"))
 
 
 def _check_record(tensors: StoredTensors, largest_uncertainty: float, *, with_run: bool) -> None:

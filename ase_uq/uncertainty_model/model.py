@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable
+from ase_uq.calibration.energy_shift import EnergyShift
 from ase_uq.calibration.intervals import IntervalTable
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.representation import html_table
@@ -87,6 +88,12 @@ class UncertaintyModel:
             if self.combination is not None:
                 results["forces_uncertainty"] = self.combination(forward_pass, raws, limit).sqrt().expand(-1, 3)
         return results
+
+    @property
+    def energy_shift(self) -> EnergyShift | None:
+        """By what the energies of the calibration frames differed from predicted ones; None if by no constant."""
+        shift = self.provenance.get("energy_shift")
+        return None if shift is None else EnergyShift.from_json(shift)
 
     @property
     def leading(self) -> str:

@@ -47,8 +47,8 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
             f"  far field      nothing is known of training frames rattled by {far.fraction:g} of each bond: "
             f"σ from {far.force:.3g} eV/Å"
         )
-    if shift := provenance.get("energy_shift"):
-        lines.append(f"  energies       offset of {shift}, taken out before calibration")
+    if model.energy_shift is not None:
+        lines.append(f"  energies       offset of {model.energy_shift.describe()}, taken out before calibration")
     numbers = numbers_of(model)
     lines.append(
         f"  calibration    force RMSE {numbers['force_rmse']:.4f} eV/Å per component, "

@@ -6,17 +6,22 @@ import os
 import random
 import re
 import signal
+from contextlib import suppress
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import numpy as np
 import pytest
+from ase import Atoms, units
 from ase.constraints import FixBondLength
 from ase.io import read, write
+from ase.md.langevin import Langevin
 
 import ase_uq.dynamics.run
-from ase_uq import UncertaintyModel
+from ase_uq import UncertainCalculator, UncertaintyModel
 from ase_uq.dynamics import restart
+from ase_uq.dynamics.run import run_md
+from ase_uq.io.frames import write_frames
 
 OUTPUTS = ("run.xyz", "log.csv", "flagged.xyz")
 WORDS = ["--timestep", 0.25, "--temperature", 3000, "--temperature-end", 2000, "--flag", "q0.1", "--halt", 1e6]
@@ -197,6 +202,20 @@ def test_a_signal_ends_a_run_with_its_step(command, run, monkeypatch, number):
     }
 
 
+def test_a_signal_in_the_last_step_comes_too_late(command, run, monkeypatch):
+    made = ase_uq.dynamics.run.ramp
+
+    def press(dynamics, *arguments):
+        heat = made(dynamics, *arguments)
+        return lambda: (heat(), signal.raise_signal(signal.SIGTERM) if dynamics.nsteps == 16 else None)
+
+    monkeypatch.setattr(ase_uq.dynamics.run, "ramp", press)
+    found = run(*command())
+    assert found.exit_code == 0
+    assert "done: 16 steps" in found.stdout
+    assert "interrupted at" not in found.stderr
+
+
 @pytest.mark.parametrize("ensemble", ["langevin", "nve", "bussi", "npt"])
 @pytest.mark.parametrize("every", [1, 4])
 def test_in_every_ensemble_two_parts_are_one_run(command, files, ensemble, every):
@@ -292,6 +311,14 @@ def test_two_processes_do_not_write_one_trajectory(command, run):
     assert run(*command()).exit_code == 0
 
 
+def test_two_processes_do_not_write_one_log(command, run):
+    assert ended(command(), KILLS["after a row"]) == -signal.SIGKILL
+    with open("log.csv", "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert "another process is writing log.csv" in refused(run(*command()))
+    assert run(*command()).exit_code == 0
+
+
 def test_what_cannot_begin_leaves_nothing(command, run, tmp_path):
     assert "calibration frames" in refused(run(*command("--halt", "q0.99999")))
     assert not list(tmp_path.iterdir())
@@ -301,12 +328,82 @@ def test_another_model_under_the_same_name_is_refused(command, run, files, tmp_p
     model = UncertaintyModel.load(files.uq)
     model.save("my.uq.safetensors")
     words = command("--uq", "my.uq.safetensors")
-    assert ended(words, KILLS["after a step is saved"].replace("2", "9", 1)) == -signal.SIGKILL
+    # Killed after more was written than was saved: what is refused drops nothing of it.
+    assert ended(words, KILLS["after a row"], 0.0) == -signal.SIGKILL
     np.multiply(model.record.uncertainty, 1.001, out=model.record.uncertainty)
     model.save("my.uq.safetensors")
+    before = outputs()
     assert "was begun with another potential or uncertainty model under the same name" in refused(run(*words))
+    assert outputs() == before
     assert run(*words, "--append").exit_code == 0
 
 
 def test_seconds_at_risk_are_few():
     assert 1 <= restart.SECONDS_AT_RISK <= 10
+
+
+# --- files that runs share -------------------------------------------------------------------------------
+
+
+def flagged(run: str, step: int) -> Atoms:
+    return Atoms("H", info={"run": run, "flag_level": "flag", "flag_step": step, "flag_reason": "x" * 2000})
+
+
+def test_runs_that_share_a_file_of_flagged_frames_lose_none_of_each_others(tmp_path):
+    """One is requeued, and drops what it will make again, while others add to the file."""
+    path = tmp_path / "flagged.xyz"
+    context = multiprocessing.get_context("fork")
+
+    def add(run):
+        for step in range(60):
+            write_frames(path, [flagged(run, step)], append=True)
+
+    write_frames(path, [flagged("a", 0)])
+    others = [context.Process(target=add, args=(run,)) for run in "bc"]
+    for process in others:
+        process.start()
+    while any(process.is_alive() for process in others):
+        write_frames(path, [flagged("a", 7)], append=True)
+        restart._cut_frames(path, "a", 3)
+    for process in others:
+        process.join()
+        assert process.exitcode == 0
+    found = [(atoms.info["run"], atoms.info["flag_step"]) for atoms in read(path, ":")]
+    assert [step for run, step in found if run == "a"] == [0]
+    for run in "bc":
+        assert [step for name, step in found if name == run] == list(range(60))
+
+
+def test_rows_of_an_earlier_run_in_the_same_log_stay(tmp_path, files, monkeypatch):
+    """A run killed before it had as many steps as the one before."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(restart, "SECONDS_AT_RISK", 0.0)
+
+    def go(trajectory: str, steps: int, until: int) -> None:
+        with restart.Restart(trajectory, steps) as saved:
+            atoms = saved.atoms or read(files.start)
+            atoms.calc = UncertainCalculator("toy:", files.uq)
+            dynamics = Langevin(
+                atoms, 0.5 * units.fs, temperature_K=300, friction=0.01, fixcm=False, rng=np.random.default_rng(steps)
+            )
+            monitor = restart.monitored(dynamics, saved, log="log.csv")
+            with suppress(KeyboardInterrupt):
+                run_md(dynamics, monitor, steps, restart=saved, after_step=lambda: stop(dynamics.nsteps == until))
+
+    def stop(now: bool) -> None:
+        if now:
+            raise KeyboardInterrupt
+
+    go("first.xyz", 9, 99)
+    first = Path("log.csv").read_bytes()
+    go("second.xyz", 8, 99)
+    whole = Path("log.csv").read_bytes()
+    assert whole.startswith(first)
+    os.truncate("log.csv", len(first))
+    os.unlink("second.xyz")
+    os.unlink("second.xyz.restart")
+    go("second.xyz", 8, 4)
+    with open("log.csv", "a") as file:
+        file.write("5,2.5,0.1,ok\n6,3,0.")  # rows after the step that was saved last, the last one torn
+    go("second.xyz", 8, 99)
+    assert Path("log.csv").read_bytes() == whole

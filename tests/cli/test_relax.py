@@ -183,3 +183,20 @@ def test_the_name_of_what_is_written_is_checked(relax):
 def test_a_start_that_is_not_there(relax):
     result = relax(start="no.xyz")
     assert (result.exit_code, result.stderr) == (1, "error: START: there is no file no.xyz.\n")
+
+
+@pytest.mark.parametrize("pair", [("--trajectory", "--frames"), ("--trajectory", "--log"), ("--frames", "--log")])
+def test_outputs_that_are_each_other_are_refused(relax, pair):
+    result = relax("--halt", 1, pair[0], "out.xyz", pair[1], "out.xyz")
+    assert result.exit_code == 1
+    assert "out.xyz is given for two outputs: it would be overwritten" in result.stderr
+    assert "relaxed.xyz is given for two outputs" in relax("--halt", 1, pair[0], "relaxed.xyz").stderr
+
+
+@pytest.mark.parametrize("option", ["--trajectory", "--frames", "--log"])
+def test_the_start_is_no_output_that_grows(relax, files, option):
+    before = files.start.read_bytes()
+    result = relax("--halt", 1, option, files.start, "--overwrite")
+    assert result.exit_code == 1
+    assert "start.xyz is the input: it would be overwritten" in result.stderr
+    assert files.start.read_bytes() == before

@@ -200,3 +200,14 @@ def test_every_input_must_be_there_and_none_is_overwritten(run, files, tmp_path)
     same = run("score", files.test, "b.xyz@:1", *words, "--out", "b.xyz", "--overwrite")
     assert same.exit_code == 1
     assert same.stderr.startswith("error: b.xyz is the input: it would be overwritten.")
+
+
+def test_a_frame_that_cannot_be_evaluated_is_named_with_its_file(run, files):
+    frames = read(files.test, ":4")
+    frames[1].positions[1] = frames[1].positions[0]
+    write("b.xyz", frames)
+    result = run("score", f"{files.test}@:3", "b.xyz", "--model", "toy:", "--uq", files.uq, "--out", "out.xyz")
+    assert result.exit_code == 0
+    (told,) = [line for line in result.stderr.splitlines() if "was left out" in line]
+    assert "frame 4 was left out: the potential gives numbers that are not finite" in told
+    assert told.endswith("(frame 1 of b.xyz)")

@@ -247,7 +247,7 @@ def md(
                 after_step=_progress(bar, dynamics, monitor, stopwatch),
             )
     leave_list(frames)
-    if interruption.number is not None and not halted:
+    if interruption.number is not None and not halted and dynamics.nsteps < steps:
         and_then = "" if trajectory is None else "; the same command goes on from there"
         typer.echo(f"interrupted at step {dynamics.nsteps}{and_then}", err=True)
         raise typer.Exit(interruption.exit_code)

@@ -25,6 +25,7 @@ from ase_uq.cli.options import (
     check_before,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
+from ase_uq.io.files import check_distinct
 
 HALTED = 3  # exit code
 
@@ -83,6 +84,8 @@ def relax(
     check_before(before, frames)
     policy = watch_policy(flag, halt, quantity=quantity.value, each_element=element, bonds=bonds, reduce=reduce)
     check_xyz_names({"--out": out, "--trajectory": trajectory, "--frames": frames})
+    check_distinct([start], trajectory, frames, log)
+    check_distinct([], out, trajectory, frames, log)
     check_outputs(out, trajectory, log, may_exist=overwrite)
 
     from ase_uq.cli.potential import load_calculator, seed_all

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ase_uq.calibration.energy_shift import energy_shift
 from ase_uq.communicator import Communicator, gather
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 
@@ -17,6 +18,7 @@ class Rows:
         frame_of_atom: (n_atoms,) number of the frame in the data set, ascending.
         residuals: (n_atoms, 3) ΔF, eV/Å.
         features: (n_atoms, n_features).
+        numbers: (n_atoms,) atomic numbers.
         vectors: (n_atoms, 3, width) further vectors of each atom that the method needs; width may be 0.
         frames: (n_frames,) numbers in the data set, ascending.
         energy: (n_frames,) ΔE, eV.
@@ -25,6 +27,7 @@ class Rows:
     frame_of_atom: Tensor
     residuals: Tensor
     features: Tensor
+    numbers: Tensor
     vectors: Tensor
     frames: Tensor
     energy: Tensor
@@ -34,10 +37,17 @@ class Rows:
         return self._of_atoms(self.residuals.isfinite().all(1))
 
     def with_energy(self) -> "Rows":
-        """Rows of the frames that have an energy label."""
+        """Rows of the frames that have an energy label, without a constant shift of these labels."""
         labelled = self.energy.isfinite()
         rows = self._of_atoms(torch.isin(self.frame_of_atom, self.frames[labelled]))
-        return replace(rows, frames=self.frames[labelled], energy=self.energy[labelled])
+        rows = replace(rows, frames=self.frames[labelled], energy=self.energy[labelled])
+        numbers, counts = rows.numbers.cpu().numpy(), torch.bincount(rows.place_of_frame).cpu().numpy()
+        residuals = rows.energy.cpu().numpy() / counts
+        shift = energy_shift(residuals, numbers, counts)
+        if shift is None:
+            return rows
+        left = shift.taken_out(residuals, numbers, counts) * counts
+        return replace(rows, energy=torch.from_numpy(left).to(rows.energy))
 
     @property
     def place_of_frame(self) -> Tensor:
@@ -45,7 +55,7 @@ class Rows:
         return torch.searchsorted(self.frames, self.frame_of_atom)
 
     def _of_atoms(self, chosen: Tensor) -> "Rows":
-        names = ("frame_of_atom", "residuals", "features", "vectors")
+        names = ("frame_of_atom", "residuals", "features", "numbers", "vectors")
         return replace(self, **{name: getattr(self, name)[chosen] for name in names})
 
 
@@ -61,7 +71,8 @@ class RowStore:
         """Takes a batch with its forces, and the method's (n_atoms, 3, width) vectors if it has any."""
         if forward_pass.forces is None:
             raise ValueError("residuals of forces need the potential's forces: evaluate the training frames with them.")
-        columns = [residuals_of(targets.forces, forward_pass.forces), forward_pass.features]
+        residuals = residuals_of(targets.forces, forward_pass.forces)
+        columns = [residuals, forward_pass.numbers[:, None], forward_pass.features]
         if vectors is not None:
             columns.append(vectors.flatten(1))
         self._atoms.append(torch.cat([column.float() for column in columns], 1))
@@ -79,17 +90,18 @@ class RowStore:
         atoms = gather(torch.cat(self._atoms) if self._atoms else None, communicator)
         assert atoms is not None
         assert frames is not None
-        numbers, counts, energy = frames.T
-        frame_of_atom = torch.repeat_interleave(numbers, counts.long())
+        frame, counts, energy = frames.T
+        frame_of_atom = torch.repeat_interleave(frame, counts.long())
         # Frames are never split between batches, so a stable sort keeps the order of their atoms.
-        order, frame_order = torch.argsort(frame_of_atom, stable=True), torch.argsort(numbers, stable=True)
-        first, last = 3, 3 + round(widths / ranks)
+        order, frame_order = torch.argsort(frame_of_atom, stable=True), torch.argsort(frame, stable=True)
+        first, last = 4, 4 + round(widths / ranks)
         atoms = atoms[order]
         return Rows(
             frame_of_atom=frame_of_atom[order].long(),
-            residuals=atoms[:, :first],
+            residuals=atoms[:, :3],
             features=atoms[:, first:last],
+            numbers=atoms[:, 3].long(),
             vectors=atoms[:, last:].reshape(len(atoms), 3, (atoms.shape[1] - last) // 3),
-            frames=numbers[frame_order].long(),
+            frames=frame[frame_order].long(),
             energy=energy[frame_order],
         )

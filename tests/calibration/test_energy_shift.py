@@ -1,5 +1,6 @@
 """A constant offset of reference energies is named, and is not taken for uncertainty."""
 
+import json
 import warnings
 from collections.abc import Callable
 
@@ -11,10 +12,14 @@ from hypothesis import strategies as st
 
 from ase_uq import Predictor, UncertaintyModel, evaluate, fit
 from ase_uq.backends import load_backend
+from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
+from ase_uq.communicator import Serial
+from ase_uq.entries import Entries, WrongEntry
 from ase_uq.errors import UQWarning
-from ase_uq.fitting.energy_shift import energy_shift
 from ase_uq.io.results import annotated
+from ase_uq.methods.pdrum.rows import RowStore
 from ase_uq.report.survey import survey
+from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import labelled_frames
 
 Shift = Callable[[Atoms], float]
@@ -62,10 +67,19 @@ def test_any_constant_is_found_and_leaves_the_spread(
         return
     assert found is not None
     # What the noise moves the constants by is of the size of the noise.
-    np.testing.assert_allclose(found.per_atom, shift / counts, atol=0.06)
-    left = found.taken_out(residuals)[unlabelled:]
-    assert 0.2 * 0.01 < np.sqrt(np.mean(left**2)) < 2 * 0.01
-    assert np.isnan(found.taken_out(residuals)[:unlabelled]).all()
+    left = found.taken_out(residuals, numbers, counts)
+    np.testing.assert_allclose((residuals - left)[unlabelled:], (shift / counts)[unlabelled:], atol=0.06)
+    assert 0.2 * 0.01 < found.inflation * np.sqrt(np.mean(left[unlabelled:] ** 2)) < 2 * 0.01
+    assert np.isnan(left[:unlabelled]).all()
+    # It is the same shift of frames that it was not fitted to, and after it was written down.
+    again = EnergyShift.from_json(json.loads(json.dumps(found.as_json())))
+    assert again == found
+    order = np.random.default_rng(seed).permutation(kinds)
+    of_kind = np.split(numbers, np.cumsum(counts)[:-1])[:kinds]
+    mixed = np.concatenate([of_kind[kind] for kind in order]), counts[:kinds][order]
+    np.testing.assert_allclose(
+        again.taken_out(np.zeros(kinds), *mixed), found.taken_out(np.zeros(n_frames), numbers, counts)[:kinds][order]
+    )
 
 
 @given(n_frames=st.integers(1, 60), kinds=st.integers(1, 6), seed=st.integers(0, 1000), bias=st.floats(-0.01, 0.01))
@@ -127,20 +141,68 @@ class TestEverywhere:
         assert "  energies       offset of " in shifted.summary()
         assert "offset" not in model.summary()
 
-    def test_an_evaluation_says_it_and_judges_what_is_left(self, shift: Shift, model: UncertaintyModel):
+    def test_the_offset_of_the_calibration_is_taken_out_of_test_frames(self, shift: Shift, model: UncertaintyModel):
+        """However few they are."""
+        with pytest.warns(UQWarning, match="energies of the calibration frames have an offset"):
+            shifted = quick(shift)
         options = {"n_bootstrap": 0, "progress": False}
-        plain = evaluate("toy:", frames(60, 4), model, **options)
-        with pytest.warns(UQWarning, match="reference energies have an offset of .* before energies are judged"):
-            shifted = evaluate("toy:", frames(60, 4, shift), model, **options)
-        (one,), (other,) = (a.select(quantity="energy_per_atom", metric="rmse") for a in (plain, shifted))
-        assert 0.5 < other.value / one.value < 2
+        plain = evaluate("toy:", frames(3, 4), model, **options)
+        found = evaluate("toy:", frames(3, 4, shift), shifted, **options)
+        (one,), (other,) = (a.select(quantity="energy_per_atom", metric="rmse") for a in (plain, found))
+        assert 0.3 < other.value / one.value < 3
         assert plain.energy_offset == ""
-        assert f"offset of {shifted.energy_offset} was taken out" in shifted.table()
+        assert "the\noffset of the calibration frames, " + found.energy_offset in found.table()
         assert "offset" not in plain.table()
 
-    def test_a_report_shows_what_is_left(self, shift: Shift, model: UncertaintyModel):
+    def test_an_offset_of_test_frames_alone_counts_as_an_error(self, shift: Shift, model: UncertaintyModel):
         test = frames(60, 4, shift)
-        predictions = Predictor(load_backend("toy:"), model).predict(test)
-        with pytest.warns(UQWarning, match="reference energies have an offset of"):
-            found = survey([annotated(a, p.results) for a, p in zip(test, predictions, strict=True)])
+        with pytest.warns(UQWarning, match="that the calibration frames do not have: another E0 or functional, or an"):
+            found = evaluate("toy:", test, model, n_bootstrap=0, progress=False)
+        (score,) = found.select(quantity="energy_per_atom", metric="rmse")
+        size = np.sqrt(np.mean([(shift(atoms) / len(atoms)) ** 2 for atoms in test]))
+        assert score.value == pytest.approx(size, rel=0.1)
+        assert found.energy_offset == ""
+
+    def test_a_report_shows_what_is_left(self, shift: Shift, model: UncertaintyModel):
+        with pytest.warns(UQWarning, match="energies of the calibration frames have an offset"):
+            shifted = quick(shift)
+        test = frames(60, 4, shift)
+        predictions = Predictor(load_backend("toy:"), shifted).predict(test)
+        scored = [annotated(a, p.results) for a, p in zip(test, predictions, strict=True)]
+        found = survey(scored, energy_shift=shifted.energy_shift)
         assert np.abs(found.samples["energy_per_atom"].residuals).max() < 0.5
+        assert shifted.energy_shift is not None
+        assert found.energy_offset == shifted.energy_shift.describe()
+        with pytest.warns(UQWarning, match="that the calibration frames do not have"):
+            assert survey(scored).energy_offset == ""
+
+    def test_networks_for_energies_learn_what_is_left(self, shift: Shift):
+        rows = {}
+        for name, shifted in (("plain", None), ("shifted", shift)):
+            store = RowStore()
+            training = frames(40, 1, shifted)
+            stream = LabelledStream(load_backend("toy:"), training, Serial(), batch_atoms=None, forces=True)
+            for forward_pass, targets in stream:
+                store.add(forward_pass, targets)
+            rows[name] = store.finish(Serial()).with_energy()
+        plain, left = (rows[name].energy.square().mean().sqrt() for name in ("plain", "shifted"))
+        assert 0.3 < left / plain < 1.5
+
+
+def test_the_entries_of_a_file_are_checked():
+    numbers, counts = compositions(40, 3, seed=0)
+    found = energy_shift(np.full(40, 2.0), numbers, counts)
+    assert found is not None
+    whole = found.as_json()
+    EnergyShift.check(Entries(whole, "shift"))
+    for wrong in (
+        {"of_element": {"Q": 1.0}},
+        {"of_element": {"H": "1"}},
+        {"spread": -1.0},
+        {"inflation": 0.5},
+        {"of_frame": np.inf},
+        {"determined": 1},
+        {"more": 1},
+    ):
+        with pytest.raises(WrongEntry, match=f"shift.*{next(iter(wrong))}|shift has 'more'"):
+            EnergyShift.check(Entries(whole | wrong, "shift"))
