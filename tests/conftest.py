@@ -44,6 +44,22 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ase_uq.progress.tqdm", bar)
 
 
+@pytest.fixture
+def blank_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures of a report are of one pixel: to draw them takes most of its time."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    def save(_, target, *, metadata=None, **__) -> None:
+        texts = PngInfo()
+        for name, text in (metadata or {}).items():
+            texts.add_text(name, text)
+        Image.new("RGBA", (1, 1)).save(target, "png", pnginfo=texts)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The labelled frames that lie beside the checkout; they are too large for the repository."""

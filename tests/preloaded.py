@@ -7,6 +7,7 @@ interpreter (an option of Python's) gets one.
 """
 
 import atexit
+import functools
 import gc
 import importlib.util
 import json
@@ -66,6 +67,7 @@ def bin() -> Iterator[Path]:
 def serve(address: str) -> None:
     for module in MODULES:
         importlib.import_module(module)
+    load_potentials_quickly()
     gc.freeze()  # a collection in a child would copy every page
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
     with socket.socket(socket.AF_UNIX) as here:
@@ -79,6 +81,21 @@ def serve(address: str) -> None:
                     here.close()
                     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     answer(client)
+
+
+def load_potentials_quickly() -> None:
+    """Every block loads a potential, and calculates too little with it for compiled code to pay."""
+    # Not at the top: the tests import this file, and none of these.
+    import e3nn
+    from mace.modules import symmetric_contraction
+
+    from ase_uq.backends import load_backend
+
+    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
+    # Tables that depend on the architecture alone; those of the embedded MACE are made here, once.
+    symmetric_contraction.U_matrix_real = functools.cache(symmetric_contraction.U_matrix_real)
+    for name in ("mace", "orb-direct", "orb-conservative"):
+        load_backend(f"embedded:{name}", device="cpu")
 
 
 def answer(client: socket.socket) -> None:

@@ -26,7 +26,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # More frames take longer and show nothing else. A quantile of 0.99 would need 100 calibration frames.
-FRAMES = {"train*.xyz": 40, "calibration*.xyz": 40, "test*.xyz": 20, "finished.xyz": 20}
+FRAMES = {"train*.xyz": 40, "calibration*.xyz": 24, "test*.xyz": 12, "finished.xyz": 20}
+# SevenNet-0 is a hundred times as large as the embedded potentials.
+FRAMES_OF_SEVENNET = {"train.xyz": 10, "calibration.xyz": 10, "test.xyz": 4, "finished.xyz": 10}
 READERS_FILES = {
     "train.xyz": "train_300K.xyz",
     "calibration.xyz": "calibration_300K.xyz",
@@ -60,7 +62,9 @@ for name, calculator in zip(("orb_v3_direct_20_omat", "orb_v3_conservative_inf_o
 # Runs are as long as the reader likes, and may end by halting.
 SHORTER = {
     "dyn.run(100_000)": "dyn.run(50)",
+    "dyn.run(300)": "dyn.run(100)",
     "--steps 100000": "--steps 50",
+    "--steps 300": "--steps 100",
     "q0.99": "q0.9",
     "Quantile(0.99)": "Quantile(0.9)",
     "n_runs=20, ps=1)": "n_runs=20, ps=0.005, equilibration=0.005)",
@@ -93,8 +97,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-def shorten(folder: Path) -> None:
-    for pattern, count in FRAMES.items():
+def shorten(folder: Path, frames: dict[str, int] = FRAMES) -> None:
+    for pattern, count in frames.items():
         for file in folder.glob(pattern):
             write(file, read(file, f":{count}"))
 
@@ -122,6 +126,8 @@ def test_block_runs(name: str, folders: dict[str, Path]):
     for long, short in SHORTER.items():
         text = text.replace(long, short)
     folder = folders[page]
+    if "sevennet" in text:
+        shorten(folder, FRAMES_OF_SEVENNET)
     stand_ins = {"XDG_CACHE_HOME": str(folder / "cache")} if "mace" in text else {}
     if "orb_v3" in text:
         stand_ins["PYTHONPATH"] = str(folder / "orb")

@@ -3,11 +3,12 @@
 import importlib
 import importlib.util
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ase_uq.errors import MissingDependency
+from ase_uq.plugins import plugins
 
 if TYPE_CHECKING:
     from ase.calculators.calculator import BaseCalculator
@@ -48,14 +49,14 @@ EMBEDDED = {
 def available_backends() -> tuple[str, ...]:
     """Names of the backends whose packages are installed, plugins included. Imports none of them."""
     built_in = [entry.name for entry in _BUILT_IN if entry.specs and is_importable(entry.package.split(".")[0])]
-    return tuple(sorted({*built_in, *(plugin.name for plugin in entry_points(group=GROUP))}))
+    return tuple(sorted({*built_in, *plugins(GROUP)}))
 
 
 def spec_forms() -> tuple[str, ...]:
     """Forms of the SPECs of all backends, plugins included, and of the embedded potentials."""
     built_in = [spec for entry in _BUILT_IN for spec in entry.specs]
-    plugins = [f"{plugin.name}:TARGET" for plugin in entry_points(group=GROUP)]
-    return (*built_in, *plugins, *(f"embedded:{name}" for name in EMBEDDED))
+    added = [f"{name}:TARGET" for name in plugins(GROUP)]
+    return (*built_in, *added, *(f"embedded:{name}" for name in EMBEDDED))
 
 
 def find_module(calculator: "BaseCalculator") -> ModuleType | None:
@@ -66,7 +67,7 @@ def find_module(calculator: "BaseCalculator") -> ModuleType | None:
             module = import_backend(entry)
             if module.accepts(calculator):
                 return module
-    for plugin in entry_points(group=GROUP):
+    for plugin in plugins(GROUP).values():
         try:
             module = import_backend(plugin)
         except MissingDependency:
@@ -78,8 +79,7 @@ def find_module(calculator: "BaseCalculator") -> ModuleType | None:
 
 def loaders() -> dict[str, _BuiltIn | EntryPoint]:
     """Sources of the backend modules by SPEC prefix; a plugin cannot take the prefix of a built-in backend."""
-    plugins = {plugin.name: plugin for plugin in entry_points(group=GROUP)}
-    return plugins | {prefix: entry for entry in _BUILT_IN for prefix in entry.prefixes}
+    return {**plugins(GROUP), **{prefix: entry for entry in _BUILT_IN for prefix in entry.prefixes}}
 
 
 def import_backend(entry: _BuiltIn | EntryPoint) -> ModuleType:
@@ -104,7 +104,7 @@ def import_backend(entry: _BuiltIn | EntryPoint) -> ModuleType:
 def broken_plugins() -> str:
     """The reasons why plugins could not be asked, to end an error message; empty if all could be asked."""
     broken = []
-    for plugin in entry_points(group=GROUP):
+    for plugin in plugins(GROUP).values():
         try:
             import_backend(plugin)
         except MissingDependency as error:

@@ -115,27 +115,34 @@ def know_nothing(
     if not parents:
         return None
 
-    def forces_of(frames: Sequence[Atoms]) -> np.ndarray:
-        return torch.cat(_evaluated(backend, frames, _forces, batch_atoms)).numpy()
-
-    searched = parents[: _number(parents, _SEARCH)]
-    medians: list[float] = []
-    for fraction in progress_bar(FRACTIONS, desc=title, unit="step", show=bool(title), leave=False):
-        forces = forces_of([parent.rattled(fraction) for parent in searched])
-        medians.append(float(np.median(np.linalg.norm(forces, axis=1))))
-        if len(medians) > 1 and medians[-1] < medians[-2]:
-            break
-    chosen = max(FRACTIONS[int(np.argmax(medians))], _SMALLEST_FRACTION)
-    force = float(np.sqrt(np.mean(forces_of([parent.atoms for parent in parents]) ** 2)))
     growing = {name: head for name, head in heads.items() if head.grows}
+    gradients = any(head.gradients for head in growing.values())
 
     def scores(forward_pass: ForwardPass) -> dict[str, torch.Tensor]:
         with torch.no_grad():
             return {name: head(forward_pass).forces.cpu() for name, head in growing.items()}
 
-    frames = [parent.rattled(chosen) for parent in parents]
-    gradients = any(head.gradients for head in growing.values())
-    batches = _evaluated(backend, frames, scores, batch_atoms, gradients=gradients)
+    def forces_and_scores(forward_pass: ForwardPass) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return _forces(forward_pass), {} if gradients else scores(forward_pass)
+
+    searched = parents[: _number(parents, _SEARCH)]
+    medians: list[float] = []
+    scored: dict[float, list[dict[str, torch.Tensor]]] = {}  # by fraction
+    for fraction in progress_bar(FRACTIONS, desc=title, unit="step", show=bool(title), leave=False):
+        frames = [parent.rattled(fraction) for parent in searched]
+        found = _evaluated(backend, frames, forces_and_scores, batch_atoms)
+        scored[fraction] = [of_batch for _, of_batch in found]
+        medians.append(float(np.median(torch.cat([forces for forces, _ in found]).norm(dim=1))))
+        if len(medians) > 1 and medians[-1] < medians[-2]:
+            break
+    chosen = max(FRACTIONS[int(np.argmax(medians))], _SMALLEST_FRACTION)
+    trained = torch.cat(_evaluated(backend, [parent.atoms for parent in parents], _forces, batch_atoms))
+    force = float(trained.square().mean().sqrt())
+    # Gradients cost more than the forces that were searched with, so where they are needed all frames are left to do.
+    batches = [] if gradients else scored[chosen]
+    if left := parents if gradients else parents[len(searched) :]:
+        frames = [parent.rattled(chosen) for parent in left]
+        batches += _evaluated(backend, frames, scores, batch_atoms, gradients=gradients, needed=not batches)
     medians_of = {
         name: torch.cat([batch[name] for batch in batches]).clamp(min=SMALLEST_SCORE).log().flatten(0, 1).median(0)
         for name in growing
@@ -158,11 +165,16 @@ def _evaluated[T](
     batch_atoms: int | None,
     *,
     gradients: bool = False,
+    needed: bool = True,
 ) -> list[T]:
-    """What `use` takes of the frames that the potential can evaluate: a rattled frame may be too far out for it."""
+    """What `use` takes of the frames that the potential can evaluate: a rattled frame may be too far out for it.
+
+    Raises:
+        InputError: It can evaluate none, and one is needed.
+    """
     events = list(passes(backend, Source(frames), use, batch_atoms=batch_atoms, gradients=gradients))
     batches = [event.value for event in events if isinstance(event, Pass)]
-    if not batches:
+    if needed and not batches:
         reasons = "; ".join(event.reason for event in events[:1] if isinstance(event, LeftOut))
         raise InputError(
             f"none of {len(frames)} rattled training frames can be evaluated, so uncertainties have no far end: "

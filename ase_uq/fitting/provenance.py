@@ -1,7 +1,8 @@
 """The origin of the frames of a fit: their runs, their digests and the package versions."""
 
 import hashlib
-import importlib.metadata
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import numpy as np
@@ -38,8 +39,9 @@ def provenance_of(train: list[Atoms], calibration: list[Atoms], shift: EnergyShi
         digest = hashlib.sha256("".join(sorted(digest_of(atoms) for atoms in frames)).encode()).hexdigest()
         return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
 
-    packages = ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn")
-    installed = {d.name for d in importlib.metadata.distributions()}
-    versions = {name: importlib.metadata.version(name) for name in packages if name in installed}
+    versions = {}
+    for package in ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     told = {} if shift is None else {"energy_shift": shift.as_json()}
     return {"train": described(train), "calibration": described(calibration), "versions": versions, **told}

@@ -7,10 +7,10 @@ this module imports no torch.
 import importlib
 import inspect
 import pkgutil
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from ase_uq.errors import did_you_mean
+from ase_uq.plugins import plugins
 
 if TYPE_CHECKING:
     from ase_uq.methods.base import Method
@@ -25,7 +25,7 @@ def available_methods() -> tuple[str, ...]:
     """Names that `fit(..., methods=...)` takes."""
     modules = [module.name for module in pkgutil.iter_modules(__path__)]
     built_in = [name for name in modules if name not in _NO_METHODS and not name.startswith("_")]
-    return tuple(sorted({*built_in, *(point.name for point in entry_points(group=_GROUP))}))
+    return tuple(sorted({*built_in, *plugins(_GROUP)}))
 
 
 def method_class(name: str) -> "type[Method]":
@@ -39,7 +39,7 @@ def method_class(name: str) -> "type[Method]":
     known = available_methods()
     if name not in known:
         raise ValueError(f"there is no method {name!r}.{did_you_mean(name, known)} There are: {', '.join(known)}.")
-    points = {point.name: point for point in entry_points(group=_GROUP)}
+    points = plugins(_GROUP)
     module = points[name].load() if name in points else importlib.import_module(f"{__name__}.{name}")
     classes = {c for c in vars(module).values() if inspect.isclass(c) and issubclass(c, Method)}
     (method,) = {c for c in classes if _is_named(c, name)}

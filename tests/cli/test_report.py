@@ -79,6 +79,7 @@ def test_the_latent_map_and_other_places(tell, tmp_path, files):
     assert "The reading of a frame is the mean uncertainty of its atoms" in text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_labels_of_other_names(tell, tmp_path, scored):
     frames = read_frames(scored)
     for atoms in frames:
@@ -90,6 +91,7 @@ def test_labels_of_other_names(tell, tmp_path, scored):
         assert ("Are forces and uncertainties right?" in (tmp_path / "report.html").read_text("utf-8")) == shown
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_damaged_frame_is_named_and_left_out(tell, tmp_path, scored):
     lines = scored.read_text().splitlines(keepends=True)
     lines[11 * 3 + 5] = "C not a number\n"  # 9 atoms and two lines of heading
@@ -102,6 +104,7 @@ def test_a_damaged_frame_is_named_and_left_out(tell, tmp_path, scored):
     assert "as in the frames of this report, from 0; 1 of the first 25 frames is not here" in text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_predict_and_report_name_the_same_frames(tell, tmp_path, files):
     frames = read(files.test, ":")
     frames[3].positions[0] = np.nan
@@ -119,6 +122,7 @@ def test_predict_and_report_name_the_same_frames(tell, tmp_path, files):
     assert "as in the trajectory that was scored, from 0; 1 of the first 25 frames is not here" in text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_a_second_report_replaces_the_pictures_of_the_first_and_touches_no_other_file(tell, tmp_path, scored):
     folder = tmp_path / "report_figures"
     assert tell().exit_code == 0
@@ -184,6 +188,7 @@ def test_bad_files(tell, tmp_path):
     )
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_another_potential_is_refused(tell):
     result = tell("--model", "embedded:mace")
     assert result.exit_code == 1
@@ -208,6 +213,7 @@ def test_help_shows_an_example():
     assert "ase-uq report scored.xyz" in result.stdout
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_tolerance_says_what_is_wrong(tell, tmp_path):
     assert tell("--flag", "q0.9", "--tolerance", 0.0123).exit_code == 0
     assert "wrong by more than 0.0123" in (tmp_path / "report.html").read_text("utf-8")

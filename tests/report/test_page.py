@@ -94,6 +94,12 @@ def labelled(scored, model, predictor, tmp_path_factory):
 
 
 @pytest.fixture
+def told(write, blank_pictures):
+    """The same without pictures, for tests of what is said and written."""
+    return write
+
+
+@pytest.fixture
 def write(tmp_path, model):
     def write(frames, **settings):
         report = write_report(tmp_path / "report.html", frames, model, **settings)
@@ -120,14 +126,14 @@ def test_numbers_are_those_of_the_frames(labelled, scored, model):
     )
 
 
-def test_of_the_frames_in_each_band_it_says_how_many_were_wrong(write, scored):
+def test_of_the_frames_in_each_band_it_says_how_many_were_wrong(told, scored):
     frames = read_frames(scored)
     readings = np.array([np.linalg.norm(a.calc.results["forces_uncertainty"], axis=1).max() for a in frames])
     residuals = [a.arrays["REF_forces"] - a.calc.results["forces"] for a in frames]
     errors = np.array([np.linalg.norm(each, axis=1).max() for each in residuals])
     del frames[0].arrays["REF_forces"]  # counts in the band, but nobody knows whether it is wrong
     flag, tolerance = np.median(readings), np.quantile(errors, 0.3)
-    said = Elements(write(frames, flag=flag, tolerance=tolerance)[1]).visible
+    said = Elements(told(frames, flag=flag, tolerance=tolerance)[1]).visible
     trusted = (readings < flag) & (np.arange(60) > 0)
     n, wrong = trusted.sum(), (errors[trusted] > tolerance).sum()
     assert 0 < wrong < n
@@ -149,14 +155,14 @@ def rows_of(text: str, caption: str) -> list[list[str]]:
     return [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
 
 
-def test_flagged_frames_are_listed_with_number_time_reading_and_reason(write, scored):
+def test_flagged_frames_are_listed_with_number_time_reading_and_reason(told, scored):
     frames = read_frames(scored)[:6]
     for step, atoms in enumerate(frames):
         atoms.info["time_fs"] = 0.5 * step
         atoms.calc.results["forces_uncertainty"] = np.full((9, 3), 0.1 * (step + 1) / np.sqrt(3))
     frames[0].info["flag_reason"] = "contact of 0.5"
     frames[2].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
-    text = write(frames, flag=0.45, halt=0.55)[1]
+    text = told(frames, flag=0.45, halt=0.55)[1]
     assert rows_of(text, "Flagged frames") == [
         ["0", "0", "0.1", "contact of 0.5"],
         ["2", "1", "undefined", "the reading is not a number"],
@@ -165,14 +171,14 @@ def test_flagged_frames_are_listed_with_number_time_reading_and_reason(write, sc
     ]
     for atoms in frames:
         del atoms.info["time_fs"]
-    assert rows_of(write(frames, flag=0.45)[1], "Flagged frames")[0] == ["0", "0.1", "contact of 0.5"]
-    assert "Flagged frames" not in write(frames[3:])[1]
+    assert rows_of(told(frames, flag=0.45)[1], "Flagged frames")[0] == ["0", "0.1", "contact of 0.5"]
+    assert "Flagged frames" not in told(frames[3:])[1]
 
 
-def test_of_very_many_flagged_frames_those_with_the_largest_readings_are_listed(write, scored):
+def test_of_very_many_flagged_frames_those_with_the_largest_readings_are_listed(told, scored):
     frames = read_frames(scored)
     readings = [np.linalg.norm(a.calc.results["forces_uncertainty"], axis=1).max() for a in frames]
-    text = write([frames[i % 60] for i in range(240)], flag=1e-9)[1]
+    text = told([frames[i % 60] for i in range(240)], flag=1e-9)[1]
     rows = rows_of(text, "Flagged frames")
     assert len(rows) == 200
     assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
@@ -181,19 +187,19 @@ def test_of_very_many_flagged_frames_those_with_the_largest_readings_are_listed(
     assert "40 further flagged frames with smaller readings are not listed." in Elements(text).visible
 
 
-def test_gamma_and_temperature_are_shown_where_frames_have_them(write, scored):
+def test_gamma_and_temperature_are_shown_where_frames_have_them(told, scored):
     frames = read_frames(scored)[:5]
     for kelvin, atoms in zip((290, 300, 310, 320, 330), frames, strict=True):
         atoms.set_velocities(np.random.default_rng(0).normal(size=(9, 3)))
         atoms.set_momenta(atoms.get_momenta() * np.sqrt(kelvin / atoms.get_temperature()))
-    text = write(frames)[1]
+    text = told(frames)[1]
     assert "The temperature is between 290 and 330 K." in text
     assert "Line of the largest γ of each frame over frame: median " in text
     for atoms in frames:
         atoms.set_momenta(np.zeros((9, 3)))
         del atoms.calc.results["gamma"]
         atoms.arrays.pop("gamma", None)
-    text = write(frames)[1]
+    text = told(frames)[1]
     assert "The temperature" not in text
     assert "largest γ" not in text
 
@@ -311,18 +317,19 @@ def test_every_picture_says_what_it_shows(labelled):
 def test_structures_are_bounded(write):
     rng = np.random.default_rng(0)
     frames = []
-    for _ in range(9):
-        atoms = bulk("Si", cubic=True) * (4, 4, 4)
+    for index in range(9):
+        atoms = bulk("Si", cubic=True) * ((1, 1, 1) if index else (4, 4, 4))
         std = rng.lognormal(size=(len(atoms), 1)) * np.ones(3)
         std[0] = 99
         frames.append(annotated(atoms, {"forces_uncertainty": std}))
     text = write(frames)[1]
     data = structures_of(text)
     assert len(data["structures"]) == 6
-    assert all(len(each["positions"]) == 400 and each["cell"] == [] for each in data["structures"])
+    assert [len(each["positions"]) for each in data["structures"]] == [400, 8, 8, 8, 8, 8]
+    assert [len(each["cell"]) > 0 for each in data["structures"]] == [False, True, True, True, True, True]
     assert data["structures"][0]["names"][0] == "Si 0: 171 eV/Å"
-    assert "The 400 atoms around it are shown." in text
-    assert len(text) < 5e6
+    assert text.count("The 400 atoms around it are shown.") == 1
+    assert len(text) < 3e6
 
 
 def structures_of(text: str) -> dict:
@@ -344,11 +351,11 @@ def test_what_users_wrote_is_text(write, scored):
     assert EVIL not in text
 
 
-def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
+def test_without_thresholds_labels_and_potential_there_is_less(told, scored):
     frames = read_frames(scored)[:5]
     for atoms in frames:
         del atoms.arrays["REF_forces"], atoms.info["REF_energy"]
-    report, text = write(frames)
+    report, text = told(frames)
     said = Elements(text).visible
     assert "No threshold was given" in said
     for absent in ("Are forces and uncertainties right?", "Where the frames lie", "In 68 %", "Spearman"):
@@ -357,12 +364,12 @@ def test_without_thresholds_labels_and_potential_there_is_less(write, scored):
     assert "Frames within" not in said
 
 
-def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(write, scored):
+def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(told, scored):
     frames = [annotated(a, source_frame=i) for i, a in enumerate(read_frames(scored)) if i != 5]
     readings = {a.info["source_frame"]: a.calc.results["forces_uncertainty"] for a in frames}
     worst = max(readings, key=lambda i: np.linalg.norm(readings[i], axis=1).max())
     assert worst > 5
-    report, text = write(frames)
+    report, text = told(frames)
     said = Elements(text).visible
     assert f"eV/Å frame {worst} " in said
     assert f"Frame {worst} , " in said
@@ -373,11 +380,11 @@ def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(write
     assert "Frames within" not in said
 
 
-def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(write, scored):
+def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(told, scored):
     frames = read_frames(scored)
-    said = Elements(write([frames[i % 60] for i in range(600)])[1]).visible
+    said = Elements(told([frames[i % 60] for i in range(600)])[1]).visible
     assert "Frames within 6 frames of a worse frame are left out." in said
-    said = Elements(write([frames[i % 60] for i in range(120)])[1]).visible
+    said = Elements(told([frames[i % 60] for i in range(120)])[1]).visible
     assert "Frames within 1 frame of a worse frame are left out." in said
 
 
@@ -425,13 +432,13 @@ def test_one_frame_of_one_atom(write):
     assert "1 frames" not in said
 
 
-def test_time_is_shown_where_it_is_known(write, scored):
+def test_time_is_shown_where_it_is_known(told, scored):
     frames = read_frames(scored)[:6]
     for step, atoms in enumerate(frames):
         atoms.info["time_fs"] = 0.5 * step
-    assert "Line of the force uncertainty over time (fs)" in write(frames)[1]
+    assert "Line of the force uncertainty over time (fs)" in told(frames)[1]
     frames[3].info["time_fs"] = 0.0
-    assert "Line of the force uncertainty over frame" in write(frames)[1]
+    assert "Line of the force uncertainty over frame" in told(frames)[1]
 
 
 @pytest.mark.parametrize(
@@ -443,9 +450,9 @@ def test_time_is_shown_where_it_is_known(write, scored):
         ({"train": []}, ValueError, "the latent map, which needs the potential"),
     ],
 )
-def test_bad_settings(write, scored, settings, error, message):
+def test_bad_settings(told, scored, settings, error, message):
     with pytest.raises(error, match=message):
-        write(read_frames(scored)[:2], **settings)
+        told(read_frames(scored)[:2], **settings)
 
 
 def test_outputs_that_cannot_be_written_are_told_before_the_work(model, tmp_path):
@@ -460,26 +467,26 @@ def test_outputs_that_cannot_be_written_are_told_before_the_work(model, tmp_path
         write_report(tmp_path / "report.html", frames(), model, pictures=tmp_path / "file")
 
 
-def test_a_page_that_fails_leaves_the_one_before(write, scored, tmp_path):
-    _, before = write(read_frames(scored)[:3])
+def test_a_page_that_fails_leaves_the_one_before(told, scored, tmp_path):
+    _, before = told(read_frames(scored)[:3])
     pictures = {path.name for path in (tmp_path / "report_figures").iterdir()}
     with pytest.raises(InputError, match="there are no frames"):
-        write([])
+        told([])
     assert (tmp_path / "report.html").read_text("utf-8") == before
     assert {path.name for path in tmp_path.iterdir()} == {"report.html", "report_figures"}
     assert {path.name for path in (tmp_path / "report_figures").iterdir()} == pictures
 
 
-def test_a_report_of_nothing_leaves_nothing(write, tmp_path):
+def test_a_report_of_nothing_leaves_nothing(told, tmp_path):
     with pytest.raises(InputError, match="there are no frames"):
-        write([])
+        told([])
     assert not list(tmp_path.iterdir())
 
 
-def test_pictures_of_the_report_before_do_not_stay(write, scored):
+def test_pictures_of_the_report_before_do_not_stay(told, scored):
     frames = read_frames(scored)
     for numbers in (range(50, 54), range(3)):
-        report, _ = write([annotated(frames[i], source_frame=i) for i in numbers])
+        report, _ = told([annotated(frames[i], source_frame=i) for i in numbers])
         found = {path.name for path in report.pictures[0].parent.iterdir()}
         assert found == {path.name for path in report.pictures}
         assert {name for name in found if name.startswith("frame")} == {f"frame_{i}.png" for i in numbers}
