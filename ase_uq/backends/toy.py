@@ -29,6 +29,7 @@ from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass, Gra
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å
 _DEPTH, _STIFFNESS = 0.5, 2.0  # depth and stiffness of the Morse bonds: eV, 1/Å
+_SMALL = 100  # atoms of a molecule: all pairs of so few are looked at in less time than cells of them are made
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,10 @@ def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Grap
     """Several structures as one graph, with their neighbour lists."""
     sources, targets, shifts, offset = [], [], [], 0
     for atoms in frames:
-        i, j, lattice = neighbor_list("ijS", atoms, cutoff)
+        i, j, shift = _neighbours(atoms, cutoff)
         targets.append(i + offset)
         sources.append(j + offset)
-        shifts.append(lattice @ atoms.cell.array)
+        shifts.append(shift)
         offset += len(atoms)
     counts = torch.tensor([len(atoms) for atoms in frames])
 
@@ -73,6 +74,17 @@ def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Grap
         target=tensor(targets, torch.long),
         shift=tensor(shifts, dtype),
     )
+
+
+def _neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Atom, neighbour, and lattice vector to the neighbour's image, of every pair within the cutoff."""
+    if atoms.pbc.any() or len(atoms) > _SMALL:
+        i, j, lattice = neighbor_list("ijS", atoms, cutoff)
+        return i, j, lattice @ atoms.cell.array
+    distance = np.linalg.norm(atoms.positions[:, None] - atoms.positions, axis=2)
+    np.fill_diagonal(distance, np.inf)
+    i, j = np.nonzero(distance < cutoff)
+    return i, j, np.zeros((len(i), 3))
 
 
 class ToyPotential(torch.nn.Module):

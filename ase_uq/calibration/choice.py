@@ -67,7 +67,7 @@ def far_field_choice(residuals: Residuals, far: np.ndarray) -> Choice | None:
         return None
 
     def fit(rows: Residuals) -> Calibrator:
-        return fit_far_field(rows, far) or calibrator
+        return fit_far_field(rows, far, like=calibrator) or calibrator
 
     return _choice(calibrator, {"far field": _cross_validated(fit, residuals, fold)}, residuals, fold)
 

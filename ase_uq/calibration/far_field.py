@@ -135,7 +135,12 @@ class FarFieldCalibrator(Calibrator):
         return f"σ from {np.exp(self.constant / 2):.3g} to σ∞ as {used}"
 
 
-def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = SlopePrior()) -> FarFieldCalibrator | None:
+def fit_far_field(
+    residuals: Residuals,
+    far: np.ndarray,
+    prior: SlopePrior = SlopePrior(),
+    like: FarFieldCalibrator | None = None,
+) -> FarFieldCalibrator | None:
     """The most likely c, τ and w, given the prior of τ; None if no score differs between rows.
 
     The likelihood is weighted by the number of frames (`groups`), not of rows: rows of one frame are not independent.
@@ -144,6 +149,7 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
         residuals: Calibration rows, with their `limits`.
         far: (n_scores,) log u∞ of each score.
         prior: Of τ.
+        like: The calibrator of nearly the same rows, from which the search begins; None to begin from several places.
     """
     if residuals.limits is None:
         raise ValueError("the far field needs σ∞² of every calibration row.")
@@ -167,9 +173,15 @@ def fit_far_field(residuals: Residuals, far: np.ndarray, prior: SlopePrior = Slo
         centre=float(np.log(prior.centre)),
         width=prior.width / max(1 - reach**2, _SHORTEST_REST),
     )
-    # Rows beyond the far end do not say in which direction they would like to have it moved: several τ are tried.
-    starts = [np.concatenate([[0.0, np.log(slope)], np.zeros(len(used))]) for slope in (1.0, 0.5, 0.2)]
-    starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
+    if like is None:
+        # Rows beyond the far end do not say in which direction they would like to have it moved: several τ are tried.
+        starts = [np.concatenate([[0.0, np.log(slope)], np.zeros(len(used))]) for slope in (1.0, 0.5, 0.2)]
+        starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
+    else:
+        shares = np.maximum(np.array(like.slopes)[used] * span, _SMALLEST_SHARE)
+        starts = [
+            np.array([like.constant - loss.start, min(np.log(shares.sum()), 0.0), *np.log(shares / shares.sum())])
+        ]
     options = {"maxiter": 1000, "gtol": 1e-8}
     found = min((minimize(loss, x, jac=True, method="L-BFGS-B", options=options) for x in starts), key=lambda r: r.fun)
     shares = np.exp(found.x[2:] - found.x[2:].max())

@@ -64,7 +64,7 @@ class MethodContract:
 
     def make_frames(self) -> list[Atoms]:
         """Labelled training frames of several sizes."""
-        return labelled_frames(40, seed=1)
+        return labelled_frames(24, seed=1)
 
     # The laws.
 

@@ -248,10 +248,10 @@ class TestInputs:
 
 
 def expected_evaluations(model: UncertaintyModel) -> int:
-    """Four frames for the units, twenty for the fit and for the calibration; and for the far field twelve as they are,
-    rattled by each fraction, and once more by the one that was chosen."""
+    """Four frames for the units, twenty for the fit and for the calibration; and for the far field twelve as they are
+    and rattled by each fraction."""
     assert model.far_field is not None
-    return 4 + 20 + 20 + 12 * (1 + len(model.far_field.fractions) + 1)
+    return 4 + 20 + 20 + 12 * (1 + len(model.far_field.fractions))
 
 
 class Shy(Mahalanobis):

@@ -183,17 +183,17 @@ class TestPDRUM(MethodContract):
     test_batches_of_any_size_and_order_give_the_same_head = None
 
     def make_method(self):
-        return PDRUM(folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM(folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 class TestPDRUMLog(TestPDRUM):
     def make_method(self):
-        return PDRUM(target="log", folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM(target="log", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 class TestPDRUMQuantile(TestPDRUM):
     def make_method(self):
-        return PDRUM(target="quantile", folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM(target="quantile", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 class TestPDRUMDiff(TestPDRUM):
@@ -201,18 +201,18 @@ class TestPDRUMDiff(TestPDRUM):
     test_uncertainty_is_larger_far_from_the_training_frames = None
 
     def make_method(self):
-        return PDRUM("diff", folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM("diff", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 @pytest.mark.filterwarnings("ignore:diff_invariant predicts forces:ase_uq.errors.UQWarning")
 class TestPDRUMDiffInvariant(TestPDRUMDiff):
     def make_method(self):
-        return PDRUM("diff_invariant", folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM("diff_invariant", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 class TestPDRUMDiffConservative(TestPDRUMDiff):
     def make_method(self):
-        return PDRUM("diff_conservative", folds=2, training=Training(hidden=(16,), max_epochs=15))
+        return PDRUM("diff_conservative", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
 
 def test_threads_stand_for_ranks():
