@@ -30,7 +30,7 @@ from ase_uq.uncertainty_model.far_field import FarField
 FRACTIONS = (0.04, 0.06, 0.08, 0.10, 0.12, 0.15)
 _SMALLEST_FRACTION = 0.06
 # Numbers of frames, smallest numbers of them, and numbers of atoms: a share of the fit that even few frames can pay.
-_SEARCH = (12, 3, 192)
+_SEARCH = (6, 3, 192)
 _FRAMES = (12, 4, 384)
 _FRAMES_OF_MANY = (60, 60, 0)  # with many elements few frames would leave out most of them
 _MANY_ELEMENTS = 6

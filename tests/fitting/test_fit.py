@@ -248,10 +248,10 @@ class TestInputs:
 
 
 def expected_evaluations(model: UncertaintyModel) -> int:
-    """Four frames for the units, twenty for the fit and for the calibration; and for the far field twelve as they are
-    and rattled by each fraction."""
+    """Four frames for the units, twenty for the fit and for the calibration; and for the far field twelve as they are,
+    six of these rattled by each fraction, and the other six by the one that was chosen."""
     assert model.far_field is not None
-    return 4 + 20 + 20 + 12 * (1 + len(model.far_field.fractions))
+    return 4 + 20 + 20 + 12 + 6 * len(model.far_field.fractions) + 6
 
 
 class Shy(Mahalanobis):
