@@ -67,8 +67,8 @@ SHORTER = {
     "--steps 300": "--steps 100",
     "q0.99": "q0.9",
     "Quantile(0.99)": "Quantile(0.9)",
-    "n_runs=20, ps=1)": "n_runs=20, ps=0.005, equilibration=0.005)",
-    "per_run=0.05, ps=1)": "per_run=0.05, ps=0.005)",
+    "n_runs=20, ps=1)": "n_runs=20, ps=0.002, equilibration=0.001)",
+    "per_run=0.05, ps=1)": "per_run=0.05, ps=0.002)",
 }
 
 
