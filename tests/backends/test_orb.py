@@ -16,12 +16,13 @@ from orb_models.forcefield.inference.d3_model import AlchemiDFTD3, D3SumModel
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.backends.mace.loading import save_potential as save_mace
 from ase_uq.backends.orb.loading import save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
-from .builders import ORB_SIZES, charged_frames, default_dtype, make_orb, water
+from .builders import ORB_SIZES, charged_frames, default_dtype, make_mace, make_orb, water
 
 
 def calculator_of(
@@ -301,6 +302,12 @@ def test_loaders_of_pretrained_models_take_a_checkpoint(name: str, tmp_path: Pat
     assert e.features.shape == (3, 256)
     np.testing.assert_array_equal(e.forces, backend.calculator.get_property("forces", atoms))
     assert backend.identity.settings["max_num_neighbors"] == (20 if "20" in name else 120)
+
+
+def test_stored_potential_of_another_package(tmp_path: Path):
+    save_mace(make_mace(), tmp_path / "mace.safetensors")
+    with pytest.raises(ArtefactError, match="an ase_uq MACE potential; an ase_uq orb potential was expected"):
+        load_backend(f"orb:{tmp_path / 'mace.safetensors'}")
 
 
 def test_unknown_loader():
