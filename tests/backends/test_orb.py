@@ -8,6 +8,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import LinearCombinationCalculator, SumCalculator
 from ase.io import read, write
 from orb_models.forcefield import pretrained
 from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
@@ -121,6 +123,27 @@ class TestDirectWithDispersion(WithDispersion, TestDirect):
 
 class TestConservativeWithDispersion(WithDispersion, TestConservative):
     pass
+
+
+def test_a_correction_may_be_added():
+    orb = calculator_of()
+    total = SumCalculator([LennardJones(epsilon=0.01), orb])
+    backend = load_backend(total)
+    e = evaluate(backend, water())
+    np.testing.assert_allclose(e.forces, total.get_property("forces", water()), atol=1e-6)
+    assert "confidence" in e.extras
+
+
+def test_confidence_is_of_the_potential_and_its_weight_in_a_sum():
+    orb = calculator_of()
+    own, halved = (
+        evaluate(load_backend(calculator), water()).confidence
+        for calculator in (orb, LinearCombinationCalculator([orb, LennardJones()], [0.5, 1.0]))
+    )
+    assert own is not None
+    assert halved is not None
+    np.testing.assert_array_equal(halved.probabilities, own.probabilities)
+    np.testing.assert_array_equal(halved.edges, 0.5 * own.edges)
 
 
 @pytest.mark.parametrize("kind", ["direct", "conservative"])
