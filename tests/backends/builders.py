@@ -139,7 +139,7 @@ def make_omol_like() -> torch.nn.Module:
 
 
 def make_orb(kind: str, dtype: str = "float32", seed: int = 0, **options: Any) -> Any:
-    """An orb-v3 with random weights and normalisers that matter, ready for inference; equal ones for equal arguments."""
+    """An orb-v3 with random weights and normalisers that matter, ready for inference; equal arguments, equal ones."""
     return built(_orb, kind, dtype, seed, **options)
 
 

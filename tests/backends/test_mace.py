@@ -485,6 +485,7 @@ class TestCompiled:
         assert backend.forward(backend.collate([atoms])).gradients is None
 
     def test_batches(self, calculator: MACECalculator):
+        torch._dynamo.reset()  # or sizes become symbols, with which it takes longer
         backend, eager = load_backend(calculator), load_backend(calculator_of(**self.arguments))
         frames = standard_frames()[:3]
         found, expected = evaluate(backend, *frames), evaluate(eager, *frames)
