@@ -50,6 +50,7 @@ pytestmark = [
 EMBEDDED = {"embedded:mace": "mace.uq.safetensors", "embedded:orb-direct": "orb_direct.uq.safetensors"}
 KELVIN = (100, 300, 500, 700, 900, 1500, 2500, 5000)
 STEP = 0.0005  # ps
+N_STEPS = 24
 
 
 @pytest.fixture(scope="module", params=EMBEDDED)
@@ -268,7 +269,7 @@ def run(
     model: UncertainModel,
     frames: Sequence[Atoms],
     integrator: Any = ts.Integrator.nve,
-    n_steps: int = 40,
+    n_steps: int = N_STEPS,
     **options: Any,
 ) -> Any:
     arguments = {"temperature": KELVIN[: len(frames)], "timestep": STEP, "n_steps": n_steps, **options}
@@ -278,7 +279,7 @@ def run(
     return monitor.integrate(state, integrator=integrator, **arguments)
 
 
-def readings_of(model: UncertainModel, frames: list[Atoms], calculator: UncertainCalculator, n_steps: int = 40):
+def readings_of(model: UncertainModel, frames: list[Atoms], calculator: UncertainCalculator, n_steps: int = N_STEPS):
     """(n_steps + 1, n_replicas) eV/Å of an unwatched run, by the ASE calculator, and its structures."""
     history: list[list[Atoms]] = []
     init, step = ts.INTEGRATOR_REGISTRY[ts.Integrator.nve]
@@ -323,7 +324,7 @@ def test_only_the_offending_replicas_stop_at_the_step_where_they_should(
     n_halted = 0
     for number, (replica, atoms) in enumerate(zip(monitor.replicas, final.to_atoms(), strict=True)):
         above = readings[:, number] >= level
-        expected = int(np.argmax(above)) if above.any() else 40
+        expected = int(np.argmax(above)) if above.any() else N_STEPS
         n_halted += above.any()
         assert (replica.number, replica.halted, replica.step) == (number, above.any(), expected)
         assert replica.time_fs == pytest.approx(0.5 * expected, rel=1e-5)
@@ -346,11 +347,11 @@ def test_in_every_ensemble_the_halted_stay_and_the_others_go_on_as_without_them(
 ):
     model, (frames, level) = mace, with_a_bad_one(mace, cell=9.0)
     monitor = ReplicaMonitor(model, halt=level)
-    final = run(monitor, model, frames, integrator, 6, temperature=50, **options)
-    without = run(None, model, frames, integrator, 6, temperature=50, **options)
-    assert [(replica.halted, replica.step) for replica in monitor.replicas] == [(False, 6)] * 2 + [
+    final = run(monitor, model, frames, integrator, 4, temperature=50, **options)
+    without = run(None, model, frames, integrator, 4, temperature=50, **options)
+    assert [(replica.halted, replica.step) for replica in monitor.replicas] == [(False, 4)] * 2 + [
         (True, 0),
-        (False, 6),
+        (False, 4),
     ]
     start = state_of(frames, model)
     for name in ("positions", "momenta", "forces", "cell", "energy", "forces_uncertainty", "energy_uncertainty"):
@@ -417,7 +418,7 @@ def test_patience_is_that_of_the_rule_on_the_readings_of_each_replica(
                 expected = step
                 break
         halts.append(expected)
-        assert (replica.halted, replica.step) == (expected is not None, 40 if expected is None else expected)
+        assert (replica.halted, replica.step) == (expected is not None, N_STEPS if expected is None else expected)
     at_once = ReplicaMonitor(model, halt=level)
     run(at_once, model, copies())
     first = [replica.step if replica.halted else None for replica in at_once.replicas]
@@ -588,7 +589,7 @@ def test_batches_of_an_autobatcher_halt_the_same_replicas(model: UncertainModel,
     final = monitor.integrate(
         starts,
         integrator=ts.Integrator.nve,
-        n_steps=40,
+        n_steps=N_STEPS,
         temperature=KELVIN,
         timestep=STEP,
         autobatcher=batcher,
@@ -596,7 +597,7 @@ def test_batches_of_an_autobatcher_halt_the_same_replicas(model: UncertainModel,
     assert len(batcher.index_bins) > 2
     for replica, atoms in zip(monitor.replicas, final.to_atoms(), strict=True):
         above = readings[:, replica.number] >= level
-        assert (replica.halted, replica.step) == (above.any(), int(np.argmax(above)) if above.any() else 40)
+        assert (replica.halted, replica.step) == (above.any(), int(np.argmax(above)) if above.any() else N_STEPS)
         np.testing.assert_allclose(atoms.positions, history[replica.step][replica.number].positions, atol=1e-6)
 
 
@@ -645,7 +646,7 @@ def test_in_a_relaxation_only_the_uncertain_replica_stops(
     first: dict[str, Any] = {"step_size": 0.02} if optimizer == ts.Optimizer.lbfgs else {}
     if filtered:
         first["cell_filter"] = ts.CellFilter.frechet
-    options: dict[str, Any] = {"max_steps": 12, "init_kwargs": first}
+    options: dict[str, Any] = {"max_steps": 6, "init_kwargs": first}
     without = ts.optimize(state_of(frames, model), model, optimizer=optimizer, **options)
     monitor = ReplicaMonitor(model, halt=level)
     final = monitor.optimize(state_of(frames, model), optimizer=optimizer, **options)
@@ -666,7 +667,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
     final = monitor.optimize(
         frames,
         optimizer=ts.Optimizer.fire,
-        convergence_fn=ts.generate_force_convergence_fn(0.05),
+        convergence_fn=ts.generate_force_convergence_fn(0.1),
         max_steps=300,
         autobatcher=batcher,
         trajectory_reporter=ts.TrajectoryReporter(files, state_frequency=1),
@@ -676,7 +677,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
     for number, atoms in enumerate(final.to_atoms()):
         np.testing.assert_array_equal(atoms.numbers, frames[number].numbers)
         force = final.forces[ends[number] - len(atoms) : ends[number]].norm(dim=1).max()
-        assert (force < 0.05) == (number != 2)
+        assert (force < 0.1) == (number != 2)
     # Of five steps each: the halted one leaves at the first occasion, the others when they have converged.
     swaps = [max(1, replica.step // 5) for replica in monitor.replicas]
     assert list(batcher.iteration_count) == swaps
