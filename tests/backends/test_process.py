@@ -80,8 +80,8 @@ def fresh() -> Iterator[Callable[[str], str]]:
     """Runs a script in a process without any potential's package and gives "done", or what went wrong."""
     environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
     command = [sys.executable, "-W", "ignore", "-c", SERVER]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, env=environment, text=True, **pipes) as server:
+    server = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with server:
         stdin, stdout = server.stdin, server.stdout
         assert stdin is not None
         assert stdout is not None
