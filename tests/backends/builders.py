@@ -1,6 +1,9 @@
 """Small MACE and orb models with random weights: every variant of the architectures without a download."""
 
+import copy
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,9 @@ from ase.build import molecule
 
 from ase_uq.backends.mace import loading  # before e3nn, which the mace package patches
 from ase_uq.testing.backends import standard_frames
+
+# isort: split
+import e3nn
 
 ORB_SIZES = {"latent_dim": 32, "base_mlp_hidden_dim": 32, "head_mlp_hidden_dim": 32, "num_message_passing_steps": 2}
 _OMOL = {
@@ -22,7 +28,50 @@ _OMOL = {
 }  # fmt: skip
 
 
-def make_mace(
+_BUILT: dict[str, Any] = {}
+
+
+def built(build: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What `build` gives for these arguments, built once, as a copy that may be changed."""
+    key = repr((build.__module__, build.__qualname__, arguments, sorted(options.items())))
+    if key not in _BUILT:
+        _BUILT[key] = build(*arguments, **options)
+    return twin(_BUILT[key])
+
+
+def twin(module: torch.nn.Module) -> Any:
+    """A copy with weights of its own; those of `copy` compile what e3nn has generated once more, which takes longer."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return copy.deepcopy(module)
+    other = object.__new__(type(module))
+    for name, value in vars(module).items():
+        if name == "_modules":
+            value = {key: None if inner is None else twin(inner) for key, inner in value.items()}
+        elif name in ("_parameters", "_buffers") or isinstance(value, torch.Tensor):
+            value = copy.deepcopy(value)
+        elif isinstance(value, dict | list | set):
+            value = copy.copy(value)
+        vars(other)[name] = value
+    return other
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """e3nn leaves the code that it generates as it is: to compile it takes longer than most tests then run."""
+    before = e3nn.get_optimization_defaults()
+    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
+    try:
+        yield
+    finally:
+        e3nn.set_optimization_defaults(**before)
+
+
+def make_mace(**arguments: Any) -> Any:
+    """A ScaleShiftMACE in float64; equal arguments give equal weights."""
+    return built(_mace, **arguments)
+
+
+def _mace(
     heads: tuple[str, ...] = ("Default",),
     channels: int = 8,
     order: int = 1,
@@ -36,18 +85,15 @@ def make_mace(
     repulsion: bool = False,
     **options: Any,
 ) -> torch.nn.Module:
-    """A ScaleShiftMACE in float64."""
-    import e3nn
     from e3nn import o3
 
     modules = loading.mace_modules
     n_heads = len(heads)
     isolated = np.linspace(-10, -20, len(elements))
-    with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
+    # The trained models, which the tests load as well, are compiled.
+    with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings(), uncompiled():
         warnings.simplefilter("ignore")  # e3nn builds with a deprecated part of torch
         torch.manual_seed(seed)
-        # Both take most of the time; the trained models, which the tests load as well, have them.
-        e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
         model = modules.ScaleShiftMACE(
             atomic_inter_scale=[0.8 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.8,
             atomic_inter_shift=[0.1 + 0.1 * h for h in range(n_heads)] if n_heads > 1 else 0.1,
@@ -72,7 +118,6 @@ def make_mace(
             readout_cls=modules.readout_classes[readout],
             **options,
         )
-    e3nn.set_optimization_defaults(jit_script_fx=True, optimize_einsums=True)
     return model.eval()
 
 
@@ -94,7 +139,11 @@ def make_omol_like() -> torch.nn.Module:
 
 
 def make_orb(kind: str, dtype: str = "float32", seed: int = 0, **options: Any) -> Any:
-    """An orb-v3 with random weights and normalisers that matter, ready for inference."""
+    """An orb-v3 with random weights and normalisers that matter, ready for inference; equal arguments, equal ones."""
+    return built(_orb, kind, dtype, seed, **options)
+
+
+def _orb(kind: str, dtype: str, seed: int, **options: Any) -> Any:
     from orb_models.forcefield import pretrained
 
     build = {

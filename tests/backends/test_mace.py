@@ -1,6 +1,5 @@
 """Every variant of the MACE architecture keeps the contract, and trained models give the calculator's own bits."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
-from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, water
+from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, uncompiled, water
 
 
 def calculator_of(
@@ -92,16 +91,16 @@ class TestOMolLike(MACEContract):
 
 
 class TestCommittee(MACEContract):
-    n_forwards = 3
+    n_forwards = 2
 
     def make_calculator(self, dtype="float64"):
-        models = [make_mace(seed=seed) for seed in range(3)]
+        models = [make_mace(correlation=1, seed=seed) for seed in range(2)]
         return MACECalculator(models=models, device="cpu", default_dtype=dtype)
 
     def test_members_are_the_models(self, backend, frames):
         members = evaluate(backend, *frames).members
-        for index in range(3):
-            single = evaluate(load_backend(calculator_of(seed=index)), *frames)
+        for index in range(2):
+            single = evaluate(load_backend(calculator_of(correlation=1, seed=index)), *frames)
             assert single.members is None
             for name in ("energy", "forces", "stress"):
                 assert torch.equal(getattr(members, name)[index], getattr(single, name)), name
@@ -153,7 +152,8 @@ class TestTrained:
     ):
         path = tmp_path / "acac.safetensors"
         save_potential(calculator.models[0], path)
-        stored = load_backend(f"mace:{path}", device="cpu", dtype="float64")
+        with uncompiled():
+            stored = load_backend(f"mace:{path}", device="cpu", dtype="float64")
         own = load_backend(calculator)
         assert own.check_identity(stored.identity) is None
         # Weights are stored in float32.
@@ -203,7 +203,7 @@ def test_missing_file():
 @pytest.mark.parametrize("head", ["two", "three", 3])
 @pytest.mark.parametrize("heads", [("one", "two"), ("Default",)])
 def test_notes_under_head_do_not_change_what_is_predicted(heads: tuple[str, ...], head: object):
-    calculator = calculator_of(heads=heads, head=heads[0])
+    calculator = calculator_of(heads=heads, head=heads[0], order=0, correlation=1)
     noted = water()
     noted.info["head"] = head
     backend = load_backend(calculator)
@@ -218,7 +218,7 @@ def test_notes_under_head_do_not_change_what_is_predicted(heads: tuple[str, ...]
 def two_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("heads") / "two.model"
     with quiet():
-        torch.save(make_mace(heads=("one", "two")), path)
+        torch.save(make_mace(heads=("one", "two"), order=0, correlation=1), path)
     return path
 
 
@@ -229,7 +229,11 @@ class TestHeadsInASpec:
         backend = load_backend(f"{prefix}:{two_heads}?head={head}", device="cpu", dtype="float64")
         assert (backend.heads, backend.head) == (("one", "two"), head)
         found, expected = (
-            evaluate(b, water()) for b in (backend, load_backend(calculator_of(heads=("one", "two"), head=head)))
+            evaluate(b, water())
+            for b in (
+                backend,
+                load_backend(calculator_of(heads=("one", "two"), head=head, order=0, correlation=1)),
+            )
         )
         np.testing.assert_allclose(found.energy, expected.energy, atol=1e-9)
 
@@ -250,7 +254,8 @@ class TestHeadsInASpec:
             load_backend(f"mace:{two_heads}", device="cpu")
 
     def test_the_one_head_of_the_embedded_potential(self):
-        assert load_backend("embedded:mace?head=Default", device="cpu").head == "Default"
+        with uncompiled():
+            assert load_backend("embedded:mace?head=Default", device="cpu").head == "Default"
 
 
 def test_heads_are_different_potentials():
@@ -264,7 +269,7 @@ def test_heads_are_different_potentials():
 @pytest.mark.parametrize("head", ["one", "two", "three"])
 @pytest.mark.parametrize("readout", ["NonLinearReadoutBlock", "NonLinearBiasReadoutBlock"])
 def test_every_head_has_its_own_last_layer(head: str, readout: str):
-    calculator = calculator_of(heads=("one", "two", "three"), head=head, readout=readout)
+    calculator = calculator_of(heads=("one", "two", "three"), head=head, readout=readout, order=0, correlation=1)
     e = evaluate(load_backend(calculator), water())
     np.testing.assert_array_equal(e.energies, calculator.get_property("energies", water()))
     rest = e.energies - e.energy_layer.features @ e.energy_layer.weights
@@ -410,11 +415,8 @@ def test_stored_potential_of_another_architecture(tmp_path: Path):
     header, tensors = read_tensor_file(path, "MACE potential", 1)
     tensors.pop(next(iter(tensors)))
     write_tensor_file(path, "MACE potential", 1, header, tensors)
-    with pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its header"):
+    with uncompiled(), pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its hea"):
         load_potential(path)
-    shutil.copy(path, tmp_path / "other.safetensors")
-    with pytest.raises(ArtefactError, match="an ase_uq MACE potential; an ase_uq orb potential was expected"):
-        load_backend(f"orb:{tmp_path / 'other.safetensors'}")
 
 
 def test_only_what_can_be_rebuilt_is_stored(tmp_path: Path):
@@ -423,14 +425,21 @@ def test_only_what_can_be_rebuilt_is_stored(tmp_path: Path):
 
 
 class TestCompiled:
-    """`torch.compile` as MACECalculator does it, with a backend that compiles nothing."""
+    """`torch.compile` as MACECalculator does it, with a backend that compiles nothing.
 
-    @pytest.fixture
-    def graphs(self) -> list[int]:
+    One calculator for all: to trace the model takes seconds, each time.
+    """
+
+    arguments = {"order": 0, "correlation": 1}  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def graphs(cls) -> list[int]:
         return []
 
-    @pytest.fixture
-    def calculator(self, graphs: list[int]) -> Iterator[MACECalculator]:
+    @pytest.fixture(scope="class")
+    @classmethod
+    def calculator(cls, graphs: list[int]) -> Iterator[MACECalculator]:
         from mace.tools.compile import configure_autograd_for_compile, prepare
         from mace.tools.scripts_utils import extract_model
 
@@ -438,12 +447,12 @@ class TestCompiled:
             graphs.append(len(inputs))
             return module.forward
 
-        with quiet(), torch._dynamo.config.patch():  # pyright: ignore[reportAttributeAccessIssue]
+        with quiet(), uncompiled(), torch._dynamo.config.patch():  # pyright: ignore[reportAttributeAccessIssue]
             configure_autograd_for_compile(allow_autograd=True)
             # MACE builds the copy in torch's default dtype.
             torch.set_default_dtype(torch.float64)
             try:
-                model = prepare(extract_model)(model=make_mace(), map_location="cpu")
+                model = prepare(extract_model)(model=make_mace(**cls.arguments), map_location="cpu")
             finally:
                 torch.set_default_dtype(torch.float32)
             calculator = MACECalculator(models=model, device="cpu", default_dtype="float64")
@@ -453,7 +462,7 @@ class TestCompiled:
         torch._dynamo.reset()
 
     def test_same_numbers_without_padding_rows(self, calculator: MACECalculator, graphs: list[int]):
-        backend, eager = load_backend(calculator), load_backend(calculator_of())
+        backend, eager = load_backend(calculator), load_backend(calculator_of(**self.arguments))
         assert graphs == [], "wrapping compiled the probe structure"
         assert not calculator._padding_initialized
         assert backend.identity.fingerprint == eager.identity.fingerprint
@@ -473,14 +482,15 @@ class TestCompiled:
         np.testing.assert_array_equal(found.forces, calculator.get_property("forces", atoms))
 
     def test_gradients_are_refused(self, calculator: MACECalculator, graphs: list[int]):
-        backend = load_backend(calculator)
+        backend, before, atoms = load_backend(calculator), len(graphs), standard_frames()[1]
         with pytest.raises(InputError, match=r"this MACE model is compiled, .* without compile_mode"):
-            backend.forward(backend.collate([water()]), gradients=True)
-        assert graphs == []
-        assert backend.forward(backend.collate([water()])).gradients is None
+            backend.forward(backend.collate([atoms]), gradients=True)
+        assert len(graphs) == before
+        assert backend.forward(backend.collate([atoms])).gradients is None
 
     def test_batches(self, calculator: MACECalculator):
-        backend, eager = load_backend(calculator), load_backend(calculator_of())
+        torch._dynamo.reset()  # or sizes become symbols, with which it takes longer
+        backend, eager = load_backend(calculator), load_backend(calculator_of(**self.arguments))
         frames = standard_frames()[:3]
         found, expected = evaluate(backend, *frames), evaluate(eager, *frames)
         np.testing.assert_allclose(found.forces, expected.forces, atol=1e-9)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.lj import LennardJones
+from ase.calculators.mixing import LinearCombinationCalculator, SumCalculator
 from ase.io import read, write
 from orb_models.forcefield import pretrained
 from orb_models.forcefield.forcefield_adapter import ForcefieldAtomsAdapter
@@ -16,12 +18,13 @@ from orb_models.forcefield.inference.d3_model import AlchemiDFTD3, D3SumModel
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.backends.mace.loading import save_potential as save_mace
 from ase_uq.backends.orb.loading import save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, process_state, standard_frames
 
-from .builders import ORB_SIZES, charged_frames, default_dtype, make_orb, water
+from .builders import ORB_SIZES, charged_frames, default_dtype, make_mace, make_orb, water
 
 
 def calculator_of(
@@ -120,6 +123,27 @@ class TestDirectWithDispersion(WithDispersion, TestDirect):
 
 class TestConservativeWithDispersion(WithDispersion, TestConservative):
     pass
+
+
+def test_a_correction_may_be_added():
+    orb = calculator_of()
+    total = SumCalculator([LennardJones(epsilon=0.01), orb])
+    backend = load_backend(total)
+    e = evaluate(backend, water())
+    np.testing.assert_allclose(e.forces, total.get_property("forces", water()), atol=1e-6)
+    assert "confidence" in e.extras
+
+
+def test_confidence_is_of_the_potential_and_its_weight_in_a_sum():
+    orb = calculator_of()
+    own, halved = (
+        evaluate(load_backend(calculator), water()).confidence
+        for calculator in (orb, LinearCombinationCalculator([orb, LennardJones()], [0.5, 1.0]))
+    )
+    assert own is not None
+    assert halved is not None
+    np.testing.assert_array_equal(halved.probabilities, own.probabilities)
+    np.testing.assert_array_equal(halved.edges, 0.5 * own.edges)
 
 
 @pytest.mark.parametrize("kind", ["direct", "conservative"])
@@ -301,6 +325,12 @@ def test_loaders_of_pretrained_models_take_a_checkpoint(name: str, tmp_path: Pat
     assert e.features.shape == (3, 256)
     np.testing.assert_array_equal(e.forces, backend.calculator.get_property("forces", atoms))
     assert backend.identity.settings["max_num_neighbors"] == (20 if "20" in name else 120)
+
+
+def test_stored_potential_of_another_package(tmp_path: Path):
+    save_mace(make_mace(), tmp_path / "mace.safetensors")
+    with pytest.raises(ArtefactError, match="an ase_uq MACE potential; an ase_uq orb potential was expected"):
+        load_backend(f"orb:{tmp_path / 'mace.safetensors'}")
 
 
 def test_unknown_loader():

@@ -1,9 +1,12 @@
 """What potentials' packages change in the whole process is put back, whatever happens in between."""
 
+import importlib.util
+import json
 import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,10 +46,61 @@ def test_all_is_put_back(switch: str | None, monkeypatch: pytest.MonkeyPatch):
     assert process_state() == before
 
 
+# Runs script after script, each in a process of its own, which is forked before any potential's package is imported.
+# What those import takes ten times as long as they do, and is imported once; not all of it is in every installation.
+SERVER = """
+import gc, importlib, json, os, sys, traceback
+for name in ("torch._dynamo", "torch._inductor", "scipy.signal", "matplotlib.pyplot", "pandas", "networkx",
+             "torchmetrics", "torch_geometric", "sklearn", "h5py", "ase.calculators.mixing"):
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        pass
+gc.freeze()  # a collection in a child would copy every page
+for line in sys.stdin:
+    reader, writer = os.pipe()
+    if not os.fork():
+        os.dup2(2, 1)  # what packages print is no answer
+        told = "done"
+        try:
+            exec(json.loads(line), {"__name__": "__main__"})
+        except BaseException:
+            told = traceback.format_exc()
+        os.write(writer, told.encode())
+        os._exit(0)
+    os.close(writer)
+    with open(reader) as answer:
+        print(json.dumps(answer.read() or "the process died"), flush=True)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh() -> Iterator[Callable[[str], str]]:
+    """Runs a script in a process without any potential's package and gives "done", or what went wrong."""
+    environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    server = subprocess.Popen(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with server:
+        stdin, stdout = server.stdin, server.stdout
+        assert stdin is not None
+        assert stdout is not None
+
+        def run(script: str) -> str:
+            print(json.dumps(script), file=stdin, flush=True)
+            return json.loads(stdout.readline())
+
+        yield run
+        stdin.close()
+
+
 @pytest.mark.parametrize("first", ["import mace.calculators", "import ase_uq"])
-def test_a_calculator_of_the_users_own_can_be_made_after_a_spec(first: str, tmp_path: Path):
+def test_a_calculator_of_the_users_own_can_be_made_after_a_spec(
+    first: str, fresh: Callable[[str], str], tmp_path: Path
+):
     script = f"""
-import torch
+import sys, torch
+assert not {{"mace", "e3nn", "ase_uq"}} & {{*sys.modules}}
 {first}
 from ase_uq import load_backend
 backend = load_backend("embedded:mace")
@@ -54,8 +108,27 @@ torch.save(backend.calculator.models[0], {str(tmp_path / "x.model")!r})
 from mace.calculators import MACECalculator
 MACECalculator({str(tmp_path / "x.model")!r}, device="cpu", default_dtype="float32")
 """
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert fresh(script) == "done"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("sevenn") is None, reason="sevenn is not installed")
+@pytest.mark.parametrize("first", ["ase_uq.backends.mace", "ase_uq.backends.sevennet"])
+def test_safe_loading_of_torch_is_left_on(first: str, fresh: Callable[[str], str]):
+    """sevenn needs it relaxed to import e3nn; mace, which relaxes it for good, works before and after."""
+    script = f"""
+import importlib, os, sys
+assert not {{"mace", "e3nn", "sevenn", "ase_uq"}} & {{*sys.modules}}
+importlib.import_module({first!r})
+import ase_uq.backends.sevennet, torch
+assert slice not in torch.serialization.get_safe_globals()
+assert (os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1") == ("mace" in {first!r})
+import e3nn
+e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)  # to compile takes longer than the rest
+from ase_uq import load_backend
+for spec in ("embedded:mace", "sevennet:7net-0"):
+    load_backend(spec, device="cpu")
+"""
+    assert fresh(script) == "done"
 
 
 def test_safe_loading_stays_as_it_is_left_where_asked(monkeypatch: pytest.MonkeyPatch):

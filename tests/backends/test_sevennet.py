@@ -1,9 +1,9 @@
 """SevenNet-0, as the wheel of sevenn carries it, and small variants of its architecture keep the contract."""
 
-import os
+import contextlib
+import copy
+import functools
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,12 @@ from ase_uq.backends.sevennet import SevenNetCalculator, load
 from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, gradients, process_state, standard_frames
+from ase_uq.testing.backends.identity import IdentityLaws
+from ase_uq.testing.backends.last_layers import LastLayerLaws
+from ase_uq.testing.backends.means import MeanLaws
+from ase_uq.testing.backends.under_test import BackendUnderTest
 
-from .builders import default_dtype, quiet, water
+from .builders import built, default_dtype, quiet, twin, uncompiled, water
 
 # isort: split
 from sevenn import _const, model_build, util  # after ase_uq.backends.sevennet, with which torch lets e3nn read its file
@@ -33,8 +37,14 @@ from sevenn import _keys as key
 from sevenn.nn.force_output import ForceOutput
 
 
-def make_sevennet(seed: int = 0, elements: tuple[str, ...] = ("H", "C", "O", "Cu"), **settings: Any) -> torch.nn.Module:
-    """A model of sevenn with two interactions and random weights, in float32."""
+def make_sevennet(**settings: Any) -> torch.nn.Module:
+    """A model of sevenn with two interactions and random weights, in float32; equal settings give equal weights."""
+    return built(sevennet, **settings)
+
+
+def sevennet(
+    seed: int = 0, elements: tuple[str, ...] = ("H", "C", "O", "Cu"), compiled: bool = False, **settings: Any
+) -> torch.nn.Module:
     config = _const.DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG | util.chemical_species_preprocess(list(elements))
     config |= {
         key.CUTOFF: 4.0,
@@ -45,7 +55,7 @@ def make_sevennet(seed: int = 0, elements: tuple[str, ...] = ("H", "C", "O", "Cu
         key.SHIFT: [-1.0, -2.0, -3.0, -4.0][: len(elements)],
         key.SCALE: [0.5, 0.7, 0.9, 1.1][: len(elements)],
     } | settings
-    with quiet(), torch.random.fork_rng():
+    with quiet(), torch.random.fork_rng(), contextlib.nullcontext() if compiled else uncompiled():
         torch.manual_seed(seed)
         model = model_build.build_E3_equivariant_model(config)
         assert isinstance(model, torch.nn.Module)
@@ -64,15 +74,9 @@ def evaluate(backend: Backend, *frames: Atoms) -> ForwardPass:
     return backend.forward(backend.collate(frames))
 
 
-class SevenNetContract(BackendContract):
-    """What the variants share: all are made by `calculator_of` with `settings`."""
-
+class OfSevenNet(BackendUnderTest):
     dtype = "float32"
     dtypes = ("float32",)  # sevenn builds graphs and one-hot codes of no other precision
-    settings: dict[str, Any] = {}  # noqa: RUF012
-
-    def make_calculator(self, dtype="float32"):
-        return calculator_of(**self.settings)
 
     def last_layer(self, calculator):
         model = calculator.model
@@ -81,17 +85,40 @@ class SevenNetContract(BackendContract):
     def forward_modules(self, backend):
         return [backend.calculator.model.edge_embedding]  # layers are called one by one, not the model
 
+
+class SevenNetContract(OfSevenNet, BackendContract):
+    """What the variants share: all are made by `calculator_of` with `settings`."""
+
+    settings: dict[str, Any] = {}  # noqa: RUF012
+
+    def make_calculator(self, dtype="float32"):
+        return calculator_of(**self.settings)
+
     def test_gradients_of_features(self, backend, frames, monkeypatch):
         # Some norms are so close to 0 that they are curved within the step of the law.
         monkeypatch.setattr(gradients, "DIFFERENCES", {torch.float32: (3e-4, 3e-2)})
         super().test_gradients_of_features(backend, frames)
 
 
-class TestSevenNet0(SevenNetContract):
-    """The foundation model in the wheel."""
+@functools.cache
+def sevennet_0() -> SevenNetCalculator:
+    """The foundation model in the wheel, compiled as e3nn does it unless it is told otherwise."""
+    calculator = load("sevennet", "7net-0", "cpu", "float32")
+    assert isinstance(calculator, SevenNetCalculator)
+    return calculator
+
+
+class TestSevenNet0(OfSevenNet, MeanLaws, LastLayerLaws, IdentityLaws):
+    """Trained weights; derivatives and geometry are those of the architecture, which is that of `TestNoParity`."""
 
     def make_calculator(self, dtype="float32"):
-        return load("sevennet", "7net-0", "cpu", dtype)
+        calculator = copy.copy(sevennet_0())
+        calculator.model = twin(calculator.model)
+        return calculator
+
+    def make_frames(self):
+        methanol, water, _, oxygen, hydrogen = standard_frames()
+        return [methanol, water[:3], oxygen, hydrogen]
 
 
 class TestSmall(SevenNetContract):
@@ -111,9 +138,13 @@ class TestSlabs(SevenNetContract):
 
 
 class TestNoParity(SevenNetContract):
-    """The architecture of SevenNet-0: vectors are taken for pseudo-vectors, but are none in the first layer."""
+    """The architecture of SevenNet-0: vectors are taken for pseudo-vectors, but are none in the first layer.
+
+    And compiled, as it is.
+    """
 
     settings = {  # noqa: RUF012
+        "compiled": True,
         key.LMAX: 2,
         key.IS_PARITY: False,
         key.SELF_CONNECTION_TYPE: "linear",
@@ -140,21 +171,22 @@ class TestOneInteraction(SevenNetContract):
 @pytest.mark.parametrize("name", ["SevenNet-0_22May2024", "7net-l3i5"])
 def test_the_other_models_that_sevenn_carries(name: str):
     before = process_state()
-    with default_dtype(torch.float64):  # that of new weights
+    with default_dtype(torch.float64), uncompiled():  # the dtype that new weights have
         backend = load_backend(f"sevennet:{name}", device="cpu")
     assert process_state() == before
     assert backend.dtype == torch.float32
     found = evaluate(backend, water())
     np.testing.assert_array_equal(found.forces, backend.calculator.get_property("forces", water()))
-    own = load_backend("sevennet:7net-0", device="cpu")
+    own = load_backend(sevennet_0())
     with pytest.raises(PotentialMismatch, match=r"fitted on (another potential|other weights)"):
         own.check_identity(backend.identity)
 
 
 def test_a_checkpoint_is_loaded_by_its_path(tmp_path: Path):
     path = shutil.copy(util.pretrained_name_to_path("7net-0"), tmp_path / "mine.pth")
-    backend = load_backend(f"sevennet:{path}", device="cpu", dtype="float32")
-    assert backend.identity.fingerprint == load_backend("sevennet:7net-0", device="cpu").identity.fingerprint
+    with uncompiled():
+        backend = load_backend(f"sevennet:{path}", device="cpu", dtype="float32")
+    assert backend.identity.fingerprint == load_backend(sevennet_0()).identity.fingerprint
 
 
 @pytest.mark.parametrize("target", ["7net-O", "mine.pth", ""])
@@ -260,22 +292,3 @@ def test_threads_may_share_a_potential():
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(check, range(40)))
     np.testing.assert_array_equal(calculator.get_property("forces", frames[1]), expected[1].forces)
-
-
-@pytest.mark.parametrize("first", ["ase_uq.backends.mace", "ase_uq.backends.sevennet"])
-def test_safe_loading_of_torch_is_left_on(first: str):
-    """sevenn needs it relaxed to import e3nn; mace, which relaxes it for good, works before and after."""
-    script = f"""
-import importlib, os
-importlib.import_module({first!r})
-import ase_uq.backends.sevennet, torch
-assert slice not in torch.serialization.get_safe_globals()
-assert (os.environ.get("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD") == "1") == ("mace" in {first!r})
-from ase_uq import load_backend
-for spec in ("embedded:mace", "sevennet:7net-0"):
-    load_backend(spec, device="cpu")
-"""
-    environment = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"}
-    command = [sys.executable, "-W", "ignore", "-c", script]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

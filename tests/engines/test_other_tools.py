@@ -3,9 +3,10 @@
 A tool that is not installed skips its tests: `pip install phonopy matcalc ipi janus-core`.
 """
 
+import importlib
 import json
-import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.build import molecule
 from ase.io import read, write
 
 from ase_uq import UncertainCalculator, UncertaintyMonitor, WatchedCalculator, embedded, load_backend, read_frames
 from ase_uq.engines.ase.bias import UncertaintyBias
-from ase_uq.errors import InputError, UncertaintyHalt, UQWarning
+from ase_uq.errors import InputError, MissingDependency, UncertaintyHalt, UQWarning
 from ase_uq.testing.backends import count_forwards
 
 
@@ -33,6 +35,13 @@ def bare() -> Any:
 @pytest.fixture
 def calculator(bare: Any) -> UncertainCalculator:
     return UncertainCalculator(bare, embedded.path("mace.uq.safetensors"))
+
+
+def water_in_a_box() -> Atoms:
+    """Few atoms, and so few displacements."""
+    atoms = molecule("H2O", cell=(7.0, 7.5, 8.0), pbc=True)
+    atoms.center()
+    return atoms
 
 
 def molecule_in(cell: Sequence[float] | None = (7.0, 7.5, 8.0)) -> Atoms:
@@ -68,7 +77,7 @@ def phonopy_run(calculator: Any) -> tuple[np.ndarray, list[np.ndarray]]:
     from phonopy import Phonopy
     from phonopy.structure.atoms import PhonopyAtoms
 
-    atoms = molecule_in()
+    atoms = water_in_a_box()
     cell = PhonopyAtoms(symbols=atoms.get_chemical_symbols(), positions=atoms.positions, cell=atoms.cell.array)
     phonon = Phonopy(cell, supercell_matrix=np.eye(3), primitive_matrix="P")
     phonon.generate_displacements(distance=0.01)
@@ -92,9 +101,9 @@ def test_phonopy_gets_the_bare_force_constants_and_an_uncertainty_of_each_displa
     constants, uncertainties = phonopy_run(calculator)
     np.testing.assert_array_equal(constants, expected)
     assert not none
-    # A molecule in a box keeps its mirror plane: fewer than two displacements of each coordinate.
-    assert 9 * 3 <= len(uncertainties) < 9 * 6
-    assert all(u.shape == (9, 3) and (u > 0).all() for u in uncertainties)
+    # A molecule in a box keeps its mirror planes: fewer than two displacements of each coordinate.
+    assert 2 * 3 <= len(uncertainties) < 3 * 6
+    assert all(u.shape == (3, 3) and (u > 0).all() for u in uncertainties)
     assert len({u.tobytes() for u in uncertainties}) == len(uncertainties)
 
 
@@ -134,6 +143,8 @@ def test_matcalc_gets_the_bare_elastic_tensor(bare: Any, calculator: UncertainCa
     np.testing.assert_array_equal(tensor(calculator), tensor(bare))
 
 
+# A molecule that nobody relaxed.
+@pytest.mark.filterwarnings("ignore:.*acoustic .* at Gamma")
 def test_matcalc_phonons_leave_a_record_of_every_displaced_supercell(bare: Any, calculator: UncertainCalculator):
     matcalc = pytest.importorskip("matcalc")
 
@@ -145,7 +156,7 @@ def test_matcalc_phonons_leave_a_record_of_every_displaced_supercell(bare: Any, 
             t_max=100,
             t_step=50,
             write_phonon=False,
-        ).calc(molecule_in())
+        ).calc(water_in_a_box())
 
     watched = WatchedCalculator(calculator, halt=10.0)
     expected, found = phonons(bare), phonons(watched)
@@ -271,12 +282,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Ours, as i-PI loads it."""
     pytest.importorskip("ipi")
-    from ase_uq.engines.ipi_driver import UncertainDriver
+    from ipi.pes import load_pes
+
+    from ase_uq.engines import ipi_driver
 
     template = tmp_path_factory.mktemp("ipi") / "start.xyz"
     write(template, molecule_in(), format="extxyz")
-    return UncertainDriver(str(template), "embedded:mace", str(embedded.path("mace.uq.safetensors")))
+    load = load_pes("custom", ipi_driver.__file__)
+    return load(str(template), "embedded:mace", str(embedded.path("mace.uq.safetensors")))
 
 
 def start(folder: Path, *command: str) -> subprocess.Popen[str]:
@@ -295,13 +310,13 @@ def finished(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, text
 
 
-def through_a_socket(folder: Path, driver: str) -> None:
+def through_a_socket(folder: Path, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The client is i-PI's program in this process, which has imported and compiled all that it needs."""
     address = f"ase_uq_{uuid.uuid4().hex[:12]}"
     (folder / "input.xml").write_text(
         INPUT.replace("FORCEFIELD", SOCKET).replace("ADDRESS", address).replace("BEADS", "1")
     )
     server = start(folder, "i-pi", "input.xml")
-    client = None
     try:
         assert server.stdout is not None
         while not Path(f"/tmp/ipi_{address}").exists():
@@ -310,16 +325,16 @@ def through_a_socket(folder: Path, driver: str) -> None:
             except subprocess.TimeoutExpired:
                 continue
             pytest.fail(server.stdout.read())
-        client = start(folder, *(address if part == "ADDRESS" else part for part in CLIENT), driver, "-o", PARAMETERS)
-        finished(client)
+        words = [*(address if part == "ADDRESS" else part for part in CLIENT), driver, "-o", PARAMETERS]
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", words)
+        runpy.run_path(str(Path(sys.executable).with_name(words[0])), run_name="__main__")
         finished(server)
     finally:
-        for process in (server, client):
-            if process is not None:
-                process.kill()
+        server.kill()
 
 
-def inside_ipi(folder: Path, driver: str) -> None:
+def inside_ipi(folder: Path, driver: str, _: pytest.MonkeyPatch) -> None:
     (folder / "input.xml").write_text(
         INPUT.replace("FORCEFIELD", DIRECT).replace("DRIVER", driver).replace("BEADS", "2")
     )
@@ -336,11 +351,17 @@ def test_the_page_shows_what_is_run_here():
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning")  # i-PI's client leaves it open
 @pytest.mark.parametrize(("go", "n_beads"), [(through_a_socket, 1), (inside_ipi, 2)])
 def test_an_ipi_run_has_our_forces_and_the_uncertainties_of_every_step_and_bead(
-    go: Any, n_beads: int, folder: Path, driver_file: str, calculator: UncertainCalculator
+    go: Any,
+    n_beads: int,
+    folder: Path,
+    driver_file: str,
+    calculator: UncertainCalculator,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    go(folder, driver_file)
+    go(folder, driver_file, monkeypatch)
     for bead in range(n_beads):
         frames = read(folder / f"run.positions_{bead}.extxyz", ":")
         forces = read(folder / f"run.forces_{bead}.extxyz", ":")
@@ -364,17 +385,14 @@ def in_bohr(atoms: Atoms) -> tuple[np.ndarray, np.ndarray]:
     return atoms.cell.array.T / units.Bohr, atoms.positions / units.Bohr
 
 
-def test_driver_answers_as_ipis_own_ase_driver_does(folder: Path, driver_file: str, calculator: UncertainCalculator):
+def test_driver_answers_as_ipis_own_ase_driver_does(folder: Path, driver: Any, calculator: UncertainCalculator):
     from ipi.pes import load_pes
 
     skewed = molecule_in()
     skewed.set_cell([[6.0, 0, 0], [0.7, 6.5, 0], [0.3, -0.4, 5.0]])
     theirs = load_pes("ase", "")(str(folder / "start.xyz"))
     theirs.ase_calculator = calculator
-    ours = load_pes("custom", driver_file)(
-        str(folder / "start.xyz"), "embedded:mace", str(folder / "my.uq.safetensors")
-    )
-    expected, found = theirs(*in_bohr(skewed)), ours(*in_bohr(skewed))
+    expected, found = theirs(*in_bohr(skewed)), driver(*in_bohr(skewed))
     for number in range(3):
         np.testing.assert_allclose(np.ravel(found[number]), np.ravel(expected[number]), rtol=1e-6, atol=1e-6)
     assert np.abs(found[2]).max() > 1e-3
@@ -431,10 +449,12 @@ def test_driver_refuses_another_number_of_atoms(driver: Any):
         driver(np.eye(3), np.zeros((3, 3)))
 
 
-def test_driver_without_ipi_says_what_to_install(tmp_path: Path):
+def test_driver_without_ipi_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "ipi").mkdir()
     (tmp_path / "ipi" / "__init__.py").write_text("raise ModuleNotFoundError('no', name='ipi')")
-    code = "import ase_uq.engines.ipi_driver"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert "ase_uq.engines.ipi_driver needs i-PI, and ipi is not installed. Run: pip install ipi" in done.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.split(".")[0] == "ipi" or name == "ase_uq.engines.ipi_driver"]:
+        monkeypatch.delitem(sys.modules, name)
+    needs = r"ase_uq\.engines\.ipi_driver needs i-PI, and ipi is not installed\. Run: pip install ipi"
+    with pytest.raises(MissingDependency, match=needs):
+        importlib.import_module("ase_uq.engines.ipi_driver")

@@ -50,6 +50,7 @@ pytestmark = [
 EMBEDDED = {"embedded:mace": "mace.uq.safetensors", "embedded:orb-direct": "orb_direct.uq.safetensors"}
 KELVIN = (100, 300, 500, 700, 900, 1500, 2500, 5000)
 STEP = 0.0005  # ps
+N_STEPS = 24
 
 
 @pytest.fixture(scope="module", params=EMBEDDED)
@@ -268,7 +269,7 @@ def run(
     model: UncertainModel,
     frames: Sequence[Atoms],
     integrator: Any = ts.Integrator.nve,
-    n_steps: int = 40,
+    n_steps: int = N_STEPS,
     **options: Any,
 ) -> Any:
     arguments = {"temperature": KELVIN[: len(frames)], "timestep": STEP, "n_steps": n_steps, **options}
@@ -278,7 +279,7 @@ def run(
     return monitor.integrate(state, integrator=integrator, **arguments)
 
 
-def readings_of(model: UncertainModel, frames: list[Atoms], calculator: UncertainCalculator, n_steps: int = 40):
+def readings_of(model: UncertainModel, frames: list[Atoms], calculator: UncertainCalculator, n_steps: int = N_STEPS):
     """(n_steps + 1, n_replicas) eV/Å of an unwatched run, by the ASE calculator, and its structures."""
     history: list[list[Atoms]] = []
     init, step = ts.INTEGRATOR_REGISTRY[ts.Integrator.nve]
@@ -323,7 +324,7 @@ def test_only_the_offending_replicas_stop_at_the_step_where_they_should(
     n_halted = 0
     for number, (replica, atoms) in enumerate(zip(monitor.replicas, final.to_atoms(), strict=True)):
         above = readings[:, number] >= level
-        expected = int(np.argmax(above)) if above.any() else 40
+        expected = int(np.argmax(above)) if above.any() else N_STEPS
         n_halted += above.any()
         assert (replica.number, replica.halted, replica.step) == (number, above.any(), expected)
         assert replica.time_fs == pytest.approx(0.5 * expected, rel=1e-5)
@@ -342,9 +343,9 @@ INTEGRATORS = [
 
 @pytest.mark.parametrize(("integrator", "options"), INTEGRATORS, ids=[str(name) for name, _ in INTEGRATORS])
 def test_in_every_ensemble_the_halted_stay_and_the_others_go_on_as_without_them(
-    mace: UncertainModel, integrator: ts.Integrator, options: dict[str, float]
+    model: UncertainModel, integrator: ts.Integrator, options: dict[str, float]
 ):
-    model, (frames, level) = mace, with_a_bad_one(mace, cell=9.0)
+    frames, level = crystals_with_a_bad_one(model)
     monitor = ReplicaMonitor(model, halt=level)
     final = run(monitor, model, frames, integrator, 6, temperature=50, **options)
     without = run(None, model, frames, integrator, 6, temperature=50, **options)
@@ -365,20 +366,32 @@ def test_in_every_ensemble_the_halted_stay_and_the_others_go_on_as_without_them(
     torch.testing.assert_close(final[2].energy_uncertainty, again["energy_uncertainty"])
 
 
-def with_a_bad_one(mace: UncertainModel, cell: float | None = None) -> tuple[list[Atoms], float]:
+def with_a_bad_one(mace: UncertainModel) -> tuple[list[Atoms], float]:
     """Four structures of 9, 18, 9 and 9 atoms, and a threshold that only number 2 reaches."""
     frame = read(embedded.path("malonaldehyde.xyz"))
     frames = [Atoms(frame.numbers, frame.positions) for _ in range(4)]
     frames[1] += Atoms(frame.numbers, frame.positions + np.array([0.0, 0.0, 6.0]))
     for number, spread in enumerate((0.02, 0.01, 0.12, 0.01)):
         frames[number].rattle(spread, seed=number)
-        if cell is not None:
-            frames[number].set_cell([cell, cell + 1, cell + 3])
-            frames[number].pbc = True
-    readings = mace(state_of(frames, mace))["forces_uncertainty"].norm(dim=1).split([9, 18, 9, 9])
+    return frames, level_of_the_bad_one(mace, frames)
+
+
+def crystals_with_a_bad_one(model: UncertainModel) -> tuple[list[Atoms], float]:
+    """Four molecules of several sizes in periodic cells, and a threshold that only number 2 reaches."""
+    frames = copies(4)
+    frames[2].rattle(0.25, seed=2)
+    for atoms in frames:
+        atoms.set_cell([9.0, 10.0, 12.0])
+        atoms.pbc = True
+    return frames, level_of_the_bad_one(model, frames)
+
+
+def level_of_the_bad_one(model: UncertainModel, frames: list[Atoms]) -> float:
+    sizes = [len(atoms) for atoms in frames]
+    readings = model(state_of(frames, model))["forces_uncertainty"].norm(dim=1).split(sizes)
     others, own = max(float(readings[number].max()) for number in (0, 1, 3)), float(readings[2].max())
-    assert own > 4 * others
-    return frames, 0.8 * own
+    assert own > 2.5 * others
+    return 0.8 * own
 
 
 def test_a_halted_replica_is_not_evaluated_any_more_and_nothing_is_when_all_are(mace: UncertainModel):
@@ -417,7 +430,7 @@ def test_patience_is_that_of_the_rule_on_the_readings_of_each_replica(
                 expected = step
                 break
         halts.append(expected)
-        assert (replica.halted, replica.step) == (expected is not None, 40 if expected is None else expected)
+        assert (replica.halted, replica.step) == (expected is not None, N_STEPS if expected is None else expected)
     at_once = ReplicaMonitor(model, halt=level)
     run(at_once, model, copies())
     first = [replica.step if replica.halted else None for replica in at_once.replicas]
@@ -588,7 +601,7 @@ def test_batches_of_an_autobatcher_halt_the_same_replicas(model: UncertainModel,
     final = monitor.integrate(
         starts,
         integrator=ts.Integrator.nve,
-        n_steps=40,
+        n_steps=N_STEPS,
         temperature=KELVIN,
         timestep=STEP,
         autobatcher=batcher,
@@ -596,7 +609,7 @@ def test_batches_of_an_autobatcher_halt_the_same_replicas(model: UncertainModel,
     assert len(batcher.index_bins) > 2
     for replica, atoms in zip(monitor.replicas, final.to_atoms(), strict=True):
         above = readings[:, replica.number] >= level
-        assert (replica.halted, replica.step) == (above.any(), int(np.argmax(above)) if above.any() else 40)
+        assert (replica.halted, replica.step) == (above.any(), int(np.argmax(above)) if above.any() else N_STEPS)
         np.testing.assert_allclose(atoms.positions, history[replica.step][replica.number].positions, atol=1e-6)
 
 
@@ -639,9 +652,9 @@ def test_a_run_goes_on_from_its_final_state(model: UncertainModel, unwatched: An
 @pytest.mark.parametrize("filtered", [False, True], ids=["positions", "cell"])
 @pytest.mark.parametrize("optimizer", list(ts.Optimizer))
 def test_in_a_relaxation_only_the_uncertain_replica_stops(
-    mace: UncertainModel, optimizer: ts.Optimizer, filtered: bool
+    model: UncertainModel, optimizer: ts.Optimizer, filtered: bool
 ):
-    model, (frames, level) = mace, with_a_bad_one(mace, cell=9.0)
+    frames, level = crystals_with_a_bad_one(model)
     first: dict[str, Any] = {"step_size": 0.02} if optimizer == ts.Optimizer.lbfgs else {}
     if filtered:
         first["cell_filter"] = ts.CellFilter.frechet
@@ -666,7 +679,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
     final = monitor.optimize(
         frames,
         optimizer=ts.Optimizer.fire,
-        convergence_fn=ts.generate_force_convergence_fn(0.05),
+        convergence_fn=ts.generate_force_convergence_fn(0.1),
         max_steps=300,
         autobatcher=batcher,
         trajectory_reporter=ts.TrajectoryReporter(files, state_frequency=1),
@@ -676,7 +689,7 @@ def test_a_halted_replica_makes_room_for_the_next(mace: UncertainModel, tmp_path
     for number, atoms in enumerate(final.to_atoms()):
         np.testing.assert_array_equal(atoms.numbers, frames[number].numbers)
         force = final.forces[ends[number] - len(atoms) : ends[number]].norm(dim=1).max()
-        assert (force < 0.05) == (number != 2)
+        assert (force < 0.1) == (number != 2)
     # Of five steps each: the halted one leaves at the first occasion, the others when they have converged.
     swaps = [max(1, replica.step // 5) for replica in monitor.replicas]
     assert list(batcher.iteration_count) == swaps

@@ -17,14 +17,14 @@ from ase_uq.testing.backends.under_test import BackendUnderTest
 class LastLayerLaws(BackendUnderTest):
     """Laws of w·φ + base."""
 
-    def test_energy_is_that_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
-        e = forward(backend, frames)
+    def test_energy_is_that_of_the_last_layer(self, backend: Backend, evaluated: ForwardPass):
+        e = evaluated
         layer = e.energy_layer
         summed = e.sum_over_atoms(layer.features.double() @ layer.weights.double()) + layer.base
         assert_close(summed, e.energy, backend, "w·Σφ + base")
 
-    def test_forces_are_those_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
-        e = forward(backend, frames)
+    def test_forces_are_those_of_the_last_layer(self, backend: Backend, evaluated: ForwardPass):
+        e = evaluated
         if e.force_layer is None:
             pytest.skip("forces are conservative; test_forces_are_the_gradient_of_the_energy is their law")
         layer = e.force_layer
@@ -32,7 +32,7 @@ class LastLayerLaws(BackendUnderTest):
         assert_close(projected + layer.base, e.forces, backend, "P(φB) + base")
 
     def test_last_layers_are_linear_in_the_trained_weights(
-        self, backend: Backend, spare: BaseCalculator, frames: list[Atoms]
+        self, backend: Backend, evaluated: ForwardPass, spare: BaseCalculator, frames: list[Atoms]
     ):
         """Changed last-layer weights w' change the energy by exactly (w' - w)·Σφ and the forces by P(φ(B' - B))."""
         weights = [weight.detach() for weight in self.last_layer(spare)]
@@ -40,7 +40,7 @@ class LastLayerLaws(BackendUnderTest):
         noise = [torch.randn(weight.shape, generator=generator, dtype=torch.float64) for weight in weights]
         with changed(weights, [w + 0.1 * n.to(w) * w.abs().mean() for w, n in zip(weights, noise, strict=True)]):
             other = forward(load_backend(spare), frames)
-            original = forward(backend, frames)
+            original = evaluated
             change = (other.energy_layer.weights - original.energy_layer.weights).double()
             assert float(change.abs().max()) > 0, "last_layer names tensors that the weights do not hold"
             assert_close(other.energy_layer.features, original.energy_layer.features, backend, "features")

@@ -9,6 +9,7 @@ from ase import Atoms
 
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError
+from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends.comparing import assert_close, assert_same, forward, meaningful, of_frame, tensors
 from ase_uq.testing.backends.observing import count_forwards
 from ase_uq.testing.backends.under_test import BackendUnderTest
@@ -30,16 +31,15 @@ class MeanLaws(BackendUnderTest):
                     mean, expected, rtol=0, atol=self.mean_tolerance, err_msg=f"{key} of {atoms}"
                 )
 
-    def test_results_are_those_it_claims(self, backend: Backend, frames: list[Atoms]):
-        forward_pass = forward(backend, frames)
+    def test_results_are_those_it_claims(self, backend: Backend, evaluated: ForwardPass):
         assert {"energy", "free_energy"} <= set(backend.results)
         for key in ("energies", "forces", "stress"):
-            assert (getattr(forward_pass, key) is not None) == (key in backend.results), key
-        assert (forward_pass.force_layer is None) == self.conservative
+            assert (getattr(evaluated, key) is not None) == (key in backend.results), key
+        assert (evaluated.force_layer is None) == self.conservative
         assert backend.direct == (not self.conservative)
 
-    def test_shapes_of_a_mixed_batch(self, backend: Backend, frames: list[Atoms]):
-        e = forward(backend, frames)
+    def test_shapes_of_a_mixed_batch(self, evaluated: ForwardPass, frames: list[Atoms]):
+        e = evaluated
         counts = [len(atoms) for atoms in frames]
         assert 1 in counts, "make_frames should give a structure of one atom"
         assert any(atoms.pbc.all() for atoms in frames), "make_frames should give a periodic structure"
@@ -77,31 +77,34 @@ class MeanLaws(BackendUnderTest):
         for name, values in e.extras.items():
             assert len(values) == n_atoms, name
 
-    def test_batch_equals_singles_in_any_order(self, backend: Backend, frames: list[Atoms]):
-        batch = forward(backend, frames)
+    def test_batch_equals_singles_in_any_order(self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]):
         order = np.roll(np.arange(len(frames))[::-1], 1)
         shuffled = forward(backend, [frames[i] for i in order])
         for index, atoms in enumerate(frames):
             single = forward(backend, [atoms])
             expected = of_frame(single, 0, atoms)
-            assert_same(of_frame(batch, index, atoms), expected, backend)
+            assert_same(of_frame(evaluated, index, atoms), expected, backend)
             assert_same(of_frame(shuffled, order.tolist().index(index), atoms), expected, backend)
 
-    def test_what_another_process_collates_is_the_same_batch(self, backend: Backend, frames: list[Atoms]):
+    def test_what_another_process_collates_is_the_same_batch(
+        self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]
+    ):
         if backend.collator is None:
             pytest.skip("this backend collates structures only in the potential's process")
-        for group in (frames, frames[:1]):
+        for group, here in ((frames, evaluated), (frames[:1], forward(backend, frames[:1]))):
             collator, sent = pickle.loads(pickle.dumps((backend.collator, group)))
             data = pickle.loads(pickle.dumps(collator(sent)))
             received = dict(meaningful(backend.forward(backend.received(group, data)), group))
-            for name, value in meaningful(forward(backend, group), group):
+            for name, value in meaningful(here, group):
                 assert torch.equal(value, received[name]), name
         with pytest.raises(InputError, match=r"structure 0 \(empty\) has no atoms"):
             collator([Atoms()])
 
-    def test_same_structure_twice_gives_the_same_bits(self, backend: Backend, frames: list[Atoms]):
+    def test_same_structure_twice_gives_the_same_bits(
+        self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]
+    ):
         second = dict(meaningful(forward(backend, frames), frames))
-        for name, value in meaningful(forward(backend, frames), frames):
+        for name, value in meaningful(evaluated, frames):
             assert torch.equal(value, second[name]), name
 
     def test_one_forward_a_call(self, backend: Backend, frames: list[Atoms]):
@@ -113,18 +116,19 @@ class MeanLaws(BackendUnderTest):
             assert count() == self.n_forwards
             assert e.gradients is None, "the graph costs memory; it must be kept only on request"
 
-    def test_without_forces_the_rest_is_the_same(self, backend: Backend, frames: list[Atoms]):
-        full = forward(backend, frames)
+    def test_without_forces_the_rest_is_the_same(self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]):
         short = backend.forward(backend.collate(frames), forces=False)
         assert short.forces is None
         for name in ("energy", "features", "energy_layer.features", "energy_layer.base", "edges.vector"):
-            assert_close(dict(tensors(short))[name], dict(tensors(full))[name], backend, name)
+            assert_close(dict(tensors(short))[name], dict(tensors(evaluated))[name], backend, name)
 
-    def test_members_have_the_prediction_as_their_mean(self, backend: Backend, frames: list[Atoms]):
-        for forces in (True, False):
-            e = backend.forward(backend.collate(frames), forces=forces)
-            if e.members is None:
-                pytest.skip("the potential is no committee")
+    def test_members_have_the_prediction_as_their_mean(
+        self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]
+    ):
+        if evaluated.members is None:
+            pytest.skip("the potential is no committee")
+        for e in (evaluated, backend.forward(backend.collate(frames), forces=False)):
+            assert e.members is not None
             with_volume = torch.tensor([atoms.cell.rank == 3 for atoms in frames])
             for name, rows in (("energy", slice(None)), ("forces", slice(None)), ("stress", with_volume)):
                 mean, members = getattr(e, name), getattr(e.members, name)
@@ -133,8 +137,8 @@ class MeanLaws(BackendUnderTest):
                     assert_close(members.mean(0)[rows], mean[rows], backend, f"mean of the members' {name}")
                     assert float(members[:, rows].std(0).max()) > 0, f"{name} of all members is the same"
 
-    def test_confidence_is_a_probability(self, backend: Backend, frames: list[Atoms]):
-        confidence = forward(backend, frames).confidence
+    def test_confidence_is_a_probability(self, backend: Backend, evaluated: ForwardPass):
+        confidence = evaluated.confidence
         if confidence is None:
             pytest.skip("the potential has no confidence head")
         assert bool((confidence.probabilities >= 0).all())
@@ -143,8 +147,10 @@ class MeanLaws(BackendUnderTest):
         assert float(confidence.edges[0]) == 0
         assert bool((confidence.edges.diff() > 0).all())
 
-    def test_outputs_are_detached_finite_and_on_the_device(self, backend: Backend, frames: list[Atoms]):
-        for name, value in meaningful(forward(backend, frames), frames):
+    def test_outputs_are_detached_finite_and_on_the_device(
+        self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]
+    ):
+        for name, value in meaningful(evaluated, frames):
             assert not value.requires_grad, name
             assert value.device.type == backend.device.type, name
             assert bool(torch.isfinite(value).all()), name

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.testing.backends.comparing import forward
 from ase_uq.testing.backends.structures import standard_frames
 
 
@@ -64,6 +66,12 @@ class BackendUnderTest:
     @classmethod
     def backend(cls) -> Backend:
         return load_backend(cls().make_calculator(cls.dtype))
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def evaluated(cls, backend: Backend) -> ForwardPass:
+        """One forward pass over the frames, for all laws that only look at one."""
+        return forward(backend, cls().make_frames())
 
     @pytest.fixture(scope="class")
     @classmethod
