@@ -62,16 +62,16 @@ arguments = parser.parse_args()
 
 QUICK = arguments.quick
 STRATEGY = "random" if arguments.random else "lcmd"
-ROUNDS, RUNS, STEPS = (1, 2, 80) if QUICK else (3, 4, 1000)
+ROUNDS, RUNS, STEPS = (1, 2, 100) if QUICK else (3, 4, 1000)
 LABELS, SPARE = (6, 2) if QUICK else (30, 10)  # per round, to train on and to calibrate with
-EPOCHS, OLD = (3, 12) if QUICK else (16, 120)  # old frames are trained on again, lest the potential forget them
+EPOCHS, OLD = (5, 24) if QUICK else (16, 120)  # old frames are trained on again, lest the potential forget them
 FLAG, HALT = 0.15, 0.4  # eV/Å, the same in every round, so that rounds can be compared
 COLD, HOT = (1200 if QUICK else 300), 2000  # K
 TIMESTEP = 0.5  # fs
 CHECK = 20  # steps between frames whose true error is computed; these are not counted as labels
 
 start = read_frames(embedded.path("malonaldehyde.xyz"))[0]
-old = read_frames(embedded.path("train_300K.xyz"))[:: 4 if QUICK else 1]
+old = read_frames(embedded.path("train_300K.xyz"))[:: 10 if QUICK else 1]
 # Not all of them: they would outnumber the few frames that say how wrong the potential is when it is hot.
 old_calibration = read_frames(embedded.path("calibration_300K.xyz"))[::4]
 tests = {kelvin: read_frames(embedded.path(f"test_{kelvin}K.xyz"))[:: 10 if QUICK else 2] for kelvin in (300, 900)}

@@ -1,4 +1,4 @@
-"""Every example runs as it stands, in an empty folder; the one on real data on a part of it."""
+"""Every example runs as it stands, in an empty folder; those that fit on a part of the data."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ase.io import read
+from ase.io import read, write
 
 from ase_uq import UncertainCalculator, embedded
 from ase_uq.thresholds.reduction import atom_norms
@@ -17,6 +17,14 @@ from ase_uq.thresholds.reduction import atom_norms
 from . import preloaded
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+# Run before an example: its embedded frames are taken from another folder, if they are there.
+FEWER = """
+from pathlib import Path
+from ase_uq import embedded
+
+path = embedded.path
+embedded.path = lambda name: Path({folder!r}, name) if Path({folder!r}, name).exists() else path(name)
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -64,7 +72,12 @@ def test_md_that_halts(tmp_path: Path):
     assert (tmp_path / "flagged.xyz").exists()
 
 
-def test_your_own_frames(tmp_path: Path):
+def test_your_own_frames(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch):
+    fewer = tmp_path_factory.mktemp("fewer")
+    for name in ("train_300K.xyz", "calibration_300K.xyz"):
+        write(fewer / name, read(embedded.path(name), ":60"))
+    (fewer / "sitecustomize.py").write_text(FEWER.format(folder=str(fewer)))
+    monkeypatch.setenv("PYTHONPATH", str(fewer))
     text = run("03_your_own_frames.py", tmp_path)
     assert "test_300K.xyz: force MAE" in text
     assert "atom 0 O" in text

@@ -59,7 +59,7 @@ class CombinationFeatures:
         way: (n_atoms, n_components) t of the anchor: 0 at the calibration frames, 1 where nothing is known.
         field: (n_atoms, 1) logarithm of the mean distance of the anchor over the receptive field.
         others: (n_atoms, n_components, n_others) log σ² of the other methods.
-        network_inputs: (n_atoms, n_inputs) inputs of the networks.
+        network_inputs: (n_atoms, n_inputs) inputs of the networks; n_inputs is 0 where there are no networks.
     """
 
     base: Tensor
@@ -103,21 +103,23 @@ class CombinationInputs:
         assert isinstance(calibrator, FarFieldCalibrator)
         return calibrator
 
-    def features(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> CombinationFeatures:
+    def features(
+        self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None, *, networks: bool = True
+    ) -> CombinationFeatures:
         """The features of a batch, which must have forces; `limit` is σ∞² of `FarField`."""
         base = self.log_variance(self.anchor, forward_pass, raws, limit)
         others = [
             self.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base) for name in self.others
         ]
         views = views_of(forward_pass, raws[self.anchor])
+        distances = [raws[name].distance for name in self.distances]
+        inputs = network_inputs(forward_pass, views, self.elements, distances) if networks else views[:, :0]
         return CombinationFeatures(
             base=base,
             way=self._far_field.way(raws[self.anchor].forces),
             field=views[:, -1:],
             others=torch.stack(others, 2) if others else base.new_zeros((*base.shape, 0)),
-            network_inputs=network_inputs(
-                forward_pass, views, self.elements, [raws[name].distance for name in self.distances]
-            ),
+            network_inputs=inputs,
         )
 
     def log_variance(
@@ -332,7 +334,7 @@ class Combination(torch.nn.Module):
 
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
         """(n_atoms, n_components) variances of the force components, (eV/Å)²."""
-        features = self.inputs.features(forward_pass, raws, limit)
+        features = self.inputs.features(forward_pass, raws, limit, networks=self.ensemble is not None)
         corrections = corrections_of_methods(features, self.inputs.others)
         if self.ensemble is not None:
             corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))

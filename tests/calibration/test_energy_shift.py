@@ -127,11 +127,15 @@ def model() -> UncertaintyModel:
     return quick(None)
 
 
-@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS)
+@pytest.fixture(scope="module")
+def shifted(shift: Shift) -> UncertaintyModel:
+    with pytest.warns(UQWarning, match="energies of the calibration frames have an offset of .*another E0 or"):
+        return quick(shift)
+
+
+@pytest.mark.parametrize("shift", SHIFTS.values(), ids=SHIFTS, scope="module")
 class TestEverywhere:
-    def test_the_fit_names_it_and_calibrates_on_what_is_left(self, shift: Shift, model: UncertaintyModel):
-        with pytest.warns(UQWarning, match="energies of the calibration frames have an offset of .*another E0 or"):
-            shifted = quick(shift)
+    def test_the_fit_names_it_and_calibrates_on_what_is_left(self, shifted: UncertaintyModel, model: UncertaintyModel):
         test = frames(10, 3)
         plain, found = (Predictor(load_backend("toy:"), m).predict(test) for m in (model, shifted))
         for one, other in zip(plain, found, strict=True):
@@ -141,10 +145,10 @@ class TestEverywhere:
         assert "  energies       offset of " in shifted.summary()
         assert "offset" not in model.summary()
 
-    def test_the_offset_of_the_calibration_is_taken_out_of_test_frames(self, shift: Shift, model: UncertaintyModel):
+    def test_the_offset_of_the_calibration_is_taken_out_of_test_frames(
+        self, shift: Shift, shifted: UncertaintyModel, model: UncertaintyModel
+    ):
         """However few they are."""
-        with pytest.warns(UQWarning, match="energies of the calibration frames have an offset"):
-            shifted = quick(shift)
         options = {"n_bootstrap": 0, "progress": False}
         plain = evaluate("toy:", frames(3, 4), model, **options)
         found = evaluate("toy:", frames(3, 4, shift), shifted, **options)
@@ -163,9 +167,7 @@ class TestEverywhere:
         assert score.value == pytest.approx(size, rel=0.1)
         assert found.energy_offset == ""
 
-    def test_a_report_shows_what_is_left(self, shift: Shift, model: UncertaintyModel):
-        with pytest.warns(UQWarning, match="energies of the calibration frames have an offset"):
-            shifted = quick(shift)
+    def test_a_report_shows_what_is_left(self, shift: Shift, shifted: UncertaintyModel):
         test = frames(60, 4, shift)
         predictions = Predictor(load_backend("toy:"), shifted).predict(test)
         scored = [annotated(a, p.results) for a, p in zip(test, predictions, strict=True)]

@@ -29,6 +29,13 @@ WORDS += ["--refractory", 0.6, "--before", 2, "--trajectory", "run.xyz", "--log"
 
 PRELOADED = ["ase_uq.backends.toy", "ase_uq.cli", "ase_uq.cli.potential", "ase_uq.dynamics.run", "ase_uq.progress"]
 PRELOADED += ["ase_uq.engines.ase.calculator", "ase.md.bussi", "ase.md.nose_hoover_chain", "ase.md.langevin"]
+PRELOADED += [
+    "ase_uq.cli.start",
+    "ase_uq.backends.specs",
+    "ase_uq.methods.bll",
+    "ase.md.nvtberendsen",
+    "pydantic.types",
+]
 
 # Run in a process of its own, which kills itself as the kernel would: without a word.
 SCRIPT = """
