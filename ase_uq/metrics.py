@@ -12,7 +12,7 @@ Atoms of a frame and frames of a run are not independent: `bootstrap` resamples 
     reference       attainable_spearman, bootstrap           what the numbers could be, and how sure they are
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -36,6 +36,7 @@ __all__ = [
     "rmse",
     "sharpness",
     "spearman",
+    "summands",
 ]
 
 
@@ -54,8 +55,7 @@ def nll(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
 
     Proper: least in expectation at the true σ. Its zero depends on the unit of y, so compare differences.
     """
-    residuals, std = _judged(y_true, y_pred, y_std)
-    return float(np.mean(0.5 * np.log(2 * np.pi) + np.log(std) + 0.5 * (residuals / std) ** 2))
+    return float(np.mean(_nll(*_judged(y_true, y_pred, y_std))))
 
 
 def crps(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
@@ -64,10 +64,7 @@ def crps(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
     mean σ[z(2Φ(z) - 1) + 2φ(z) - 1/√π] with z = (y - μ)/σ (Gneiting and Raftery 2007, eq. 21). Proper like the
     likelihood, kinder to single large errors; for σ → 0 it is the mean absolute error.
     """
-    residuals, std = _judged(y_true, y_pred, y_std)
-    z = residuals / std
-    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
-    return float(np.mean(std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))))
+    return float(np.mean(_crps(*_judged(y_true, y_pred, y_std))))
 
 
 def rll(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike) -> float:
@@ -109,8 +106,7 @@ def coverage(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, level: f
     """
     if not 0 < level < 1:
         raise ValueError(f"the level of an interval lies between 0 and 1, not at {level!r}.")
-    residuals, std = _judged(y_true, y_pred, y_std)
-    return float(np.mean(np.abs(residuals) <= ndtri(0.5 + level / 2) * std))
+    return float(np.mean(_inside(*_judged(y_true, y_pred, y_std), level)))
 
 
 def miscalibration_area(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_levels: int = 100) -> float:
@@ -151,6 +147,29 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     levelled = _levelled(residuals.ravel() ** 2, std.ravel() ** 2)
     rmv, rms = (np.sqrt([values.mean() for values in np.array_split(squares, n_bins)]) for squares in levelled)
     return float(np.mean(np.abs(rmv - rms) / rmv))
+
+
+def summands(residuals: ArrayLike, y_std: ArrayLike, *, levels: Sequence[float] = (0.68,)) -> dict[str, np.ndarray]:
+    """What each component adds to the metrics that are means, so that resamples of rows need not compute it again.
+
+    The means are `mae`, the squares of `rmse` and `sharpness`, `nll`, `crps`, `mean_squared_z`, and `coverage` at each
+    level as `coverage_68`.
+
+    Args:
+        residuals: y - μ.
+        y_std: Standard deviations of the same shape.
+        levels: Of the coverage.
+    """
+    residuals, std = _judged(residuals, np.zeros_like(residuals), y_std)
+    return {
+        "mae": np.abs(residuals),
+        "rmse": residuals**2,
+        "sharpness": std**2,
+        "nll": _nll(residuals, std),
+        "crps": _crps(residuals, std),
+        "mean_squared_z": (residuals / std) ** 2,
+        **{f"coverage_{100 * level:.0f}": _inside(residuals, std, level) for level in levels},
+    }
 
 
 def sharpness(y_std: ArrayLike) -> float:
@@ -331,6 +350,20 @@ def _quantiles(values: np.ndarray, levels: tuple[float, float]) -> np.ndarray:
     above = np.minimum(below + 1, np.maximum(last, 0))
     low, high = (np.take_along_axis(ordered, place, 0) for place in (below, above))
     return low + (places - below) * (high - low)
+
+
+def _nll(residuals: np.ndarray, std: np.ndarray) -> np.ndarray:
+    return 0.5 * np.log(2 * np.pi) + np.log(std) + 0.5 * (residuals / std) ** 2
+
+
+def _crps(residuals: np.ndarray, std: np.ndarray) -> np.ndarray:
+    z = residuals / std
+    density = np.exp(-0.5 * z**2) / np.sqrt(2 * np.pi)
+    return std * (z * (2 * ndtr(z) - 1) + 2 * density - 1 / np.sqrt(np.pi))
+
+
+def _inside(residuals: np.ndarray, std: np.ndarray, level: float) -> np.ndarray:
+    return np.abs(residuals) <= ndtri(0.5 + level / 2) * std
 
 
 def _groups(labels: ArrayLike, n_rows: int | None, name: str) -> np.ndarray:

@@ -485,6 +485,17 @@ def test_bad_resampling_is_refused():
             metrics.bootstrap(statistic, groups)
 
 
+def test_means_of_summands_are_the_metrics(sample):
+    true, predicted, std = sample
+    found = {name: rows.mean() for name, rows in metrics.summands(true - predicted, std, levels=(0.68, 0.9)).items()}
+    expected = {name: getattr(metrics, name)(true, predicted, std) for name in ("nll", "crps", "mean_squared_z")}
+    expected |= {"mae": metrics.mae(true, predicted), "rmse": metrics.rmse(true, predicted) ** 2}
+    expected |= {f"coverage_{100 * p:.0f}": metrics.coverage(true, predicted, std, level=p) for p in (0.68, 0.9)}
+    assert found == pytest.approx(expected | {"sharpness": metrics.sharpness(std) ** 2}, rel=1e-12)
+    with pytest.raises(ValueError, match="y_std has 1 values that are not positive"):
+        metrics.summands([1.0, 2.0], [1.0, 0.0])
+
+
 def test_all_metrics_are_public():
     functions = {
         name

@@ -4,7 +4,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -31,18 +30,11 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 # Name of the labels and results of each quantity. `forces_max` is derived from `forces`: it ranks frames by their
 # largest force error, because runs are stopped by their largest uncertainty.
 _STORED = {"forces": "forces", "energy_per_atom": "energy", "stress": "stress"}
-# Metrics of residuals, zeros and standard deviations, component by component.
+_LEVELS = (0.68, 0.90, 0.95)  # of the coverage
+_ROOTS = ("rmse", "sharpness")  # of means
+# Metrics of residuals, zeros and standard deviations, component by component, that are no means.
 _OF_COMPONENTS: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], float]] = {
-    "mae": lambda residuals, zeros, _: metrics.mae(residuals, zeros),
-    "rmse": lambda residuals, zeros, _: metrics.rmse(residuals, zeros),
-    "sharpness": lambda _, __, std: metrics.sharpness(std),
-    "nll": metrics.nll,
-    "crps": metrics.crps,
     "rll": metrics.rll,
-    "mean_squared_z": metrics.mean_squared_z,
-    "coverage_68": partial(metrics.coverage, level=0.68),
-    "coverage_90": partial(metrics.coverage, level=0.90),
-    "coverage_95": partial(metrics.coverage, level=0.95),
     "miscalibration_area": metrics.miscalibration_area,
     "ence": lambda residuals, zeros, std: metrics.ence(residuals, zeros, std, n_bins=min(10, residuals.size)),
 }
@@ -162,13 +154,23 @@ class _Judge:
 
     def scores(self, sample: Sample) -> dict[str, tuple[float, float, float]]:
         """By metric: its value and the two ends of its 95 % interval."""
-        arrays = (sample.residuals, sample.std, sample.errors, sample.uncertainties)
-        values = self._values(*arrays)
+        means: dict[str, np.ndarray] = {}
+        if self.quantity != "forces_max":  # largest errors are not components of a vector: they can only be ranked
+            means = metrics.summands(sample.residuals, sample.std, levels=_LEVELS)
+        # (n, n_means): what each row adds to metrics that are means is computed once, not in every resample.
+        table = np.array([of_component.mean(1) for of_component in means.values()]).T
+
+        def values_of(rows: np.ndarray | slice) -> dict[str, float]:
+            values = dict(zip(means, table[rows].mean(0).tolist() if means else [], strict=True))
+            values |= {metric: value**0.5 for metric, value in values.items() if metric in _ROOTS}
+            return values | self._others(sample.only(rows))
+
+        values = values_of(slice(None))
         intervals = np.full((2, len(values)), np.nan)
         # With a single block there is nothing to resample.
         if self.n_bootstrap and len(np.unique(sample.frame)) > self.block:
             intervals = metrics.bootstrap(
-                lambda rows: list(self._values(*(array[rows] for array in arrays)).values()),
+                lambda rows: list(values_of(rows).values()),
                 sample.frame,
                 block=self.block,
                 n_resamples=self.n_bootstrap,
@@ -179,13 +181,13 @@ class _Judge:
             for (metric, value), low, high in zip(values.items(), *intervals, strict=True)
         }
 
-    def _values(
-        self, residuals: np.ndarray, std: np.ndarray, errors: np.ndarray, uncertainties: np.ndarray
-    ) -> dict[str, float]:
+    def _others(self, sample: Sample) -> dict[str, float]:
+        """The metrics that are no means."""
         values = {}
-        if self.quantity != "forces_max":  # largest errors are not components of a vector: they can only be ranked
-            zeros = np.zeros_like(residuals)
-            values = {metric: judge(residuals, zeros, std) for metric, judge in _OF_COMPONENTS.items()}
+        if self.quantity != "forces_max":
+            zeros = np.zeros_like(sample.residuals)
+            values = {metric: judge(sample.residuals, zeros, sample.std) for metric, judge in _OF_COMPONENTS.items()}
+        errors, uncertainties = sample.errors, sample.uncertainties
         values["spearman"] = metrics.spearman(errors, uncertainties)
         values["ause"] = metrics.ause(errors, uncertainties)
         if UNITS[self.quantity] == "eV/Å":  # the unit of the tolerance

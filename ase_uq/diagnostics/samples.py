@@ -39,8 +39,8 @@ class Sample(Brief):
         """(n,) norms of the standard deviations, sqrt(Σ_c σ_c²)."""
         return np.linalg.norm(self.std, axis=1)
 
-    def only(self, chosen: np.ndarray) -> "Sample":
-        """The sample with only the chosen rows, given as a mask or as indices."""
+    def only(self, chosen: np.ndarray | slice) -> "Sample":
+        """The sample with only the chosen rows, given as a mask, as indices or as a slice."""
         numbers = None if self.numbers is None else self.numbers[chosen]
         return Sample(self.residuals[chosen], self.std[chosen], self.frame[chosen], numbers)
 
