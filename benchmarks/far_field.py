@@ -144,7 +144,7 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
         if usable and split != "train":
             splits[split] = rows_of(head, nothing.far_field, stream(backend, usable, f"{name}: {split}"))
     parents = parents_of(train, backend.cutoff)
-    far = {RULE: nothing.scores["bll"]}
+    far = {RULE: nothing.scores["bll"]["forces"]}
     for fraction in FRACTIONS:
         rattled = [parent.rattled(fraction) for parent in parents]
         far[fraction] = np.median(log_scores(backend, head, rattled), 0)

@@ -6,7 +6,7 @@ The known end is where the calibration frames are: t = 0 at their mean ū_k of e
 is σ∞², what a potential is wrong by where it knows nothing (`uncertainty_model.far_field`), reached at the scores u∞_k
 of training frames that were rattled until the potential knew nothing of them. In between log σ² is linear in the
 logarithms of the scores. On the near side of the calibration frames, t < 0, σ∞² is its geometric mean over them: a
-larger limit must not make σ smaller.
+larger limit must not make σ smaller. Nor does σ fall on the way: where σ∞ is below e^(c/2), it stays there.
 
 Calibration frames say how the scores share the way (w ≥ 0, Σ w = 1), and hardly how far it goes: over the small range
 of their scores errors may grow faster or more slowly than on the whole way, which must end at σ∞². So τ ≤ 1 has a prior
@@ -228,7 +228,7 @@ class _Loss:
         slope = min(np.exp(x[1]), 1.0)
         raw = slope * (self.ways @ shares)
         way = np.minimum(raw, 1)
-        rise = np.where(way > 0, self.limits, self.limits.mean()) - constant
+        rise = np.maximum(np.where(way > 0, self.limits, self.limits.mean()) - constant, 0)
         log_variance = constant + rise * way
         ratio = self.squares * np.exp(-log_variance)
         deviation = (x[1] - self.centre) / self.width
@@ -240,7 +240,7 @@ class _Loss:
         of_shares = slope * (of_way @ self.ways) - 1 / (shares + _SMALLEST_SHARE) / len(shares)
         of_slope = float(of_way @ raw) * (x[1] <= 0) + deviation / self.width
         of_logits = shares * (of_shares - of_shares @ shares)
-        return float(value), np.concatenate([[of_row @ (1 - way), of_slope], of_logits])
+        return float(value), np.concatenate([[of_row @ (1 - way * (rise > 0)), of_slope], of_logits])
 
 
 def _offsets(calibrator: FarFieldCalibrator, residuals: Residuals) -> dict[int, float]:
@@ -260,4 +260,4 @@ def _offsets(calibrator: FarFieldCalibrator, residuals: Residuals) -> dict[int, 
 
 def _log_variance(constant: Tensor | float, way: Tensor, limits: Tensor, limit: float) -> Tensor:
     """The law, from t and log σ∞² of every row; `limit` is the mean of the latter over the calibration rows."""
-    return constant + (torch.where(way > 0, limits, limit) - constant) * way
+    return constant + (torch.where(way > 0, limits, limit) - constant).clamp(min=0) * way

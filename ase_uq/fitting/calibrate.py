@@ -78,6 +78,7 @@ class Observed:
         numbers: (n_atoms,) atomic numbers.
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
         limit: (n_atoms,) σ∞² of the forces, (eV/Å)²; None without a far field.
+        energy_limit: (n_frames,) σ∞² of the energies per atom, eV², likewise.
     """
 
     raw: dict[str, _RawArrays]
@@ -87,6 +88,7 @@ class Observed:
     numbers: np.ndarray
     n_atoms_of_frame: np.ndarray
     limit: np.ndarray | None
+    energy_limit: np.ndarray | None
     energy_shift: EnergyShift | None = None
 
     @property
@@ -121,7 +123,7 @@ def observe(
     """Scores and residuals of the calibration frames and, if they are to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
-    forces, energy, stress, numbers, counts, limits = [], [], [], [], [], []
+    forces, energy, stress, numbers, counts, limits, energy_limits = [], [], [], [], [], [], []
     for forward_pass, targets in tell_zero_forces("calibration", stream):
         assert forward_pass.forces is not None
         assert targets.forces is not None
@@ -139,6 +141,7 @@ def observe(
         counts.append(forward_pass.n_atoms_of_frame)
         if far_field is not None:
             limits.append(far_field.variance(forward_pass))
+            energy_limits.append(far_field.energy_variance(limits[-1], forward_pass))
 
     def joined(parts: list[torch.Tensor]) -> np.ndarray:
         return torch.cat(parts).cpu().numpy()
@@ -152,6 +155,7 @@ def observe(
         numbers=joined(numbers),
         n_atoms_of_frame=joined(counts),
         limit=joined(limits) if limits else None,
+        energy_limit=joined(energy_limits) if energy_limits else None,
     )
     return without_shift(observed), batches
 
@@ -174,22 +178,23 @@ def without_shift(observed: Observed) -> Observed:
     return replace(observed, energy=left[:, None], energy_shift=shift)
 
 
-def calibrated_method(name: str, head: Head, observed: Observed, far: np.ndarray | None) -> FittedMethod:
+def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[str, np.ndarray] | None) -> FittedMethod:
     """Calibrates a head, separately for forces, energy and stress.
 
     Args:
         name: Name of the method.
         head: The fitted head.
         observed: Scores and residuals of the calibration frames.
-        far: (n_scores,) logarithms of its force scores where the potential knows nothing; None if its scores do not
-            grow with the distance from the training frames.
+        far: (n_scores,) logarithms of its scores of `forces` and of `energy` where the potential knows nothing; None if
+            its scores do not grow with the distance from the training frames.
     """
     raw = observed.raw[name]
     forces = _force_residuals(raw.forces, observed)
-    choices = {"forces": (None if far is None else far_field_choice(forces, far)) or fit_calibrator(forces)}
+    far = far or {}
+    choices = {"forces": _choice(forces, far.get("forces"))}
     calibrators = {"forces": choices["forces"].calibrator}
-    if (rows := _frame_residuals(raw.energy, observed.energy)) is not None:
-        choices["energy"] = fit_calibrator(rows)
+    if (rows := _frame_residuals(raw.energy, observed.energy, observed.energy_limit)) is not None:
+        choices["energy"] = _choice(rows, far.get("energy"))
         calibrators["energy"] = choices["energy"].calibrator
         # Atoms have no reference energies, so their posterior variance is put on the scale of the total energy.
         calibrators["energies"] = fit_affine(rows, column=0)
@@ -202,6 +207,11 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: np.ndarray
     return FittedMethod(head, calibrators, likelihoods)
 
 
+def _choice(residuals: Residuals, far: np.ndarray | None) -> Choice:
+    """The law that ends where the potential knows nothing; without such an end, the better of the other forms."""
+    return (None if far is None else far_field_choice(residuals, far)) or fit_calibrator(residuals)
+
+
 def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
     """One row per atom for isotropic scores, else one row per component."""
     squares, limit = observed.forces**2, observed.limit
@@ -212,12 +222,13 @@ def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:
     return Residuals(scores.reshape(-1, scores.shape[2]), squares.reshape(-1), 1, groups, limits, numbers)
 
 
-def _frame_residuals(scores: np.ndarray, residuals: np.ndarray) -> Residuals | None:
+def _frame_residuals(scores: np.ndarray, residuals: np.ndarray, limit: np.ndarray | None = None) -> Residuals | None:
     """One row per labelled frame; None if there are too few to calibrate on, or none of them has an error."""
     (labelled,) = np.nonzero(np.isfinite(residuals).all(1))
     if len(labelled) < FEWEST_FRAMES or not residuals[labelled].any():
         return None
-    return Residuals(scores[labelled], (residuals[labelled] ** 2).sum(1), residuals.shape[1], labelled)
+    limits = None if limit is None else limit[labelled]
+    return Residuals(scores[labelled], (residuals[labelled] ** 2).sum(1), residuals.shape[1], labelled, limits)
 
 
 def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:

@@ -37,6 +37,7 @@ _MANY_ELEMENTS = 6
 _FEWEST_ATOMS = 16  # a smaller periodic cell is repeated: its atoms would move with their own images
 _SMALLEST_FORCE = 1e-3  # eV/Å; training frames that are all in equilibrium have next to no forces
 _SEED = 0
+_QUANTITIES = ("forces", "energy")
 
 
 class ShortestDistances:
@@ -66,12 +67,13 @@ class KnowNothing:
     """The far field of a potential, and the scores that its frames have.
 
     Args:
-        far_field: The know-nothing end of force uncertainties.
-        scores: By method: (n_scores,) median of the logarithm of each force score over the frames.
+        far_field: The know-nothing end of uncertainties.
+        scores: By method and quantity, `forces` or `energy`: (n_scores,) median of the logarithm of each score over the
+            frames.
     """
 
     far_field: FarField
-    scores: dict[str, np.ndarray]
+    scores: dict[str, dict[str, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -118,16 +120,17 @@ def know_nothing(
     growing = {name: head for name, head in heads.items() if head.grows}
     gradients = any(head.gradients for head in growing.values())
 
-    def scores(forward_pass: ForwardPass) -> dict[str, torch.Tensor]:
+    def scores(forward_pass: ForwardPass) -> dict[str, dict[str, torch.Tensor]]:
         with torch.no_grad():
-            return {name: head(forward_pass).forces.cpu() for name, head in growing.items()}
+            raws = {name: head(forward_pass) for name, head in growing.items()}
+        return {name: {"forces": r.forces.flatten(0, 1).cpu(), "energy": r.energy.cpu()} for name, r in raws.items()}
 
-    def forces_and_scores(forward_pass: ForwardPass) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def forces_and_scores(forward_pass: ForwardPass) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
         return _forces(forward_pass), {} if gradients else scores(forward_pass)
 
     searched = parents[: _number(parents, _SEARCH)]
     medians: list[float] = []
-    scored: dict[float, list[dict[str, torch.Tensor]]] = {}  # by fraction
+    scored: dict[float, list[dict[str, dict[str, torch.Tensor]]]] = {}  # by fraction
     for fraction in progress_bar(FRACTIONS, desc=title, unit="step", show=bool(title), leave=False):
         frames = [parent.rattled(fraction) for parent in searched]
         found = _evaluated(backend, frames, forces_and_scores, batch_atoms)
@@ -143,14 +146,28 @@ def know_nothing(
     if left := parents if gradients else parents[len(searched) :]:
         frames = [parent.rattled(chosen) for parent in left]
         batches += _evaluated(backend, frames, scores, batch_atoms, gradients=gradients, needed=not batches)
-    medians_of = {
-        name: torch.cat([batch[name] for batch in batches]).clamp(min=SMALLEST_SCORE).log().flatten(0, 1).median(0)
-        for name in growing
-    }
-    return KnowNothing(
-        FarField(elements, shortest, max(force, _SMALLEST_FORCE), FRACTIONS[: len(medians)], tuple(medians), chosen),
-        {name: median.values.numpy() for name, median in medians_of.items()},
+    size = float(np.sqrt(np.mean(np.concatenate([parent.displacements for parent in parents]) ** 2)))
+    far_field = FarField(
+        elements=elements,
+        shortest=shortest,
+        force=max(force, _SMALLEST_FORCE),
+        fractions=FRACTIONS[: len(medians)],
+        median_forces=tuple(medians),
+        fraction=chosen,
+        length=chosen * size,
     )
+    return KnowNothing(
+        far_field,
+        {
+            name: {quantity: _median_log([batch[name][quantity] for batch in batches]) for quantity in _QUANTITIES}
+            for name in growing
+        },
+    )
+
+
+def _median_log(scores: Sequence[torch.Tensor]) -> np.ndarray:
+    """(n_scores,) median over all rows of the logarithm of each score."""
+    return torch.cat(list(scores)).clamp(min=SMALLEST_SCORE).log().median(0).values.numpy()
 
 
 def _forces(forward_pass: ForwardPass) -> torch.Tensor:

@@ -21,6 +21,7 @@ from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.gated import GatedCombination
 
 _QUANTITIES = ("forces", "energy", "energies", "stress")
+_WITH_FAR_FIELD = ("forces", "energy")
 
 
 def check_contents(header: dict[str, Any], stored: Mapping[str, Tensor]) -> dict[str, type[Method]]:
@@ -104,7 +105,7 @@ def _checked_calibrators(method: Entries, scores: Mapping[str, int] | None) -> d
     made = {}
     for quantity in settings.keys(_QUANTITIES):
         made[quantity] = calibrator = checked_calibrator(settings.under(quantity))
-        if quantity != "forces" and isinstance(calibrator, FarFieldCalibrator):
+        if quantity not in _WITH_FAR_FIELD and isinstance(calibrator, FarFieldCalibrator):
             raise settings.under(quantity).wrong("kind", "affine or power")
         # An atom has one score of its energy.
         n_scores = None if scores is None else {**scores, "energies": 1}[quantity]
@@ -134,8 +135,9 @@ def _check_far_field(settings: Entries, tensors: StoredTensors, known: KnownPart
         of_far_field.nothing_else()
         return
     for name, calibrators in known.calibrators.items():
-        if isinstance(calibrators["forces"], FarFieldCalibrator):
-            raise WrongEntry(f"header has no far_field, but the forces of {name} have a calibrator that needs one")
+        for quantity, calibrator in calibrators.items():
+            if isinstance(calibrator, FarFieldCalibrator):
+                raise WrongEntry(f"header has no far_field, but the calibrator of {quantity} of {name} needs one")
 
 
 def _check_provenance(provenance: Entries) -> None:

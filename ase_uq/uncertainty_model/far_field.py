@@ -12,6 +12,14 @@ Far from all labelled frames no calibration says how large errors are. Three thi
               potential has learned it or not: the excess over the repulsion at the shortest distance of training
 
 All are local and change smoothly as neighbours come and go, so an atom has the same σ∞ beside a distant slab.
+
+An energy is the work of forces, so an energy per atom is wrong by what the forces are wrong by along the way to where
+nothing is known:
+
+    σ∞ of E/N = ℓ · mean_i σ∞,i
+
+    ℓ         root mean square displacement of a component of the training frames that were rattled until the potential
+              knew nothing of them (`fitting.know_nothing`)
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +47,7 @@ _SHORTEST, _LONGEST = 1e-6, 1e3
 
 @dataclass(frozen=True)
 class FarField:
-    """The know-nothing end of force uncertainties.
+    """The know-nothing end of the uncertainties of forces and energies.
 
     Args:
         elements: Atomic numbers of the training frames, ascending.
@@ -50,6 +58,7 @@ class FarField:
             neighbour, ascending.
         median_forces: Median predicted force of the frames rattled by each of these, eV/Å.
         fraction: The one that was chosen: where the median force stops growing, the potential has left what it knows.
+        length: ℓ, root mean square displacement of a component of the frames rattled by this fraction, Å.
     """
 
     elements: tuple[int, ...]
@@ -58,6 +67,7 @@ class FarField:
     fractions: tuple[float, ...]
     median_forces: tuple[float, ...]
     fraction: float
+    length: float
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,6 +78,7 @@ class FarField:
             "fractions": list(self.fractions),
             "median_forces": list(self.median_forces),
             "fraction": self.fraction,
+            "length": self.length,
         }
 
     @staticmethod
@@ -83,13 +94,15 @@ class FarField:
         fractions = settings.numbers("fractions", _SMALLEST_FORCE, 10)
         settings.numbers("median_forces", 0, _LARGEST_FORCE, len(fractions))
         settings.number("fraction", _SMALLEST_FORCE, 10)
+        settings.number("length", _SHORTEST, _LONGEST)
         tensors.take("shortest", len(elements), len(elements), low=_SHORTEST, high=_LONGEST, nan=True)
 
     @classmethod
     def load(cls, settings: dict[str, Any], shortest: Tensor) -> "FarField":
         """The far field with these settings."""
         elements, fractions, medians = (tuple(settings[key]) for key in ("elements", "fractions", "median_forces"))
-        return cls(elements, shortest, float(settings["force"]), fractions, medians, settings["fraction"])
+        fraction, length = settings["fraction"], settings["length"]
+        return cls(elements, shortest, float(settings["force"]), fractions, medians, fraction, length)
 
     def to(self, device: torch.device) -> "FarField":
         """A copy on a device."""
@@ -112,6 +125,13 @@ class FarField:
         squares = forward_pass.forces.double().square().mean(1, keepdim=True)
         local = mean_around(squares, edges, edges.cutoff)[:, 0]
         return self.force**2 + local + self._repulsion(edges, forward_pass.numbers)
+
+    def energy_variance(self, limit: Tensor, forward_pass: ForwardPass) -> Tensor:
+        """(n_frames,) σ∞² of the energy per atom, eV², from the (n_atoms,) σ∞² of the forces."""
+        counts = forward_pass.n_atoms_of_frame
+        total = torch.zeros(len(counts), dtype=limit.dtype, device=limit.device)
+        total = total.index_add(0, forward_pass.frame_of_atom, limit.sqrt())
+        return (self.length * total / counts).square()
 
     def contact(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms,) smallest distance of a neighbour, as a share of the shortest distance of training; `inf` alone."""

@@ -35,13 +35,22 @@ class FittedMethod(Brief):
         of_atoms = None if limit is None else limit[:, None]
         return self.calibrators["forces"].variance(raw.forces, of_atoms, numbers[:, None])
 
-    def standard_deviations(self, raw: Raw, limit: Tensor | None, forward_pass: ForwardPass) -> dict[str, Tensor]:
-        """Calibrated standard deviations of a batch by results key; arguments as of `force_variance`."""
+    def standard_deviations(
+        self, raw: Raw, limit: Tensor | None, energy_limit: Tensor | None, forward_pass: ForwardPass
+    ) -> dict[str, Tensor]:
+        """Calibrated standard deviations of a batch by results key.
+
+        Args:
+            raw: Raw scores of the head.
+            limit: As of `force_variance`.
+            energy_limit: (n_frames,) σ∞² of energies per atom, likewise.
+            forward_pass: The batch.
+        """
         forces = self.force_variance(raw, limit, forward_pass.numbers).sqrt()
         deviations = {"forces_uncertainty": forces.expand(-1, 3)}
         if "energy" in self.calibrators:
             # Calibrated per atom of a structure, so that sizes can be mixed.
-            per_atom = self.calibrators["energy"].variance(raw.energy).sqrt()
+            per_atom = self.calibrators["energy"].variance(raw.energy, energy_limit).sqrt()
             deviations["energy_uncertainty"] = forward_pass.n_atoms_of_frame * per_atom
         if "energies" in self.calibrators:
             deviations["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()

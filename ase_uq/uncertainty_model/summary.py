@@ -45,7 +45,7 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
     if (far := model.far_field) is not None:
         lines.append(
             f"  far field      nothing is known of training frames rattled by {far.fraction:g} of each bond: "
-            f"σ from {far.force:.3g} eV/Å"
+            f"σ from {far.force:.3g} eV/Å, {far.length * far.force:.2g} eV/atom"
         )
     if model.energy_shift is not None:
         lines.append(f"  energies       offset of {model.energy_shift.describe()}, taken out before calibration")

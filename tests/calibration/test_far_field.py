@@ -1,6 +1,7 @@
 """log σ² between the calibration frames and where nothing is known: both ends, another optimiser, known truths."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -50,7 +51,7 @@ class TestEnds:
         assert found.way(scores).item() == pytest.approx(0, abs=1e-12)
         assert found.variance(scores, limit).item() == pytest.approx(np.exp(found.constant))
 
-    @given(factor=st.floats(1.001, 1e12), limit=st.floats(1e-3, 1e6))
+    @given(factor=st.floats(1.001, 1e12), limit=st.floats(1e-2, 1e6))
     def test_beyond_the_far_scores_it_is_the_limit_and_no_more(self, factor: float, limit: float):
         found = FarFieldCalibrator(
             -6.0, tuple((1 / (FAR - 0.5) * [0.7, 0.3]).tolist()), (0.5, 0.5), tuple(FAR.tolist()), 0.0, (1e-3, 1e-3)
@@ -98,10 +99,12 @@ class TestFit:
         slope = shares_of(found).sum()
         assert loss(found.constant, slope, shares_of(found)[0] / slope) <= other.fun + 1e-6
 
+    @pytest.mark.parametrize("limit", [0.0, 3.0])
     @pytest.mark.parametrize("log_slope", [-0.3, 0.3])
-    def test_the_slope_of_what_is_minimised_is_that_of_finite_differences(self, log_slope: float):
+    def test_the_slope_of_what_is_minimised_is_that_of_finite_differences(self, log_slope: float, limit: float):
         random = np.random.default_rng(0)
-        loss = _Loss(random.normal(0.4, 0.5, (50, 3)), random.chisquare(3, 50), random.normal(size=50), 7, -0.1, 0.2)
+        limits = limit + random.normal(size=50)
+        loss = _Loss(random.normal(0.4, 0.5, (50, 3)), random.chisquare(3, 50), limits, 7, -0.1, 0.2)
         x = np.concatenate([[0.2, log_slope], random.normal(size=3)])
         numeric = [(loss(x + h)[0] - loss(x - h)[0]) / 2e-6 for h in 1e-6 * np.eye(5)]
         np.testing.assert_allclose(loss(x)[1], numeric, rtol=1e-5, atol=1e-7)
@@ -141,6 +144,15 @@ class TestFit:
         scores = torch.logspace(-3, 6, 50, dtype=torch.float64)[:, None].expand(-1, 2)
         small, large = (found.variance(scores, torch.full((50,), x, dtype=torch.float64)) for x in (1.0, 100.0))
         assert bool((large >= small).all())
+
+    def test_it_never_falls_on_the_way(self):
+        rows = simulated()
+        assert rows.limits is not None
+        found = fitted(replace(rows, limits=rows.limits * 1e-6))  # below the errors of the calibration frames
+        scores = torch.logspace(-3, 6, 50, dtype=torch.float64)[:, None].expand(-1, 2)
+        variance = found.variance(scores, torch.full((50,), 1e-6, dtype=torch.float64))
+        np.testing.assert_allclose(variance, np.exp(found.constant))
+        assert found.constant == pytest.approx(np.log((rows.squares / 3).mean()), abs=1e-4)
 
     def test_scores_that_are_all_the_same_have_no_far_field(self):
         rows = simulated()

@@ -135,9 +135,21 @@ class TestKnowNothing:
         made = fitting.parents_of(frames, backend.cutoff)
         rattled = [parent.rattled(found.far_field.fraction) for parent in made]
         forces = torch.cat([head(forward_pass_of(backend, [atoms])).forces[:, 0] for atoms in rattled])
-        np.testing.assert_allclose(found.scores["bll"], forces.log().median(0).values, rtol=1e-6)
+        np.testing.assert_allclose(found.scores["bll"]["forces"], forces.log().median(0).values, rtol=1e-6)
+        energy = torch.cat([head(forward_pass_of(backend, [atoms])).energy for atoms in rattled])
+        np.testing.assert_allclose(found.scores["bll"]["energy"], energy.log().median(0).values, rtol=1e-6)
         calm = torch.cat([head(forward_pass_of(backend, [atoms])).forces[:, 0] for atoms in frames])
-        assert (found.scores["bll"] > calm.log().median(0).values.numpy() + 1).all()
+        assert (found.scores["bll"]["forces"] > calm.log().median(0).values.numpy() + 1).all()
+
+    def test_its_length_is_how_far_the_atoms_were_moved(self, backend: Backend):
+        frames = labelled_frames(12, seed=1)
+        found = self.fitted(backend, frames)
+        assert found is not None
+        moves = [
+            (parent.rattled(found.far_field.fraction).positions - parent.atoms.positions).ravel()
+            for parent in fitting.parents_of(frames, backend.cutoff)
+        ]
+        assert found.far_field.length == pytest.approx(np.sqrt(np.mean(np.concatenate(moves) ** 2)))
 
     def test_of_lone_atoms_alone_there_is_none(self, backend: Backend):
         heads = {"bll": head_of(backend, labelled_frames(12, seed=1))}

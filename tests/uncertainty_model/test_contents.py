@@ -21,6 +21,7 @@ from torch import Tensor
 from ase_uq import UncertaintyModel, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.calibration import FarFieldCalibrator
 from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import ArtefactError, PotentialMismatch, UQWarning
 from ase_uq.fitting import combination as fitting
@@ -337,6 +338,9 @@ def test_a_file_says_what_is_wrong_with_which_value(whole: Case, tmp_path: Path)
     )
 
 
+LAW = FarFieldCalibrator(-6.0, (0.1,), (0.5,), (9.0,), 0.0, (1e-3,)).settings
+
+
 @pytest.mark.parametrize(
     ("path", "value", "part"),
     [
@@ -348,7 +352,10 @@ def test_a_file_says_what_is_wrong_with_which_value(whole: Case, tmp_path: Path)
         (("edges", "counts", "iron"), 3, r"header.edges.counts has 'iron', atomic numbers were expected"),
         (("combination", "weights", "x"), 0.5, "combination.weights has 'x', but only mahalanobis, residual are known"),
         (("combination", "ensemble"), None, "ensemble is None, one beside a weight of residual, else null, was"),
-        (("far_field",), None, "header has no far_field, but the forces of bll have a calibrator that needs one"),
+        (("far_field",), None, "header has no far_field, but the calibrator of forces of bll needs one"),
+        (("far_field", "length"), 0, "far_field.length is 0, a number from 1e-06 to 1000 was expected"),
+        (("methods", "bll", "calibrators", "energies"), LAW, "energies.kind is 'far_field', affine or power was"),
+        (("methods", "bll", "calibrators", "energy"), LAW, "energy is an object|a calibrator of 2 scores"),
         (("reference", "reduction", "kind"), "least", "a reduction is 'max', 'mean', 'top3' or a quantile"),
         (("provenance", "versions"), [], r"header.provenance.versions is \[\], an object was expected"),
     ],

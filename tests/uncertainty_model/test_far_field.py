@@ -19,7 +19,7 @@ from ase_uq.uncertainty_model.far_field import FarField
 NAN = float("nan")
 # Elements H, C and O; C and O have never met.
 SHORTEST = torch.tensor([[1.5, 1.0, 0.9], [1.0, 1.3, NAN], [0.9, NAN, NAN]], dtype=torch.float64)
-FAR_FIELD = FarField((1, 6, 8), SHORTEST, 0.5, (0.06, 0.08), (3.0, 2.0), 0.06)
+FAR_FIELD = FarField((1, 6, 8), SHORTEST, 0.5, (0.06, 0.08), (3.0, 2.0), 0.06, 0.07)
 
 
 def evaluated(*frames: Atoms) -> ForwardPass:
@@ -49,7 +49,7 @@ class TestVariance:
         distance = np.linalg.norm(positions[:, None] - positions[None], axis=2)
         cutoff = forward_pass.edges.cutoff
         weight = np.where(distance < cutoff, 0.5 * (1 + np.cos(np.pi * distance / cutoff)), 0)
-        far = FarField((1, 6, 8), torch.full((3, 3), 0.1, dtype=torch.float64), 0.5, (), (), 0.06)
+        far = FarField((1, 6, 8), torch.full((3, 3), 0.1, dtype=torch.float64), 0.5, (), (), 0.06, 0.07)
         np.testing.assert_allclose(far.variance(forward_pass), 0.25 + weight @ squares / weight.sum(1), rtol=1e-6)
 
     @pytest.mark.parametrize(("symbols", "z1", "z2", "shortest"), [("CH", 6, 1, 1.0), ("OH", 8, 1, 0.9)])
@@ -77,7 +77,7 @@ class TestVariance:
     def test_an_atom_has_the_same_in_any_supercell_and_beside_anything_distant(self):
         cell = bulk("Si", cubic=True)
         cell.rattle(0.1, seed=1)
-        far = FarField((14,), torch.tensor([[2.2]], dtype=torch.float64), 0.5, (), (), 0.06)
+        far = FarField((14,), torch.tensor([[2.2]], dtype=torch.float64), 0.5, (), (), 0.06, 0.07)
         one, eight = (far.variance(evaluated(atoms)) for atoms in (cell, cell.repeat(2)))
         torch.testing.assert_close(eight, one.repeat(8), rtol=1e-4, atol=1e-6)
         water = molecule("H2O")
@@ -91,6 +91,30 @@ class TestVariance:
         together = FAR_FIELD.variance(evaluated(*frames))
         alone = torch.cat([FAR_FIELD.variance(evaluated(atoms)) for atoms in frames])
         torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-8)
+
+
+class TestEnergyVariance:
+    def variance(self, *frames: Atoms) -> torch.Tensor:
+        forward_pass = evaluated(*frames)
+        return FAR_FIELD.energy_variance(FAR_FIELD.variance(forward_pass), forward_pass)
+
+    def test_of_an_atom_that_moves_alone_is_the_work_of_its_force(self):
+        atoms = Atoms("H")
+        force = FAR_FIELD.variance(evaluated(atoms)).sqrt()
+        torch.testing.assert_close(self.variance(atoms), (0.07 * force).square())
+
+    def test_of_totals_adds_up_over_structures_that_are_far_apart(self):
+        water, methane = molecule("H2O"), molecule("CH4")
+        methane.positions += 40
+        one, other, both = (float(self.variance(atoms).sqrt()) for atoms in (water, methane, water + methane))
+        assert 8 * both == pytest.approx(3 * one + 5 * other, rel=1e-5)
+
+    def test_is_the_same_per_atom_in_any_supercell_and_in_a_batch(self):
+        cell = bulk("Si", cubic=True)
+        cell.rattle(0.1, seed=1)
+        one, eight, water = self.variance(cell, cell.repeat(2), molecule("H2O"))
+        torch.testing.assert_close(eight, one, rtol=1e-4, atol=0)
+        torch.testing.assert_close(water, self.variance(molecule("H2O"))[0])
 
 
 class TestContact:
@@ -108,3 +132,4 @@ def test_settings_make_it_again():
     again = FarField.load(json.loads(json.dumps(FAR_FIELD.settings)), SHORTEST)
     assert again.settings == FAR_FIELD.settings
     assert again.elements == (1, 6, 8)
+    assert again.length == 0.07

@@ -688,8 +688,10 @@ class TestResults:
 
     def test_energy_uncertainty_is_that_of_the_total(self, model: UncertaintyModel, calculator: ToyCalculator):
         batch = forward_pass_of(load_backend(calculator), labelled_frames(5, seed=3))
-        fitted = model.methods["bll"]
-        per_atom = fitted.calibrators["energy"].variance(fitted.head(batch).energy).sqrt()
+        fitted, far_field = model.methods["bll"], model.far_field
+        assert far_field is not None
+        limit = far_field.energy_variance(far_field.variance(batch), batch)
+        per_atom = fitted.calibrators["energy"].variance(fitted.head(batch).energy, limit).sqrt()
         torch.testing.assert_close(model.apply(batch)["energy_uncertainty"], per_atom * batch.n_atoms_of_frame)
 
     def test_an_isotropic_method_gives_three_equal_numbers(self):
