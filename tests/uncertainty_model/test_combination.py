@@ -42,7 +42,7 @@ class Given(CombinationInputs):
 
     span = 5.0  # pyright: ignore[reportAssignmentType, reportIncompatibleVariableOverride]
 
-    def features(self, forward_pass: Any, raws: Any, limit: Any) -> CombinationFeatures:
+    def features(self, forward_pass: Any, raws: Any, limit: Any, *, networks: bool = True) -> CombinationFeatures:
         return forward_pass
 
 
