@@ -156,7 +156,7 @@ def test_bias_forces_are_right_in_a_periodic_cell():
         model = fit(potential, frames[:20], frames[20:], methods=["bll"], progress=False)
     calculator = UncertainCalculator(potential, model)
     atoms = silicon(rng)
-    atoms.positions[0] += 0.5
+    atoms.positions[0] += 0.1  # further out nothing is known, and the bias is flat
     check_by_differences(biased(calculator, width=width_at_work(calculator, atoms)), atoms)
 
 
@@ -185,6 +185,18 @@ def test_the_bias_has_its_closed_form(shipped, malonaldehyde, name):
     assert -height < found["bias_energy"] < 0
     assert found["energy"] == found["free_energy"] == found["unbiased_energy"] + found["bias_energy"]
     np.testing.assert_array_equal(found["forces"], found["unbiased_forces"] + found["bias_forces"])
+
+
+def test_where_nothing_is_known_the_bias_is_flat(toy):
+    """It has the far field of energies, with the mean end of the calibration frames."""
+    calibrator = toy.uncertainty_model.methods["bll"].calibrators["energy"]
+    atoms = ethanol()
+    atoms.positions *= 0.5
+    bias = biased(toy, width=0.1)
+    bias.calculate(atoms)
+    variance = 9**2 * np.exp(calibrator.limit)
+    assert bias.results["bias_energy"] == pytest.approx(np.expm1(-variance / (9 * 0.1**2)), rel=1e-9)
+    assert not bias.results["bias_forces"].any()
 
 
 @pytest.mark.parametrize("name", POTENTIALS)

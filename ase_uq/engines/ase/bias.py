@@ -4,7 +4,10 @@
 
 With σ_E the calibrated standard deviation of the total energy and N the number of atoms, E_bias falls from 0 where the
 potential is certain to -A where it is not. The derivative of σ_E² is taken through the method and its calibration down
-to the output of one forward pass of the potential, and from there to the positions by one further backward pass.
+to the output of one forward pass of the potential, and from there to the positions by one further backward pass. Where
+nothing is known σ_E depends on the predicted forces, whose derivative would take more passes: the bias takes their mean
+over the calibration frames, so that its σ_E is that of the results on frames like those. Beyond the far end σ_E is
+constant, and the bias does not pull.
 
 Source: Kulichenko et al., Nature Computational Science 3, 230 (2023). Their σ_E² is a sum over the N_M members of an
 ensemble, and their exponent is σ_E²/(N_M·N·B²); here σ_E² is already a variance.
@@ -21,6 +24,7 @@ from ase import Atoms
 from ase.calculators.calculator import all_changes
 from torch import Tensor
 
+from ase_uq.calibration import FarFieldCalibrator
 from ase_uq.engines.ase.base import CalibratedCalculator
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
@@ -190,8 +194,10 @@ def _variance_and_pull(e: ForwardPass, fitted: FittedMethod, name: str) -> tuple
     leaves = _Leaves.of(e)
     with torch.enable_grad():
         raw = fitted.head(leaves.forward_pass)
+        calibrator = fitted.calibrators["energy"]
+        limit = raw.energy.new_tensor([calibrator.limit]).exp() if isinstance(calibrator, FarFieldCalibrator) else None
         # The calibrated variance is that of the energy per atom.
-        variance = (e.n_atoms_of_frame.double() ** 2 * fitted.calibrators["energy"].variance(raw.energy)).sum()
+        variance = (e.n_atoms_of_frame.double() ** 2 * calibrator.variance(raw.energy, limit)).sum()
     everything = {**leaves.routed, **leaves.others}
     gradients = [None] * len(everything)
     if variance.requires_grad:
