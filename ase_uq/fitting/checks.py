@@ -100,7 +100,10 @@ def check_first_frames(
     backend.check(calibration, name="calibration structure")
     first = calibration[:4]
     if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
-        raise LabelError("training frames have no forces, which the direct force head of this potential needs.")
+        raise LabelError(
+            "training frames have no forces, which the direct force head of this potential needs. Label them, or say "
+            "under which names the labels are (label_keys, --forces-key)."
+        )
     reference = np.concatenate([np.asarray(labels_of(atoms, keys).forces) for atoms in first])
     forces = predicted_forces(backend, first, batch_atoms, "calibration frame")
     residual, *sizes = (float(np.sqrt(np.mean(values**2))) for values in (reference - forces, reference, forces))

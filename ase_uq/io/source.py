@@ -115,7 +115,10 @@ class Source:
             self._format = _format_of(str(path))
             get_ioformat(self._format)
         except Exception as error:  # UnknownFileTypeError
-            raise InputError(f"{path} is in no format that ASE knows ({error}).") from error
+            raise InputError(
+                f"{path} is in no format that ASE knows ({error}). Convert it to extended XYZ, or give it the name "
+                "that its format has in ASE."
+            ) from error
 
     def place_of(self, number: int) -> str:
         """Which frame of which file a frame is that was read; empty where its number says that."""

@@ -84,7 +84,10 @@ class CommitteeAccumulator(Accumulator):
     def _finish(self, communicator: Communicator) -> CommitteeHead:
         mean = self.mean.finish(communicator)
         if not mean:
-            raise InputError("the members of the committee agree exactly: they are one potential several times.")
+            raise InputError(
+                "the members of the committee agree exactly: they are one potential several times. Load potentials "
+                "that were trained with different seeds."
+            )
         return CommitteeHead({"mean_square": mean}, {})
 
 

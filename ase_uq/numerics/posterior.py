@@ -61,7 +61,9 @@ def mean_square(gram: Tensor, count: float, offset: float = 0.0) -> float:
     """
     square = float(gram.diagonal().sum()) / count
     if square <= 1e-28 * offset:
-        raise LabelError("all training frames have the same features, so that no distances can be measured.")
+        raise LabelError(
+            "all training frames have the same features, so that no distances can be measured. Give frames that differ."
+        )
     return square
 
 
