@@ -28,7 +28,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.calibration import FarFieldCalibrator, Residuals, fit_far_field
 from ase_uq.calibration.far_field import SlopePrior
 from ase_uq.communicator import Serial
-from ase_uq.fitting.know_nothing import FRACTIONS, ShortestDistances, know_nothing, parents_of
+from ase_uq.fitting.know_nothing import FRACTIONS, KnowNothing, ShortestDistances, know_nothing, parents_of
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
 from ase_uq.methods import make_method
@@ -128,27 +128,44 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
     data = SETS[name]
     frames = frames_of(data.folder, arguments.data)
     backend = load_backend(spec_of(data.potential, arguments.models))
-    accumulator, shortest = make_method("bll").start(), ShortestDistances()
-    for forward_pass, targets in stream(backend, train := frames["train"], f"{name}: train"):
-        accumulator.add(forward_pass, targets)
-        shortest.add(forward_pass)
-    head = accumulator.finish(Serial())
-    elements = sorted({int(z) for atoms in train for z in atoms.numbers})
-    nothing = know_nothing(backend, {"bll": head}, train, shortest.finish(elements, Serial()), batch_atoms=BATCH_ATOMS)
-    assert nothing is not None
-    splits = {}
-    for split, atoms in frames.items():
-        usable = known_to(backend, atoms)
-        if split != "calib":
-            usable = usable[:: max(1, -(-len(usable) // arguments.frames))]
-        if usable and split != "train":
-            splits[split] = rows_of(head, nothing.far_field, stream(backend, usable, f"{name}: {split}"))
+    head, nothing = fitted(backend, "bll", train := frames.pop("train"), name)
+    splits = {
+        split: rows_of(head, nothing.far_field, batches)
+        for split, batches in streams(backend, frames, arguments.frames, name).items()
+    }
     parents = parents_of(train, backend.cutoff)
     far = {RULE: nothing.scores["bll"]["forces"]}
     for fraction in FRACTIONS:
         rattled = [parent.rattled(fraction) for parent in parents]
         far[fraction] = np.median(log_scores(backend, head, rattled), 0)
     return Observed(splits, far, nothing.far_field.fraction)
+
+
+def fitted(backend: Backend, method: str, train: Sequence[Atoms], title: str) -> tuple[Head, KnowNothing]:
+    """A method fitted on training frames, and what it says of them when they are rattled."""
+    accumulator, shortest = make_method(method).start(), ShortestDistances()
+    for forward_pass, targets in stream(backend, train, f"{title}: train"):
+        accumulator.add(forward_pass, targets)
+        shortest.add(forward_pass)
+    head = accumulator.finish(Serial())
+    elements = sorted({int(z) for atoms in train for z in atoms.numbers})
+    nothing = know_nothing(backend, {method: head}, train, shortest.finish(elements, Serial()), batch_atoms=BATCH_ATOMS)
+    assert nothing is not None
+    return head, nothing
+
+
+def streams(
+    backend: Backend, frames: Mapping[str, Sequence[Atoms]], most: int, title: str
+) -> dict[str, LabelledStream]:
+    """The frames of each split that the potential knows; of all but the calibration frames at most so many."""
+    found = {}
+    for split, atoms in frames.items():
+        usable = known_to(backend, atoms)
+        if split != "calib":
+            usable = usable[:: max(1, -(-len(usable) // most))]
+        if usable:
+            found[split] = stream(backend, usable, f"{title}: {split}")
+    return found
 
 
 def stream(backend: Backend, frames: Sequence[Atoms], title: str) -> LabelledStream:

@@ -24,19 +24,17 @@ import numpy as np
 import torch
 from ase import Atoms
 from ase.io import read
-from far_field import BATCH_ATOMS, stream
-from quality import CALIBRATED, NEAR, SETS, frames_of, known_to, spec_of
+from far_field import BATCH_ATOMS, fitted, streams
+from quality import CALIBRATED, NEAR, SETS, frames_of, spec_of
 from scipy.stats import spearmanr
 
 from ase_uq import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.calibration import Calibrator, Residuals, fit_calibrator, fit_far_field
 from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
-from ase_uq.communicator import Serial
-from ase_uq.fitting.know_nothing import ShortestDistances, know_nothing, parents_of
+from ase_uq.fitting.know_nothing import parents_of
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
-from ase_uq.methods import make_method
 from ase_uq.methods.base import Head
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.stream.passes import Pass, passes
@@ -144,22 +142,11 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
     for path in sorted((arguments.data / data.folder).glob("ood*_energyonly.xyz")):
         frames[path.stem] = read(path, ":")
     backend = load_backend(spec_of(data.potential, arguments.models))
-    accumulator, shortest = make_method(arguments.method).start(), ShortestDistances()
-    for forward_pass, targets in stream(backend, train := frames.pop("train"), f"{name}: train"):
-        accumulator.add(forward_pass, targets)
-        shortest.add(forward_pass)
-    head = accumulator.finish(Serial())
-    elements = sorted({int(z) for atoms in train for z in atoms.numbers})
-    distances = shortest.finish(elements, Serial())
-    nothing = know_nothing(backend, {arguments.method: head}, train, distances, batch_atoms=BATCH_ATOMS)
-    assert nothing is not None
-    splits = {}
-    for split, atoms in frames.items():
-        usable = known_to(backend, atoms)
-        if split != "calib":
-            usable = usable[:: max(1, -(-len(usable) // arguments.frames))]
-        if usable:
-            splits[split] = frames_in(head, nothing.far_field, stream(backend, usable, f"{name}: {split}"))
+    head, nothing = fitted(backend, arguments.method, train := frames.pop("train"), name)
+    splits = {
+        split: frames_in(head, nothing.far_field, batches)
+        for split, batches in streams(backend, frames, arguments.frames, name).items()
+    }
     parents = parents_of(train, backend.cutoff)
     rattled = energies(backend, [parent.rattled(nothing.far_field.fraction) for parent in parents])
     change = rattled - energies(backend, [parent.atoms for parent in parents])

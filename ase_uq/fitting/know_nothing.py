@@ -142,7 +142,7 @@ def know_nothing(
     trained = torch.cat(_evaluated(backend, [parent.atoms for parent in parents], _forces, batch_atoms))
     force = float(trained.square().mean().sqrt())
     # Gradients cost more than the forces that were searched with, so where they are needed all frames are left to do.
-    batches = [] if gradients else scored[chosen]
+    batches = [] if gradients else list(scored[chosen])
     if left := parents if gradients else parents[len(searched) :]:
         frames = [parent.rattled(chosen) for parent in left]
         batches += _evaluated(backend, frames, scores, batch_atoms, gradients=gradients, needed=not batches)
