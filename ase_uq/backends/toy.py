@@ -81,7 +81,7 @@ def _neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np
     cell, pbc = atoms.cell.complete(), atoms.pbc
     reciprocal = np.linalg.inv(cell.array).T if cell.rank == 3 else np.zeros((3, 3))
     reach = np.where(pbc, 1 + cutoff * np.linalg.norm(reciprocal, axis=1), 0).astype(int)
-    if len(atoms) ** 2 * np.prod(2 * reach + 1.0) > _FEW or (pbc & ~atoms.cell.any(1)).any():
+    if len(atoms) ** 2 * np.prod(2 * reach + 1.0) > _FEW or (pbc & ~atoms.cell.array.any(1)).any():
         i, j, lattice = neighbor_list("ijS", atoms, cutoff)
         return i, j, lattice @ cell.array
     # Of atoms in the same cell, images further away than that are out of reach.
