@@ -10,7 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ase_uq import embedded, metrics
+    from ase_uq import embedded, metrics, propagation
     from ase_uq.backends import load_backend
     from ase_uq.backends.registry import available_backends
     from ase_uq.communicator import Distributed
@@ -96,6 +96,7 @@ _HOMES: dict[str, str | None] = {
     "write_frames": "io.frames",
     "embedded": None,
     "metrics": None,
+    "propagation": None,
 }
 
 __all__ = [
@@ -142,6 +143,7 @@ __all__ = [
     "load_backend",
     "metrics",
     "perturb_frames",
+    "propagation",
     "read_frames",
     "reference_runs",
     "relax",

@@ -18,6 +18,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.prediction import Prediction
 from ase_uq.properties import find_property
 from ase_uq.stream.passes import LeftOut, in_parts
+from ase_uq.uncertainty_model.ensemble import EnergyEnsemble
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
@@ -29,10 +30,13 @@ class Predictor:
         uncertainty_model: The uncertainty model that was fitted for this potential, or the path of its file.
         interval: Confidence in (0, 1) of `forces_interval`, a bound of the norm of each atom's force error; None
             leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
+        ensemble: Number of members of `energy_ensemble`, samples of the energy that are correlated between structures;
+            0 leaves it out. They cost nothing. See `uncertainty_model.ensemble`.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ValueError: The calibration data cannot support the interval.
+        ValueError: The calibration data cannot support the interval, or `ensemble` is no number of members.
+        InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Predictor:
         backend: Backend | BaseCalculator | str | os.PathLike[str],
         uncertainty_model: UncertaintyModel | str | os.PathLike[str],
         interval: float | None = None,
+        ensemble: int = 0,
     ) -> None:
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
@@ -50,13 +55,15 @@ class Predictor:
         self.backend = backend
         self.uncertainty_model = uncertainty_model.to(backend.device)
         self._intervals = None if interval is None else self.uncertainty_model.intervals(interval)
+        self._ensemble = EnergyEnsemble(self.uncertainty_model, ensemble) if ensemble != 0 else None
         self._named: set[int] = set()
 
     @property
     def results(self) -> tuple[str, ...]:
         """Results keys that every prediction with uncertainties has."""
         interval = () if self._intervals is None else ("forces_interval",)
-        return (*self.backend.results, *self.uncertainty_model.results, *interval)
+        ensemble = () if self._ensemble is None else ("energy_ensemble",)
+        return (*self.backend.results, *self.uncertainty_model.results, *interval, *ensemble)
 
     def predict(self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True) -> list[Prediction]:
         """Predictions of structures, evaluated together as one batch, or in parts if that is too large.
@@ -118,6 +125,8 @@ class Predictor:
         results = self.uncertainty_model.apply(forward_pass)
         if self._intervals is not None:
             results["forces_interval"] = self._intervals(results["forces_uncertainty"], forward_pass.numbers)
+        if self._ensemble is not None:
+            results["energy_ensemble"] = self._ensemble(forward_pass, results["energy_uncertainty"])
         return results
 
     def _name_unseen(self, forward_pass: ForwardPass) -> None:

@@ -14,7 +14,7 @@ class Property:
     Args:
         name: Key in `calc.results`, `atoms.info` or `atoms.arrays`.
         per_atom: Whether the first axis counts atoms.
-        shape: Shape of the value, without the atom axis.
+        shape: Shape of the value, without the atom axis; -1 for as many as were asked for.
         unit: ASE unit.
         meaning: Description in one line.
     """
@@ -37,6 +37,7 @@ _TABLE = (
     Property("forces_uncertainty", True, (3,), "eV/Å", "standard deviation of each force component"),
     Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
     Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
+    Property("energy_ensemble", False, (-1,), "eV", "samples of the total energy, the same draws for all structures"),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
     Property("contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"),
 )

@@ -72,11 +72,13 @@ class Head(Fitted, ABC):
         grows: Whether its scores grow all the way to frames that the potential knows nothing of. A head that learns
             errors, or that asks a committee, may say anything there.
         measures: Whether the head has `features`.
+        correlates: Whether the head has `energy_rows`.
     """
 
     gradients: bool = False
     grows: bool = True
     measures: bool = False
+    correlates: bool = False
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -104,6 +106,13 @@ class Head(Fitted, ABC):
         A head with such a space, where the distance between two atoms is meaningful, defines this and `measures`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no features to measure distances in")
+
+    def energy_rows(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_frames, width) float64 rows whose products are covariances of energies per atom, on any one scale.
+
+        A head with a posterior that two structures share defines this and `correlates`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how errors of energies are correlated")
 
 
 def _annotated(head: type[Head]) -> list[str]:

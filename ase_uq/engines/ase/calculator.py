@@ -50,6 +50,9 @@ class UncertainCalculator(CalibratedCalculator):
         interval: Confidence in (0, 1) for `forces_interval` in the results, (n_atoms,) eV/Å: in frames like those of
             the calibration, the norm of an atom's force error does not exceed it with that probability. None leaves it
             out.
+        ensemble: Number of members of `energy_ensemble` in the results, (n_members,) eV: samples of the energy with the
+            energy as their mean and `energy_uncertainty` as their standard deviation, from the same draws for all
+            structures, so that error bars of differences know of correlations. 0 leaves it out.
 
     Attributes:
         implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
@@ -61,7 +64,9 @@ class UncertainCalculator(CalibratedCalculator):
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ArtefactError: The file is not a complete, unaltered uncertainty model.
-        ValueError: `every` is not a whole number of 1 or more, or the calibration data cannot support the interval.
+        ValueError: `every` is not a whole number of 1 or more, the calibration data cannot support the interval, or
+            `ensemble` is no number of members.
+        InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
     def __init__(
@@ -71,6 +76,7 @@ class UncertainCalculator(CalibratedCalculator):
         *,
         every: int = 1,
         interval: float | None = None,
+        ensemble: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(every, Integral) or every < 1:
@@ -80,7 +86,7 @@ class UncertainCalculator(CalibratedCalculator):
             )
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
-        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval)
+        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval, ensemble)
         self.implemented_properties = list(self.predictor.results)
         self.every = int(every)
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)

@@ -25,6 +25,12 @@ class BLLHead(Head):
     """
 
     measures = True
+
+    @property
+    def correlates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether energies were labelled, so that there is a posterior of their weights."""
+        return "energy" in self._settings
+
     centre: Tensor
     atom_root: Tensor
     energy_centre: Tensor
@@ -84,6 +90,17 @@ class BLLHead(Head):
         squares = inverse.square().sum(0) / (self._settings["atoms"]["effective"] * (1 + self._settings["ridge"]))
         units = squares.sqrt()
         return rows / units.clamp(min=_SMALLEST_UNIT * float(units.max()))
+
+    def energy_rows(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_frames, n_last + 1): R of the mean features about their training mean, and the share of the intercept.
+
+        Their squares add up to the first score of the energy, the leverage of the structure.
+        """
+        counts = forward_pass.n_atoms_of_frame.double()[:, None]
+        mean = forward_pass.sum_over_atoms(forward_pass.energy_layer.features.double()) / counts
+        rows = (mean - self.energy_centre) @ self.energy_root
+        intercept = torch.full_like(rows[:, :1], self._settings["energy"]["effective"] ** -0.5)
+        return torch.cat([rows, intercept], 1)
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, including the contribution of the intercept."""

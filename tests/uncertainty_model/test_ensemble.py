@@ -1,0 +1,164 @@
+"""Samples of the energy: calibrated, correlated as the posterior says, the same for all structures, for nothing."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ase import Atoms
+from ase.build import molecule
+from scipy import stats
+
+from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit, read_frames, write_frames
+from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import InputError
+from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
+from ase_uq.uncertainty_model.ensemble import EnergyEnsemble
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*tells nothing about the:ase_uq.errors.UQWarning")
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["conservative", "direct"])
+def calculator(request: pytest.FixtureRequest) -> ToyCalculator:
+    return ToyCalculator(ELEMENTS, direct=request.param)
+
+
+@pytest.fixture(scope="module")
+def model(calculator: ToyCalculator) -> UncertaintyModel:
+    train, held_out = labelled_frames(30, seed=1), labelled_frames(30, seed=2)
+    return fit(calculator, train, held_out, methods=["bll", "kernel"], progress=False)
+
+
+@pytest.fixture
+def frames() -> list[Atoms]:
+    return [*labelled_frames(4, seed=3), Atoms("O", [(0.1, 0.2, 0.3)]), *labelled_frames(1, seed=4, cell=4.5)]
+
+
+@pytest.mark.parametrize("n_members", [4, 64])
+def test_their_mean_is_the_energy_and_their_deviation_the_uncertainty(
+    calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms], n_members: int
+):
+    predictor = Predictor(calculator, model, ensemble=n_members)
+    assert "energy_ensemble" in predictor.results
+    for prediction in predictor.predict(frames):
+        members = prediction["energy_ensemble"]
+        assert members.shape == (n_members,)
+        assert members.mean() == pytest.approx(prediction["energy"], rel=1e-12)
+        assert members.std() == pytest.approx(prediction["energy_uncertainty"], rel=1e-6)
+
+
+def test_rows_are_a_root_of_the_leverage_of_structures(
+    calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms]
+):
+    forward_pass = forward_pass_of(load_backend(calculator), frames)
+    head = model.methods["bll"].head
+    rows = head.energy_rows(forward_pass)
+    torch.testing.assert_close(rows.square().sum(1), head(forward_pass).energy[:, 0])
+
+
+def test_correlations_are_those_of_the_posterior(
+    calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms]
+):
+    rows = model.methods["bll"].head.energy_rows(forward_pass_of(load_backend(calculator), frames)).numpy()
+    norms = np.linalg.norm(rows, axis=1)
+    expected = rows @ rows.T / np.outer(norms, norms)
+    many = Predictor(calculator, model, ensemble=40_000).predict(frames)
+    found = np.corrcoef(np.stack([prediction["energy_ensemble"] for prediction in many]))
+    assert np.abs(found - expected).max() < 0.02
+    assert expected.min() < 0.9, "the structures differ"
+
+
+def test_a_moved_structure_has_the_same_errors(calculator: ToyCalculator, model: UncertaintyModel):
+    atoms = molecule("CH3OH")
+    moved = atoms.copy()
+    moved.rotate(70, (1, 2, 3))
+    moved.translate((3, -1, 2))
+    one, other = (p["energy_ensemble"] for p in Predictor(calculator, model, ensemble=32).predict([atoms, moved]))
+    np.testing.assert_allclose(one, other, atol=1e-8)
+
+
+def test_members_do_not_depend_on_the_batch_or_on_who_asks(
+    calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms]
+):
+    together = Predictor(calculator, model, ensemble=16).predict(frames)
+    asked = UncertainCalculator(calculator, model, ensemble=16)
+    for atoms, prediction in zip(frames, together, strict=True):
+        alone = asked.get_property("energy_ensemble", atoms.copy())
+        np.testing.assert_allclose(alone, prediction["energy_ensemble"], rtol=0, atol=1e-9)
+
+
+def test_nothing_else_is_changed_and_no_pass_is_added(
+    calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms], monkeypatch: pytest.MonkeyPatch
+):
+    plain, sampled = Predictor(calculator, model), Predictor(calculator, model, ensemble=64)
+    passes: list[int] = []
+    forward = sampled.backend.forward
+    monkeypatch.setattr(sampled.backend, "forward", lambda *a, **k: passes.append(1) or forward(*a, **k))
+    for atoms in frames:
+        (expected,), (found,) = plain.predict([atoms]), sampled.predict([atoms])
+        assert found.results.keys() - expected.results.keys() == {"energy_ensemble"}
+        for key, value in expected.results.items():
+            np.testing.assert_array_equal(found[key], value, err_msg=key)
+    assert len(passes) == len(frames)
+
+
+def test_they_stand_in_files(calculator: ToyCalculator, model: UncertaintyModel, tmp_path: Path):
+    atoms = molecule("H2O")
+    atoms.calc = UncertainCalculator(calculator, model, ensemble=8)
+    atoms.get_potential_energy()
+    assert "energy_ensemble" in atoms.calc.implemented_properties
+    write_frames(tmp_path / "a.xyz", [atoms])
+    (back,) = read_frames(tmp_path / "a.xyz")
+    np.testing.assert_allclose(back.calc.results["energy_ensemble"], atoms.calc.results["energy_ensemble"], atol=1e-8)
+
+
+@pytest.mark.parametrize("wrong", [1, 3, -1, True, 2.5, "64"])
+def test_other_numbers_are_refused(calculator: ToyCalculator, model: UncertaintyModel, wrong: Any):
+    with pytest.raises(ValueError, match=r"ensemble=.* is not a whole number of 4 or more\. Give ensemble=64"):
+        UncertainCalculator(calculator, model, ensemble=wrong)
+
+
+@pytest.mark.parametrize("cause", ["no such method", "no energies"])
+def test_without_a_posterior_it_is_said_what_to_fit(calculator: ToyCalculator, cause: str):
+    train, held_out = labelled_frames(20, seed=1), labelled_frames(20, seed=2)
+    if cause == "no energies":
+        for atoms in (*train, *held_out):
+            del atoms.info["REF_energy"]
+    method = "kernel" if cause == "no such method" else "bll"
+    model = fit(calculator, train, held_out, methods=[method], progress=False)
+    with pytest.raises(InputError, match=rf"none of {method} has one with calibrated energies\. Fit 'bll'"):
+        Predictor(calculator, model, ensemble=64)
+
+
+class Known:
+    """A head whose rows are given."""
+
+    correlates = True
+
+    def __init__(self, rows: np.ndarray) -> None:
+        self.rows = torch.from_numpy(rows)
+
+    def energy_rows(self, _: Any) -> torch.Tensor:
+        return self.rows
+
+
+@pytest.mark.parametrize("level", [0.68, 0.90, 0.95])
+def test_where_the_truth_is_a_draw_differences_are_covered_as_promised(level: float):
+    """A last layer that is drawn from its posterior is the truth of everything that is drawn from it."""
+    rng = np.random.default_rng(5)
+    inside, n_worlds = 0, 400
+    for _ in range(n_worlds):
+        rows = rng.normal(size=(2, 12)) + 2 * rng.normal(size=12)  # two structures that have much in common
+        std = np.linalg.norm(rows, axis=1)
+        truth = rows @ rng.normal(size=12)
+        fake: Any = SimpleNamespace(leading="a", methods={"a": SimpleNamespace(head=Known(rows))})
+        fake.results = ("energy_uncertainty",)
+        energies: Any = SimpleNamespace(energy=torch.zeros(2, dtype=torch.float64))
+        members = EnergyEnsemble(fake, 256)(energies, torch.from_numpy(std)).numpy()
+        half = stats.norm.ppf(0.5 + level / 2) * (members[1] - members[0]).std()
+        inside += abs(truth[1] - truth[0]) <= half
+    low, high = stats.binom.interval(0.999, n_worlds, level)
+    assert low <= inside <= high
