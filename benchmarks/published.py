@@ -72,8 +72,8 @@ class Case:
 
 DRUM_NAMES = ("ensemble of 5", "MC dropout", "GMM", "kNN", "norm", "diff")
 DRUM_DIFFERS = (
-    "the same architecture, ours trained on 300 frames of rMD17 for 24 epochs with one seed, theirs on frames of the "
-    "paper; `pdrum` is our `norm`, calibrated as all of ours are, on 200 frames"
+    "the same architecture, ours trained on 300 frames of rMD17 for 64 epochs with one seed; their frames, how many "
+    "they are, and their errors are not known here; `pdrum` is our `norm`, calibrated as all of ours are, on 200 frames"
 )
 BLL_DIFFERS = (
     "MACE from scratch on 300 frames with one seed; theirs is orb-v3 direct, pretrained on OMat24, on the splits of "
