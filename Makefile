@@ -32,8 +32,9 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/ase-uq demo
 
+# Each process would otherwise rewrite the assertions of all tests for itself.
 test: lint
-	$(BIN)/pytest $(PARALLEL) --cov --cov-report=term
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(PARALLEL) --cov --cov-report=term
 
 # Old packages beside new ones that they need warn of what will be gone one day; that is no fault of ours.
 test-lowest: $(VENV)/.installed-dev

@@ -128,7 +128,8 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
     data = SETS[name]
     frames = frames_of(data.folder, arguments.data)
     backend = load_backend(spec_of(data.potential, arguments.models))
-    head, nothing = fitted(backend, "bll", train := frames.pop("train"), name)
+    heads, nothing = fitted(backend, ["bll"], train := frames.pop("train"), name)
+    head = heads["bll"]
     splits = {
         split: rows_of(head, nothing.far_field, batches)
         for split, batches in streams(backend, frames, arguments.frames, name).items()
@@ -141,17 +142,20 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
     return Observed(splits, far, nothing.far_field.fraction)
 
 
-def fitted(backend: Backend, method: str, train: Sequence[Atoms], title: str) -> tuple[Head, KnowNothing]:
-    """A method fitted on training frames, and what it says of them when they are rattled."""
-    accumulator, shortest = make_method(method).start(), ShortestDistances()
+def fitted(
+    backend: Backend, methods: Sequence[str], train: Sequence[Atoms], title: str
+) -> tuple[dict[str, Head], KnowNothing]:
+    """Methods fitted on training frames, and what they say of them when they are rattled."""
+    accumulators, shortest = {method: make_method(method).start() for method in methods}, ShortestDistances()
     for forward_pass, targets in stream(backend, train, f"{title}: train"):
-        accumulator.add(forward_pass, targets)
+        for accumulator in accumulators.values():
+            accumulator.add(forward_pass, targets)
         shortest.add(forward_pass)
-    head = accumulator.finish(Serial())
+    heads = {method: accumulator.finish(Serial()) for method, accumulator in accumulators.items()}
     elements = sorted({int(z) for atoms in train for z in atoms.numbers})
-    nothing = know_nothing(backend, {method: head}, train, shortest.finish(elements, Serial()), batch_atoms=BATCH_ATOMS)
+    nothing = know_nothing(backend, heads, train, shortest.finish(elements, Serial()), batch_atoms=BATCH_ATOMS)
     assert nothing is not None
-    return head, nothing
+    return heads, nothing
 
 
 def streams(

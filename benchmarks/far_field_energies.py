@@ -142,7 +142,8 @@ def observe(name: str, arguments: argparse.Namespace) -> Observed:
     for path in sorted((arguments.data / data.folder).glob("ood*_energyonly.xyz")):
         frames[path.stem] = read(path, ":")
     backend = load_backend(spec_of(data.potential, arguments.models))
-    head, nothing = fitted(backend, arguments.method, train := frames.pop("train"), name)
+    heads, nothing = fitted(backend, [arguments.method], train := frames.pop("train"), name)
+    head = heads[arguments.method]
     splits = {
         split: frames_in(head, nothing.far_field, batches)
         for split, batches in streams(backend, frames, arguments.frames, name).items()

@@ -1,11 +1,20 @@
 """What every test may use."""
 
+import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
 import torch
+
+from . import preloaded
+
+# What is made while tests are collected stays until the end: to look through it for garbage takes a third of that time.
+gc.disable()
 
 # The structures are small: threads would wait for each other, on a busy machine for longer than they work. The
 # variable is for the processes that tests start.
@@ -31,6 +40,36 @@ _LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Longest files first: make test hands out file after file to several processes."""
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
+def pytest_collection_finish() -> None:
+    if "mace" in sys.modules:
+        preloaded.keep_tables()
+    gc.freeze()
+    gc.enable()
+
+
+_SERVER = pytest.StashKey[preloaded.Server]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Several workers share one process with the packages."""
+    if _SERVER not in node.config.stash:
+        node.config.stash[_SERVER] = server = preloaded.Server()
+        node.config.add_cleanup(server.close)
+    node.workerinput["preloaded"] = str(node.config.stash[_SERVER].bin)
+
+
+@pytest.fixture(scope="session")
+def preloaded_bin(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder for the PATH: its `python` and `ase-uq` run in forks of a process that has the packages imported."""
+    if hasattr(request.config, "workerinput"):
+        yield Path(request.config.workerinput["preloaded"])
+        return
+    server = preloaded.Server()
+    yield server.bin
+    server.close()
 
 
 @pytest.fixture

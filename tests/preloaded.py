@@ -1,9 +1,12 @@
 """Commands of the reader's, in processes that are forked from one in which the potentials' packages are imported.
 
-A fresh interpreter imports mace, orb and torch for longer than most blocks of the documentation then run. `bin()` is a
-folder for the PATH with a `python` and an `ase-uq` that hand their arguments, files, folder and environment over to
-that one process; it forks for each, and what a command leaves behind goes with its process. What depends on a fresh
+A fresh interpreter imports mace, orb and torch for longer than most blocks of the documentation then run. A folder for
+the PATH has a `python`, an `ase-uq` and an `i-pi` that hand their arguments, files, folder and environment over to that
+one process; it forks for each, and what a command leaves behind goes with its process. What depends on a fresh
 interpreter (an option of Python's) gets one.
+
+The process is one for a whole run of the tests, whatever number of workers they have; see `preloaded_bin` in
+conftest.py.
 """
 
 import atexit
@@ -20,9 +23,8 @@ import sys
 import tempfile
 import traceback
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 MODULES = (
     "ase_uq.cli",
@@ -46,34 +48,45 @@ sys.exit(told[0] if told else "the process died")
 """
 
 
-@contextmanager
-def bin() -> Iterator[Path]:
-    """The folder; the process ends with the context."""
-    with tempfile.TemporaryDirectory() as folder:
-        address = os.path.join(folder, "socket")
-        for name in ("python", "ase-uq"):
-            client = Path(folder, name)
+class Server:
+    """The process, which imports while others collect tests.
+
+    Attributes:
+        bin: The folder for the PATH.
+    """
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self.bin = Path(self._folder.name)
+        address = str(self.bin / "socket")
+        for name in ("python", "ase-uq", "i-pi"):
+            client = self.bin / name
             client.write_text(CLIENT.format(python=sys.executable, name=name, address=address))
             client.chmod(0o755)
+        # What packages print is of no interest; the first line says that clients may come, and wait.
         command = [sys.executable, "-W", "ignore", __file__, address]
-        server = subprocess.Popen(command, stdout=subprocess.PIPE)
-        with server:
-            assert server.stdout is not None
-            assert b"ready\n" in server.stdout  # after what packages print
-            yield Path(folder)
-            server.kill()
+        self._process = subprocess.Popen(command, stdout=subprocess.PIPE)
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == b"listening\n"
+
+    def close(self) -> None:
+        """Ends the process; commands that run go on."""
+        self._process.kill()
+        self._process.communicate()
+        self._folder.cleanup()
 
 
 def serve(address: str) -> None:
-    for module in MODULES:
-        importlib.import_module(module)
-    load_potentials_quickly()
-    gc.freeze()  # a collection in a child would copy every page
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
     with socket.socket(socket.AF_UNIX) as here:
         here.bind(address)
         here.listen()
-        print("ready", flush=True)
+        print("listening", flush=True)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        for module in MODULES:
+            importlib.import_module(module)
+        load_potentials_quickly()
+        gc.freeze()  # a collection in a child would copy every page
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
         while True:
             client, _ = here.accept()
             with client:
@@ -83,19 +96,28 @@ def serve(address: str) -> None:
                     answer(client)
 
 
-def load_potentials_quickly() -> None:
-    """Every block loads a potential, and calculates too little with it for compiled code to pay."""
-    # Not at the top: the tests import this file, and none of these.
-    import e3nn
+def keep_tables() -> None:
+    """What e3nn and mace compute whenever a potential is made, and what depends on its architecture alone."""
+    # Not at the top: the tests import this file, and neither of these.
+    import e3nn.math._normalize_activation
     from mace.modules import symmetric_contraction
 
+    for module, name in ((symmetric_contraction, "U_matrix_real"), (e3nn.math._normalize_activation, "moment")):
+        setattr(module, name, functools.cache(getattr(module, name)))
+
+
+def load_potentials_quickly() -> None:
+    """Every block loads a potential, and calculates too little with it for compiled code to pay."""
+    import e3nn
+
     from ase_uq.backends import load_backend
+    from ase_uq.report.viewer import packed, plotly_script
 
     e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
-    # Tables that depend on the architecture alone; those of the embedded MACE are made here, once.
-    symmetric_contraction.U_matrix_real = functools.cache(symmetric_contraction.U_matrix_real)
+    keep_tables()
     for name in ("mace", "orb-direct", "orb-conservative"):
         load_backend(f"embedded:{name}", device="cpu")
+    packed(plotly_script())  # and every page of a report holds this
 
 
 def answer(client: socket.socket) -> None:
@@ -111,12 +133,20 @@ def answer(client: socket.socket) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.environ["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"] = "1"  # as the first import of mace does
+    this, leave = os.getpid(), os._exit
+
+    def leave_and_tell(code: int) -> NoReturn:
+        """Commands that end at once are heard as well; their own children have nobody to tell."""
+        if os.getpid() == this:
+            client.sendall(bytes([code]))
+        leave(code)
+
+    os._exit = leave_and_tell
     code = run(name, arguments)
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    client.sendall(bytes([code]))
-    os._exit(0)  # to take down what was imported would take seconds
+    os._exit(code)  # to take down what was imported would take seconds
 
 
 def begin_as_python_does() -> None:
@@ -137,6 +167,9 @@ def run(name: str, arguments: list[str]) -> int:
         if name == "ase-uq":
             sys.argv = [name, *arguments]
             importlib.import_module("ase_uq.cli").main()
+        elif name == "i-pi":
+            sys.argv = [name, *arguments]
+            runpy.run_path(str(Path(sys.executable).with_name(name)), run_name="__main__")
         elif arguments[0] == "-c":
             sys.argv = ["-c", *arguments[2:]]
             sys.path[0] = ""

@@ -14,8 +14,6 @@ from ase.io import read, write
 from ase_uq import UncertainCalculator, embedded
 from ase_uq.thresholds.reduction import atom_norms
 
-from . import preloaded
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 # Run before an example: its embedded frames are taken from another folder, if they are there.
 FEWER = """
@@ -28,9 +26,9 @@ embedded.path = lambda name: Path({folder!r}, name) if Path({folder!r}, name).ex
 
 
 @pytest.fixture(scope="module", autouse=True)
-def commands() -> Iterator[None]:
-    with preloaded.bin() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", os.pathsep.join([str(folder), os.environ["PATH"]]))
+def commands(preloaded_bin: Path) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join([str(preloaded_bin), os.environ["PATH"]]))
         yield
 
 

@@ -19,14 +19,12 @@ from ase.io import read, write
 
 from ase_uq import embedded
 
-from . import preloaded
-
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # More frames take longer and show nothing else. A quantile of 0.99 would need 100 calibration frames.
-FRAMES = {"train*.xyz": 40, "calibration*.xyz": 24, "test*.xyz": 12, "finished.xyz": 20}
+FRAMES = {"train*.xyz": 40, "calibration*.xyz": 16, "test*.xyz": 10, "finished.xyz": 14}
 # SevenNet-0 is a hundred times as large as the embedded potentials.
 FRAMES_OF_SEVENNET = {"train.xyz": 10, "calibration.xyz": 10, "test.xyz": 4, "finished.xyz": 10}
 READERS_FILES = {
@@ -104,10 +102,12 @@ def shorten(folder: Path, frames: dict[str, int] = FRAMES) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def commands() -> Iterator[None]:
+def commands(preloaded_bin: Path) -> Iterator[None]:
     """As in an activated environment: its `python` and `ase-uq`."""
-    with preloaded.bin() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PATH", os.pathsep.join([str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(
+            "PATH", os.pathsep.join([str(preloaded_bin), str(Path(sys.executable).parent), os.environ["PATH"]])
+        )
         yield
 
 

@@ -3,10 +3,11 @@
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, final
 
+import numpy as np
 import torch
 from ase import Atoms
 from ase.data import chemical_symbols
@@ -176,7 +177,11 @@ class Backend(ABC):
         """
         # A conservative potential needs gradients even if the caller has switched them off.
         with torch.enable_grad():
-            return self._forward(batch, forces, gradients)
+            forward_pass = self._forward(batch, forces, gradients)
+        if forward_pass.stress is None:
+            return forward_pass
+        volumes = torch.tensor([abs(np.linalg.det(atoms.cell.array)) for atoms in batch.frames], dtype=torch.float64)
+        return replace(forward_pass, volumes=volumes.to(forward_pass.stress.device))
 
     @property
     def identity(self) -> Identity:

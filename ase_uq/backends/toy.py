@@ -29,7 +29,7 @@ from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass, Gra
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
 _WIDTH = 0.3  # σ, Å
 _DEPTH, _STIFFNESS = 0.5, 2.0  # depth and stiffness of the Morse bonds: eV, 1/Å
-_SMALL = 100  # atoms of a molecule: all pairs of so few are looked at in less time than cells of them are made
+_FEW = 50_000  # all pairs of atoms and images of so few are looked at in less time than lists of cells are made
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,21 @@ def graph_of(frames: Sequence[Atoms], cutoff: float, dtype: torch.dtype) -> Grap
 
 def _neighbours(atoms: Atoms, cutoff: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Atom, neighbour, and lattice vector to the neighbour's image, of every pair within the cutoff."""
-    if atoms.pbc.any() or len(atoms) > _SMALL:
+    cell, pbc = atoms.cell.complete(), atoms.pbc
+    reciprocal = np.linalg.inv(cell.array).T if cell.rank == 3 else np.zeros((3, 3))
+    reach = np.where(pbc, 1 + cutoff * np.linalg.norm(reciprocal, axis=1), 0).astype(int)
+    if len(atoms) ** 2 * np.prod(2 * reach + 1.0) > _FEW or (pbc & ~atoms.cell.array.any(1)).any():
         i, j, lattice = neighbor_list("ijS", atoms, cutoff)
-        return i, j, lattice @ atoms.cell.array
-    distance = np.linalg.norm(atoms.positions[:, None] - atoms.positions, axis=2)
-    np.fill_diagonal(distance, np.inf)
-    i, j = np.nonzero(distance < cutoff)
-    return i, j, np.zeros((len(i), 3))
+        return i, j, lattice @ cell.array
+    # Of atoms in the same cell, images further away than that are out of reach.
+    home = np.where(pbc, np.floor(atoms.positions @ reciprocal.T), 0)
+    images = np.stack(np.meshgrid(*(np.arange(-n, n + 1) for n in reach), indexing="ij"), -1).reshape(-1, 3)
+    inside = atoms.positions - home @ cell.array
+    apart = inside - inside[:, None]
+    square = np.square(apart[:, :, None] + images @ cell.array).sum(3)
+    np.einsum("iik->ik", square)[:, len(images) // 2] = np.inf
+    i, j, k = np.nonzero(square < cutoff**2)
+    return i, j, (images[k] + home[i] - home[j]) @ cell.array
 
 
 class ToyPotential(torch.nn.Module):

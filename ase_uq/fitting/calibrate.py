@@ -10,7 +10,15 @@ import torch
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
-from ase_uq.calibration import Choice, Residuals, far_field_choice, fit_affine, fit_calibrator
+from ase_uq.calibration import (
+    Calibrator,
+    Choice,
+    Residuals,
+    far_field_choice,
+    fit_affine,
+    fit_calibrator,
+    fit_far_field,
+)
 from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
 from ase_uq.communicator import Serial
 from ase_uq.errors import UQWarning
@@ -19,7 +27,7 @@ from ase_uq.fitting.provenance import runs_of
 from ase_uq.forward_pass import ForwardPass, Targets, residuals_of
 from ase_uq.methods.base import Head, Raw
 from ase_uq.stream.labelled import LabelledStream
-from ase_uq.uncertainty_model.far_field import FarField
+from ase_uq.uncertainty_model.far_field import FarField, Limits
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 from ase_uq.uncertainty_model.model import UncertaintyModel
 from ase_uq.uncertainty_model.record import CalibrationRecord
@@ -79,6 +87,7 @@ class Observed:
         n_atoms_of_frame: (n_frames,) number of atoms of each frame.
         limit: (n_atoms,) σ∞² of the forces, (eV/Å)²; None without a far field.
         energy_limit: (n_frames,) σ∞² of the energies per atom, eV², likewise.
+        stress_limit: (n_frames,) σ∞² of the stresses, (eV/Å³)²; None without a far field or without stress.
     """
 
     raw: dict[str, _RawArrays]
@@ -89,6 +98,7 @@ class Observed:
     n_atoms_of_frame: np.ndarray
     limit: np.ndarray | None
     energy_limit: np.ndarray | None
+    stress_limit: np.ndarray | None
     energy_shift: EnergyShift | None = None
 
     @property
@@ -123,7 +133,8 @@ def observe(
     """Scores and residuals of the calibration frames and, if they are to be kept, the batches themselves."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
-    forces, energy, stress, numbers, counts, limits, energy_limits = [], [], [], [], [], [], []
+    forces, energy, stress, numbers, counts = [], [], [], [], []
+    limits: list[Limits] = []
     for forward_pass, targets in tell_zero_forces("calibration", stream):
         assert forward_pass.forces is not None
         assert targets.forces is not None
@@ -136,16 +147,19 @@ def observe(
         forces.append(targets.forces - forward_pass.forces.double())
         energy.append(residuals_of(targets.energy, forward_pass.energy) / forward_pass.n_atoms_of_frame)
         if forward_pass.stress is not None:
-            stress.append(residuals_of(targets.stress, forward_pass.stress))
+            residuals = residuals_of(targets.stress, forward_pass.stress)
+            if forward_pass.volumes is not None:  # without a volume there is no stress
+                residuals = residuals.where(forward_pass.volumes[:, None] > 0, torch.nan)
+            stress.append(residuals)
         numbers.append(forward_pass.numbers)
         counts.append(forward_pass.n_atoms_of_frame)
         if far_field is not None:
-            limits.append(far_field.variance(forward_pass))
-            energy_limits.append(far_field.energy_variance(limits[-1], forward_pass))
+            limits.append(far_field.limits(forward_pass))
 
     def joined(parts: list[torch.Tensor]) -> np.ndarray:
         return torch.cat(parts).cpu().numpy()
 
+    stress_limits = [of_batch.stress for of_batch in limits if of_batch.stress is not None]
     fields = ("forces", "energy", "energies", "stress", "distance")
     observed = Observed(
         raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
@@ -154,8 +168,9 @@ def observe(
         stress=joined(stress) if stress else None,
         numbers=joined(numbers),
         n_atoms_of_frame=joined(counts),
-        limit=joined(limits) if limits else None,
-        energy_limit=joined(energy_limits) if energy_limits else None,
+        limit=joined([of_batch.forces for of_batch in limits]) if limits else None,
+        energy_limit=joined([of_batch.energy for of_batch in limits]) if limits else None,
+        stress_limit=joined(stress_limits) if stress_limits else None,
     )
     return without_shift(observed), batches
 
@@ -185,8 +200,8 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[st
         name: Name of the method.
         head: The fitted head.
         observed: Scores and residuals of the calibration frames.
-        far: (n_scores,) logarithms of its scores of `forces` and of `energy` where the potential knows nothing; None if
-            its scores do not grow with the distance from the training frames.
+        far: (n_scores,) logarithms of its scores of `forces`, `energy`, `energies` and `stress` where the potential
+            knows nothing; None if its scores do not grow with the distance from the training frames.
     """
     raw = observed.raw[name]
     forces = _force_residuals(raw.forces, observed)
@@ -196,11 +211,12 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[st
     if (rows := _frame_residuals(raw.energy, observed.energy, observed.energy_limit)) is not None:
         choices["energy"] = _choice(rows, far.get("energy"))
         calibrators["energy"] = choices["energy"].calibrator
-        # Atoms have no reference energies, so their posterior variance is put on the scale of the total energy.
-        calibrators["energies"] = fit_affine(rows, column=0)
-    if observed.stress is not None and (rows := _frame_residuals(raw.stress, observed.stress)) is not None:
-        choices["stress"] = fit_calibrator(rows)
-        calibrators["stress"] = choices["stress"].calibrator
+        calibrators["energies"] = _of_each_atom(rows, raw.distance, observed, far.get("energies"))
+    if observed.stress is not None:
+        rows = _frame_residuals(raw.stress, observed.stress, observed.stress_limit)
+        if rows is not None:
+            choices["stress"] = _choice(rows, far.get("stress"))
+            calibrators["stress"] = choices["stress"].calibrator
     for quantity, choice in choices.items():
         _warn_at_boundaries(name, quantity, choice)
     likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
@@ -210,6 +226,27 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[st
 def _choice(residuals: Residuals, far: np.ndarray | None) -> Choice:
     """The law that ends where the potential knows nothing; without such an end, the better of the other forms."""
     return (None if far is None else far_field_choice(residuals, far)) or fit_calibrator(residuals)
+
+
+def _of_each_atom(rows: Residuals, distance: np.ndarray, observed: Observed, far: np.ndarray | None) -> Calibrator:
+    """The calibrator of the energies of atoms: on the scale of the energy per atom, as atoms have no reference energy.
+
+    Where all atoms of a structure are alike, each has the σ that the structure has per atom.
+
+    Args:
+        rows: Of the energies per atom.
+        distance: (n_atoms,) distance of each atom, the score that their energies have in the law with a far end. Scores
+            of their energies are not used there: that of a posterior about the mean of structures is far from it for
+            every atom of a molecule.
+        observed: What they were made from.
+        far: (1,) logarithm of the mean distance of a frame that the potential knows nothing of; None for no far end.
+    """
+    if far is not None:
+        mean = np.bincount(observed.frame_of_atom, distance) / observed.n_atoms_of_frame
+        calibrator = fit_far_field(replace(rows, scores=mean[rows.groups, None]), far)
+        if calibrator is not None:
+            return calibrator
+    return fit_affine(rows, column=0)
 
 
 def _force_residuals(scores: np.ndarray, observed: Observed) -> Residuals:

@@ -33,6 +33,7 @@ _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
 _REACH_QUANTILE, _SMALLEST_REACH = 0.99, 0.05
+_FLOOR_QUANTILE = 0.5  # of log σ² of the anchor over the calibration atoms
 _FRAMES_OF_ANCHOR = 3  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 
@@ -76,7 +77,8 @@ def fit_combination(
     table = {name: (faded * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
-    rows = _Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table)
+    floor = float(features.base.quantile(_FLOOR_QUANTILE))
+    rows = _Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table, floor)
     fold = _contiguous(frames.cpu().numpy())
     of_folds = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     likelihoods = {name: float(values.mean()) for name, values in of_folds.items()}
@@ -90,11 +92,9 @@ def fit_combination(
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
     kept = ensemble if RESIDUAL in weights else None
-    floor = float(features.base.min())
     combination = Combination(inputs, fade, floor, kept, constant if weights else 0.0, weights, likelihoods)
     corrected = rows.log_variance(list(weights), combination.constant, np.array(list(weights.values())))
-    variance = floored(torch.from_numpy(corrected), features.base.cpu(), floor).exp()
-    return Fitted(combination, variance.numpy())
+    return Fitted(combination, np.exp(rows.floored(corrected)))
 
 
 def _fade(span: float, features: CombinationFeatures) -> Fade:
@@ -170,12 +170,14 @@ class _Likelihood:
         fade: Share of the corrections that counts, in [0, 1].
         squares: Squared residuals, (eV/Å)².
         corrections: Corrections of log σ² times that share, by name.
+        floor: Log σ² below which corrections do not lead.
     """
 
     base: np.ndarray
     fade: np.ndarray
     squares: np.ndarray
     corrections: dict[str, np.ndarray]
+    floor: float
 
     def log_variance(self, columns: Sequence[str], constant: float, weights: np.ndarray) -> np.ndarray:
         """The sum base + fade · c + Σ_k s_k · correction_k over the columns."""
@@ -184,13 +186,24 @@ class _Likelihood:
             total = total + weight * self.corrections[name]
         return total
 
+    def floored(self, log_variance: np.ndarray) -> np.ndarray:
+        """The log σ² that counts."""
+        return floored(torch.from_numpy(log_variance), torch.from_numpy(self.base), self.floor).numpy()
+
     def nll(self, log_variance: np.ndarray) -> float:
         """Mean Gaussian negative log-likelihood of a component."""
+        log_variance = self.floored(log_variance)
         return float(0.5 * np.mean(np.log(2 * np.pi) + log_variance + self.squares * np.exp(-log_variance)))
 
     def only(self, chosen: np.ndarray) -> "_Likelihood":
         corrections = {name: value[chosen] for name, value in self.corrections.items()}
-        return _Likelihood(self.base[chosen], self.fade[chosen], self.squares[chosen], corrections)
+        return replace(
+            self,
+            base=self.base[chosen],
+            fade=self.fade[chosen],
+            squares=self.squares[chosen],
+            corrections=corrections,
+        )
 
     def fitted(self, columns: Sequence[str]) -> tuple[float, np.ndarray]:
         """(c, s) of largest likelihood with s ≥ 0, a convex problem. Without corrections the constant is 0."""

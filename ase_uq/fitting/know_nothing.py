@@ -37,7 +37,7 @@ _MANY_ELEMENTS = 6
 _FEWEST_ATOMS = 16  # a smaller periodic cell is repeated: its atoms would move with their own images
 _SMALLEST_FORCE = 1e-3  # eV/Å; training frames that are all in equilibrium have next to no forces
 _SEED = 0
-_QUANTITIES = ("forces", "energy")
+_QUANTITIES = ("forces", "energy", "energies", "stress")
 
 
 class ShortestDistances:
@@ -68,8 +68,8 @@ class KnowNothing:
 
     Args:
         far_field: The know-nothing end of uncertainties.
-        scores: By method and quantity, `forces` or `energy`: (n_scores,) median of the logarithm of each score over the
-            frames.
+        scores: By method and quantity, `forces`, `energy`, `energies` or `stress`: (n_scores,) median of the logarithm
+            of each score over the frames; of `energies` that of the mean distance of their atoms.
     """
 
     far_field: FarField
@@ -123,7 +123,15 @@ def know_nothing(
     def scores(forward_pass: ForwardPass) -> dict[str, dict[str, torch.Tensor]]:
         with torch.no_grad():
             raws = {name: head(forward_pass) for name, head in growing.items()}
-        return {name: {"forces": r.forces.flatten(0, 1).cpu(), "energy": r.energy.cpu()} for name, r in raws.items()}
+        return {
+            name: {
+                "forces": raw.forces.flatten(0, 1).cpu(),
+                "energy": raw.energy.cpu(),
+                "energies": raw.mean_distance(forward_pass).cpu(),
+                "stress": raw.stress.cpu(),
+            }
+            for name, raw in raws.items()
+        }
 
     def forces_and_scores(forward_pass: ForwardPass) -> tuple[torch.Tensor, dict[str, dict[str, torch.Tensor]]]:
         return _forces(forward_pass), {} if gradients else scores(forward_pass)

@@ -29,7 +29,8 @@ class Raw:
         energy: (n_frames, n_scores) scores of the energy per atom of each structure.
         energies: (n_atoms,) scores of the energy of each atom, on the scale of the first score of `energy`.
         stress: (n_frames, n_scores) scores of the stress of each structure.
-        distance: (n_atoms,) scale-free distance from the fitted atoms, with mean 1 over them.
+        distance: (n_atoms,) scale-free distance from the fitted atoms, with mean 1 over them. With a far field it is
+            the score of the energy of each atom too.
     """
 
     forces: Tensor
@@ -37,6 +38,11 @@ class Raw:
     energies: Tensor
     stress: Tensor
     distance: Tensor
+
+    def mean_distance(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_frames, 1) mean distance of the atoms of each structure."""
+        total = forward_pass.sum_over_atoms(self.distance[:, None])
+        return total / forward_pass.n_atoms_of_frame[:, None]
 
 
 @dataclass(frozen=True)

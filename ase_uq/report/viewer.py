@@ -33,8 +33,12 @@ def plotly_script() -> str:
     return get_plotlyjs()
 
 
+@cache
 def packed(text: str) -> str:
-    """Text as base64 of gzip, without a time stamp: equal texts give equal results."""
+    """Text as base64 of gzip, without a time stamp: equal texts give equal results.
+
+    Several pages have the same plotly.js, which takes half a second.
+    """
     return base64.b64encode(gzip.compress(text.encode(), 9, mtime=0)).decode()
 
 

@@ -11,12 +11,12 @@ methods without additional passes come first). It ends where the potential knows
                      around it, its element, the predicted force and the distances around it, and is trained for the
                      likelihood of errors about the anchor
 
-and are bounded, |t_k| ≤ 2. They fade with the way, and vanish twice as far out as the calibration frames reach, ρ:
+and are bounded, |t_k| ≤ 1. They fade with the way, and vanish twice as far out as the calibration frames reach, ρ:
 likelihood on frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere, and
 what a network answers out there means nothing. The way is that of the atom or that of the sites in its receptive field,
 whichever is longer: an atom deep in a slab looks like one of the bulk, but its surroundings do not. Nor do corrections
-lower log σ² below the smallest A of a calibration atom: the errors of perfect crystals vanish by symmetry, not because
-they are known so well.
+lower log σ² below the median A of the calibration atoms: the errors of perfect crystals vanish by symmetry, not because
+they are known so well, and an atom that the anchor is sure of already may stand in a structure that nobody has seen.
 
 The likelihood of left-out calibration frames decides which corrections are kept. Networks are trained on training and
 calibration frames by cross-fitting: the prediction for a calibration frame comes from a network that has not seen it.
@@ -41,7 +41,8 @@ from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.sites import HOPS, RADII, around, mean_around
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
-LARGEST_CORRECTION = 2.0  # of log σ²: a factor e in σ
+LARGEST_CORRECTION = 1.0  # of log σ²: a factor √e in σ
+EARLIER_LARGEST_CORRECTION = 2.0  # of files that do not say
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
@@ -249,11 +250,12 @@ class Combination(torch.nn.Module):
     Args:
         inputs: How features are read from a batch.
         fade: Where corrections count.
-        floor: Smallest log σ² of the anchor among the calibration atoms; corrections do not lead below it.
+        floor: Log σ² below which corrections do not lead: the median of the anchor over the calibration atoms.
         ensemble: Networks of the residual model, or None if it was not kept.
         constant: c.
         weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
         likelihoods: Cross-validated mean negative log-likelihood per component, for each variant that was tried.
+        bound: Largest correction of log σ².
     """
 
     def __init__(
@@ -265,10 +267,12 @@ class Combination(torch.nn.Module):
         constant: float,
         weights: dict[str, float],
         likelihoods: dict[str, float],
+        bound: float = LARGEST_CORRECTION,
     ) -> None:
         super().__init__()
         self.inputs = inputs
         self.fade = fade
+        self.bound = bound
         self.floor = floor
         self.ensemble = ensemble
         self.constant = constant
@@ -286,6 +290,7 @@ class Combination(torch.nn.Module):
             "elements": list(self.inputs.elements),
             "fade": asdict(self.fade),
             "floor": self.floor,
+            "bound": self.bound,
             "ensemble": None if self.ensemble is None else self.ensemble.settings,
             "constant": self.constant,
             "weights": self.weights,
@@ -308,6 +313,8 @@ class Combination(torch.nn.Module):
         fade.number("span", 1e-3)
         fade.number("reach", 1e-3)
         settings.number("floor", SMALLEST_LOG, LARGEST_LOG)
+        if "bound" in settings:
+            settings.number("bound", 1e-3, LARGEST_LOG)
         tensors.nothing_else()
 
     @classmethod
@@ -330,14 +337,15 @@ class Combination(torch.nn.Module):
             settings["constant"],
             settings["weights"],
             settings["likelihoods"],
+            settings.get("bound", EARLIER_LARGEST_CORRECTION),
         )
 
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
         """(n_atoms, n_components) variances of the force components, (eV/Å)²."""
         features = self.inputs.features(forward_pass, raws, limit, networks=self.ensemble is not None)
-        corrections = corrections_of_methods(features, self.inputs.others)
+        corrections = corrections_of_methods(features, self.inputs.others, self.bound)
         if self.ensemble is not None:
-            corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs))
+            corrections[RESIDUAL] = bounded(self.ensemble(features.network_inputs), self.bound)
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
         return floored(features.base + self.fade(features) * total, features.base, self.floor).exp()
 
@@ -362,11 +370,13 @@ def ensemble_of(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> MLPE
     return MLPEnsemble(settings["ensemble"], tensors_of("ensemble", tensors))
 
 
-def corrections_of_methods(features: CombinationFeatures, names: Sequence[str]) -> dict[str, Tensor]:
+def corrections_of_methods(
+    features: CombinationFeatures, names: Sequence[str], limit: float = LARGEST_CORRECTION
+) -> dict[str, Tensor]:
     """(n_atoms, n_components) corrections towards each of the other methods, bounded."""
-    return {name: bounded(features.others[:, :, k] - features.base) for k, name in enumerate(names)}
+    return {name: bounded(features.others[:, :, k] - features.base, limit) for k, name in enumerate(names)}
 
 
-def bounded(values: Tensor) -> Tensor:
-    """Corrections of log σ², limited smoothly to ±`LARGEST_CORRECTION`; small ones are unchanged."""
-    return LARGEST_CORRECTION * torch.tanh(values / LARGEST_CORRECTION)
+def bounded(values: Tensor, limit: float = LARGEST_CORRECTION) -> Tensor:
+    """Corrections of log σ², limited smoothly to ±`limit`; small ones are unchanged."""
+    return limit * torch.tanh(values / limit)

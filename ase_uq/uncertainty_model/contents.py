@@ -21,7 +21,6 @@ from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.gated import GatedCombination
 
 _QUANTITIES = ("forces", "energy", "energies", "stress")
-_WITH_FAR_FIELD = ("forces", "energy")
 
 
 def check_contents(header: dict[str, Any], stored: Mapping[str, Tensor]) -> dict[str, type[Method]]:
@@ -105,8 +104,6 @@ def _checked_calibrators(method: Entries, scores: Mapping[str, int] | None) -> d
     made = {}
     for quantity in settings.keys(_QUANTITIES):
         made[quantity] = calibrator = checked_calibrator(settings.under(quantity))
-        if quantity not in _WITH_FAR_FIELD and isinstance(calibrator, FarFieldCalibrator):
-            raise settings.under(quantity).wrong("kind", "affine or power")
         # An atom has one score of its energy.
         n_scores = None if scores is None else {**scores, "energies": 1}[quantity]
         if n_scores is not None and not calibrator.combines(n_scores):

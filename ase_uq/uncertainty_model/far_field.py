@@ -16,10 +16,22 @@ All are local and change smoothly as neighbours come and go, so an atom has the 
 An energy is the work of forces, so an energy per atom is wrong by what the forces are wrong by along the way to where
 nothing is known:
 
-    σ∞ of E/N = ℓ · mean_i σ∞,i
+    σ∞ of E/N = ℓ · mean_i σ∞,i          σ∞ of e_i = ℓ · σ∞,i
 
     ℓ         root mean square displacement of a component of the training frames that were rattled until the potential
               knew nothing of them (`fitting.know_nothing`)
+
+A stress is the work of forces under strain, which moves neighbours by their distance. If the wrong forces of an atom's
+neighbours act along bonds of length d and know nothing of each other, so that their squares add up, a component of its
+virial ½ Σ_j d·f_j is wrong by d/√10 times what a component of its force is wrong by (½·√3·√(2/15), where 2/15 is the
+mean square of the six products of the components of a direction). Virials of atoms are wrong with the same sign: those
+of the images of an atom are, so only this sum is the same in every supercell.
+
+    σ∞² of stress = (Σ_i σ∞,i d_i / √10 V)² + S²
+
+    d_i       distance of the nearest neighbour
+    S         root mean square component of the predicted stress: forces of a compressed crystal vanish by symmetry,
+              its stress does not
 """
 
 from dataclasses import dataclass, replace
@@ -43,11 +55,29 @@ _UNSEEN = 0.8
 # What a file may hold: eV/Å, and Å.
 _SMALLEST_FORCE, _LARGEST_FORCE = 1e-6, 1e20
 _SHORTEST, _LONGEST = 1e-6, 1e3
+_SMALLEST_STRESS = 1e-10  # eV/Å³; without a cell and without neighbours there is none, and its logarithm is taken
+
+
+@dataclass(frozen=True)
+class Limits:
+    """σ∞² of a batch, in squared ASE units.
+
+    Args:
+        forces: (n_atoms,) of a force component.
+        energy: (n_frames,) of the energy per atom.
+        energies: (n_atoms,) of the energy of an atom.
+        stress: (n_frames,) of a component of the stress; next to nothing without a cell, None without any stress.
+    """
+
+    forces: Tensor
+    energy: Tensor
+    energies: Tensor
+    stress: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class FarField:
-    """The know-nothing end of the uncertainties of forces and energies.
+    """The know-nothing end of uncertainties.
 
     Args:
         elements: Atomic numbers of the training frames, ascending.
@@ -126,6 +156,12 @@ class FarField:
         local = mean_around(squares, edges, edges.cutoff)[:, 0]
         return self.force**2 + local + self._repulsion(edges, forward_pass.numbers)
 
+    def limits(self, forward_pass: ForwardPass) -> Limits:
+        """σ∞² of all quantities of a batch, which must have forces."""
+        forces = self.variance(forward_pass)
+        energy, stress = self.energy_variance(forces, forward_pass), stress_variance(forces, forward_pass)
+        return Limits(forces, energy, self.length**2 * forces, stress)
+
     def energy_variance(self, limit: Tensor, forward_pass: ForwardPass) -> Tensor:
         """(n_frames,) σ∞² of the energy per atom, eV², from the (n_atoms,) σ∞² of the forces."""
         counts = forward_pass.n_atoms_of_frame
@@ -160,3 +196,20 @@ class FarField:
         excess = zbl_force(distance, *pair) - self._repulsion_at_shortest[pair]
         total = torch.zeros(len(numbers), dtype=excess.dtype, device=excess.device)
         return total.index_add(0, edges.target, excess.square()) / 3
+
+
+def stress_variance(limit: Tensor, forward_pass: ForwardPass) -> Tensor | None:
+    """(n_frames,) σ∞² of a component of the stress, (eV/Å³)², from the (n_atoms,) σ∞² of the forces.
+
+    Next to nothing for a frame without a cell, None for a batch without stress.
+    """
+    stress, volumes = forward_pass.stress, forward_pass.volumes
+    if stress is None or volumes is None:
+        return None
+    edges = forward_pass.edges
+    nearest = torch.full_like(limit, torch.inf)
+    nearest = nearest.scatter_reduce(0, edges.target, edges.distance.to(limit.dtype), "amin")
+    nearest = nearest.where(nearest.isfinite(), 0)  # an atom alone has no virial
+    virial = forward_pass.sum_over_atoms(limit.sqrt() * nearest) / 10**0.5
+    variance = (virial / volumes).square() + stress.to(limit.dtype).square().mean(1)
+    return variance.where(volumes > 0, 0).clamp(min=_SMALLEST_STRESS**2)

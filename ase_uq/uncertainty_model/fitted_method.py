@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ase_uq.calibration import Calibrator
+from ase_uq.calibration import Calibrator, FarFieldCalibrator
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
 from ase_uq.representation import Brief
+from ase_uq.uncertainty_model.far_field import Limits
 
 
 @dataclass(frozen=True, repr=False)
@@ -35,26 +36,27 @@ class FittedMethod(Brief):
         of_atoms = None if limit is None else limit[:, None]
         return self.calibrators["forces"].variance(raw.forces, of_atoms, numbers[:, None])
 
-    def standard_deviations(
-        self, raw: Raw, limit: Tensor | None, energy_limit: Tensor | None, forward_pass: ForwardPass
-    ) -> dict[str, Tensor]:
+    def standard_deviations(self, raw: Raw, limits: Limits | None, forward_pass: ForwardPass) -> dict[str, Tensor]:
         """Calibrated standard deviations of a batch by results key.
 
         Args:
             raw: Raw scores of the head.
-            limit: As of `force_variance`.
-            energy_limit: (n_frames,) σ∞² of energies per atom, likewise.
+            limits: σ∞² of all quantities, or None for a model that was fitted without a far field.
             forward_pass: The batch.
         """
-        forces = self.force_variance(raw, limit, forward_pass.numbers).sqrt()
+        forces = self.force_variance(raw, limits and limits.forces, forward_pass.numbers).sqrt()
         deviations = {"forces_uncertainty": forces.expand(-1, 3)}
         if "energy" in self.calibrators:
             # Calibrated per atom of a structure, so that sizes can be mixed.
-            per_atom = self.calibrators["energy"].variance(raw.energy, energy_limit).sqrt()
+            per_atom = self.calibrators["energy"].variance(raw.energy, limits and limits.energy).sqrt()
             deviations["energy_uncertainty"] = forward_pass.n_atoms_of_frame * per_atom
         if "energies" in self.calibrators:
-            deviations["energies_uncertainty"] = self.calibrators["energies"].variance(raw.energies[:, None]).sqrt()
+            calibrator = self.calibrators["energies"]
+            # The law with a far end reads the distance of an atom; every other form the score of its energy.
+            scores = raw.distance if isinstance(calibrator, FarFieldCalibrator) else raw.energies
+            of_atoms = calibrator.variance(scores[:, None], limits and limits.energies)
+            deviations["energies_uncertainty"] = of_atoms.sqrt()
         if "stress" in self.calibrators:
-            stress = self.calibrators["stress"].variance(raw.stress).sqrt()
+            stress = self.calibrators["stress"].variance(raw.stress, limits and limits.stress).sqrt()
             deviations["stress_uncertainty"] = stress[:, None].expand(-1, 6)
         return deviations

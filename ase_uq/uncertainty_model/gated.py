@@ -19,6 +19,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.uncertainty_model.combination import (
+    EARLIER_LARGEST_CORRECTION,
     N_VIEWS,
     RESIDUAL,
     CombinationInputs,
@@ -106,18 +107,20 @@ class GatedCombination(torch.nn.Module):
         inputs, raw = self.inputs, raws[self.inputs.anchor]
         base = inputs.log_variance(inputs.anchor, forward_pass, raws, limit)
         careful = self.alternative.variance(raw.forces).clamp(min=1e-300).log() - base
-        corrections = {
-            name: bounded(inputs.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base) - base)
+        bound = EARLIER_LARGEST_CORRECTION
+        others = {
+            name: inputs.log_variance(name, forward_pass, raws, limit, base.shape[1]).expand_as(base)
             for name in inputs.others
         }
+        corrections = {name: bounded(value - base, bound) for name, value in others.items()}
         views = views_of(forward_pass, raw)
         if self.ensemble is not None:
             distances = [raws[name].distance for name in inputs.distances]
             rows = network_inputs(forward_pass, views, inputs.elements, distances)
-            corrections[RESIDUAL] = bounded(self.ensemble(rows))
+            corrections[RESIDUAL] = bounded(self.ensemble(rows), bound)
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.settings["constant"])
         gate = self.gate(views)[:, None]
-        return (base + gate * total + (1 - gate) * bounded(careful.clamp(min=0))).exp()
+        return (base + gate * total + (1 - gate) * bounded(careful.clamp(min=0), bound)).exp()
 
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""

@@ -47,8 +47,7 @@ class UncertaintyModel:
         provenance: Versions, counts, splits and digests; JSON values.
         perturbed: Uncertainties and errors of the perturbed frames, if some were given; only `MissRate` uses them.
         reference: Reference runs, on which false alarms are counted, if some were made.
-        far_field: What forces and energies may be wrong by where the potential knows nothing; None in models of before
-            schema 5.
+        far_field: What results may be wrong by where the potential knows nothing; None in models of before schema 5.
     """
 
     identity: Identity
@@ -76,12 +75,9 @@ class UncertaintyModel:
         results: dict[str, Tensor] = {}
         with torch.no_grad():
             raws = {name: fitted.head(forward_pass) for name, fitted in self.methods.items()}
-            limit = energy_limit = None
-            if self.far_field is not None:
-                limit = self.far_field.variance(forward_pass)
-                energy_limit = self.far_field.energy_variance(limit, forward_pass)
+            limits = None if self.far_field is None else self.far_field.limits(forward_pass)
             for name, fitted in self.methods.items():
-                deviations = fitted.standard_deviations(raws[name], limit, energy_limit, forward_pass)
+                deviations = fitted.standard_deviations(raws[name], limits, forward_pass)
                 if name == self.leading:
                     results |= deviations
                     results["gamma"] = self.edges.grade(raws[name].distance, forward_pass.numbers)
@@ -90,7 +86,8 @@ class UncertaintyModel:
             if self.far_field is not None:
                 results["contact"] = self.far_field.contact(forward_pass)
             if self.combination is not None:
-                results["forces_uncertainty"] = self.combination(forward_pass, raws, limit).sqrt().expand(-1, 3)
+                variance = self.combination(forward_pass, raws, limits and limits.forces)
+                results["forces_uncertainty"] = variance.sqrt().expand(-1, 3)
         return results
 
     @property

@@ -3,11 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from ase import Atoms
 from ase.build import molecule
+from ase.neighborlist import neighbor_list
 from ase.optimize import BFGS
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ase_uq.backends import load_backend
-from ase_uq.backends.toy import ToyCalculator
+from ase_uq.backends.toy import ToyCalculator, _neighbours
 from ase_uq.errors import InputError
 from ase_uq.testing.backends import BackendContract
 
@@ -33,6 +37,32 @@ class TestToyDirect(BackendContract):
 
     def last_layer(self, calculator):
         return [calculator.potential.weights, calculator.potential.force_weights]
+
+
+@given(
+    n_atoms=st.integers(1, 9),
+    pbc=st.tuples(*[st.booleans()] * 3),
+    size=st.floats(2, 9),
+    spread=st.floats(1, 20),
+    vacuum=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+def test_neighbours_are_those_of_ase(
+    n_atoms: int, pbc: tuple[bool, ...], size: float, spread: float, vacuum: bool, seed: int
+):
+    rng = np.random.default_rng(seed)
+    cell = size * np.eye(3) + rng.uniform(-1, 1, (3, 3)) * size / 3
+    if vacuum:
+        cell[~np.array(pbc)] = 0
+    atoms = Atoms(["H"] * n_atoms, rng.uniform(-spread, spread, (n_atoms, 3)), cell=cell, pbc=pbc)
+    first, second, lattice = neighbor_list("ijS", atoms, 4.0)
+    expected = np.column_stack([first, second, lattice @ atoms.cell.complete().array])
+    found = np.column_stack(_neighbours(atoms, 4.0))
+    np.testing.assert_allclose(in_order(found), in_order(expected), atol=1e-9)
+
+
+def in_order(rows: np.ndarray) -> np.ndarray:
+    return rows[np.lexsort(rows.round(6).T)]
 
 
 def test_a_molecule_has_no_stress():

@@ -294,10 +294,9 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return load(str(template), "embedded:mace", str(embedded.path("mace.uq.safetensors")))
 
 
-def start(folder: Path, *command: str) -> subprocess.Popen[str]:
-    program = Path(sys.executable).with_name(command[0])
+def start(folder: Path, program: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, program, *command[1:]],
+        [program, "input.xml"],
         cwd=folder,
         text=True,
         stdout=subprocess.PIPE,
@@ -310,13 +309,13 @@ def finished(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, text
 
 
-def through_a_socket(folder: Path, driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def through_a_socket(folder: Path, driver: str, program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The client is i-PI's program in this process, which has imported and compiled all that it needs."""
     address = f"ase_uq_{uuid.uuid4().hex[:12]}"
     (folder / "input.xml").write_text(
         INPUT.replace("FORCEFIELD", SOCKET).replace("ADDRESS", address).replace("BEADS", "1")
     )
-    server = start(folder, "i-pi", "input.xml")
+    server = start(folder, program)
     try:
         assert server.stdout is not None
         while not Path(f"/tmp/ipi_{address}").exists():
@@ -334,11 +333,11 @@ def through_a_socket(folder: Path, driver: str, monkeypatch: pytest.MonkeyPatch)
         server.kill()
 
 
-def inside_ipi(folder: Path, driver: str, _: pytest.MonkeyPatch) -> None:
+def inside_ipi(folder: Path, driver: str, program: Path, _: pytest.MonkeyPatch) -> None:
     (folder / "input.xml").write_text(
         INPUT.replace("FORCEFIELD", DIRECT).replace("DRIVER", driver).replace("BEADS", "2")
     )
-    finished(start(folder, "i-pi", "input.xml"))
+    finished(start(folder, program))
 
 
 def test_the_page_shows_what_is_run_here():
@@ -359,9 +358,10 @@ def test_an_ipi_run_has_our_forces_and_the_uncertainties_of_every_step_and_bead(
     folder: Path,
     driver_file: str,
     calculator: UncertainCalculator,
+    preloaded_bin: Path,
     monkeypatch: pytest.MonkeyPatch,
 ):
-    go(folder, driver_file, monkeypatch)
+    go(folder, driver_file, preloaded_bin / "i-pi", monkeypatch)
     for bead in range(n_beads):
         frames = read(folder / f"run.positions_{bead}.extxyz", ":")
         forces = read(folder / f"run.forces_{bead}.extxyz", ":")

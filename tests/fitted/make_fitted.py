@@ -1,11 +1,12 @@
 """Makes the uncertainty models that `test_uncertainty_model.py` reads for ever: one a file format, then kept.
 
-    python tests/fitted/make_fitted.py v5
+    python tests/fitted/make_fitted.py v6
 
-`v5.uq.safetensors` is the model, `v5_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
+`v6.uq.safetensors` is the model, `v6_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
 it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
 share of the receptive field in its site sums; format 2 has several and their combination; format 3 the runs of its
-calibration frames, perturbed frames and reference runs; format 4 other names; format 5 a far field.
+calibration frames, perturbed frames and reference runs; format 4 other names; format 5 a far field; format 6 one of
+atomic energies and of stresses. Up to format 5 the potential had a direct head for forces, and therefore no stress.
 """
 
 import sys
@@ -28,7 +29,7 @@ FOLDER = Path(__file__).parent
 
 
 def frames(seed: int, count: int) -> list[Atoms]:
-    """Distorted water and hydrogen peroxide, labelled by a toy potential of other weights; errors grow with them."""
+    """Distorted water and hydrogen peroxide in cells, labelled by a toy potential of other weights; errors grow."""
     random = np.random.default_rng(seed)
     reference = ToyCalculator(("H", "O"), seed=1)
     made = []
@@ -36,16 +37,19 @@ def frames(seed: int, count: int) -> list[Atoms]:
         atoms = molecule(str(random.choice(["H2O", "H2O2"])))
         scale = random.uniform(0.02, 0.15)
         atoms.positions += random.normal(scale=scale, size=(len(atoms), 3))
+        atoms.set_cell([5.0] * 3)
+        atoms.pbc = True
         energy = reference.get_property("energy", atoms) + random.normal(scale=scale * len(atoms))
         forces = reference.get_property("forces", atoms) + random.normal(scale=5 * scale, size=(len(atoms), 3))
-        atoms.info["REF_energy"] = energy
+        stress = reference.get_property("stress", atoms) + random.normal(scale=0.05 * scale, size=6)
+        atoms.info |= {"REF_energy": energy, "REF_stress": stress}
         atoms.set_array("REF_forces", forces)
         made.append(atoms)
     return made
 
 
 def main(version: str) -> None:
-    calculator = ToyCalculator(("H", "O"), direct=True)
+    calculator = ToyCalculator(("H", "O"))
     methods = [
         make_method("bll"),
         make_method("pdrum", folds=2, training=Training(hidden=(8,))),
@@ -58,8 +62,8 @@ def main(version: str) -> None:
     model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)
     forward_pass = backend.forward(backend.collate([*frames(2, 2), molecule("H2O", cell=[3.5] * 3, pbc=True)]))
-    layer = forward_pass.force_layer
-    assert layer is not None
+    assert forward_pass.stress is not None
+    assert forward_pass.volumes is not None
     inputs = {
         "numbers": forward_pass.numbers,
         "positions": forward_pass.positions,
@@ -68,12 +72,13 @@ def main(version: str) -> None:
         "energy": forward_pass.energy,
         "features": forward_pass.features,
         "forces": forward_pass.forces,
+        "stress": forward_pass.stress,
+        "volumes": forward_pass.volumes,
         "edges.source": forward_pass.edges.source,
         "edges.target": forward_pass.edges.target,
         "edges.vector": forward_pass.edges.vector,
         "edges.cutoff": torch.tensor(forward_pass.edges.cutoff),
         **{f"energy_layer.{name}": value for name, value in vars(forward_pass.energy_layer).items()},
-        **{f"force_layer.{name}": value for name, value in vars(layer).items() if torch.is_tensor(value)},
     }
     outputs = model.apply(forward_pass)
     tensors = {f"in/{name}": value.clone() for name, value in inputs.items()}

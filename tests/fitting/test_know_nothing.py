@@ -138,6 +138,11 @@ class TestKnowNothing:
         np.testing.assert_allclose(found.scores["bll"]["forces"], forces.log().median(0).values, rtol=1e-6)
         energy = torch.cat([head(forward_pass_of(backend, [atoms])).energy for atoms in rattled])
         np.testing.assert_allclose(found.scores["bll"]["energy"], energy.log().median(0).values, rtol=1e-6)
+        batches = [forward_pass_of(backend, [atoms]) for atoms in rattled]
+        distance = torch.tensor([head(batch).distance.mean() for batch in batches], dtype=torch.float64)
+        np.testing.assert_allclose(found.scores["bll"]["energies"], [distance.log().median()], rtol=1e-6)
+        stress = torch.cat([head(batch).stress for batch in batches])
+        np.testing.assert_allclose(found.scores["bll"]["stress"], stress.log().median(0).values, rtol=1e-6)
         calm = torch.cat([head(forward_pass_of(backend, [atoms])).forces[:, 0] for atoms in frames])
         assert (found.scores["bll"]["forces"] > calm.log().median(0).values.numpy() + 1).all()
 

@@ -14,7 +14,8 @@ from ase.io import read, write
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ase_uq import UncertainCalculator, UncertaintyModel, embedded, read_frames, write_frames
+from ase_uq import UncertainCalculator, UncertaintyModel, embedded, load_backend, read_frames, write_frames
+from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.results import BELONG_KEY, annotated, drop_uncertainties, has_uncertainties, uncertainties_belong
 from ase_uq.properties import UNCERTAINTIES
@@ -139,14 +140,20 @@ def test_a_note_of_that_name_that_is_none_of_ours(noted: object):
     assert not uncertainties_belong(atoms)
 
 
+@pytest.fixture(scope="module")
+def potential() -> tuple[Backend, UncertaintyModel]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UQWarning)
+        return load_backend("embedded:mace"), UncertaintyModel.load(embedded.path("mace.uq.safetensors"))
+
+
 @pytest.mark.parametrize("reader", [read_frames, lambda path: read(path, ":")], ids=["ours", "ASE's"])
 @pytest.mark.parametrize("moved", [True, False])
 @pytest.mark.parametrize("every", [1, 2])
-def test_a_calculation_takes_the_place_of_what_a_file_held(reader: Callable, moved: bool, every: int, tmp_path: Path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UQWarning)
-        model = UncertaintyModel.load(embedded.path("mace.uq.safetensors"))
-        calculator = UncertainCalculator("embedded:mace", model, every=every)
+def test_a_calculation_takes_the_place_of_what_a_file_held(
+    reader: Callable, moved: bool, every: int, potential: tuple[Backend, UncertaintyModel], tmp_path: Path
+):
+    calculator = UncertainCalculator(*potential, every=every)
     start = molecule("CH3CHO")
     write_frames(tmp_path / "a.xyz", [annotated(start, {"forces_uncertainty": np.full((len(start), 3), 99.0)})])
     (atoms,) = reader(tmp_path / "a.xyz")

@@ -90,7 +90,7 @@ class TestCommittee(MethodContract):
         return Committee()
 
     def make_frames(self):
-        return labelled_frames(40, seed=1, cell=6.0)  # the toy's molecules have a stress of zero, all members agree
+        return labelled_frames(24, seed=1, cell=6.0)  # the toy's molecules have a stress of zero, all members agree
 
 
 class TestConfidence(MethodContract):
@@ -163,6 +163,9 @@ class TestNTK(MethodContract):
     def make_method(self):
         return NTK(tangents=2)
 
+    def make_frames(self):
+        return labelled_frames(12, seed=1)  # every atom takes a backward pass
+
 
 class TestNTKSketched(TestNTK):
     def make_method(self):
@@ -213,6 +216,9 @@ class TestPDRUMDiffInvariant(TestPDRUMDiff):
 class TestPDRUMDiffConservative(TestPDRUMDiff):
     def make_method(self):
         return PDRUM("diff_conservative", folds=2, training=Training(hidden=(16,), max_epochs=6))
+
+    def make_frames(self):
+        return labelled_frames(12, seed=1)  # every feature takes a backward pass
 
 
 def test_threads_stand_for_ranks():

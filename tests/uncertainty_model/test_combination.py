@@ -114,7 +114,7 @@ class TestWeights:
         squares = np.exp(base + fade * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
         harmful = base - np.log(squares)
         corrections = {"good": fade * good, "useless": fade * useless, "harmful": fade * harmful}
-        return fitting._Likelihood(base, fade, squares, corrections)
+        return fitting._Likelihood(base, fade, squares, corrections, -np.inf)
 
     def test_are_those_of_another_optimiser(self):
         rows = self.rows()
@@ -286,8 +286,8 @@ class TestOutOfFold:
         combination = fitted.combination
         assert RESIDUAL in combination.weights
         _, seen = fitting._residual_model(None, rows, "")
-        correction = combination.weights[RESIDUAL] * 2 * torch.tanh(seen / 2) + combination.constant
-        expected = (rows[0].base + combination.fade(rows[0]) * correction).clamp(min=combination.floor).exp()
+        correction = combination.weights[RESIDUAL] * torch.tanh(seen) + combination.constant
+        expected = floored(rows[0].base + combination.fade(rows[0]) * correction, rows[0].base, combination.floor).exp()
         np.testing.assert_allclose(fitted.variance, expected, rtol=1e-10)
         assert not np.allclose(fitted.variance, combination(rows[0], {}, None))
 
@@ -317,7 +317,9 @@ class TestFade:
         assert found.reach == pytest.approx(np.quantile(way, 0.99))
 
 
-def test_corrections_lead_to_no_less_than_the_smallest_of_the_anchor():
+def test_corrections_lead_to_no_less_than_the_median_of_the_anchor():
+    rows = World(1.5).rows(0)
+    assert fit_combination(World().inputs, None, rows).combination.floor == float(rows[0].base.quantile(0.5))
     base = torch.tensor([-6.0, -4.0, -9.0])
     torch.testing.assert_close(floored(base - 1.5, base, -6.0), torch.tensor([-6.0, -5.5, -9.0]))
     torch.testing.assert_close(floored(base + 1.5, base, -6.0), base + 1.5)

@@ -35,7 +35,7 @@ from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.uncertainty_model import contents as contents_module
 from ase_uq.uncertainty_model import file
 
-KIND, SCHEMA = "uncertainty model", 5
+KIND, SCHEMA = "uncertainty model", 6
 FITTED = Path(__file__).parents[1] / "fitted"
 EMBEDDED = Path(file.__file__).parents[1] / "embedded"
 QUICK = Training(hidden=(4,), max_epochs=2)
@@ -339,6 +339,7 @@ def test_a_file_says_what_is_wrong_with_which_value(whole: Case, tmp_path: Path)
 
 
 LAW = FarFieldCalibrator(-6.0, (0.1,), (0.5,), (9.0,), 0.0, (1e-3,)).settings
+TWO = FarFieldCalibrator(-6.0, (0.1,) * 2, (0.5,) * 2, (9.0,) * 2, 0.0, (1e-3,) * 2).settings
 
 
 @pytest.mark.parametrize(
@@ -354,7 +355,8 @@ LAW = FarFieldCalibrator(-6.0, (0.1,), (0.5,), (9.0,), 0.0, (1e-3,)).settings
         (("combination", "ensemble"), None, "ensemble is None, one beside a weight of residual, else null, was"),
         (("far_field",), None, "header has no far_field, but the calibrator of forces of bll needs one"),
         (("far_field", "length"), 0, "far_field.length is 0, a number from 1e-06 to 1000 was expected"),
-        (("methods", "bll", "calibrators", "energies"), LAW, "energies.kind is 'far_field', affine or power was"),
+        (("methods", "bll", "calibrators", "energies"), TWO, "energies is an object|a calibrator of 1 scores"),
+        (("methods", "bll", "calibrators", "stress"), TWO, "stress is an object|a calibrator of 1 scores"),
         (("methods", "bll", "calibrators", "energy"), LAW, "energy is an object|a calibrator of 2 scores"),
         (("reference", "reduction", "kind"), "least", "a reduction is 'max', 'mean', 'top3' or a quantile"),
         (("provenance", "versions"), [], r"header.provenance.versions is \[\], an object was expected"),

@@ -1,6 +1,7 @@
 """σ∞²: its three parts by hand, smooth and local, and pairs closer than the training frames had them."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,88 @@ class TestEnergyVariance:
         one, eight, water = self.variance(cell, cell.repeat(2), molecule("H2O"))
         torch.testing.assert_close(eight, one, rtol=1e-4, atol=0)
         torch.testing.assert_close(water, self.variance(molecule("H2O"))[0])
+
+
+class TestLimits:
+    def test_of_an_atoms_energy_is_that_of_its_force_times_the_length_and_of_a_structure_their_mean(self):
+        limits = FAR_FIELD.limits(forward_pass := evaluated(molecule("CH3CH2OH")))
+        force = FAR_FIELD.variance(forward_pass)
+        torch.testing.assert_close(limits.forces, force)
+        torch.testing.assert_close(limits.energies.sqrt(), 0.07 * force.sqrt())
+        torch.testing.assert_close(limits.energy.sqrt(), limits.energies.sqrt().mean()[None])
+
+
+class TestStressVariance:
+    """The toy potential has a cutoff of a few Å; crystals are rattled so that forces do not vanish."""
+
+    def variance(self, *frames: Atoms) -> torch.Tensor:
+        found = FAR_FIELD.limits(evaluated(*frames)).stress
+        assert found is not None
+        return found
+
+    @pytest.fixture
+    def cell(self) -> Atoms:
+        atoms = bulk("C", cubic=True)
+        atoms.rattle(0.1, seed=1)
+        return atoms
+
+    def test_is_that_of_forces_at_bonds_and_of_the_predicted_stress(self, cell: Atoms):
+        forward_pass = evaluated(cell)
+        assert forward_pass.stress is not None
+        forces = FAR_FIELD.variance(forward_pass).sqrt().numpy()
+        distances = cell.get_all_distances(mic=True) + 9 * np.eye(len(cell))
+        virial = (forces * distances.min(1)).sum() / np.sqrt(10)
+        predicted = float(forward_pass.stress.square().mean())
+        assert float(self.variance(cell)) == pytest.approx((virial / cell.get_volume()) ** 2 + predicted, rel=1e-5)
+
+    def test_its_share_of_a_bond_is_that_of_independent_forces_along_bonds(self):
+        """Monte Carlo of ½ Σ_j d·r_j f_j beside Σ_j r_j f_j, over any number of bonds in any direction."""
+        random = np.random.default_rng(0)
+        directions = random.normal(size=(200_000, 4, 3))
+        directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+        along = random.normal(size=(200_000, 4, 1))
+        force = (directions * along).sum(1)
+        virial = 0.5 * 1.7 * np.einsum("nja,njb->nab", directions * along, directions)
+        voigt = virial.reshape(-1, 9)[:, [0, 4, 8, 5, 2, 1]]
+        assert np.sqrt(np.mean(voigt**2) / np.mean(force**2)) == pytest.approx(1.7 / np.sqrt(10), rel=0.01)
+
+    def test_is_the_same_in_any_supercell_and_in_a_batch(self, cell: Atoms):
+        one, eight, again = self.variance(cell, cell.repeat(2), cell)
+        torch.testing.assert_close(eight, one, rtol=1e-4, atol=0)
+        torch.testing.assert_close(again, self.variance(cell)[0])
+
+    def test_falls_with_the_volume_as_stresses_do(self):
+        atoms = molecule("CH3CH2OH", cell=[30] * 3, pbc=True)
+        larger = molecule("CH3CH2OH", cell=[30, 30, 60], pbc=True)
+        small, large = self.variance(atoms, larger).sqrt()
+        torch.testing.assert_close(small, 2 * large, rtol=1e-4, atol=0)
+
+    def test_of_totals_adds_up_over_structures_that_are_far_apart(self):
+        water, methane = molecule("H2O"), molecule("CH4")
+        methane.positions += 20
+        frames = [water, methane, water + methane]
+        for atoms in frames:
+            atoms.set_cell([60] * 3)
+        forward_pass = replace(evaluated(*frames), stress=torch.zeros(3, 6, dtype=torch.float64))
+        found = FAR_FIELD.limits(forward_pass).stress
+        assert found is not None
+        one, other, both = found.sqrt().tolist()
+        assert both == pytest.approx(one + other, rel=1e-5)
+
+    def test_of_a_compressed_perfect_crystal_is_at_least_its_stress(self):
+        atoms = bulk("C", cubic=True)
+        atoms.set_cell(0.8 * atoms.cell.array, scale_atoms=True)
+        stress = evaluated(atoms).stress
+        assert stress is not None
+        assert float(self.variance(atoms)) > float(stress.square().mean())
+
+    def test_without_a_cell_or_neighbours_there_is_next_to_none_and_without_stress_none(self):
+        assert self.variance(molecule("H2O"), Atoms("H", cell=[30] * 3, pbc=True)).tolist() == pytest.approx(
+            [1e-20] * 2
+        )
+        direct = forward_pass_of(load_backend(ToyCalculator(direct=True)), [bulk("C")])
+        assert direct.volumes is None
+        assert FAR_FIELD.limits(direct).stress is None
 
 
 class TestContact:
