@@ -2,6 +2,7 @@
 
     python benchmarks/quality.py [SET ...] [--data ../shared/data] [--models ../shared/models ...] [--frames 100]
                                  [--methods bll pdrum kernel] [--predictions FOLDER] [--out benchmarks/results/quality]
+                                 [--keep]
 
 Every set has training, calibration, test and out-of-distribution frames with reference forces, and a potential that was
 trained on the first. An uncertainty model is fitted on the training frames, calibrated on the calibration frames, and
@@ -15,7 +16,7 @@ docs/benchmark.md says how.
 The cell of an estimator has the negative log-likelihood of force components above that of the best constant told the
 truth (the root mean square error of that split, which nobody knows beforehand), mean z², Spearman's correlation with
 the force error, of atoms and of the largest of each frame, AUROC of frames with an error above 0.3 eV/Å, and CRPS.
-Writes OUT.md, OUT.csv.
+Writes OUT.md, OUT.csv. With --keep a set takes the place of its own rows only, so that a table grows set by set.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import get_type_hints
 
 import numpy as np
 from ase import Atoms
@@ -112,22 +114,25 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=["bll", "pdrum", "kernel"])
     parser.add_argument("--predictions", type=Path)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/quality"))
+    parser.add_argument("--keep", action="store_true", help="rows of OUT.csv of other sets, of the same options, stay")
     parser.add_argument("--device", default="")
     arguments = parser.parse_args()
     if unknown := [name for name in arguments.sets if name not in SETS]:
         parser.error(f"there is no set {unknown[0]!r}. There are: {', '.join(SETS)}.")
-    cells: list[Cell] = []
-    left_out: list[str] = []
-    for name in arguments.sets or SETS:
+    asked = arguments.sets or list(SETS)
+    by_set = cells_in(arguments.out.with_suffix(".csv")) if arguments.keep else {}
+    reasons = dict.fromkeys(SETS if arguments.keep else asked, "not run")
+    for name in asked:
         try:
-            of_set = list(cells_of(name, SETS[name], arguments))
+            by_set[name] = list(cells_of(name, SETS[name], arguments))
         except FileNotFoundError as error:
-            left_out.append(f"{name}: {error}")
-            print(left_out[-1], file=sys.stderr)
+            reasons[name] = str(error)
+            print(f"{name}: {error}", file=sys.stderr)
             continue
-        cells += of_set
-        for cell in of_set:
+        for cell in by_set[name]:
             print(cell, flush=True)
+        cells = [cell for of_set in SETS for cell in by_set.get(of_set, [])]
+        left_out = [f"{of_set}: {reason}" for of_set, reason in reasons.items() if of_set not in by_set]
         write(arguments.out, cells, left_out, arguments)  # what an interrupted run has found stays
     print(arguments.out.with_suffix(".md").read_text())
 
@@ -219,6 +224,17 @@ def cell_of(name: str, split: str, estimator: str, sample: Sample) -> Cell:
         auroc=metrics.auroc(largest, said, tolerance=TOLERANCE),
         crps=crps,
     )
+
+
+def cells_in(path: Path) -> dict[str, list[Cell]]:
+    """Cells of an earlier run, by set."""
+    found: dict[str, list[Cell]] = {}
+    if path.exists():
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                cell = Cell(**{name: kind(row[name]) for name, kind in get_type_hints(Cell).items()})
+                found.setdefault(cell.set, []).append(cell)
+    return found
 
 
 def write(out: Path, cells: Sequence[Cell], left_out: Sequence[str], arguments: argparse.Namespace) -> None:
