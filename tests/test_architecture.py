@@ -70,6 +70,7 @@ PUBLIC_NAMES = {
     "split_as_mace",
     "split_frames",
     "perturb_frames",
+    "propagation",
     "write_frames",
 }
 
