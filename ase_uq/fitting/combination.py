@@ -32,7 +32,7 @@ from ase_uq.uncertainty_model.fitted_method import FittedMethod
 _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
-_REACH_QUANTILE, _SMALLEST_REACH = 0.99, 0.05
+_END_QUANTILE, _SMALLEST_END = 0.8, 0.1  # of the way of the calibration atoms: where corrections end
 _FLOOR_QUANTILE = 0.5  # of log σ² of the anchor over the calibration atoms
 _FRAMES_OF_ANCHOR = 3  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
@@ -100,8 +100,8 @@ def fit_combination(
 def _fade(span: float, features: CombinationFeatures) -> Fade:
     """Where corrections count, from the features of the calibration atoms."""
     fade = Fade(float(features.field.mean()), span)
-    reach = float(np.quantile(fade.way(features).cpu().numpy(), _REACH_QUANTILE))
-    return replace(fade, reach=max(reach, _SMALLEST_REACH))
+    end = float(np.quantile(fade.way(features).cpu().numpy(), _END_QUANTILE))
+    return replace(fade, end=min(max(end, _SMALLEST_END), 1.0))
 
 
 def _is_earned(gains: np.ndarray) -> bool:

@@ -1,6 +1,6 @@
 """The primary estimator if several methods are fitted: learned where the calibration frames support it.
 
-    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = 1 - t/2ρ between 0 and 1
+    log σ² = A + f·(c + Σ_k s_k·t_k),    0 ≤ s_k ≤ 1,    f = 1 - t/ρ between 0 and 1
 
 A is the anchor, the calibrated log σ² of the first method that measures a distance (the Bayesian last layer by default;
 methods without additional passes come first). It ends where the potential knows nothing, and t is the way there
@@ -11,7 +11,7 @@ methods without additional passes come first). It ends where the potential knows
                      around it, its element, the predicted force and the distances around it, and is trained for the
                      likelihood of errors about the anchor
 
-and are bounded, |t_k| ≤ 1. They fade with the way, and vanish twice as far out as the calibration frames reach, ρ:
+and are bounded, |t_k| ≤ 1. They fade with the way, and vanish where four of five calibration atoms lie behind, ρ:
 likelihood on frames like the training frames picks corrections that are wrong by orders of magnitude elsewhere, and
 what a network answers out there means nothing. The way is that of the atom or that of the sites in its receptive field,
 whichever is longer: an atom deep in a slab looks like one of the bulk, but its surroundings do not. Nor do corrections
@@ -172,17 +172,23 @@ def network_inputs(
 
 @dataclass(frozen=True)
 class Fade:
-    """The share of the corrections that counts: 1 at the calibration frames, 0 at twice their reach or the far end.
+    """The share of the corrections that counts: 1 at the calibration frames, 0 at the end of the way.
 
     Args:
         centre: Mean of the `field` of the calibration atoms.
         span: Logarithm of how much the distance grows from there to where nothing is known.
-        reach: ρ, the way that the calibration atoms reach.
+        end: ρ, the way at which no correction is left, at most 1.
     """
 
     centre: float
     span: float
-    reach: float = 1.0
+    end: float = 1.0
+
+    @classmethod
+    def load(cls, settings: Mapping[str, float]) -> "Fade":
+        """From the settings of a file; before schema 6 they had half of the end."""
+        end = settings["end"] if "end" in settings else min(2 * settings["reach"], 1.0)
+        return cls(settings["centre"], settings["span"], end)
 
     def way(self, features: CombinationFeatures) -> Tensor:
         """(n_atoms, n_components) the longer way, of the atom or of its receptive field."""
@@ -191,11 +197,6 @@ class Fade:
     def __call__(self, features: CombinationFeatures) -> Tensor:
         """(n_atoms, n_components) f."""
         return (1 - self.way(features) / self.end).clamp(0, 1)
-
-    @property
-    def end(self) -> float:
-        """The way at which no correction is left."""
-        return min(2 * self.reach, 1.0)
 
 
 @dataclass(frozen=True)
@@ -308,10 +309,11 @@ class Combination(torch.nn.Module):
         if not isinstance(model.calibrators[anchor]["forces"], FarFieldCalibrator):
             raise settings.wrong("anchor", "a method whose forces have a far_field calibrator")
         fade = settings.under("fade")
-        fade.keys(("centre", "span", "reach"))
+        end = "end" if "end" in fade else "reach"
+        fade.keys(("centre", "span", end))
         fade.number("centre")
         fade.number("span", 1e-3)
-        fade.number("reach", 1e-3)
+        fade.number(end, 1e-3)
         settings.number("floor", SMALLEST_LOG, LARGEST_LOG)
         if "bound" in settings:
             settings.number("bound", 1e-3, LARGEST_LOG)
@@ -331,7 +333,7 @@ class Combination(torch.nn.Module):
         )
         return cls(
             inputs,
-            Fade(**settings["fade"]),
+            Fade.load(settings["fade"]),
             settings["floor"],
             ensemble_of(settings, tensors),
             settings["constant"],

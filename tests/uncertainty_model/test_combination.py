@@ -298,23 +298,27 @@ class TestFade:
         fields = torch.as_tensor(field, dtype=torch.float64).expand(len(way))[:, None]
         return CombinationFeatures(column, column, fields, column[:, :0, None], column[:, :0])
 
-    def test_is_whole_near_and_nothing_at_twice_the_reach(self):
-        found = Fade(0.0, 5.0, 0.2)(self.at([-0.5, 0.0, 0.1, 0.2, 0.4, 0.41, 1.0], -1.0))
+    def test_is_whole_near_and_nothing_at_the_end(self):
+        found = Fade(0.0, 5.0, 0.4)(self.at([-0.5, 0.0, 0.1, 0.2, 0.4, 0.41, 1.0], -1.0))
         np.testing.assert_allclose(found[:, 0], [1, 1, 0.75, 0.5, 0, 0, 0], atol=1e-12)
 
     def test_is_that_of_the_receptive_field_where_that_is_farther_out(self):
-        found = Fade(2.0, 5.0, 0.2)(self.at([-0.5, -0.5, -0.5, 0.3], [2.0, 2.5, 9.0, 2.0]))
+        found = Fade(2.0, 5.0, 0.4)(self.at([-0.5, -0.5, -0.5, 0.3], [2.0, 2.5, 9.0, 2.0]))
         np.testing.assert_allclose(found[:, 0], [1, 0.75, 0, 0.25], atol=1e-12)
 
-    def test_is_nothing_where_nothing_is_known_however_far_calibration_frames_reach(self):
-        assert float(Fade(0.0, 5.0, 0.9)(self.at([1.0], 0.0))) == 0
+    def test_is_nothing_where_nothing_is_known(self):
+        assert float(Fade(0.0, 5.0)(self.at([1.0], 0.0))) == 0
 
-    def test_reach_is_that_of_the_calibration_atoms(self):
+    def test_ends_behind_four_of_five_calibration_atoms(self):
         features = World(1.5).rows(0)[0]
         found = fit_combination(World().inputs, None, World(1.5).rows(0)).combination.fade
         assert found.centre == pytest.approx(float(features.field.mean()))
         way = np.maximum(features.way.numpy(), (features.field.numpy() - found.centre) / 5.0)
-        assert found.reach == pytest.approx(np.quantile(way, 0.99))
+        assert found.end == pytest.approx(np.quantile(way, 0.8))
+
+    @pytest.mark.parametrize(("reach", "end"), [(0.2, 0.4), (0.9, 1.0)])
+    def test_older_files_say_half_of_it(self, reach: float, end: float):
+        assert Fade.load({"centre": 1.0, "span": 5.0, "reach": reach}) == Fade(1.0, 5.0, end)
 
 
 def test_corrections_lead_to_no_less_than_the_median_of_the_anchor():
