@@ -145,7 +145,9 @@ def ence(y_true: ArrayLike, y_pred: ArrayLike, y_std: ArrayLike, *, n_bins: int 
     if not 1 <= n_bins <= residuals.size:
         raise ValueError(f"{n_bins} bins for {residuals.size} values: give between 1 and {residuals.size}.")
     levelled = _levelled(residuals.ravel() ** 2, std.ravel() ** 2)
-    rmv, rms = (np.sqrt([values.mean() for values in np.array_split(squares, n_bins)]) for squares in levelled)
+    sizes = np.full(n_bins, residuals.size // n_bins)
+    sizes[: residuals.size % n_bins] += 1
+    rmv, rms = np.sqrt(np.add.reduceat(np.stack(levelled), np.cumsum(sizes) - sizes, axis=1) / sizes)
     return float(np.mean(np.abs(rmv - rms) / rmv))
 
 

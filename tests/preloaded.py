@@ -10,6 +10,7 @@ conftest.py.
 """
 
 import atexit
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -23,8 +24,9 @@ import sys
 import tempfile
 import traceback
 import types
+from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 MODULES = (
     "ase_uq.cli",
@@ -85,6 +87,7 @@ def serve(address: str) -> None:
         for module in MODULES:
             importlib.import_module(module)
         load_potentials_quickly()
+        shorten()
         gc.freeze()  # a collection in a child would copy every page
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the children tell their clients how they ended
         while True:
@@ -118,6 +121,26 @@ def load_potentials_quickly() -> None:
     for name in ("mace", "orb-direct", "orb-conservative"):
         load_backend(f"embedded:{name}", device="cpu")
     packed(plotly_script())  # and every page of a report holds this
+
+
+def shorten() -> None:
+    """What takes long, and what no page is about: training of networks, and intervals of scores."""
+    from ase_uq import metrics
+    from ase_uq.fitting import combination
+    from ase_uq.methods.pdrum import method
+
+    def briefly(cross_fit: Callable[..., Any]) -> Callable[..., Any]:
+        def short(*rows: Any, training: Any, **options: Any) -> Any:
+            return cross_fit(*rows, training=dataclasses.replace(training, max_epochs=10), **options)
+
+        return short
+
+    def few(*rows: Any, n_resamples: int, **options: Any) -> Any:
+        return bootstrap(*rows, n_resamples=min(n_resamples, 20), **options)
+
+    for module in (combination, method):
+        module.cross_fit = briefly(module.cross_fit)
+    bootstrap, metrics.bootstrap = metrics.bootstrap, few
 
 
 def answer(client: socket.socket) -> None:

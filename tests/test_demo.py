@@ -17,7 +17,7 @@ def told():
 def result(tmp_path_factory, told):
     with pytest.MonkeyPatch.context() as patch:
         # A lower flag, and so a lower halt, is reached sooner.
-        patch.setattr(demo, "FLAG", Quantile(0.2))
+        patch.setattr(demo, "FLAG", Quantile(0.5))
         folder = tmp_path_factory.mktemp("demo") / "new"
         return run_demo(folder, cold_steps=40, heating_steps=300, tell=told.append, progress=False)
 

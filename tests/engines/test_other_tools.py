@@ -397,7 +397,7 @@ def test_driver_answers_as_ipis_own_ase_driver_does(folder: Path, driver: Any, c
         np.testing.assert_allclose(np.ravel(found[number]), np.ravel(expected[number]), rtol=1e-6, atol=1e-6)
     assert np.abs(found[2]).max() > 1e-3
     extras = json.loads(found[3])
-    assert list(extras) == ["energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "gamma"]
+    assert list(extras) == ["energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "gamma", "contact"]
     for key, value in extras.items():
         np.testing.assert_allclose(value, calculator.results[key], rtol=1e-4, err_msg=key)
 

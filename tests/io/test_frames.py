@@ -28,7 +28,8 @@ def results_of(n_atoms: int, seed: int = 0) -> dict:
     results = {}
     for key in KEYS:
         entry = find_property(key)
-        shape = (n_atoms, *entry.shape) if entry.per_atom else entry.shape
+        shape = tuple(7 if n == -1 else n for n in entry.shape)
+        shape = (n_atoms, *shape) if entry.per_atom else shape
         results[key] = rng.uniform(0.001, 2, shape) if shape else float(rng.uniform(0.001, 2))
     results["gamma"][0] = math.inf
     return results

@@ -51,11 +51,11 @@ def test_reweighting_gives_the_average_of_the_other_ensemble():
     """A harmonic well of another stiffness: ⟨x²⟩ = kT/k is known."""
     rng = np.random.default_rng(1)
     kt, stiff = units.kB * KELVIN, 2.0
-    x = rng.normal(scale=(kt / stiff) ** 0.5, size=6_000)
+    x = rng.normal(scale=(kt / stiff) ** 0.5, size=2_000)
     members = np.array([0.9, 1.0, 1.1, 1.2]) * stiff
     deviations = 0.5 * (members - stiff) * x[:, None] ** 2
     found = propagation.average(frames_of(0.5 * stiff * x**2, deviations), x**2, KELVIN, by="reweighted")
-    np.testing.assert_allclose(found.members, kt / members, rtol=0.06)
+    np.testing.assert_allclose(found.members, kt / members, rtol=0.1)
 
 
 def test_a_shift_of_a_member_changes_nothing():
