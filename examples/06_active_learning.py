@@ -73,7 +73,7 @@ CHECK = 20  # steps between frames whose true error is computed; these are not c
 start = read_frames(embedded.path("malonaldehyde.xyz"))[0]
 old = read_frames(embedded.path("train_300K.xyz"))[:: 10 if QUICK else 1]
 # Not all of them: they would outnumber the few frames that say how wrong the potential is when it is hot.
-old_calibration = read_frames(embedded.path("calibration_300K.xyz"))[::4]
+old_calibration = read_frames(embedded.path("calibration_300K.xyz"))[:: 16 if QUICK else 4]
 tests = {kelvin: read_frames(embedded.path(f"test_{kelvin}K.xyz"))[:: 10 if QUICK else 2] for kelvin in (300, 900)}
 out = arguments.out
 out.mkdir(parents=True, exist_ok=True)

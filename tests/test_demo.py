@@ -18,6 +18,7 @@ def result(tmp_path_factory, told):
     with pytest.MonkeyPatch.context() as patch:
         # A lower flag, and so a lower halt, is reached sooner.
         patch.setattr(demo, "FLAG", Quantile(0.5))
+        patch.setattr(demo, "_MOST_LABELS", 20)
         folder = tmp_path_factory.mktemp("demo") / "new"
         return run_demo(folder, cold_steps=40, heating_steps=300, tell=told.append, progress=False)
 
