@@ -29,21 +29,11 @@ hypothesis.settings.load_profile("suite")
 # Begun last, they would keep one process busy while the others have nothing left to do.
 _LONGEST = (
     "test_readme.py",
-    "test_examples.py",
     "test_mace.py",
     "test_orb.py",
     "test_sevennet.py",
+    "test_examples.py",
     "test_everywhere.py",
-    "test_contract.py",
-    "test_page.py",
-    "test_md_restart.py",
-    "test_other_tools.py",
-    "test_torchsim.py",
-    "test_fit.py",
-    "test_score.py",
-    "test_contents.py",
-    "test_demo.py",
-    "test_docs_site.py",
 )
 
 
