@@ -46,7 +46,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     """
     stale = results is None and _is_stale(atoms)
     if results is None:
-        results = _current_results(atoms)
+        results = current_results(atoms)
     copy = atoms.copy()
     # Copies: some calculators write the next results into the same arrays.
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
@@ -75,7 +75,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
 
 def hidden_labels(atoms: Atoms) -> list[str]:
     """Names of ASE's own under which a structure has an entry of info or arrays and a current result as well."""
-    return _hidden(atoms, _current_results(atoms))
+    return _hidden(atoms, current_results(atoms))
 
 
 def _hidden(atoms: Atoms, results: Mapping[str, Any]) -> list[str]:
@@ -164,5 +164,6 @@ def _is_stale(atoms: Atoms) -> bool:
     return isinstance(atoms.calc, Calculator) and bool(atoms.calc.check_state(atoms))
 
 
-def _current_results(atoms: Atoms) -> Mapping[str, Any]:
+def current_results(atoms: Atoms) -> Mapping[str, Any]:
+    """The results of the calculator of a structure if they are of this structure, else none."""
     return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}

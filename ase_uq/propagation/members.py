@@ -4,9 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from ase import Atoms
-from ase.calculators.calculator import Calculator
 
 from ase_uq.errors import InputError
+from ase_uq.io.results import current_results
 
 
 def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
@@ -17,10 +17,7 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     """
     energies, members = [], []
     for number, atoms in enumerate(frames):
-        results = atoms.calc.results if isinstance(atoms.calc, Calculator) else {}
-        # A calculator that several structures share has the results of the last one.
-        if isinstance(atoms.calc, Calculator) and atoms.calc.check_state(atoms):
-            results = {}
+        results = current_results(atoms)  # a calculator that several structures share has those of the last one
         if "energy_ensemble" not in results or "energy" not in results:
             raise InputError(
                 f"frame {number} has no energy_ensemble of its own. Calculate it with UncertainCalculator(..., "

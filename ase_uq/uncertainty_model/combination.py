@@ -186,7 +186,7 @@ class Fade:
 
     @classmethod
     def load(cls, settings: Mapping[str, float]) -> "Fade":
-        """From the settings of a file; before schema 6 they had half of the end."""
+        """From the settings of a file; earlier ones have half of the end, how far calibration atoms reach."""
         end = settings["end"] if "end" in settings else min(2 * settings["reach"], 1.0)
         return cls(settings["centre"], settings["span"], end)
 
