@@ -7,15 +7,15 @@
 
 The last but one is for benchmarks/monitoring: the architecture and frames of the embedded MACE. `rmd17_MOLECULE` is for
 benchmarks/published.py: one molecule of the frames of rmd17_crossmol.
-Writes OUT_FOLDER/<name>_<seed>.model; a member that is there already is kept. The architecture is that of the P-DRUM
-paper: 32 scalar and 32 vector channels, 2 layers, 5 Å. MACE's own command does the training; this script fixes its
-arguments. Members differ in their seed, which is also that of the frames held out for validation.
+Writes OUT_FOLDER/<name>_<seed>.model; a member that is there already is kept. A training that was stopped goes on from
+its last checkpoint in OUT_FOLDER/<name>_<seed>.training when the same command is run again. The architecture is that of
+the P-DRUM paper: 32 scalar and 32 vector channels, 2 layers, 5 Å. MACE's own command does the training; this script
+fixes its arguments. Members differ in their seed, which is also that of the frames held out for validation.
 """
 
 import argparse
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ase import Atoms
@@ -104,16 +104,17 @@ def train(name: str, seed: int, data: Path, out: Path, device: str) -> None:
     sources = recipe.pop("frames")
     labelled = data / recipe.pop("folder", name)
     molecule = recipe.pop("molecule", "")
-    with tempfile.TemporaryDirectory() as folder:
-        frames = Path(folder) / "train.xyz"
-        frames.write_text("".join((labelled / source).read_text() for source in sources))
-        if molecule:
-            write(frames, only(list(iread(frames)), molecule))
-        arguments = ARCHITECTURE | recipe | {"name": "member", "train_file": frames, "seed": seed, "device": device}
-        options = [f"--{key}={value}" for key, value in arguments.items()]
-        subprocess.run(["mace_run_train", *options, "--ema", "--swa"], cwd=folder, check=True)
-        out.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path(folder) / "member_stagetwo.model", target)
+    folder = target.with_suffix(".training")
+    folder.mkdir(parents=True, exist_ok=True)
+    frames = folder / "train.xyz"
+    frames.write_text("".join((labelled / source).read_text() for source in sources))
+    if molecule:
+        write(frames, only(list(iread(frames)), molecule))
+    arguments = ARCHITECTURE | recipe | {"name": "member", "train_file": frames, "seed": seed, "device": device}
+    options = [f"--{key}={value}" for key, value in arguments.items()]
+    subprocess.run(["mace_run_train", *options, "--ema", "--swa", "--restart_latest"], cwd=folder, check=True)
+    (folder / "member_stagetwo.model").rename(target)
+    shutil.rmtree(folder)
     print(f"wrote {target}")
 
 

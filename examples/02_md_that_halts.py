@@ -32,8 +32,8 @@ print(f"{monitor.n_flagged} frames are in flagged.xyz, to be labelled")
 dyn.set_temperature(temperature_K=300)
 for halts in range(500):
     try:
-        dyn.run(100)
-        print(f"halted {halts} times more, then 100 quiet steps, up to {dyn.get_time() / units.fs:.1f} fs")
+        dyn.run(50)
+        print(f"halted {halts} times more, then 50 quiet steps, up to {dyn.get_time() / units.fs:.1f} fs")
         break
     except UncertaintyHalt:
         continue

@@ -21,7 +21,7 @@ state.rng = 0
 # %% A replica is halted at 0.3 eV/Å; the others go on, and the batch costs less without it
 monitor = ReplicaMonitor(model, flag=Quantile(0.99), halt=0.3, frames="flagged.xyz")
 final = monitor.integrate(
-    state, integrator=ts.Integrator.nvt_langevin, n_steps=160, temperature=kelvin, timestep=0.0005, gamma=5.0
+    state, integrator=ts.Integrator.nvt_langevin, n_steps=100, temperature=kelvin, timestep=0.0005, gamma=5.0
 )
 
 print("replica  temperature (K)  time (fs)  flagged  end")

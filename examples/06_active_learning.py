@@ -62,7 +62,7 @@ arguments = parser.parse_args()
 
 QUICK = arguments.quick
 STRATEGY = "random" if arguments.random else "lcmd"
-ROUNDS, RUNS, STEPS = (1, 2, 100) if QUICK else (3, 4, 1000)
+ROUNDS, RUNS, STEPS = (1, 2, 50) if QUICK else (3, 4, 1000)
 LABELS, SPARE = (6, 2) if QUICK else (30, 10)  # per round, to train on and to calibrate with
 EPOCHS, OLD = (5, 24) if QUICK else (16, 120)  # old frames are trained on again, lest the potential forget them
 FLAG, HALT = 0.15, 0.4  # eV/Å, the same in every round, so that rounds can be compared

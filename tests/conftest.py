@@ -11,6 +11,8 @@ import hypothesis
 import pytest
 import torch
 
+from ase_uq import metrics
+
 from . import preloaded
 
 # What is made while tests are collected stays until the end: to look through it for garbage takes a third of that time.
@@ -81,6 +83,12 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
         return tqdm(frames, disable=bool(disable), **options)
 
     monkeypatch.setattr("ase_uq.progress.tqdm", bar)
+
+
+@pytest.fixture
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals of scores are from few resamples, for tests that do not look at them."""
+    monkeypatch.setattr(metrics, "bootstrap", preloaded.with_few_resamples(metrics.bootstrap))
 
 
 @pytest.fixture

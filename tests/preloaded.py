@@ -113,14 +113,35 @@ def load_potentials_quickly() -> None:
     """Every block loads a potential, and calculates too little with it for compiled code to pay."""
     import e3nn
 
+    from ase_uq import embedded
     from ase_uq.backends import load_backend
+    from ase_uq.backends.mace import loading as mace
+    from ase_uq.backends.orb import loading as orb
     from ase_uq.report.viewer import packed, plotly_script
 
     e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
     keep_tables()
     for name in ("mace", "orb-direct", "orb-conservative"):
         load_backend(f"embedded:{name}", device="cpu")
+    mace.load_potential = once_ready(mace.load_potential, [(str(embedded.path("mace.safetensors")),)])
+    names = ("orb_direct.safetensors", "orb_conservative.safetensors")
+    orb.load_potential = once_ready(orb.load_potential, [(str(embedded.path(name)), "cpu", "") for name in names])
     packed(plotly_script())  # and every page of a report holds this
+
+
+def once_ready(load: Callable[..., Any], calls: list[tuple[str, ...]]) -> Callable[..., Any]:
+    """The same, which has made the results of these calls already; each is given away once, as it may be changed."""
+    ready = {arguments: load(*arguments) for arguments in calls}
+    return lambda *arguments: ready.pop(arguments) if arguments in ready else load(*arguments)
+
+
+def with_few_resamples(bootstrap: Callable[..., Any]) -> Callable[..., Any]:
+    """The same, of five resamples at most."""
+
+    def few(*rows: Any, n_resamples: int, **options: Any) -> Any:
+        return bootstrap(*rows, n_resamples=min(n_resamples, 5), **options)
+
+    return few
 
 
 def shorten() -> None:
@@ -135,12 +156,9 @@ def shorten() -> None:
 
         return short
 
-    def few(*rows: Any, n_resamples: int, **options: Any) -> Any:
-        return bootstrap(*rows, n_resamples=min(n_resamples, 20), **options)
-
     for module in (combination, method):
         module.cross_fit = briefly(module.cross_fit)
-    bootstrap, metrics.bootstrap = metrics.bootstrap, few
+    metrics.bootstrap = with_few_resamples(metrics.bootstrap)
 
 
 def answer(client: socket.socket) -> None:

@@ -52,7 +52,7 @@ def test_every_example_is_run_here():
 
 @pytest.mark.usefixtures("shared_data")
 def test_real_data(tmp_path: Path):
-    text = run("01_real_data.py", tmp_path, "--every", "16")
+    text = run("01_real_data.py", tmp_path, "--every", "25")
     forces, energies = text.split("forces, eV/Å\n")[1].split("energies per atom, eV\n")
     for table in (forces, energies):
         assert [line.split("  ")[0] for line in table.splitlines()] == ["300 K", "600 K"]
@@ -66,7 +66,7 @@ def test_real_data(tmp_path: Path):
 def test_md_that_halts(tmp_path: Path):
     text = run("02_md_that_halts.py", tmp_path)
     assert "halted at step" in text
-    assert "then 100 quiet steps" in text
+    assert "then 50 quiet steps" in text
     assert (tmp_path / "flagged.xyz").exists()
 
 

@@ -59,9 +59,9 @@ for name, calculator in zip(("orb_v3_direct_20_omat", "orb_v3_conservative_inf_o
 """
 # Runs are as long as the reader likes, and may end by halting.
 SHORTER = {
-    "dyn.run(100_000)": "dyn.run(50)",
+    "dyn.run(100_000)": "dyn.run(20)",
     "dyn.run(300)": "dyn.run(100)",
-    "--steps 100000": "--steps 50",
+    "--steps 100000": "--steps 20",
     "--steps 300": "--steps 100",
     "q0.99": "q0.9",
     "Quantile(0.99)": "Quantile(0.9)",

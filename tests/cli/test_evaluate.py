@@ -10,6 +10,9 @@ from ase.io import read, write
 from ase_uq import UncertainCalculator, embedded, evaluate, report
 
 
+pytestmark = pytest.mark.usefixtures("few_resamples")
+
+
 @pytest.fixture
 def judge(run, files):
     def judge(*words, frames=files.test):

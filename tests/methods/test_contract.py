@@ -218,7 +218,7 @@ class TestPDRUMDiffConservative(TestPDRUMDiff):
         return PDRUM("diff_conservative", folds=2, training=Training(hidden=(16,), max_epochs=6))
 
     def make_frames(self):
-        return labelled_frames(12, seed=1)  # every feature takes a backward pass
+        return labelled_frames(10, seed=1)  # every feature takes a backward pass
 
 
 def test_threads_stand_for_ranks():

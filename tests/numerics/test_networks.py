@@ -89,7 +89,7 @@ class TestCrossFit:
         inputs = torch.randn(3000, 3, generator=generator)
         targets = 100 + 5 * smooth(inputs)
         groups = torch.arange(3000) // 10
-        ensemble = cross_fit(inputs, targets, groups, training=Training(hidden=(64,)))
+        ensemble = cross_fit(inputs, targets, groups, training=Training(hidden=(64,), patience=10))
         unseen = out_of_fold(ensemble, inputs, folds_of(groups, 5))
         assert float((unseen - targets).square().mean()) < 0.03 * float(targets.var())
 
@@ -215,7 +215,7 @@ class TestSums:
         inputs = torch.randn(len(segments), 3, generator=generator)
         each = smooth(inputs) + 3
         targets = torch.zeros(800, 1).index_add_(0, segments, each)
-        training = Training(hidden=(64,))
+        training = Training(hidden=(64,), patience=10)
         ensemble = cross_fit(inputs, targets, torch.arange(800), training=training, segments=segments)
         assert float((ensemble(inputs) - each).square().mean()) < 0.1 * float(each.var())
 
@@ -244,7 +244,7 @@ class TestLosses:
         scale = torch.exp(inputs[:, :1] / 2)
         targets = scale * torch.randn(8000, 1, generator=generator).abs()
         groups = torch.arange(8000)
-        training = Training(hidden=(32,))
+        training = Training(hidden=(32,), patience=10)
         ensemble = cross_fit(inputs, targets, groups, training=training, loss=pinball(quantile), output="softplus")
         below = targets < out_of_fold(ensemble, inputs, folds_of(groups, 5))
         for rows in (inputs[:, 0] < -0.5, inputs[:, 0] > 0.5):
@@ -253,7 +253,7 @@ class TestLosses:
     def test_squared_log_error_finds_the_geometric_mean(self, generator: torch.Generator):
         inputs = torch.randn(4000, 2, generator=generator)
         targets = torch.exp(inputs[:, :1] + torch.randn(4000, 1, generator=generator))
-        training = Training(hidden=(32,))
+        training = Training(hidden=(32,), patience=10)
         ensemble = cross_fit(
             inputs, targets, torch.arange(4000), training=training, loss=squared_log_error, output="softplus"
         )

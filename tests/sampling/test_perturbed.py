@@ -189,7 +189,7 @@ def test_hot_crystals_reach_their_temperature():
 
     With the momenta drawn at T and a thermostat at T the potential energy lies between half of 3/2 N kT and all of it.
     """
-    parent = bulk("Cu", cubic=True).repeat(3)
+    parent = bulk("Cu", cubic=True).repeat(2)
     parent.calc = EMT()
     ground = parent.get_potential_energy()
     made = perturb_frames([parent], kinds=["hot"], per_kind=2, calculator=EMT(), temperature_max=800, steps=150)

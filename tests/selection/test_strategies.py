@@ -328,10 +328,10 @@ import resource, torch
 from ase_uq.selection.strategies import *
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.cdist(torch.ones(30, 4), torch.ones(30, 4))
-pool, train = Points.single(torch.randn(40_000, 64)), Points.single(torch.randn(2_000, 64))
+pool, train = Points.single(torch.randn(40_000, 16)), Points.single(torch.randn(2_000, 16))
 before = peak()
-assert len(list(choose(Space(pool, train), 10, LargestCluster()))) == 10
-list(choose(Space(pool), 10, Determinant(pool, train)))
+assert len(list(choose(Space(pool, train), 5, LargestCluster()))) == 5
+list(choose(Space(pool), 5, Determinant(pool, train)))
 print(peak() - before)
 """
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
