@@ -9,7 +9,6 @@ from ase.io import read, write
 
 from ase_uq import UncertainCalculator, embedded, evaluate, report
 
-
 pytestmark = pytest.mark.usefixtures("few_resamples")
 
 
