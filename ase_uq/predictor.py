@@ -18,7 +18,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.prediction import Prediction
 from ase_uq.properties import find_property
 from ase_uq.stream.passes import LeftOut, in_parts
-from ase_uq.uncertainty_model.ensemble import EnergyEnsemble
+from ase_uq.uncertainty_model.ensemble import Ensemble
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 
@@ -32,10 +32,13 @@ class Predictor:
             leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
         ensemble: Number of members of `energy_ensemble`, samples of the energy that are correlated between structures;
             0 leaves it out. They cost nothing. See `uncertainty_model.ensemble`.
+        ensemble_forces: Number of its members, the first ones, whose forces are in `forces_ensemble`; 0 leaves it out.
+            A member costs a backward pass where forces are slopes of the energy, and nothing for a direct head.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ValueError: The calibration data cannot support the interval, or `ensemble` is no number of members.
+        ValueError: The calibration data cannot support the interval, or `ensemble` or `ensemble_forces` is no number of
+            members.
         InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
@@ -45,6 +48,7 @@ class Predictor:
         uncertainty_model: UncertaintyModel | str | os.PathLike[str],
         interval: float | None = None,
         ensemble: int = 0,
+        ensemble_forces: int = 0,
     ) -> None:
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
@@ -55,15 +59,21 @@ class Predictor:
         self.backend = backend
         self.uncertainty_model = uncertainty_model.to(backend.device)
         self._intervals = None if interval is None else self.uncertainty_model.intervals(interval)
-        self._ensemble = EnergyEnsemble(self.uncertainty_model, ensemble) if ensemble != 0 else None
+        asked = ensemble != 0 or ensemble_forces != 0
+        self._ensemble = Ensemble(self.uncertainty_model, ensemble, ensemble_forces) if asked else None
         self._named: set[int] = set()
 
     @property
     def results(self) -> tuple[str, ...]:
         """Results keys that every prediction with uncertainties has."""
         interval = () if self._intervals is None else ("forces_interval",)
-        ensemble = () if self._ensemble is None else ("energy_ensemble",)
+        ensemble = () if self._ensemble is None else self._ensemble.results
         return (*self.backend.results, *self.uncertainty_model.results, *interval, *ensemble)
+
+    @property
+    def gradients(self) -> bool:
+        """Whether uncertainties need `ForwardPass.gradients`, which cost further passes through the potential."""
+        return self.uncertainty_model.gradients or (self._ensemble is not None and self._ensemble.gradients)
 
     def predict(self, frames: Sequence[Atoms], *, first: int = 0, uncertainties: bool = True) -> list[Prediction]:
         """Predictions of structures, evaluated together as one batch, or in parts if that is too large.
@@ -80,7 +90,7 @@ class Predictor:
             InputError: A structure cannot be evaluated.
         """
         if len(frames) <= 1:  # a step of molecular dynamics: nothing to be kept apart
-            gradients = uncertainties and self.uncertainty_model.gradients
+            gradients = uncertainties and self.gradients
             forward_pass = self.backend.forward(self.backend.collate(frames, first=first), gradients=gradients)
             return self.predictions(forward_pass, uncertainties=uncertainties)
         predictions = []
@@ -103,7 +113,7 @@ class Predictor:
         """As `predict`, but a structure that cannot be evaluated has its reason in place of a prediction."""
         outcomes: list[Prediction | LeftOut] = []
         use = partial(self.predictions, uncertainties=uncertainties)
-        gradients = uncertainties and self.uncertainty_model.gradients
+        gradients = uncertainties and self.gradients
         for event in in_parts(self.backend, frames, use, first=first, gradients=gradients):
             outcomes += [event] if isinstance(event, LeftOut) else event.value
         return outcomes
@@ -112,8 +122,8 @@ class Predictor:
         """Predictions of the structures of a forward pass.
 
         Args:
-            forward_pass: A pass of this potential with forces, and with gradients where the uncertainty model reads
-                them; of one structure then.
+            forward_pass: A pass of this potential with forces, and with `gradients` where this has them; of one
+                structure then.
             uncertainties: As in `predict`.
         """
         predictions = _split(forward_pass, self._uncertainties(forward_pass) if uncertainties else {})
@@ -126,7 +136,7 @@ class Predictor:
         if self._intervals is not None:
             results["forces_interval"] = self._intervals(results["forces_uncertainty"], forward_pass.numbers)
         if self._ensemble is not None:
-            results["energy_ensemble"] = self._ensemble(forward_pass, results["energy_uncertainty"])
+            results |= self._ensemble(forward_pass, results)
         return results
 
     def _name_unseen(self, forward_pass: ForwardPass) -> None:

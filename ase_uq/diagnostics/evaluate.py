@@ -278,7 +278,7 @@ def _observe(
         Source(frames),
         predictor.predictions,
         batch_atoms=batch_atoms,
-        gradients=predictor.uncertainty_model.gradients,
+        gradients=predictor.gradients,
         title="evaluate" if progress else "",
     )
     for number, prediction in enumerate(

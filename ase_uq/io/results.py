@@ -66,7 +66,8 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
         if key in STANDARD:
             continue
         if entry.per_atom:
-            copy.set_array(key, np.asarray(value, float))
+            # Files have columns, not matrices, of an atom.
+            copy.set_array(key, np.asarray(value, float).reshape(len(copy), *([-1] if entry.shape else [])))
         else:
             copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
     copy.info.update(info)
@@ -153,10 +154,17 @@ def with_results(atoms: Atoms) -> Atoms:
     results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
     known = len(results)
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
-        results |= {key: value for key, value in store.items() if _is_uncertainty(key, per_atom)}
+        results |= {key: _shaped(key, value) for key, value in store.items() if _is_uncertainty(key, per_atom)}
     if len(results) > known:
         atoms.calc = StoredResults(atoms, results)
     return atoms
+
+
+def _shaped(key: str, value: Any) -> Any:
+    entry = find_property(key)
+    if entry is None or not entry.per_atom or len(entry.shape) < 2:
+        return value
+    return np.asarray(value).reshape(len(value), *entry.shape)
 
 
 def _is_stale(atoms: Atoms) -> bool:

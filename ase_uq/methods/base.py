@@ -14,6 +14,7 @@ from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.numerics.buffers import Fitted
+from ase_uq.numerics.draws import Draws
 
 Batches = Iterable[tuple[ForwardPass, Targets]]
 
@@ -72,13 +73,15 @@ class Head(Fitted, ABC):
         grows: Whether its scores grow all the way to frames that the potential knows nothing of. A head that learns
             errors, or that asks a committee, may say anything there.
         measures: Whether the head has `features`.
-        correlates: Whether the head has `energy_rows`.
+        correlates: Whether the head has `energy_rows` and `force_deviations`.
+        differentiates: Whether its `force_deviations` need `ForwardPass.gradients`.
     """
 
     gradients: bool = False
     grows: bool = True
     measures: bool = False
     correlates: bool = False
+    differentiates: bool = False
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -113,6 +116,13 @@ class Head(Fitted, ABC):
         A head with a posterior that two structures share defines this and `correlates`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how errors of energies are correlated")
+
+    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
+        """(n_atoms, 3, n_members) float64 changes of the forces by the first draws, on one scale for a structure.
+
+        Those of conservative forces are the slopes of `energy_rows @ draws("energy", ...)`, times the number of atoms.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not say how errors of forces are correlated")
 
 
 def _annotated(head: type[Head]) -> list[str]:

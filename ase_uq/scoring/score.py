@@ -189,7 +189,7 @@ def _score_rest(
         predictor.predictions,
         batch_atoms=batch_atoms,
         start=journal.next_frame,
-        gradients=predictor.uncertainty_model.gradients,
+        gradients=predictor.gradients,
         n_workers=n_workers,
     )
     total = source.total() if progress else None

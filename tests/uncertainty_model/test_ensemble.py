@@ -13,10 +13,12 @@ from scipy import stats
 
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit, read_frames, write_frames
 from ase_uq.backends import load_backend
+from ase_uq.backends._autograd import GraphGradients
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import InputError
+from ase_uq.numerics.draws import Draws
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
-from ase_uq.uncertainty_model.ensemble import EnergyEnsemble
+from ase_uq.uncertainty_model.ensemble import Ensemble
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*tells nothing about the:ase_uq.errors.UQWarning")
 
@@ -133,10 +135,138 @@ def test_without_a_posterior_it_is_said_what_to_fit(calculator: ToyCalculator, c
         Predictor(calculator, model, ensemble=64)
 
 
+def forces_of(calculator: ToyCalculator, model: UncertaintyModel, atoms: Atoms, n: int) -> np.ndarray:
+    (prediction,) = Predictor(calculator, model, ensemble=n, ensemble_forces=n).predict([atoms])
+    return prediction["forces_ensemble"]
+
+
+class TestForces:
+    def test_their_mean_is_the_force_and_their_spread_the_uncertainty(
+        self, calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms]
+    ):
+        predictor = Predictor(calculator, model, ensemble=64, ensemble_forces=8)
+        assert predictor.results[-2:] == ("energy_ensemble", "forces_ensemble")
+        for atoms, prediction in zip(frames, predictor.predict(frames), strict=True):
+            members = prediction["forces_ensemble"]
+            assert members.shape == (len(atoms), 3, 8)
+            np.testing.assert_allclose(members.mean(2), prediction["forces"], atol=1e-10)
+            expected = np.square(prediction["forces_uncertainty"]).mean() if len(atoms) > 1 else 0
+            assert members.var(2).mean() == pytest.approx(expected, rel=1e-6)
+
+    def test_covariances_are_those_of_the_posterior(self, calculator: ToyCalculator, model: UncertaintyModel):
+        """Many members against dense algebra, with slopes of the features by finite differences."""
+        atoms = molecule("H2O")
+        atoms.rattle(0.1, seed=3)
+        head: Any = model.methods["bll"].head
+        backend = load_backend(calculator)
+
+        def rows(shift: np.ndarray) -> np.ndarray:
+            moved = atoms.copy()
+            moved.positions += shift.reshape(-1, 3)
+            return head.energy_rows(forward_pass_of(backend, [moved])).numpy()[0]
+
+        if not head.differentiates:
+            layer = forward_pass_of(backend, [atoms]).force_layer
+            assert layer is not None
+            assert layer.force_free
+            assert bool(layer.torque_free.all())
+            shifts = [np.tile(axis, (3, 1)) for axis in np.eye(3)]
+            turns = [np.cross(axis, atoms.positions - atoms.positions.mean(0)) for axis in np.eye(3)]
+            rigid = np.linalg.qr(np.stack([*shifts, *turns]).reshape(6, 9).T)[0]
+            projection = np.eye(9) - rigid @ rigid.T
+            of_atoms = layer.features.numpy() @ head.force_root.numpy()
+            expected = projection @ np.kron(of_atoms @ of_atoms.T, np.eye(3)) @ projection
+        else:
+            step = 1e-4
+            slopes = np.array([rows(step * axis) - rows(-step * axis) for axis in np.eye(9)]) / (2 * step)
+            expected = slopes @ slopes.T
+        members = forces_of(calculator, model, atoms, 4000).reshape(9, -1)
+        found = np.cov(members)
+        found, expected = found / np.trace(found), expected / np.trace(expected)
+        assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+    def test_they_are_slopes_of_the_members_of_the_energy(self, model: UncertaintyModel, calculator: ToyCalculator):
+        """On one scale: energies are scaled by their own uncertainty, forces by theirs."""
+        if not model.methods["bll"].head.differentiates:
+            pytest.skip("forces of a direct head are no slopes")
+        atoms = molecule("CH3OH")
+        atoms.rattle(0.05, seed=2)
+        head, backend = model.methods["bll"].head, load_backend(calculator)
+        draws = Draws(8)
+
+        def energies(shift: np.ndarray) -> np.ndarray:
+            moved = atoms.copy()
+            moved.positions += shift
+            rows = head.energy_rows(forward_pass_of(backend, [moved]))
+            return len(atoms) * (rows @ draws("energy", rows.shape[1], rows.device)).numpy()[0]
+
+        found = head.force_deviations(forward_pass_of(backend, [atoms], gradients=True), draws, 8).numpy()
+        direction = np.random.default_rng(1).normal(size=(len(atoms), 3))
+        slope = (energies(1e-4 * direction) - energies(-1e-4 * direction)) / 2e-4
+        np.testing.assert_allclose(-np.einsum("ia,iam->m", direction, found), slope, rtol=1e-5, atol=1e-7)
+
+    def test_they_turn_with_the_structure_and_pull_it_nowhere(self, calculator: ToyCalculator, model: UncertaintyModel):
+        if not model.methods["bll"].head.differentiates:
+            pytest.skip("components of a direct head have draws of their own: covariances turn, members do not")
+        atoms = molecule("CH3OH")
+        atoms.rattle(0.05, seed=2)
+        turned, order = atoms.copy(), np.random.default_rng(0).permutation(len(atoms))
+        turned.rotate(50, (1, -2, 1), center=(0, 0, 0))
+        rotation = np.linalg.lstsq(atoms.positions, turned.positions, rcond=None)[0]
+        members = forces_of(calculator, model, atoms, 6)
+        np.testing.assert_allclose(members.sum(0), 0, atol=1e-8)
+        np.testing.assert_allclose(
+            forces_of(calculator, model, turned, 6), np.einsum("iam,ab->ibm", members, rotation), atol=1e-7
+        )
+        np.testing.assert_allclose(forces_of(calculator, model, atoms[order], 6), members[order], atol=1e-7)
+
+    def test_a_supercell_has_the_same_members(self, calculator: ToyCalculator, model: UncertaintyModel):
+        (atoms,) = labelled_frames(1, seed=4, cell=4.5)
+        members = forces_of(calculator, model, atoms, 4)
+        np.testing.assert_allclose(
+            forces_of(calculator, model, atoms.repeat((2, 1, 1)), 4), np.concatenate([members, members]), atol=1e-6
+        )
+
+    def test_the_first_members_are_the_same_whatever_their_number(
+        self, calculator: ToyCalculator, model: UncertaintyModel
+    ):
+        one, other = Draws(8), Draws(30)
+        cpu = torch.device("cpu")
+        torch.testing.assert_close(one("forces", 5, cpu), other("forces", 5, cpu)[:, :8])
+        assert not torch.equal(one("energy", 5, cpu), one("forces", 5, cpu))
+
+    def test_costs_one_backward_pass_a_member_or_none(
+        self, calculator: ToyCalculator, model: UncertaintyModel, monkeypatch: pytest.MonkeyPatch
+    ):
+        calls: list[int] = []
+        of_features = GraphGradients.of_features
+        monkeypatch.setattr(GraphGradients, "of_features", lambda *a: calls.append(1) or of_features(*a))
+        forces_of(calculator, model, molecule("H2O"), 7)
+        assert len(calls) == 7 * model.methods["bll"].head.differentiates
+
+    def test_they_stand_in_files(self, calculator: ToyCalculator, model: UncertaintyModel, tmp_path: Path):
+        atoms = molecule("H2O")
+        atoms.calc = UncertainCalculator(calculator, model, ensemble=8, ensemble_forces=4)
+        atoms.get_potential_energy()
+        write_frames(tmp_path / "a.xyz", [atoms])
+        (back,) = read_frames(tmp_path / "a.xyz")
+        expected = atoms.calc.results["forces_ensemble"]
+        np.testing.assert_allclose(back.calc.results["forces_ensemble"], expected, atol=1e-8)
+
+    def test_wrong_numbers_are_refused(self, calculator: ToyCalculator, model: UncertaintyModel):
+        with pytest.raises(ValueError, match=r"ensemble_forces=2 is not a whole number of 4 or more"):
+            UncertainCalculator(calculator, model, ensemble=8, ensemble_forces=2)
+        with pytest.raises(ValueError, match=r"ensemble_forces=16, but ensemble=8: .* Give ensemble=16 or more"):
+            UncertainCalculator(calculator, model, ensemble=8, ensemble_forces=16)
+        with pytest.raises(ValueError, match=r"ensemble=0 is not a whole number of 4 or more"):
+            UncertainCalculator(calculator, model, ensemble_forces=8)
+
+
 class Known:
     """A head whose rows are given."""
 
     correlates = True
+    differentiates = False
 
     def __init__(self, rows: np.ndarray) -> None:
         self.rows = torch.from_numpy(rows)
@@ -157,7 +287,8 @@ def test_where_the_truth_is_a_draw_differences_are_covered_as_promised(level: fl
         fake: Any = SimpleNamespace(leading="a", methods={"a": SimpleNamespace(head=Known(rows))})
         fake.results = ("energy_uncertainty",)
         energies: Any = SimpleNamespace(energy=torch.zeros(2, dtype=torch.float64))
-        members = EnergyEnsemble(fake, 256)(energies, torch.from_numpy(std)).numpy()
+        results = {"energy_uncertainty": torch.from_numpy(std)}
+        members = Ensemble(fake, 256)(energies, results)["energy_ensemble"].numpy()
         half = stats.norm.ppf(0.5 + level / 2) * (members[1] - members[0]).std()
         inside += abs(truth[1] - truth[0]) <= half
     low, high = stats.binom.interval(0.999, n_worlds, level)

@@ -53,6 +53,9 @@ class UncertainCalculator(CalibratedCalculator):
         ensemble: Number of members of `energy_ensemble` in the results, (n_members,) eV: samples of the energy with the
             energy as their mean and `energy_uncertainty` as their standard deviation, from the same draws for all
             structures, so that error bars of differences know of correlations. 0 leaves it out.
+        ensemble_forces: Number of members, the first ones of `ensemble`, whose forces are in `forces_ensemble` of the
+            results, (n_atoms, 3, n) eV/Å. Each costs a backward pass where forces are slopes of the energy, and nothing
+            for a direct head. 0 leaves it out.
 
     Attributes:
         implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
@@ -65,7 +68,7 @@ class UncertainCalculator(CalibratedCalculator):
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ArtefactError: The file is not a complete, unaltered uncertainty model.
         ValueError: `every` is not a whole number of 1 or more, the calibration data cannot support the interval, or
-            `ensemble` is no number of members.
+            `ensemble` or `ensemble_forces` is no number of members.
         InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
@@ -77,6 +80,7 @@ class UncertainCalculator(CalibratedCalculator):
         every: int = 1,
         interval: float | None = None,
         ensemble: int = 0,
+        ensemble_forces: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(every, Integral) or every < 1:
@@ -86,7 +90,7 @@ class UncertainCalculator(CalibratedCalculator):
             )
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
-        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval, ensemble)
+        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval, ensemble, ensemble_forces)
         self.implemented_properties = list(self.predictor.results)
         self.every = int(every)
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)

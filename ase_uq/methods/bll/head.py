@@ -9,7 +9,8 @@ from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Head, Implied, Raw
-from ase_uq.methods.bll.projection import projected_leverage
+from ase_uq.methods.bll.projection import projected_leverage, removed_mean, without_torque
+from ase_uq.numerics.draws import Draws
 
 FEATURES = ("latent", "last_layer")
 _SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
@@ -30,6 +31,11 @@ class BLLHead(Head):
     def correlates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
         """Whether energies were labelled, so that there is a posterior of their weights."""
         return "energy" in self._settings
+
+    @property
+    def differentiates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether forces are slopes of the energy, and not of a head of their own."""
+        return "force" not in self._settings
 
     centre: Tensor
     atom_root: Tensor
@@ -101,6 +107,22 @@ class BLLHead(Head):
         rows = (mean - self.energy_centre) @ self.energy_root
         intercept = torch.full_like(rows[:, :1], self._settings["energy"]["effective"] ** -0.5)
         return torch.cat([rows, intercept], 1)
+
+    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
+        """(n_atoms, 3, n_members): -∂/∂R_j Σ_i φ_i·R z_m, or P(φ R z_m) with a z of its own for each component."""
+        layer, gradients = forward_pass.force_layer, forward_pass.gradients
+        if not self.differentiates:
+            assert layer is not None
+            width, device = len(self.force_root), self.force_root.device
+            weights = self.force_root @ draws("forces", 3 * width, device)[:, :n_members].reshape(width, -1)
+            changes = (removed_mean(layer, forward_pass) @ weights).reshape(-1, 3, n_members)
+            return without_torque(layer, changes, forward_pass)
+        if gradients is None:
+            raise ValueError("forces of members need gradients of the features: evaluate with gradients=True.")
+        phi, none = forward_pass.energy_layer.features, torch.zeros_like(forward_pass.features)
+        weights = self.energy_root @ draws("energy", len(self.energy_root) + 1, phi.device)[:-1, :n_members]
+        changes = [gradients.of_features(none, of_member.expand(phi.shape).contiguous()) for of_member in weights.T]
+        return torch.stack(changes, 2).double()
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, including the contribution of the intercept."""

@@ -45,6 +45,15 @@ def removed_mean(layer: ForceLayer, forward_pass: ForwardPass) -> Tensor:
     return features - (forward_pass.sum_over_atoms(features) / counts)[forward_pass.frame_of_atom]
 
 
+def without_torque(layer: ForceLayer, forces: Tensor, forward_pass: ForwardPass) -> Tensor:
+    """(n_atoms, 3, n) forces without their net torque on each structure, where the head removes it."""
+    if not bool(layer.torque_free.any()):
+        return forces
+    modes = _rotations(forward_pass, layer.torque_free)
+    torque = forward_pass.sum_over_atoms(torch.einsum("iam,ian->imn", modes, forces))
+    return forces - torch.einsum("iam,imn->ian", modes, torque[forward_pass.frame_of_atom])
+
+
 def _rotations(forward_pass: ForwardPass, torque_free: Tensor) -> Tensor:
     """(n_atoms, 3 components, 3 modes) orthonormal rotations of each structure; zero where torque is kept."""
     positions = forward_pass.positions.double()
