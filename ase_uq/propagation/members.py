@@ -1,4 +1,4 @@
-"""The energies of structures and of their members, as arrays."""
+"""The energies and forces of structures and of their members, as arrays."""
 
 from collections.abc import Sequence
 
@@ -25,9 +25,35 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
             )
         energies.append(float(results["energy"]))
         members.append(np.asarray(results["energy_ensemble"], float).ravel())
-        if members[-1].shape != members[0].shape:
-            raise InputError(
-                f"frame {number} has {len(members[-1])} members, frame 0 has {len(members[0])}: calculate all frames "
-                "with one number of members and one uncertainty model."
-            )
+        _check_count(number, len(members[-1]), len(members[0]))
     return np.array(energies), np.stack(members)
+
+
+def forces_of(frames: Sequence[Atoms]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The (n_atoms, 3) forces of each structure and the (n_atoms, 3, n_members) ones of its members, eV/Å.
+
+    Raises:
+        InputError: A frame has no `forces_ensemble`, or not as many members as the first.
+    """
+    forces: list[np.ndarray] = []
+    members: list[np.ndarray] = []
+    for number, atoms in enumerate(frames):
+        results = current_results(atoms)
+        if "forces_ensemble" not in results or "forces" not in results:
+            raise InputError(
+                f"frame {number} has no forces_ensemble of its own. Calculate it with UncertainCalculator(..., "
+                "ensemble=16, ensemble_forces=16), and keep its results where a calculator is shared: read_frames "
+                "gives each frame its own."
+            )
+        forces.append(np.asarray(results["forces"], float))
+        members.append(np.asarray(results["forces_ensemble"], float))
+        _check_count(number, members[-1].shape[2], members[0].shape[2])
+    return forces, members
+
+
+def _check_count(number: int, found: int, expected: int) -> None:
+    if found != expected:
+        raise InputError(
+            f"frame {number} has {found} members, frame 0 has {expected}: calculate all frames with one number of "
+            "members and one uncertainty model."
+        )

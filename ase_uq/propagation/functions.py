@@ -1,0 +1,153 @@
+"""Error bars of whatever is computed from energies or forces of several structures: once for each member.
+
+    value = f(E_1, E_2, ...),    σ² = mean over m of (f(E_1^(m), E_2^(m), ...) - value)²
+
+Nothing is linearised, and f may be anybody's: phonopy, a fit, an integral.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from ase import Atoms
+from ase.eos import EquationOfState as FitOfASE
+from numpy.typing import ArrayLike
+
+from ase_uq.errors import InputError
+from ase_uq.propagation.members import energies_of, forces_of
+
+_FEWEST_VOLUMES = 5
+
+
+@dataclass(frozen=True)
+class Derived:
+    """Numbers computed from several structures, and their error bars.
+
+    Args:
+        value: (...) from the potential's own energies or forces.
+        std: (...) standard deviation over the members, about the value.
+        members: (n_members, ...) from each member.
+    """
+
+    value: np.ndarray
+    std: np.ndarray
+    members: np.ndarray
+
+
+def propagate(
+    frames: Sequence[Atoms], function: Callable[[Any], ArrayLike], of: Literal["energy", "forces"] = "energy"
+) -> Derived:
+    """A function of the energies or forces of several structures, with error bars.
+
+        propagate(strained, lambda energies: np.polyfit(strains, energies, 2)[0])
+        propagate(displaced, frequencies, of="forces")
+
+    Args:
+        frames: Calculated structures.
+        function: Of (n_frames,) energies in eV, or of a list of n_frames arrays (n_atoms, 3) of forces in eV/Å; gives a
+            number or an array. It is called once for the potential and once for each member.
+        of: `"energy"`, with `energy_ensemble`, or `"forces"`, with `forces_ensemble`.
+
+    Raises:
+        ValueError: There are no frames, `of` is neither of the two, or the function gives something that is not finite,
+            or of another shape for another member.
+        InputError: A frame has no members, or not as many as the first.
+    """
+    if of not in ("energy", "forces"):
+        raise ValueError(f"a function is one of 'energy' or 'forces', not of {of!r}.")
+    if not len(frames):
+        raise ValueError("there are no frames to compute anything from.")
+    if of == "energy":
+        energies, members = energies_of(frames)
+        inputs: list[Any] = [energies, *members.T]
+    else:
+        forces, of_members = forces_of(frames)
+        inputs = [forces, *([part[:, :, m] for part in of_members] for m in range(of_members[0].shape[2]))]
+    found = [np.asarray(function(each), float) for each in inputs]
+    for number, values in enumerate(found):
+        who = "the potential" if number == 0 else f"member {number - 1}"
+        if values.shape != found[0].shape or not np.isfinite(values).all():
+            raise ValueError(
+                f"the function gave {values!r} for {who}: finite numbers of one shape were expected, as for the "
+                f"potential, {found[0].shape}."
+            )
+    value, members = found[0], np.stack(found[1:])
+    return Derived(value, np.sqrt(np.square(members - value).mean(0)), members)
+
+
+@dataclass(frozen=True)
+class EquationOfState:
+    """An equilibrium volume and a bulk modulus, with error bars.
+
+    Args:
+        volume: Å³.
+        volume_std: Å³.
+        bulk_modulus: eV/Å³; divide by `ase.units.GPa` for GPa.
+        bulk_modulus_std: eV/Å³.
+        energy: eV.
+        energy_std: eV.
+        members: (n_members, 3) volume, energy and bulk modulus of each member.
+    """
+
+    volume: float
+    volume_std: float
+    bulk_modulus: float
+    bulk_modulus_std: float
+    energy: float
+    energy_std: float
+    members: np.ndarray
+
+
+def equation_of_state(frames: Sequence[Atoms], eos: str = "birchmurnaghan") -> EquationOfState:
+    """The equation of state of a crystal at several volumes, with error bars; `ase.eos` fits it, to each member too.
+
+    Args:
+        frames: Calculated crystals of one composition at five volumes or more, about the smallest energy.
+        eos: A form that `ase.eos.EquationOfState` knows.
+
+    Raises:
+        ValueError: There are fewer than five different volumes.
+        InputError: A frame has no `energy_ensemble`, has no cell, or the energies of the potential or of a member have
+            no minimum among the volumes.
+    """
+    volumes = np.array([atoms.cell.volume for atoms in frames])
+    if not (volumes > 0).all():
+        raise InputError(f"frame {int(np.argmin(volumes))} has no cell, so no volume.")
+    if len(np.unique(volumes)) < _FEWEST_VOLUMES:
+        raise ValueError(
+            f"an equation of state is fitted to {_FEWEST_VOLUMES} different volumes or more, and "
+            f"{len(np.unique(volumes))} were given."
+        )
+
+    def fit(energies: np.ndarray) -> np.ndarray:
+        try:
+            with np.errstate(all="ignore"):  # on its way to a volume that is none
+                found = np.array(FitOfASE(volumes, energies, eos).fit(warn=False))
+        except (ValueError, RuntimeError) as error:
+            raise InputError(_no_minimum(error)) from error
+        if not np.isfinite(found).all():
+            raise InputError(_no_minimum(f"a fit gave {found.tolist()}"))
+        return found
+
+    found = propagate(frames, fit)
+    outside = (found.members[:, 0] < volumes.min()) | (found.members[:, 0] > volumes.max())
+    if outside.any() or not volumes.min() <= found.value[0] <= volumes.max():
+        raise InputError(_no_minimum(f"{outside.sum()} members have theirs elsewhere"))
+    (volume, energy, modulus), (volume_std, energy_std, modulus_std) = found.value, found.std
+    return EquationOfState(
+        float(volume),
+        float(volume_std),
+        float(modulus),
+        float(modulus_std),
+        float(energy),
+        float(energy_std),
+        found.members,
+    )
+
+
+def _no_minimum(reason: object) -> str:
+    return (
+        f"the energies have no minimum among these volumes, or the members differ too much to have one ({reason}): "
+        "take volumes farther apart, about the minimum, or a potential that knows the crystal."
+    )

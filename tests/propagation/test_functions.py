@@ -1,0 +1,131 @@
+"""Whatever is computed from energies or forces has the error bars of the same computation for each member."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from ase import Atoms, units
+from ase.build import bulk, molecule
+from ase.calculators.emt import EMT
+
+from ase_uq import Predictor, fit, propagation
+from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import InputError, UQWarning
+from ase_uq.io.results import annotated
+from ase_uq.testing.methods import ELEMENTS, labelled_frames
+
+
+def with_energies(frames: list[Atoms], energies: np.ndarray, members: np.ndarray) -> list[Atoms]:
+    return [
+        annotated(a, {"energy": e, "energy_uncertainty": m.std(), "energy_ensemble": m})
+        for a, e, m in zip(frames, energies, members, strict=True)
+    ]
+
+
+def some(n: int) -> list[Atoms]:
+    return [Atoms("H", [(k, 0, 0)]) for k in range(n)]
+
+
+def test_a_linear_function_is_a_difference():
+    rng = np.random.default_rng(1)
+    frames = with_energies(some(3), rng.normal(size=3), rng.normal(size=(3, 50)))
+    weights = np.array([1.0, -2.0, 0.5])
+    found = propagation.propagate(frames, lambda energies: weights @ energies)
+    expected = propagation.difference(*zip(weights, frames, strict=True))
+    assert found.value == pytest.approx(expected.value)
+    assert found.std == pytest.approx(expected.std)
+    np.testing.assert_allclose(found.members, expected.members)
+
+
+def test_arrays_keep_their_shape():
+    rng = np.random.default_rng(1)
+    frames = with_energies(some(4), rng.normal(size=4), rng.normal(size=(4, 7)))
+    found = propagation.propagate(frames, lambda energies: np.outer(energies, [1, 2]))
+    assert (found.value.shape, found.std.shape, found.members.shape) == ((4, 2), (4, 2), (7, 4, 2))
+    np.testing.assert_allclose(found.std[:, 1], 2 * found.std[:, 0])
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    with pytest.warns(UQWarning, match="tells nothing"):
+        model = fit(
+            calculator := ToyCalculator(ELEMENTS),
+            labelled_frames(30, seed=1),
+            labelled_frames(30, seed=2),
+            methods=["bll"],
+            progress=False,
+        )
+    return Predictor(calculator, model, ensemble=8, ensemble_forces=8)
+
+
+def test_frequencies_from_forces_of_members(predictor: Predictor):
+    """Those of the potential are those of ASE's own vibrations, and each member has a Hessian of its own."""
+    atoms = molecule("H2O")
+    step, displaced = 0.01, []
+    for atom, axis, sign in np.ndindex(3, 3, 2):
+        displaced.append(atoms.copy())
+        displaced[-1].positions[atom, axis] += step * (1 - 2 * sign)
+    predicted = predictor.predict(displaced)
+    displaced = [annotated(a, p.results) for a, p in zip(displaced, predicted, strict=True)]
+    roots = np.sqrt(np.repeat(atoms.get_masses(), 3))
+
+    def squares(forces: list[np.ndarray]) -> np.ndarray:
+        rows = [(minus - plus).ravel() / (2 * step) for plus, minus in zip(forces[::2], forces[1::2], strict=True)]
+        hessian = np.array(rows) / np.outer(roots, roots)
+        return np.linalg.eigvalsh((hessian + hessian.T) / 2)
+
+    found = propagation.propagate(displaced, squares, of="forces")
+    assert found.members.shape == (8, 9)
+    bare = [p["forces"] for p in predicted]
+    np.testing.assert_allclose(found.value, squares(bare))
+    assert (found.std[-3:] > 0).all(), "vibrations are uncertain"
+    by_hand = [squares([p["forces_ensemble"][:, :, m] for p in predicted]) for m in range(8)]
+    np.testing.assert_allclose(found.members, by_hand)
+
+
+@pytest.fixture
+def crystals() -> list[Atoms]:
+    return [bulk("Cu", a=3.6 * (1 + x)) for x in np.linspace(-0.03, 0.03, 7)]
+
+
+def test_an_equation_of_state_has_the_spread_of_its_members(crystals: list[Atoms]):
+    """Members are the same curve, stretched and stiffer: volumes and moduli are known."""
+    energies = np.array([EMT().get_potential_energy(atoms) for atoms in crystals])
+    factors = np.array([0.9, 1.0, 1.1, 1.2])
+    found = propagation.equation_of_state(with_energies(crystals, energies, np.outer(energies, factors)))
+    assert found.volume == pytest.approx(11.57, abs=0.05)
+    assert found.bulk_modulus / units.GPa == pytest.approx(134, abs=5)
+    assert found.volume_std == pytest.approx(0, abs=1e-4)
+    spread = np.sqrt(np.square(factors - 1).mean())
+    assert found.bulk_modulus_std == pytest.approx(spread * found.bulk_modulus, rel=1e-3)
+    assert found.energy_std == pytest.approx(spread * abs(found.energy), rel=1e-3)
+    assert found.members.shape == (4, 3)
+
+
+def test_without_a_minimum_there_is_none(crystals: list[Atoms]):
+    energies = np.array([EMT().get_potential_energy(atoms) for atoms in crystals])
+    slope = np.linspace(0, 3, 7)[:, None] * np.array([0, 1, -1, 0.5])
+    with pytest.raises(InputError, match="have no minimum among these volumes, or the members differ too much"):
+        propagation.equation_of_state(with_energies(crystals, energies, energies[:, None] + slope))
+
+
+def test_bad_input(crystals: list[Atoms]):
+    frames: Any = with_energies(some(2), np.zeros(2), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="one of 'energy' or 'forces', not of 'stress'"):
+        propagation.propagate(frames, np.sum, of="stress")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="no frames to compute anything from"):
+        propagation.propagate([], np.sum)
+    with pytest.raises(ValueError, match="for member 0: finite numbers of one shape"):
+        propagation.propagate(frames, lambda energies: float("nan") if energies.any() else 0.0)
+    with pytest.raises(InputError, match=r"frame 0 has no forces_ensemble of its own\. .* ensemble_forces=16"):
+        propagation.propagate(frames, np.sum, of="forces")
+    with pytest.raises(InputError, match="frame 0 has no cell"):
+        propagation.equation_of_state(frames)
+    with pytest.raises(ValueError, match="5 different volumes or more, and 4 were given"):
+        propagation.equation_of_state(crystals[:4])
+    unequal = [
+        annotated(a, {"energy": 0.0, "forces": np.zeros((1, 3)), "forces_ensemble": np.zeros((1, 3, n))})
+        for n, a in zip((4, 5), some(2), strict=True)
+    ]
+    with pytest.raises(InputError, match="frame 1 has 5 members, frame 0 has 4"):
+        propagation.propagate(unequal, lambda forces: forces[0].sum(), of="forces")
