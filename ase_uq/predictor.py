@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
+from numbers import Integral
 
 import numpy as np
 from ase import Atoms
@@ -34,11 +35,14 @@ class Predictor:
             0 leaves it out. They cost nothing. See `uncertainty_model.ensemble`.
         ensemble_forces: Number of its members, the first ones, whose forces are in `forces_ensemble`; 0 leaves it out.
             A member costs a backward pass where forces are slopes of the energy, and nothing for a direct head.
+        force_probes: Number of backward passes from which variances of an exact posterior of forces (`bll` fitted with
+            `conservative="exact"`) are estimated without bias, with a relative error of about √(2/n); 0 takes as many
+            as there are weights, and has none.
 
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
-        ValueError: The calibration data cannot support the interval, or `ensemble` or `ensemble_forces` is no number of
-            members.
+        ValueError: The calibration data cannot support the interval, there is nothing that `force_probes` could
+            estimate, or `ensemble` or `ensemble_forces` is no number of members.
         InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
@@ -49,6 +53,7 @@ class Predictor:
         interval: float | None = None,
         ensemble: int = 0,
         ensemble_forces: int = 0,
+        force_probes: int = 0,
     ) -> None:
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
@@ -58,6 +63,8 @@ class Predictor:
             warnings.warn(warning, UQWarning, stacklevel=3)
         self.backend = backend
         self.uncertainty_model = uncertainty_model.to(backend.device)
+        if force_probes != 0:
+            _estimate(self.uncertainty_model, force_probes)
         self._intervals = None if interval is None else self.uncertainty_model.intervals(interval)
         asked = ensemble != 0 or ensemble_forces != 0
         self._ensemble = Ensemble(self.uncertainty_model, ensemble, ensemble_forces) if asked else None
@@ -69,6 +76,11 @@ class Predictor:
         interval = () if self._intervals is None else ("forces_interval",)
         ensemble = () if self._ensemble is None else self._ensemble.results
         return (*self.backend.results, *self.uncertainty_model.results, *interval, *ensemble)
+
+    @property
+    def n_members(self) -> dict[str, int]:
+        """Number of members of each results key that has some."""
+        return {} if self._ensemble is None else self._ensemble.n_members
 
     @property
     def gradients(self) -> bool:
@@ -151,6 +163,22 @@ class Predictor:
                 UQWarning,
                 stacklevel=3,
             )
+
+
+def _estimate(model: UncertaintyModel, force_probes: int) -> None:
+    if not isinstance(force_probes, Integral) or isinstance(force_probes, bool) or force_probes < 1:
+        raise ValueError(
+            f"force_probes={force_probes!r} is not a whole number of 1 or more. Give force_probes=16, or leave it out "
+            "for exact variances."
+        )
+    heads = [fitted.head for fitted in model.methods.values() if fitted.head.estimates]
+    if not heads:
+        raise ValueError(
+            f"force_probes={force_probes}, but none of {', '.join(model.methods)} has an exact posterior of forces to "
+            "estimate. Fit bll with conservative='exact', or leave force_probes out."
+        )
+    for head in heads:
+        head.estimate(int(force_probes))
 
 
 def as_predictor(

@@ -11,6 +11,7 @@ import typer
 
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.options import Verb
+from ase_uq.cli.verbs.average import average
 from ase_uq.cli.verbs.demo import demo
 from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
@@ -24,7 +25,7 @@ from ase_uq.cli.verbs.score import score
 from ase_uq.cli.verbs.select import select
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, score, select, perturb_frames, reference, md, relax, report, demo):
+for verb in (fit, info, evaluate, score, average, select, perturb_frames, reference, md, relax, report, demo):
     app.command(cls=Verb)(verb)
 
 
@@ -58,9 +59,10 @@ def _(
 
     First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
     [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the
-    potential no longer knows, [bold]score[/] gives finished frames their uncertainties, and [bold]select[/] picks
-    frames worth labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and
-    [bold]reference[/] makes runs on which false alarms are counted.
+    potential no longer knows, [bold]score[/] gives finished frames their uncertainties, [bold]average[/] observables
+    their error bars, and [bold]select[/] picks frames worth labelling. For thresholds from criteria,
+    [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] makes runs on which false alarms are
+    counted.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

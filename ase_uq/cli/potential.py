@@ -60,7 +60,9 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
         raise ValueError(str(error)) from error
 
 
-def load_calculator(model: str, uq: Path | None, device: str, dtype: str, every: int = 1) -> "UncertainCalculator":
+def load_calculator(
+    model: str, uq: Path | None, device: str, dtype: str, every: int = 1, ensemble: int = 0
+) -> "UncertainCalculator":
     """The potential with the uncertainty model of `--uq`, or with that of an embedded potential."""
     from ase_uq.engines.ase.calculator import UncertainCalculator
     from ase_uq.uncertainty_model.model import UncertaintyModel
@@ -75,4 +77,4 @@ def load_calculator(model: str, uq: Path | None, device: str, dtype: str, every:
         from ase_uq import embedded
 
         fitted = UncertaintyModel.load(embedded.path(f"{embedded_name.replace('-', '_')}.uq.safetensors"))
-    return UncertainCalculator(backend, fitted, every=every)
+    return UncertainCalculator(backend, fitted, every=every, ensemble=ensemble)

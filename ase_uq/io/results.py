@@ -15,6 +15,8 @@ from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
 # Entry of info: sums over the structure that uncertainties in info and arrays belong to. A copy keeps all of them, and
 # then somebody moves its atoms.
 BELONG_KEY = "uncertainty_of"
+# Entry of info: which uncertainty model drew the members that a frame has.
+ENSEMBLE_KEY = "ensemble_of"
 LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
 
 
@@ -106,6 +108,7 @@ def drop_uncertainties(atoms: Atoms) -> None:
         for key in [key for key in store if _is_uncertainty(key, per_atom)]:
             del store[key]
     atoms.info.pop(BELONG_KEY, None)
+    atoms.info.pop(ENSEMBLE_KEY, None)
 
 
 def _is_uncertainty(key: Any, per_atom: bool) -> bool:

@@ -75,6 +75,7 @@ class Head(Fitted, ABC):
         measures: Whether the head has `features`.
         correlates: Whether the head has `energy_rows` and `force_deviations`.
         differentiates: Whether its `force_deviations` need `ForwardPass.gradients`.
+        estimates: Whether the head has `estimate`.
     """
 
     gradients: bool = False
@@ -82,6 +83,7 @@ class Head(Fitted, ABC):
     measures: bool = False
     correlates: bool = False
     differentiates: bool = False
+    estimates: bool = False
 
     @abstractmethod
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -116,6 +118,10 @@ class Head(Fitted, ABC):
         A head with a posterior that two structures share defines this and `correlates`.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how errors of energies are correlated")
+
+    def estimate(self, n_probes: int) -> None:
+        """From now on estimates variances of forces that cost many backward passes from `n_probes` of them."""
+        raise NotImplementedError(f"{type(self).__name__} has no variances to estimate")
 
     def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
         """(n_atoms, 3, n_members) float64 changes of the forces by the first draws, on one scale for a structure.

@@ -6,14 +6,15 @@ import numpy as np
 from ase import Atoms
 
 from ase_uq.errors import InputError
-from ase_uq.io.results import current_results
+from ase_uq.io.results import ENSEMBLE_KEY, current_results
 
 
 def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     """(n,) energies of the potential and (n, n_members) those of the members, eV.
 
     Raises:
-        InputError: A frame has no `energy_ensemble`, or not as many members as the first.
+        InputError: A frame has no `energy_ensemble`, or not as many members as the first, or those of another
+            uncertainty model.
     """
     energies, members = [], []
     for number, atoms in enumerate(frames):
@@ -25,7 +26,7 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
             )
         energies.append(float(results["energy"]))
         members.append(np.asarray(results["energy_ensemble"], float).ravel())
-        _check_count(number, len(members[-1]), len(members[0]))
+        _check(number, atoms, frames[0], len(members[-1]), len(members[0]))
     return np.array(energies), np.stack(members)
 
 
@@ -33,7 +34,7 @@ def forces_of(frames: Sequence[Atoms]) -> tuple[list[np.ndarray], list[np.ndarra
     """The (n_atoms, 3) forces of each structure and the (n_atoms, 3, n_members) ones of its members, eV/Å.
 
     Raises:
-        InputError: A frame has no `forces_ensemble`, or not as many members as the first.
+        InputError: As in `energies_of`, of `forces_ensemble`.
     """
     forces: list[np.ndarray] = []
     members: list[np.ndarray] = []
@@ -47,11 +48,17 @@ def forces_of(frames: Sequence[Atoms]) -> tuple[list[np.ndarray], list[np.ndarra
             )
         forces.append(np.asarray(results["forces"], float))
         members.append(np.asarray(results["forces_ensemble"], float))
-        _check_count(number, members[-1].shape[2], members[0].shape[2])
+        _check(number, atoms, frames[0], members[-1].shape[2], members[0].shape[2])
     return forces, members
 
 
-def _check_count(number: int, found: int, expected: int) -> None:
+def _check(number: int, atoms: Atoms, first: Atoms, found: int, expected: int) -> None:
+    drew, drew_first = atoms.info.get(ENSEMBLE_KEY), first.info.get(ENSEMBLE_KEY)
+    if drew != drew_first:
+        raise InputError(
+            f"frame {number} has members of another uncertainty model ({drew or 'not noted'}) than frame 0 "
+            f"({drew_first or 'not noted'}), which are not the same draws: score all frames with one."
+        )
     if found != expected:
         raise InputError(
             f"frame {number} has {found} members, frame 0 has {expected}: calculate all frames with one number of "

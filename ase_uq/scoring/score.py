@@ -4,7 +4,7 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from ase_uq.errors import InputError
 from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_distinct, paths_of
 from ase_uq.io.frames import Frames
+from ase_uq.io.results import ENSEMBLE_KEY
 from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
@@ -200,6 +201,7 @@ def _score_rest(
     ):
         behind: Future[None] | None = None
         named: set[str] = set()
+        notes = {ENSEMBLE_KEY: _digest(predictor.uncertainty_model)[:12]} if predictor.n_members else {}
         left_out: list[FrameScore] = []
 
         def write(batch: Pass[list[Prediction]]) -> Future[None]:
@@ -214,7 +216,7 @@ def _score_rest(
             bar.update(len(rows))
             if behind is not None:
                 behind.result()
-            return beside.submit(_write, journal, rows, predicted, predictor.backend, named)
+            return beside.submit(_write, journal, rows, predicted, predictor.backend, named, notes)
 
         for event in events:
             if isinstance(event, LeftOut):
@@ -257,12 +259,16 @@ def _write(
     predicted: Sequence[tuple[int, Atoms, Prediction]],
     backend: Backend,
     named: set[str],
+    notes: Mapping[str, str],
 ) -> None:
     predicted = [(n, with_labels(n, atoms, p, backend, named), p) for n, atoms, p in predicted]
     odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
     warn_of_unwritable(odd - named)
     named |= odd
-    texts = [extxyz_text(without_unwritable(a) if odd else a, p.results, **{NUMBER_KEY: n}) for n, a, p in predicted]
+    texts = [
+        extxyz_text(without_unwritable(atoms) if odd else atoms, p.results, **{NUMBER_KEY: n}, **notes)
+        for n, atoms, p in predicted
+    ]
     journal.append(rows, texts)
 
 
@@ -274,6 +280,7 @@ def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
         "precision": str(predictor.backend.dtype).removeprefix("torch."),
         "uncertainty_model": _digest(predictor.uncertainty_model),
         "set_of_results": " ".join(predictor.results),
+        "number_of_members": " ".join(f"{key}: {n}" for key, n in predictor.n_members.items()),
     }
 
 

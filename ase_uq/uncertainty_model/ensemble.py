@@ -44,6 +44,7 @@ class Ensemble:
 
     Attributes:
         results: Results keys.
+        n_members: Number of members of each.
         gradients: Whether it needs `ForwardPass.gradients`.
 
     Raises:
@@ -69,7 +70,10 @@ class Ensemble:
             )
         self._head = model.methods[correlated[0]].head
         self._draws = Draws(self._n_members)
-        self.results = ("energy_ensemble", "forces_ensemble") if self._n_forces else ("energy_ensemble",)
+        self.n_members = {"energy_ensemble": self._n_members}
+        if self._n_forces:
+            self.n_members["forces_ensemble"] = self._n_forces
+        self.results = tuple(self.n_members)
         self.gradients = bool(self._n_forces) and self._head.differentiates
 
     def __call__(self, forward_pass: ForwardPass, results: Mapping[str, Tensor]) -> dict[str, Tensor]:

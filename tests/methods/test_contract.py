@@ -42,6 +42,19 @@ class TestBLLLastLayer(TestBLL):
         return BLL(features="last_layer", ridge=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:bll. the exact posterior:ase_uq.errors.UQWarning")
+class TestBLLExact(MethodContract):
+    """The posterior of energies and forces together, whose precisions are found by iteration."""
+
+    tolerance = 1e-5
+
+    def make_method(self):
+        return BLL(conservative="exact", ridge=1e-4)
+
+    def make_frames(self):
+        return labelled_frames(10, seed=1)  # every weight takes a backward pass
+
+
 class TestBLLDirect(TestBLL):
     direct = True
 

@@ -25,6 +25,15 @@ def score(
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers, one row per frame.")
     ] = None,
+    ensemble: Annotated[
+        int,
+        typer.Option(
+            "--ensemble",
+            metavar="M",
+            help="Also write energy_ensemble, M samples of the energy that know which errors structures share, for "
+            "error bars of differences and of averages (ase-uq average); 64, for example.",
+        ),
+    ] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
@@ -61,7 +70,7 @@ def score(
     from ase_uq.scoring.score import score as score_frames
 
     seed_all(seed)
-    calculator = load_calculator(model, uq, device, dtype)
+    calculator = load_calculator(model, uq, device, dtype, ensemble=ensemble)
     try:
         scored = score_frames(
             frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite

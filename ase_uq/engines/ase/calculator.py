@@ -56,6 +56,8 @@ class UncertainCalculator(CalibratedCalculator):
         ensemble_forces: Number of members, the first ones of `ensemble`, whose forces are in `forces_ensemble` of the
             results, (n_atoms, 3, n) eV/Å. Each costs a backward pass where forces are slopes of the energy, and nothing
             for a direct head. 0 leaves it out.
+        force_probes: Number of backward passes from which variances of an exact posterior of forces (`bll` fitted with
+            `conservative="exact"`) are estimated; 0 takes all that there are, a pass for each weight of the last layer.
 
     Attributes:
         implemented_properties: The standard results and the uncertainties that `results` holds after a calculation
@@ -81,6 +83,7 @@ class UncertainCalculator(CalibratedCalculator):
         interval: float | None = None,
         ensemble: int = 0,
         ensemble_forces: int = 0,
+        force_probes: int = 0,
     ) -> None:
         super().__init__()
         if not isinstance(every, Integral) or every < 1:
@@ -90,7 +93,8 @@ class UncertainCalculator(CalibratedCalculator):
             )
         if not isinstance(uncertainty_model, UncertaintyModel):
             uncertainty_model = UncertaintyModel.load(uncertainty_model)
-        self.predictor = Predictor(load_backend(calculator), uncertainty_model, interval, ensemble, ensemble_forces)
+        backend, asked = load_backend(calculator), (interval, ensemble, ensemble_forces, force_probes)
+        self.predictor = Predictor(backend, uncertainty_model, *asked)
         self.implemented_properties = list(self.predictor.results)
         self.every = int(every)
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)

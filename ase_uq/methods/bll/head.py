@@ -9,10 +9,12 @@ from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Head, Implied, Raw
+from ase_uq.methods.bll.exact import force_features
 from ase_uq.methods.bll.projection import projected_leverage, removed_mean, without_torque
 from ase_uq.numerics.draws import Draws
 
 FEATURES = ("latent", "last_layer")
+CONSERVATIVE = ("sites", "exact")
 _SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
 
 
@@ -22,10 +24,21 @@ class BLLHead(Head):
     Args:
         settings: Hyper-parameters and results of the fit, as JSON values.
         tensors: Roots R with ũ = ‖φR‖²: `atom_root` about `centre`; `energy_root` about `energy_centre` if energies
-            were labelled; `force_root` for direct heads; float64.
+            were labelled; `force_root` for direct heads; `slope_root` for slopes of the energy, if their posterior is
+            exact; float64.
     """
 
     measures = True
+
+    @property
+    def gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether forces are slopes of the energy with an exact posterior."""
+        return "slope" in self._settings
+
+    @property
+    def estimates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there are variances of forces that cost a backward pass for each weight."""
+        return self.gradients
 
     @property
     def correlates(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -42,6 +55,7 @@ class BLLHead(Head):
     energy_centre: Tensor
     energy_root: Tensor
     force_root: Tensor
+    slope_root: Tensor
 
     @classmethod
     def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
@@ -65,6 +79,10 @@ class BLLHead(Head):
             size = len(tensors.take("force_root", None, None))
             tensors.take("force_root", size, size)
             scores["forces"] += 1
+        if "slope" in settings:
+            size = len(tensors.take("energy_centre", last))
+            tensors.take("slope_root", size, size)
+            scores["forces"] += 1
         return Implied(scores, width if latent else None)
 
     def forward(self, forward_pass: ForwardPass) -> Raw:
@@ -75,6 +93,10 @@ class BLLHead(Head):
         if forward_pass.force_layer is not None:
             exact = projected_leverage(forward_pass.force_layer, self.force_root, forward_pass)
             raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
+        elif self.gradients:
+            directions = getattr(self, "directions", self.slope_root)
+            exact = force_features(forward_pass, directions).square().mean(2) * len(self.slope_root)
+            raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         if "energy" in self._settings:
             phi = forward_pass.energy_layer.features.double()
             counts = forward_pass.n_atoms_of_frame.double()[:, None]
@@ -82,6 +104,17 @@ class BLLHead(Head):
             energy = torch.cat([structure[:, None], raw.energy], 1)
             raw = replace(raw, energy=energy, energies=self._energy_leverage(phi))
         return raw
+
+    def estimate(self, n_probes: int) -> None:
+        """From now on takes variances of exact posteriors from so many random directions of the weights.
+
+        The estimate has no bias. Directions are orthogonal, which is better than independent ones and exact for all of
+        them, and stay the same, so that it is a smooth function of the structure.
+        """
+        width, device = len(self.slope_root), self.slope_root.device
+        numbers = Draws(width)("probes", width, device)
+        chosen = torch.linalg.qr(numbers)[0][:, : min(n_probes, width)]
+        self.register_buffer("directions", self.slope_root @ chosen, persistent=False)
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, d) standardised features: about the training mean, in units of their spread in training.
@@ -110,19 +143,15 @@ class BLLHead(Head):
 
     def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
         """(n_atoms, 3, n_members): -∂/∂R_j Σ_i φ_i·R z_m, or P(φ R z_m) with a z of its own for each component."""
-        layer, gradients = forward_pass.force_layer, forward_pass.gradients
+        layer = forward_pass.force_layer
         if not self.differentiates:
             assert layer is not None
             width, device = len(self.force_root), self.force_root.device
             weights = self.force_root @ draws("forces", 3 * width, device)[:, :n_members].reshape(width, -1)
             changes = (removed_mean(layer, forward_pass) @ weights).reshape(-1, 3, n_members)
             return without_torque(layer, changes, forward_pass)
-        if gradients is None:
-            raise ValueError("forces of members need gradients of the features: evaluate with gradients=True.")
-        phi, none = forward_pass.energy_layer.features, torch.zeros_like(forward_pass.features)
-        weights = self.energy_root @ draws("energy", len(self.energy_root) + 1, phi.device)[:-1, :n_members]
-        changes = [gradients.of_features(none, of_member.expand(phi.shape).contiguous()) for of_member in weights.T]
-        return torch.stack(changes, 2).double()
+        numbers = draws("energy", len(self.energy_root) + 1, self.energy_root.device)[:-1, :n_members]
+        return force_features(forward_pass, self.energy_root @ numbers)
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, including the contribution of the intercept."""

@@ -6,8 +6,9 @@ training rows (Σ u = γ, the effective number of parameters), which does not de
 
     direct force heads    exact: matrix-normal posterior of the force head, with the prior from closed-form evidence
                           and the variance taken through the projection that removes net force and torque
-    conservative forces   zero-backward: F_j = -Σ_i ∂e_i/∂R_j belongs to the sites around the atom, so ũ is summed
-                          over them with cosine weights at several radii; the calibrator combines the radii
+    conservative forces   `"sites"`, zero-backward: F_j = -Σ_i ∂e_i/∂R_j belongs to the sites around the atom, so ũ
+                          is summed over them with cosine weights at several radii; the calibrator combines the radii;
+                          `"exact"`: the posterior from energies and forces together (see `exact`)
     energy                exact posterior of the energy layer from structure energies, with an intercept for the
                           error of the base: without it the variance would vanish with the features, as it would
                           when a structure falls apart
@@ -16,6 +17,7 @@ The mean of the potential is never changed. Sources: MacKay 1992 (evidence), Cho
 rigidity of atoms), Bigi et al. 2024 (last-layer rigidity); the site sums and the projection are our own derivations.
 """
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,10 +25,12 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
+from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import REACH, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.methods.bll.head import FEATURES, BLLHead, atom_features
+from ase_uq.methods.bll.exact import force_features, maximise_joint_evidence
+from ase_uq.methods.bll.head import CONSERVATIVE, FEATURES, BLLHead, atom_features
 from ase_uq.methods.bll.projection import removed_mean
 from ase_uq.methods.bll.regression import Statistics, maximise_evidence
 from ase_uq.numerics.linalg import whitener
@@ -46,6 +50,10 @@ class BLL(Method):
             below the priors of the last layers, which the evidence sets.
         radii: Radii in Å; leverage is summed over the sites within each of them, in addition to the atom's own.
         reach: Weight of the mean over the receptive field beside these sums.
+        conservative: How forces that are slopes of the energy are scored: `"sites"`, by sums of leverages over the
+            sites around an atom, or `"exact"`, by the posterior variance of each component as well, from labels of
+            forces. That takes a backward pass for each weight of the last layer, at every training frame and at every
+            step: it is for covariances and ensembles of forces, not for dynamics.
     """
 
     name = "bll"
@@ -54,8 +62,26 @@ class BLL(Method):
     ridge: float = 1e-9
     radii: tuple[float, ...] = RADII
     reach: float = REACH
+    conservative: Literal["sites", "exact"] = "sites"
+
+    @property
+    def gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether slopes of the last layer's features are needed."""
+        return self.conservative == "exact"
+
+    @property
+    def forces(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the fit compares the potential's forces with labels."""
+        return self.conservative == "exact"
+
+    @property
+    def labels(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether there is no posterior without labels of forces."""
+        return self.conservative == "exact"
 
     def __post_init__(self) -> None:
+        if self.conservative not in CONSERVATIVE:
+            raise ValueError(f"conservative forces are scored by 'sites' or 'exact', not by {self.conservative!r}.")
         if self.features not in FEATURES:
             raise ValueError(f"features are 'latent' or 'last_layer', not {self.features!r}.")
         if not 0 < self.ridge < 1:
@@ -77,6 +103,8 @@ class BLLAccumulator(Accumulator):
         self.atoms: Moments | None = None
         self.energy: Moments | None = None
         self.force: Moments | None = None
+        self.slope: Moments | None = None
+        self._told = False
 
     def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
         self.atoms = _added(self.atoms, atom_features(forward_pass, self.method.features))
@@ -89,6 +117,31 @@ class BLLAccumulator(Accumulator):
             layer = forward_pass.force_layer
             target = targets.forces.double() - layer.base.double()
             self.force = _added(self.force, _labelled(removed_mean(layer, forward_pass), target))
+        if self.method.conservative == "exact":
+            self._add_slopes(forward_pass, targets)
+
+    def _add_slopes(self, forward_pass: ForwardPass, targets: Targets) -> None:
+        if forward_pass.force_layer is not None:
+            raise InputError(
+                "conservative='exact', but the forces of this potential are no slopes of its energy: the posterior of "
+                "their own last layer is exact already. Leave it out."
+            )
+        layer = forward_pass.energy_layer
+        if not self._told:
+            self._told = True
+            warnings.warn(
+                f"bll: the exact posterior of forces takes {len(layer.weights)} backward passes for every frame, here "
+                "and wherever these uncertainties are calculated, unless fewer are asked for there (force_probes).",
+                UQWarning,
+                stacklevel=2,
+            )
+        if targets.forces is None:
+            return
+        assert forward_pass.forces is not None
+        slopes = force_features(forward_pass, torch.eye(len(layer.weights)).to(layer.features))
+        base = forward_pass.forces.double() - slopes @ layer.weights.double()
+        rows = torch.cat([slopes, (targets.forces.double() - base)[:, :, None]], 2).flatten(0, 1)
+        self.slope = _added(self.slope, rows[rows.isfinite().all(1)])
 
     def _finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
@@ -109,8 +162,16 @@ class BLLAccumulator(Accumulator):
         tensors["centre"] = atoms.mean
         tensors["atom_root"] = root / scale[:, None] / effective**0.5
         settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
-        for name, of_rank in (("energy", self.energy), ("force", self.force)):
-            moments = reduced(of_rank, communicator)
+        energy, force, slope = (reduced(of_rank, communicator) for of_rank in (self.energy, self.force, self.slope))
+        if method.conservative == "exact":
+            if energy is None or slope is None:
+                raise LabelError(
+                    "conservative='exact' needs training frames with reference energies and forces, and there are none "
+                    "with both kinds. Leave it out, or label them."
+                )
+            roots, records = _joint_posterior(energy, slope, method.ridge)
+            return BLLHead(settings | records, tensors | roots)
+        for name, moments in (("energy", energy), ("force", force)):
             if moments is not None:
                 roots, settings[name] = _posterior(moments, name, method.ridge)
                 tensors |= roots
@@ -159,3 +220,32 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     if name == "energy":
         tensors["energy_centre"] = moments.mean[:width]
     return tensors, record
+
+
+def _joint_posterior(energy: Moments, slope: Moments, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Roots of the scale-free posterior covariance of energies and of force components, and records of the fit."""
+    width = len(energy.mean) - 1
+    energies, slopes = energy.scatter, slope.about_zero()
+    scale = units_of(energies.diagonal()[:width] / energy.count + slopes.diagonal()[:width] / slope.count)
+    parts = [
+        Statistics(
+            gram=joint[:width, :width] / torch.outer(scale, scale),
+            cross=joint[:width, width:] / scale[:, None],
+            square=joint[width:, width:],
+            count=count,
+        )
+        # The intercept of the energies takes one of them.
+        for joint, count in ((energies, energy.count - 1), (slopes, slope.count))
+    ]
+    found = maximise_joint_evidence(*parts, smallest=ridge)
+    root, jitter = whitener(found.precision)
+    shared = {"prior_precision": found.prior, "jitter": jitter}
+    tensors, records = {"energy_centre": energy.mean[:width]}, {}
+    for name, rows, noise, effective in (
+        ("energy", energy.count, found.energy, found.energy_effective + 1),
+        ("slope", slope.count, found.force, found.force_effective),
+    ):
+        effective = max(effective, 1e-300)
+        tensors[f"{name}_root"] = root / scale[:, None] * (noise * rows / effective) ** 0.5
+        records[name] = {"rows": int(rows), "effective": effective, "noise": noise**-0.5, **shared}
+    return tensors, records

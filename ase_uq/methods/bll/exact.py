@@ -1,0 +1,114 @@
+"""The exact posterior of the last layer of a conservative potential, from energies and forces together.
+
+Forces are slopes of the energy, so they are linear in the same weights:
+
+    E_s = w·ψ_s + base        F_jα = w·G_jα + base,    G_jα = -∂ψ/∂R_jα
+    Λ_n = λI + β_E Σ_s ψ̃_s ψ̃_sᵀ + β_F Σ_jα G_jα G_jαᵀ,    ψ̃ = ψ per atom, about its mean (an intercept, as for energies)
+
+with the prior precision λ and the noise precisions β_E and β_F of largest evidence,
+
+    ln p = ½(D ln λ + n_E ln β_E + n_F ln β_F - β_E RSS_E - β_F RSS_F - λ|w|² - ln|Λ_n|) + const.
+
+The variance of a force component is G Λ_n⁻¹ Gᵀ, which takes as many backward passes as there are weights: no single one
+could give all of them. K random directions of the weights give an unbiased estimate for K passes. The mean of the
+potential is never changed. Source: MacKay 1992 for the evidence; two noises and the slopes are our own derivation.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from ase_uq.forward_pass import ForwardPass
+from ase_uq.methods.bll.regression import Statistics
+from ase_uq.numerics.linalg import cholesky
+
+_LARGEST_LOG = 40.0  # of the precisions, beside those of a unit scale of features and targets
+_SMALLEST_SHARE = 1e-12  # of the sum of squares that residuals have; below it they are rounding
+
+
+def force_features(forward_pass: ForwardPass, weights: Tensor) -> Tensor:
+    """(n_last, k) → (n_atoms, 3, k) float64: G_jα·w of each column of weights, one backward pass each.
+
+    Raises:
+        ValueError: The pass was made without gradients.
+    """
+    gradients, phi = forward_pass.gradients, forward_pass.energy_layer.features
+    if gradients is None:
+        raise ValueError("slopes of features need gradients: evaluate with gradients=True.")
+    none = torch.zeros_like(forward_pass.features)
+    columns = [gradients.of_features(none, column.expand(phi.shape).contiguous()) for column in weights.T]
+    return torch.stack(columns, 2).double()
+
+
+@dataclass(frozen=True)
+class JointEvidence:
+    """The precisions of largest evidence.
+
+    Args:
+        prior: λ.
+        energy: β_E.
+        force: β_F.
+        energy_effective: γ_E, effective number of weights that energies determine.
+        force_effective: γ_F, likewise of forces.
+        precision: (d, d) Λ_n.
+    """
+
+    prior: float
+    energy: float
+    force: float
+    energy_effective: float
+    force_effective: float
+    precision: Tensor
+
+
+def maximise_joint_evidence(energy: Statistics, force: Statistics, smallest: float) -> JointEvidence:
+    """λ, β_E and β_F of largest evidence; γ_E + γ_F + λ tr Λ_n⁻¹ is the number of weights.
+
+    Args:
+        energy: Of the energies per atom, about their means; their count is without the intercept.
+        force: Of the force components.
+        smallest: Smallest prior precision, relative to the mean diagonal of that of the data.
+    """
+    width = len(energy.gram)
+    eye = torch.eye(width, dtype=energy.gram.dtype, device=energy.gram.device)
+    parts = (energy, force)
+
+    def at(logs: np.ndarray) -> tuple[float, np.ndarray, JointEvidence]:
+        prior, *noises = np.exp(logs).tolist()
+        data = noises[0] * energy.gram + noises[1] * force.gram
+        prior = max(prior, smallest * float(data.diagonal().mean()))
+        precision = data + prior * eye
+        factor, _ = cholesky(precision)
+        cross = noises[0] * energy.cross + noises[1] * force.cross
+        weights = torch.cholesky_solve(cross, factor)[:, 0]
+        covariance = torch.cholesky_inverse(factor)
+        squares, effective = [], []
+        for noise, part in zip(noises, parts, strict=True):
+            total = float(part.square[0, 0])
+            rest = total - 2 * float(weights @ part.cross[:, 0]) + float(weights @ part.gram @ weights)
+            squares.append(max(rest, _SMALLEST_SHARE * max(total, 1e-300)))
+            effective.append(noise * float((covariance * part.gram).sum()))
+        size = float(weights @ weights)
+        value = width * np.log(prior) - prior * size - 2 * float(factor.diagonal().log().sum())
+        slopes = [width - prior * float(covariance.trace()) - prior * size]
+        for noise, part, square, gamma in zip(noises, parts, squares, effective, strict=True):
+            value += part.count * np.log(noise) - noise * square
+            slopes.append(part.count - gamma - noise * square)
+        found = JointEvidence(prior, noises[0], noises[1], effective[0], effective[1], precision)
+        return -value / 2, -np.array(slopes) / 2, found
+
+    start = np.zeros(3)
+    for place, part in enumerate(parts, 1):
+        start[place] = -np.log(max(float(part.square[0, 0]) / max(part.count, 1), 1e-300))
+    bounds = [(middle - _LARGEST_LOG, middle + _LARGEST_LOG) for middle in start]
+    count = sum(part.count for part in parts)
+
+    def loss(logs: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slope, _ = at(logs)
+        return value / count, slope / count
+
+    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10})
+    return at(best.x)[2]
