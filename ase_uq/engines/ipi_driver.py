@@ -17,7 +17,7 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from ase_uq.errors import InputError, MissingDependency
 from ase_uq.io.frames import read_frames
 from ase_uq.prediction import Prediction
-from ase_uq.predictor import as_predictor
+from ase_uq.predictor import Predictor
 from ase_uq.properties import UNCERTAINTIES
 
 try:
@@ -59,6 +59,8 @@ class UncertainDriver(Dummy_driver):
             periodicity i-PI's cell is ignored and the virial is zero, as it also is for a potential without a stress.
         model: SPEC of the potential, such as `mace:my.model`.
         uq: File of its uncertainty model.
+        ensemble: Number of samples of the energy, which are among the extras as `energy_ensemble` in eV and as i-PI's
+            own `committee_pot` in atomic units, for `i-pi-committee-reweight`; 0 for none.
         verbose: Argument of i-PI's drivers; unused.
         verbosity: Argument of i-PI's drivers; unused.
 
@@ -67,9 +69,11 @@ class UncertainDriver(Dummy_driver):
         ArtefactError: The file is not a complete, unaltered uncertainty model.
     """
 
-    def __init__(self, template: str, model: str, uq: str, verbose: bool = False, verbosity: Any = None) -> None:
+    def __init__(
+        self, template: str, model: str, uq: str, ensemble: int = 0, verbose: bool = False, verbosity: Any = None
+    ) -> None:
         self._template = read_frames(template, name="template")[-1]
-        self._predictor = as_predictor(model, uq)
+        self._predictor = Predictor(model, uq, ensemble=int(ensemble))
         super().__init__(verbose)
 
     def compute(self, cell: Any, pos: Any) -> Answer | list[Answer]:
@@ -113,5 +117,7 @@ def _answer(atoms: Atoms, prediction: Prediction) -> Answer:
     if atoms.pbc.any() and "stress" in results:
         virial = -atoms.get_volume() * voigt_6_to_full_3x3_stress(np.asarray(results["stress"], float))
     extras = {key: np.asarray(results[key], float).tolist() for key in UNCERTAINTIES if key in results}
+    if "energy_ensemble" in results:
+        extras["committee_pot"] = (np.asarray(results["energy_ensemble"], float) * _ENERGY).tolist()
     forces = np.asarray(results["forces"], float)
     return results["energy"] * _ENERGY, forces * _FORCE, virial * _ENERGY, json.dumps(extras)

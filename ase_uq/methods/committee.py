@@ -11,6 +11,7 @@ reflects the training, not the error). Source: Seung, Opper and Sompolinsky 1992
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
@@ -19,6 +20,7 @@ from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass, Members, Targets
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
+from ase_uq.numerics.draws import Draws
 
 
 class CommitteeHead(Head):
@@ -29,6 +31,7 @@ class CommitteeHead(Head):
     """
 
     grows = False
+    correlates = True
 
     @classmethod
     def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
@@ -52,6 +55,22 @@ class CommitteeHead(Head):
             stress=stress[:, None],
             distance=forces / self._settings["mean_square"],
         )
+
+    def energy_rows(self, forward_pass: ForwardPass) -> Tensor:
+        """(n_frames, n_members) deviations of the members from their mean, per atom: covariances are the committee's.
+
+        Samples drawn from them are combinations of members, of any number.
+        """
+        energies = _members_of(forward_pass).energy.double()
+        counts = forward_pass.n_atoms_of_frame.double()
+        return (energies - energies.mean(0)).T / counts[:, None] / (len(energies) - 1) ** 0.5
+
+    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
+        """(n_atoms, 3, n_members): the same combinations of the members' forces."""
+        forces = _members_of(forward_pass).forces
+        assert forces is not None, "the committee was evaluated without forces"
+        deviations = (forces.double() - forces.double().mean(0)) / (len(forces) - 1) ** 0.5
+        return torch.einsum("cja,cm->jam", deviations, draws("energy", len(forces), forces.device)[:, :n_members])
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,18 @@ from ase import Atoms, units
 from ase.build import molecule
 from ase.io import read, write
 
-from ase_uq import UncertainCalculator, UncertaintyMonitor, WatchedCalculator, embedded, load_backend, read_frames
+from ase_uq import (
+    UncertainCalculator,
+    UncertaintyMonitor,
+    WatchedCalculator,
+    embedded,
+    load_backend,
+    propagation,
+    read_frames,
+)
 from ase_uq.engines.ase.bias import UncertaintyBias
 from ase_uq.errors import InputError, MissingDependency, UncertaintyHalt, UQWarning
+from ase_uq.io.results import annotated
 from ase_uq.testing.backends import count_forwards
 
 
@@ -400,6 +409,33 @@ def test_driver_answers_as_ipis_own_ase_driver_does(folder: Path, driver: Any, c
     assert list(extras) == ["energy_uncertainty", "energies_uncertainty", "forces_uncertainty", "gamma", "contact"]
     for key, value in extras.items():
         np.testing.assert_allclose(value, calculator.results[key], rtol=1e-4, err_msg=key)
+
+
+def test_ipis_own_tool_reweights_by_our_members(folder: Path, driver_file: str, tmp_path: Path):
+    """Its cumulant expansion of an observable is that of `propagation.average`."""
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    model = str(folder / "my.uq.safetensors")
+    # i-PI hands over options as text.
+    asked = UncertainDriver(str(folder / "start.xyz"), "embedded:mace", model, ensemble="8")  # pyright: ignore
+    frames = [molecule_in() for _ in range(12)]
+    for number, atoms in enumerate(frames):
+        atoms.rattle(0.002, seed=number)
+    cells, positions = zip(*(in_bohr(atoms) for atoms in frames), strict=True)
+    extras = [json.loads(answer[3]) for answer in asked(list(cells), list(positions))]
+    calculator = UncertainCalculator("embedded:mace", model, ensemble=8)
+    calculated = [annotated(atoms, calculator.results_of([atoms])[0]) for atoms in frames]
+    lengths = [atoms.get_distance(0, 1) for atoms in frames]
+    for found, atoms in zip(extras, calculated, strict=True):
+        assert atoms.calc is not None
+        np.testing.assert_allclose(found["energy_ensemble"], atoms.calc.results["energy_ensemble"], rtol=1e-6)
+        np.testing.assert_allclose(np.array(found["committee_pot"]) * units.Ha, found["energy_ensemble"], rtol=1e-6)
+    pot, obs = np.array([found["energy_ensemble"] for found in extras]), np.array(lengths)
+    tool = runpy.run_path(str(Path(sys.executable).with_name("i-pi-committee-reweight")))
+    kelvin = 3000
+    reweighted, _ = tool["CEA"](pot, obs[:, None], units.kB * kelvin)
+    expected = propagation.average(calculated, lengths, kelvin)
+    np.testing.assert_allclose(reweighted[0] - obs.mean(), expected.members - expected.value, rtol=1e-3, atol=1e-9)
 
 
 def test_driver_leaves_a_molecule_in_vacuum(folder: Path, driver_file: str, calculator: UncertainCalculator):

@@ -5,6 +5,7 @@ import pytest
 import torch
 from ase import Atoms
 
+from ase_uq import Predictor, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
@@ -80,3 +81,24 @@ def test_a_committee_of_one_potential_is_refused(frames: list[Atoms]):
     same._members = [same._members[0]] * 3
     with pytest.raises(InputError, match="agree exactly: they are one potential several times"):
         fit_head(Committee(), same, frames)
+
+
+@pytest.mark.filterwarnings("ignore:committee tells nothing about:ase_uq.errors.UQWarning")
+def test_samples_have_the_covariances_of_the_members(committee: ToyCommittee):
+    """Also of forces: many samples against the members themselves, up to the calibrated scale of each structure."""
+    train, held_out = (labelled_frames(20, seed=seed, cell=6.0) for seed in (1, 2))
+    model = fit(committee, train, held_out, methods=["committee"], progress=False)
+    frames = labelled_frames(3, seed=5, cell=6.0)
+    predictions = Predictor(committee, model, ensemble=3000, ensemble_forces=3000).predict(frames)
+    members = forward_pass_of(committee, frames).members
+    assert members is not None
+    assert members.forces is not None
+    found = np.corrcoef([prediction["energy_ensemble"] for prediction in predictions])
+    np.testing.assert_allclose(found, np.corrcoef(members.energy.numpy().T), atol=0.05)
+    start = 0
+    for atoms, prediction in zip(frames, predictions, strict=True):
+        rows = members.forces[:, start : start + len(atoms)].reshape(3, -1).numpy()
+        start += len(atoms)
+        expected, sampled = np.cov(rows.T), np.cov(prediction["forces_ensemble"].reshape(rows.shape[1], -1))
+        expected, sampled = expected / np.trace(expected), sampled / np.trace(sampled)
+        assert np.abs(sampled - expected).max() < 0.1 * np.abs(expected).max()
