@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms, units
+from scipy import stats
 
 from ase_uq import propagation
 from ase_uq.errors import InputError
@@ -97,3 +98,22 @@ def test_what_makes_no_sense_is_refused(change: dict[str, Any], message: str):
     options = {"values": values, "temperature": KELVIN} | change
     with pytest.raises(ValueError, match=message):
         propagation.average(frames_of(np.zeros(20), deviations), **options)
+
+
+def test_where_the_truth_is_a_draw_averages_are_covered_as_promised(monkeypatch: pytest.MonkeyPatch):
+    """The true potential differs from ours by one draw of the weights; its average is known by exact reweighting."""
+    rng = np.random.default_rng(3)
+    n_worlds, kt, frames = 400, units.kB * KELVIN, [Atoms()] * 200
+    z = []
+    for _ in range(n_worlds):
+        features = rng.normal(size=(200, 3))
+        values = features @ rng.normal(size=3)
+        truth, members = (0.05 * kt * features @ rng.normal(size=(3, n)) for n in (1, 128))
+        weights = np.exp(-truth[:, 0] / kt)
+        monkeypatch.setattr("ase_uq.propagation.averages.energies_of", lambda _, m=members: (np.zeros(200), m))
+        found = propagation.average(frames, values, KELVIN, by="reweighted")
+        z.append((weights @ values / weights.sum() - found.value) / found.std)
+    for level in (0.68, 0.90, 0.95):
+        inside = (np.abs(z) <= stats.norm.ppf(0.5 + level / 2)).sum()
+        low, high = stats.binom.interval(0.999, n_worlds, level)
+        assert low <= inside <= high
