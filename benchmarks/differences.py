@@ -3,7 +3,8 @@
     python benchmarks/differences.py [SET ...] [--data ../shared/data] [--models ../shared/models ...] [--pairs 60]
                                      [--members 256] [--out benchmarks/results/differences]
 
-    path      every image of a path above its first (`*_energyonly.xyz`)
+    path      every image of a path above its first: of `*_energyonly.xyz`, and of the proton of malonaldehyde that goes
+              to the other oxygen, and of its O-H group that turns away, by GFN2-xTB as are the embedded frames
     pairs     two frames of one split and composition, drawn at random
     defect    a frame of a vacancy, against as many atoms of a crystal of the test frames
 
@@ -22,10 +23,12 @@ from pathlib import Path
 import numpy as np
 from ase import Atoms
 from ase.io import read
+from ase.mep import NEB
 from matplotlib import pyplot as plt
 from quality import SETS, found_in, frames_of, known_to, spec_of
+from tblite.ase import TBLite
 
-from ase_uq import Predictor, UQWarning, fit, load_backend, propagation
+from ase_uq import Predictor, UQWarning, embedded, fit, load_backend, propagation
 from ase_uq.backends.base import Backend
 from ase_uq.io.results import annotated
 
@@ -76,6 +79,8 @@ def cases_of(name: str, arguments: argparse.Namespace) -> list[Case]:
     labelled = frames_of(data.folder, arguments.data)
     for path in sorted((arguments.data / data.folder).glob("ood*_energyonly.xyz")):
         labelled[path.stem] = read(path, ":")  # pyright: ignore[reportArgumentType]
+    if data.folder == "embedded":
+        labelled |= paths_of_malonaldehyde()
     backend = load_backend(spec_of(data.potential, arguments.models))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)
@@ -104,6 +109,26 @@ def cases_of(name: str, arguments: argparse.Namespace) -> list[Case]:
             committee.append(np.std(members, ddof=1) if len(equals) > 1 else np.nan)
         cases.append(Case(name, title, *map(np.array, (errors, ours, independent, committee))))
     return cases
+
+
+def paths_of_malonaldehyde() -> dict[str, list[Atoms]]:
+    """Images from the embedded structure to two others, between them by IDPP, with energies of GFN2-xTB."""
+    start = read(embedded.path("malonaldehyde.xyz"))
+    assert isinstance(start, Atoms)
+    start = Atoms(start.numbers, start.positions)
+    mirrored, turned = start.copy(), start.copy()
+    # Mirrored, each atom is where its partner was; only the proton, atom 5, has moved.
+    mirrored.positions = (start.positions * [-1, 1, 1])[[4, 3, 2, 1, 0, 5, 8, 7, 6]]
+    turned.rotate(180, start.positions[0] - start.positions[1], center=start.positions[0])
+    turned.positions[:5], turned.positions[6:] = start.positions[:5], start.positions[6:]
+    found = {}
+    for name, end in (("proton transfer", mirrored), ("turning O-H", turned)):
+        images = [start.copy(), *(start.copy() for _ in range(9)), end]
+        NEB(images).interpolate("idpp")
+        for image in images:
+            image.info["REF_energy"] = TBLite(method="GFN2-xTB", verbosity=0).get_potential_energy(image)
+        found[f"ood_{name}_energyonly"] = images
+    return found
 
 
 def kinds(
