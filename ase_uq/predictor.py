@@ -32,8 +32,8 @@ class Predictor:
         interval: Confidence in (0, 1) of `forces_interval`, a bound of the norm of each atom's force error; None
             leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
         ensemble: Number of members of `energy_ensemble`, samples of the energy that are correlated between structures;
-            0 leaves it out. They cost nothing. See `uncertainty_model.ensemble`.
-        ensemble_forces: Number of its members, the first ones, whose forces are in `forces_ensemble`; 0 leaves it out.
+            0 leaves it out. Their energies cost nothing. See `uncertainty_model.ensemble`.
+        ensemble_forces: Number of its members, the first ones, whose draws give `forces_ensemble`; 0 leaves it out.
             A member costs a backward pass where forces are slopes of the energy, and nothing for a direct head.
         force_probes: Number of backward passes from which variances of an exact posterior of forces (`bll` fitted with
             `conservative="exact"`) are estimated without bias, with a relative error of about √(2/n); 0 takes as many
@@ -42,7 +42,7 @@ class Predictor:
     Raises:
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ValueError: The calibration data cannot support the interval, there is nothing that `force_probes` could
-            estimate, or `ensemble` or `ensemble_forces` is no number of members.
+            estimate, `force_probes` is no whole number, or `ensemble` or `ensemble_forces` no number of members.
         InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
@@ -63,8 +63,8 @@ class Predictor:
             warnings.warn(warning, UQWarning, stacklevel=3)
         self.backend = backend
         self.uncertainty_model = uncertainty_model.to(backend.device)
-        if force_probes != 0:
-            _estimate(self.uncertainty_model, force_probes)
+        _estimate(self.uncertainty_model, force_probes)
+        self.force_probes = int(force_probes)
         self._intervals = None if interval is None else self.uncertainty_model.intervals(interval)
         asked = ensemble != 0 or ensemble_forces != 0
         self._ensemble = Ensemble(self.uncertainty_model, ensemble, ensemble_forces) if asked else None
@@ -166,13 +166,13 @@ class Predictor:
 
 
 def _estimate(model: UncertaintyModel, force_probes: int) -> None:
-    if not isinstance(force_probes, Integral) or isinstance(force_probes, bool) or force_probes < 1:
+    if not isinstance(force_probes, Integral) or isinstance(force_probes, bool) or force_probes < 0:
         raise ValueError(
-            f"force_probes={force_probes!r} is not a whole number of 1 or more. Give force_probes=16, or leave it out "
+            f"force_probes={force_probes!r} is not a whole number of 0 or more. Give force_probes=16, or leave it out "
             "for exact variances."
         )
     heads = [fitted.head for fitted in model.methods.values() if fitted.head.estimates]
-    if not heads:
+    if force_probes and not heads:
         raise ValueError(
             f"force_probes={force_probes}, but none of {', '.join(model.methods)} has an exact posterior of forces to "
             "estimate. Fit bll with conservative='exact', or leave force_probes out."

@@ -38,7 +38,13 @@ _TABLE = (
     Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
     Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
     Property("energy_ensemble", False, (-1,), "eV", "samples of the total energy, the same draws for all structures"),
-    Property("forces_ensemble", True, (3, -1), "eV/Å", "samples of the forces, of the first members of the energy"),
+    Property(
+        "forces_ensemble",
+        True,
+        (3, -1),
+        "eV/Å",
+        "samples of the forces, from the draws of the first members of the energy",
+    ),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
     Property("contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"),
 )

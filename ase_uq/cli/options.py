@@ -34,6 +34,14 @@ UQ = Annotated[
         help="Uncertainty model that `ase-uq fit` made for this potential. Not needed for embedded potentials.",
     ),
 ]
+ForceProbes = Annotated[
+    int,
+    typer.Option(
+        "--force-probes",
+        metavar="K",
+        help="Estimate variances of an exact posterior of forces (bll.conservative=exact) from K backward passes.",
+    ),
+]
 Device = Annotated[
     str, typer.Option("--device", show_default="a GPU if there is one", help="Where to run, for example cpu or cuda:1.")
 ]

@@ -61,7 +61,7 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
 
 
 def load_calculator(
-    model: str, uq: Path | None, device: str, dtype: str, every: int = 1, ensemble: int = 0
+    model: str, uq: Path | None, device: str, dtype: str, every: int = 1, ensemble: int = 0, force_probes: int = 0
 ) -> "UncertainCalculator":
     """The potential with the uncertainty model of `--uq`, or with that of an embedded potential."""
     from ase_uq.engines.ase.calculator import UncertainCalculator
@@ -77,4 +77,4 @@ def load_calculator(
         from ase_uq import embedded
 
         fitted = UncertaintyModel.load(embedded.path(f"{embedded_name.replace('-', '_')}.uq.safetensors"))
-    return UncertainCalculator(backend, fitted, every=every, ensemble=ensemble)
+    return UncertainCalculator(backend, fitted, every=every, ensemble=ensemble, force_probes=force_probes)

@@ -29,10 +29,12 @@ from ase.stress import voigt_6_to_full_3x3_stress
 from ase_uq.errors import UQWarning
 from ase_uq.io.results import (
     BELONG_KEY,
+    ENSEMBLE_KEY,
     LOST_KEY,
     StoredResults,
     annotated,
     check_sums,
+    columns_of,
     hidden_labels,
     lost_constraints,
 )
@@ -126,7 +128,8 @@ def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
     for key, value in results.items():
         entry = _property(key)
         if entry is not None:
-            (frame.arrays if entry.per_atom else frame.info)[key] = value
+            (frame.arrays if entry.per_atom else frame.info)[key] = columns_of(value) if entry.per_atom else value
+    frame.info.pop(ENSEMBLE_KEY, None)
     frame.info.update({BELONG_KEY: check_sums(frame), **info})
     return _text(frame)
 

@@ -50,6 +50,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
     if results is None:
         results = current_results(atoms)
     copy = atoms.copy()
+    drew = atoms.info.get(ENSEMBLE_KEY) if isinstance(atoms.calc, StoredResults) and not stale else None
     # Copies: some calculators write the next results into the same arrays.
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
     uncertain = any(key not in STANDARD for key in known)
@@ -58,6 +59,8 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
         drop_uncertainties(copy)
     if uncertain:
         copy.info[BELONG_KEY] = check_sums(copy)
+    if drew is not None and "energy_ensemble" in known:
+        copy.info[ENSEMBLE_KEY] = drew
     for key in _hidden(copy, known):
         del _store(copy, key)[key]
     if known:
@@ -68,12 +71,17 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
         if key in STANDARD:
             continue
         if entry.per_atom:
-            # Files have columns, not matrices, of an atom.
-            copy.set_array(key, np.asarray(value, float).reshape(len(copy), *([-1] if entry.shape else [])))
+            copy.set_array(key, columns_of(value))
         else:
             copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
     copy.info.update(info)
     return copy
+
+
+def columns_of(value: Any) -> np.ndarray:
+    """A result of each atom as files have it: in columns, where it is a matrix."""
+    array = np.asarray(value, float)
+    return array.reshape(len(array), -1) if array.ndim > 2 else array
 
 
 def hidden_labels(atoms: Atoms) -> list[str]:
@@ -167,7 +175,9 @@ def _shaped(key: str, value: Any) -> Any:
     entry = find_property(key)
     if entry is None or not entry.per_atom or len(entry.shape) < 2:
         return value
-    return np.asarray(value).reshape(len(value), *entry.shape)
+    array = np.asarray(value)
+    fits = array.dtype.kind == "f" and array.size % (len(array) * entry.shape[0]) == 0
+    return array.reshape(len(array), *entry.shape) if fits else value  # somebody else's column of this name
 
 
 def _is_stale(atoms: Atoms) -> bool:

@@ -120,7 +120,7 @@ class Head(Fitted, ABC):
         raise NotImplementedError(f"{type(self).__name__} does not say how errors of energies are correlated")
 
     def estimate(self, n_probes: int) -> None:
-        """From now on estimates variances of forces that cost many backward passes from `n_probes` of them."""
+        """From now on estimates variances that cost many backward passes from `n_probes` of them; 0 for all."""
         raise NotImplementedError(f"{type(self).__name__} has no variances to estimate")
 
     def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:

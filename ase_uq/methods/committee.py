@@ -22,6 +22,8 @@ from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.draws import Draws
 
+_AGREED = 1e-12  # eV per atom, far below what members differ by
+
 
 class CommitteeHead(Head):
     """The variance over the members, in squared ASE units.
@@ -57,20 +59,21 @@ class CommitteeHead(Head):
         )
 
     def energy_rows(self, forward_pass: ForwardPass) -> Tensor:
-        """(n_frames, n_members) deviations of the members from their mean, per atom: covariances are the committee's.
+        """(n_frames, n_members + 1) deviations of the members from their mean, per atom.
 
-        Samples drawn from them are combinations of members, of any number.
+        Their covariances are the committee's. Samples drawn from them are combinations of members, of any number. The
+        last column is next to nothing: what members that agree have wrong, all structures on which they agree share.
         """
         energies = _members_of(forward_pass).energy.double()
-        counts = forward_pass.n_atoms_of_frame.double()
-        return (energies - energies.mean(0)).T / counts[:, None] / (len(energies) - 1) ** 0.5
+        rows = (energies - energies.mean(0)).T / forward_pass.n_atoms_of_frame.double()[:, None]
+        return torch.cat([rows / (len(energies) - 1) ** 0.5, torch.full_like(rows[:, :1], _AGREED)], 1)
 
     def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
         """(n_atoms, 3, n_members): the same combinations of the members' forces."""
         forces = _members_of(forward_pass).forces
         assert forces is not None, "the committee was evaluated without forces"
         deviations = (forces.double() - forces.double().mean(0)) / (len(forces) - 1) ** 0.5
-        return torch.einsum("cja,cm->jam", deviations, draws("energy", len(forces), forces.device)[:, :n_members])
+        return torch.einsum("cja,cm->jam", deviations, draws("energy", len(forces) + 1, forces.device)[:-1, :n_members])
 
 
 @dataclass(frozen=True)

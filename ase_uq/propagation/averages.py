@@ -68,7 +68,7 @@ def average(
         InputError: A frame has no `energy_ensemble`, or the members differ so much between frames that fewer than 10
             frames would count.
     """
-    if not temperature > 0:
+    if not 0 < temperature < np.inf:
         raise ValueError(f"the temperature of a canonical average lies above 0 K, not at {temperature!r}.")
     if by not in ("cumulant", "reweighted"):
         raise ValueError(f"an average is taken by 'cumulant' or 'reweighted', not by {by!r}.")

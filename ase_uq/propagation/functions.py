@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from ase import Atoms
 from ase.eos import EquationOfState as FitOfASE
+from ase.eos import eos_names
 from numpy.typing import ArrayLike
 
 from ase_uq.errors import InputError
@@ -55,7 +56,7 @@ def propagate(
         InputError: A frame has no members, or not as many as the first.
     """
     if of not in ("energy", "forces"):
-        raise ValueError(f"a function is one of 'energy' or 'forces', not of {of!r}.")
+        raise ValueError(f"of is 'energy' or 'forces', not {of!r}.")
     if not len(frames):
         raise ValueError("there are no frames to compute anything from.")
     if of == "energy":
@@ -63,17 +64,29 @@ def propagate(
         inputs: list[Any] = [energies, *members.T]
     else:
         forces, of_members = forces_of(frames)
-        inputs = [forces, *([part[:, :, m] for part in of_members] for m in range(of_members[0].shape[2]))]
-    found = [np.asarray(function(each), float) for each in inputs]
-    for number, values in enumerate(found):
-        who = "the potential" if number == 0 else f"member {number - 1}"
-        if values.shape != found[0].shape or not np.isfinite(values).all():
+        inputs = [forces, *([part[:, :, m].copy() for part in of_members] for m in range(of_members[0].shape[2]))]
+    found: list[np.ndarray] = []
+    for number, each in enumerate(inputs):
+        found.append(_numbers(function(each), "the potential" if number == 0 else f"member {number - 1}"))
+        if found[-1].shape != found[0].shape:
             raise ValueError(
-                f"the function gave {values!r} for {who}: finite numbers of one shape were expected, as for the "
-                f"potential, {found[0].shape}."
+                f"the function gave shape {found[-1].shape} for member {number - 1}, and {found[0].shape} for the "
+                "potential: numbers of one shape were expected."
             )
     value, members = found[0], np.stack(found[1:])
     return Derived(value, np.sqrt(np.square(members - value).mean(0)), members)
+
+
+def _numbers(given: ArrayLike, who: str) -> np.ndarray:
+    try:
+        values = np.asarray(given)
+    except ValueError:  # rows of different lengths
+        values = np.array(None)
+    if values.dtype.kind not in "fiub" or not np.isfinite(values).all():
+        raise ValueError(
+            f"the function gave {given!r} for {who}: finite real numbers were expected, one or an array of them."
+        )
+    return values.astype(float)
 
 
 @dataclass(frozen=True)
@@ -107,9 +120,9 @@ def equation_of_state(frames: Sequence[Atoms], eos: str = "birchmurnaghan") -> E
         eos: A form that `ase.eos.EquationOfState` knows.
 
     Raises:
-        ValueError: There are fewer than five different volumes.
-        InputError: A frame has no `energy_ensemble`, has no cell, or the energies of the potential or of a member have
-            no minimum among the volumes.
+        ValueError: There are fewer than five different volumes, or `eos` is no form of `ase.eos`.
+        InputError: A frame has no `energy_ensemble`, no cell or another composition, or the energies of the potential
+            or of a member have no minimum among the volumes.
     """
     volumes = np.array([atoms.cell.volume for atoms in frames])
     if not (volumes > 0).all():
@@ -120,13 +133,19 @@ def equation_of_state(frames: Sequence[Atoms], eos: str = "birchmurnaghan") -> E
             f"{len(np.unique(volumes))} were given."
         )
 
+    formulas = {atoms.get_chemical_formula() for atoms in frames}
+    if len(formulas) > 1:
+        raise InputError(f"an equation of state is of one crystal, and these are {', '.join(sorted(formulas))}.")
+    if not isinstance(eos, str) or eos not in (*eos_names, "birch", "sj"):
+        raise ValueError(f"ase.eos has no form {eos!r}. It has sj, {', '.join(sorted(eos_names))}.")
+
     def fit(energies: np.ndarray) -> np.ndarray:
         try:
             with np.errstate(all="ignore"):  # on its way to a volume that is none
                 found = np.array(FitOfASE(volumes, energies, eos).fit(warn=False))
         except (ValueError, RuntimeError) as error:
             raise InputError(_no_minimum(error)) from error
-        if not np.isfinite(found).all():
+        if not np.isfinite(found).all() or not found[2] > 0:
             raise InputError(_no_minimum(f"a fit gave {found.tolist()}"))
         return found
 

@@ -46,18 +46,18 @@ def forces_of(frames: Sequence[Atoms]) -> tuple[list[np.ndarray], list[np.ndarra
                 "ensemble=16, ensemble_forces=16), and keep its results where a calculator is shared: read_frames "
                 "gives each frame its own."
             )
-        forces.append(np.asarray(results["forces"], float))
-        members.append(np.asarray(results["forces_ensemble"], float))
+        forces.append(np.array(results["forces"], float))
+        members.append(np.array(results["forces_ensemble"], float))
         _check(number, atoms, frames[0], members[-1].shape[2], members[0].shape[2])
     return forces, members
 
 
 def _check(number: int, atoms: Atoms, first: Atoms, found: int, expected: int) -> None:
     drew, drew_first = atoms.info.get(ENSEMBLE_KEY), first.info.get(ENSEMBLE_KEY)
-    if drew != drew_first:
+    if drew is not None and drew_first is not None and drew != drew_first:
         raise InputError(
-            f"frame {number} has members of another uncertainty model ({drew or 'not noted'}) than frame 0 "
-            f"({drew_first or 'not noted'}), which are not the same draws: score all frames with one."
+            f"frame {number} has members of another uncertainty model ({drew}) than frame 0 ({drew_first}), which are "
+            "not the same draws: score all frames with one."
         )
     if found != expected:
         raise InputError(

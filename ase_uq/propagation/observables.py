@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any, TypeGuard
 
 import numpy as np
 from ase import Atoms
@@ -18,8 +19,8 @@ def distances_of(frames: Sequence[Atoms], one: int, other: int) -> np.ndarray:
     for number, atoms in enumerate(frames):
         if not (0 <= one < len(atoms) and 0 <= other < len(atoms)) or one == other:
             raise InputError(
-                f"atoms {one} and {other} of frame {number}, which has {len(atoms)}, have no distance: give two "
-                f"different numbers from 0 to {len(atoms) - 1}."
+                f"atoms {one} and {other} of frame {number}, which has {len(atoms)}, have no distance: give the "
+                "numbers of two different atoms, from 0 on."
             )
     return np.array([atoms.get_distance(one, other, mic=bool(atoms.pbc.any())) for atoms in frames])
 
@@ -33,8 +34,12 @@ def entries_of(frames: Sequence[Atoms], key: str) -> np.ndarray:
     values = []
     for number, atoms in enumerate(frames):
         entry = atoms.info.get(key)
-        if not isinstance(entry, Real) or isinstance(entry, bool):
-            there = ", ".join(sorted(k for k, v in atoms.info.items() if isinstance(v, Real))) or "none"
+        if not _is_number(entry):
+            there = ", ".join(sorted(k for k, v in atoms.info.items() if _is_number(v))) or "none"
             raise InputError(f"frame {number} has no number {key!r} in its info ({entry!r}). Numbers there: {there}.")
         values.append(float(entry))
     return np.array(values)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, Real) and not isinstance(value, bool | np.bool_)

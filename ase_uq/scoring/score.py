@@ -201,7 +201,7 @@ def _score_rest(
     ):
         behind: Future[None] | None = None
         named: set[str] = set()
-        notes = {ENSEMBLE_KEY: _digest(predictor.uncertainty_model)[:12]} if predictor.n_members else {}
+        notes = {ENSEMBLE_KEY: predictor.uncertainty_model.digest[:12]} if predictor.n_members else {}
         left_out: list[FrameScore] = []
 
         def write(batch: Pass[list[Prediction]]) -> Future[None]:
@@ -281,6 +281,7 @@ def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:
         "uncertainty_model": _digest(predictor.uncertainty_model),
         "set_of_results": " ".join(predictor.results),
         "number_of_members": " ".join(f"{key}: {n}" for key, n in predictor.n_members.items()),
+        "number_of_force_probes": predictor.force_probes,
     }
 
 

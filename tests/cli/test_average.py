@@ -79,6 +79,23 @@ def test_another_uncertainty_model_is_refused(run, score, scored, files, tmp_pat
     assert "frame 3 has members of another uncertainty model (another) than frame 0 (" in result.stderr
 
 
+def test_the_note_stays_in_files_that_are_written_again(scored, tmp_path):
+    from ase_uq import write_frames
+
+    frames = read_frames(scored)
+    noted = frames[0].info["ensemble_of"]
+    write_frames(tmp_path / "again.xyz", frames)
+    assert {atoms.info["ensemble_of"] for atoms in read_frames("again.xyz")} == {noted}
+    mixed = read_frames("again.xyz")
+    mixed[0].info.pop("ensemble_of")  # of a calculator, say: nobody knows whether it is another
+    propagation.difference((1, mixed[0]), (-1, mixed[1]))
+
+
+def test_the_note_goes_with_the_members(score, scored):
+    assert score(frames=scored, out="plain.xyz").exit_code == 0
+    assert "ensemble_of" not in read("plain.xyz").info
+
+
 def test_an_interrupted_run_with_another_number_of_members_does_not_go_on(score, monkeypatch):
     from ase_uq.scoring.journal import Journal
 
@@ -100,7 +117,7 @@ def test_an_interrupted_run_with_another_number_of_members_does_not_go_on(score,
         (("--distance", 0, 1, "--value", "a"), "either --distance I J or --value KEY"),
         (("--value", "phase"), "frame 0 has no number 'phase' in its info (None). Numbers there: "),
         (("--distance", 0, 40), "atoms 0 and 40 of frame 0, which has 9, have no distance"),
-        (("--distance", 2, 2), "have no distance: give two different numbers from 0 to 8"),
+        (("--distance", 2, 2), "have no distance: give the numbers of two different atoms"),
     ],
 )
 def test_bad_words(run, scored, words, message):
@@ -114,5 +131,6 @@ def test_no_members_are_refused(run, score):
     result = run("average", "scored.xyz", "--temperature", 300, "--distance", 0, 1)
     assert result.exit_code == 1
     assert "frame 0 has no energy_ensemble of its own" in result.stderr
-    result = run("average", "scored.xyz", "--temperature", 0, "--distance", 0, 1)
-    assert "lies above 0 K, not at 0.0" in result.stderr
+    for kelvin in ("0", "inf"):
+        result = run("average", "scored.xyz", "--temperature", kelvin, "--distance", 0, 1)
+        assert "lies above 0 K, not at" in result.stderr

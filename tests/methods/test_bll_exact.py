@@ -1,5 +1,6 @@
 """The exact posterior of conservative forces: evidence against numerics, variances against dense algebra."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ from ase_uq.backends import load_backend
 from ase_uq.backends._autograd import GraphGradients
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.methods.bll import BLL
 from ase_uq.methods.bll.exact import maximise_joint_evidence
@@ -86,6 +88,30 @@ class TestEvidence:
         found = maximise_joint_evidence(*parts, smallest=10.0)
         data = found.precision - found.prior * torch.eye(self.width)
         assert found.prior == pytest.approx(10 * float(data.diagonal().mean()), rel=1e-6)
+
+    @pytest.mark.parametrize("noises", [(1e-3, 1e-3), (1e-5, 1e-3), (1e-2, 1e-5)])
+    def test_is_largest_where_labels_have_many_digits(self, noises: tuple[float, float]):
+        """The bound of the prior moves with the noises then: a search that takes it for fixed stops half way."""
+        rng = np.random.default_rng(5)
+        weights, counts, smallest = rng.normal(size=40), (20, 300), 1e-9
+        rows = [rng.normal(size=(n, 40)) for n in counts]
+        targets = [x @ weights + noise * rng.normal(size=len(x)) for x, noise in zip(rows, noises, strict=True)]
+        x, y = np.concatenate(rows), np.concatenate(targets)
+        bounds = [smallest * np.square(part).sum(0).mean() for part in rows]
+
+        def loss(logs: np.ndarray) -> float:
+            free, energy, force = np.exp(logs)
+            prior = free + energy * bounds[0] + force * bounds[1]
+            covariance = np.diag(np.repeat([1 / energy, 1 / force], counts)) + x @ x.T / prior
+            return 0.5 * (np.linalg.slogdet(covariance)[1] + y @ np.linalg.solve(covariance, y))
+
+        parts = [statistics(*each) for each in zip(rows, targets, strict=True)]
+        found = maximise_joint_evidence(*parts, smallest=smallest)
+        free = max(found.prior - found.energy * bounds[0] - found.force * bounds[1], 1e-30)
+        here = np.log([free, found.energy, found.force])
+        starts = (here, np.array([0.0, *(-2 * np.log(noises))]), np.array([0.0, 10.0, 10.0]))
+        best = min(minimize(loss, start, method="Nelder-Mead", options={"maxiter": 400}).fun for start in starts)
+        assert loss(here) <= best + 0.02
 
     def test_labels_without_noise_are_no_error(self):
         energies, _, forces, _ = self.draws(4)
@@ -193,6 +219,27 @@ def test_members_have_its_covariances(model: UncertaintyModel):
     np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=0.15, atol=1e-12)
 
 
+def test_zero_probes_are_all_of_them_on_a_model_that_estimated(model: UncertaintyModel):
+    backend, atoms = load_backend(ToyCalculator(ELEMENTS)), molecule("CH3OH")
+    few = Predictor(backend, model, force_probes=2)
+    (again,), (exact,) = (Predictor(backend, m).predict([atoms]) for m in (few.uncertainty_model, model))
+    np.testing.assert_array_equal(again["forces_uncertainty"], exact["forces_uncertainty"])
+    assert not np.allclose(few.predict([atoms])[0]["forces_uncertainty"], exact["forces_uncertainty"])
+
+
+@pytest.mark.parametrize("change", ["null", "without energy", "with force"])
+def test_files_that_say_something_else_are_refused(head: Any, change: str):
+    settings = json.loads(json.dumps(head.settings))
+    if change == "null":
+        settings["slope"] = None
+    elif change == "without energy":
+        del settings["energy"]
+    else:
+        settings["force"] = {}
+    with pytest.raises(WrongEntry):
+        type(head).check(Entries(settings, "settings"), StoredTensors(dict(head.state_dict())))
+
+
 def test_says_what_it_costs_before_it_starts(backend: Backend, frames: list[Atoms]):
     with pytest.warns(UQWarning, match=r"takes \d+ backward passes for every frame, here and wherever"):
         fit_head(BLL(conservative="exact"), backend, frames)
@@ -208,9 +255,9 @@ def test_bad_input(backend: Backend, frames: list[Atoms], model: UncertaintyMode
         bare = [atoms.copy() for atoms in frames]
         for atoms in bare:
             del (atoms.info if label == "REF_energy" else atoms.arrays)[label]
-        with pytest.raises(LabelError, match="needs training frames with reference energies and forces"):
+        with pytest.raises(LabelError, match="needs reference energies and forces of training frames"):
             fit_head(BLL(conservative="exact"), backend, bare)
-    with pytest.raises(ValueError, match=r"force_probes=0\.5 is not a whole number of 1 or more"):
+    with pytest.raises(ValueError, match=r"force_probes=0\.5 is not a whole number of 0 or more"):
         Predictor(backend, model, force_probes=0.5)  # pyright: ignore[reportArgumentType]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)

@@ -102,3 +102,12 @@ def test_samples_have_the_covariances_of_the_members(committee: ToyCommittee):
         expected, sampled = np.cov(rows.T), np.cov(prediction["forces_ensemble"].reshape(rows.shape[1], -1))
         expected, sampled = expected / np.trace(expected), sampled / np.trace(sampled)
         assert np.abs(sampled - expected).max() < 0.1 * np.abs(expected).max()
+
+
+@pytest.mark.filterwarnings("ignore:committee tells nothing about:ase_uq.errors.UQWarning")
+def test_where_all_members_agree_samples_have_the_calibrated_spread(committee: ToyCommittee):
+    train, held_out = (labelled_frames(20, seed=seed, cell=6.0) for seed in (1, 2))
+    model = fit(committee, train, held_out, methods=["committee"], progress=False)
+    alone = Predictor(committee, model, ensemble=8).predict([Atoms("O", [(0, 0, 0)]), Atoms("H", [(0, 0, 0)])])
+    for prediction in alone:
+        assert prediction["energy_ensemble"].std() == pytest.approx(prediction["energy_uncertainty"], rel=1e-6)

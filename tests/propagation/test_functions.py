@@ -111,11 +111,11 @@ def test_without_a_minimum_there_is_none(crystals: list[Atoms]):
 
 def test_bad_input(crystals: list[Atoms]):
     frames: Any = with_energies(some(2), np.zeros(2), np.ones((2, 4)))
-    with pytest.raises(ValueError, match="one of 'energy' or 'forces', not of 'stress'"):
+    with pytest.raises(ValueError, match="of is 'energy' or 'forces', not 'stress'"):
         propagation.propagate(frames, np.sum, of="stress")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no frames to compute anything from"):
         propagation.propagate([], np.sum)
-    with pytest.raises(ValueError, match="for member 0: finite numbers of one shape"):
+    with pytest.raises(ValueError, match="gave nan for member 0: finite real numbers"):
         propagation.propagate(frames, lambda energies: float("nan") if energies.any() else 0.0)
     with pytest.raises(InputError, match=r"frame 0 has no forces_ensemble of its own\. .* ensemble_forces=16"):
         propagation.propagate(frames, np.sum, of="forces")
@@ -129,3 +129,39 @@ def test_bad_input(crystals: list[Atoms]):
     ]
     with pytest.raises(InputError, match="frame 1 has 5 members, frame 0 has 4"):
         propagation.propagate(unequal, lambda forces: forces[0].sum(), of="forces")
+
+
+def test_a_function_that_changes_what_it_gets_changes_no_frame():
+    forces, members = np.ones((2, 3)), np.ones((2, 3, 4))
+    atoms = annotated(
+        Atoms("H2", [(0, 0, 0), (0, 0, 1)]), {"energy": 0.0, "forces": forces, "forces_ensemble": members}
+    )
+
+    def spoiling(forces: list[np.ndarray]) -> float:
+        forces[0] -= forces[0].mean(0) + 1
+        return float(forces[0].sum())
+
+    propagation.propagate([atoms], spoiling, of="forces")
+    assert atoms.calc is not None
+    np.testing.assert_array_equal(atoms.calc.results["forces"], 1)
+    np.testing.assert_array_equal(atoms.calc.results["forces_ensemble"], 1)
+
+
+@pytest.mark.parametrize("given", [1j, "text", [[1.0], [1.0, 2.0]]])
+def test_what_is_no_real_number_is_refused(given: Any):
+    frames = with_energies(some(2), np.zeros(2), np.ones((2, 4)))
+    with pytest.raises(ValueError, match="for the potential: finite real numbers were expected"):
+        propagation.propagate(frames, lambda _: given)
+
+
+def test_equations_of_state_of_nothing_that_has_one(crystals: list[Atoms]):
+    volumes = np.array([atoms.cell.volume for atoms in crystals])
+    hill = -0.01 * (volumes - volumes.mean()) ** 2
+    with pytest.raises(InputError, match="have no minimum among these volumes"):
+        propagation.equation_of_state(with_energies(crystals, hill, np.outer(hill, np.ones(4))))
+    bowl = with_energies(crystals, -hill, np.outer(-hill, np.ones(4)))
+    for eos in ("bla", None):
+        with pytest.raises(ValueError, match=r"ase\.eos has no form .*birchmurnaghan"):
+            propagation.equation_of_state(bowl, eos)  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match="of one crystal, and these are Cu, Cu8"):
+        propagation.equation_of_state([*bowl[:6], annotated(crystals[6].repeat(2), {"energy": 0.0})])

@@ -9,14 +9,17 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.constraints import FixAtoms
+from ase.io import write
 from scipy import stats
 
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit, read_frames, write_frames
 from ase_uq.backends import load_backend
 from ase_uq.backends._autograd import GraphGradients
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.errors import InputError
+from ase_uq.errors import InputError, UQWarning
 from ase_uq.numerics.draws import Draws
+from ase_uq.scoring.score import score
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.uncertainty_model.ensemble import Ensemble
 
@@ -140,6 +143,11 @@ def forces_of(calculator: ToyCalculator, model: UncertaintyModel, atoms: Atoms, 
     return prediction["forces_ensemble"]
 
 
+def calculator_is_direct(model: UncertaintyModel) -> bool:
+    return not model.methods["bll"].head.differentiates
+
+
+@pytest.mark.filterwarnings("ignore:ensemble_forces takes:ase_uq.errors.UQWarning")
 class TestForces:
     def test_their_mean_is_the_force_and_their_spread_the_uncertainty(
         self, calculator: ToyCalculator, model: UncertaintyModel, frames: list[Atoms]
@@ -187,7 +195,7 @@ class TestForces:
 
     def test_they_are_slopes_of_the_members_of_the_energy(self, model: UncertaintyModel, calculator: ToyCalculator):
         """On one scale: energies are scaled by their own uncertainty, forces by theirs."""
-        if not model.methods["bll"].head.differentiates:
+        if calculator_is_direct(model):
             pytest.skip("forces of a direct head are no slopes")
         atoms = molecule("CH3OH")
         atoms.rattle(0.05, seed=2)
@@ -206,7 +214,7 @@ class TestForces:
         np.testing.assert_allclose(-np.einsum("ia,iam->m", direction, found), slope, rtol=1e-5, atol=1e-7)
 
     def test_they_turn_with_the_structure_and_pull_it_nowhere(self, calculator: ToyCalculator, model: UncertaintyModel):
-        if not model.methods["bll"].head.differentiates:
+        if calculator_is_direct(model):
             pytest.skip("components of a direct head have draws of their own: covariances turn, members do not")
         atoms = molecule("CH3OH")
         atoms.rattle(0.05, seed=2)
@@ -252,6 +260,27 @@ class TestForces:
         (back,) = read_frames(tmp_path / "a.xyz")
         expected = atoms.calc.results["forces_ensemble"]
         np.testing.assert_allclose(back.calc.results["forces_ensemble"], expected, atol=1e-8)
+
+    def test_scored_frames_have_them(self, calculator: ToyCalculator, model: UncertaintyModel, tmp_path: Path):
+        frames = [*labelled_frames(3, seed=3), Atoms("O", [(0.1, 0.2, 0.3)])]
+        frames[1].set_constraint(FixAtoms([0]))  # written by ASE then
+        predictor = Predictor(calculator, model, ensemble=8, ensemble_forces=4)
+        score(frames, predictor, out=tmp_path / "a.xyz", progress=False)
+        for found, expected in zip(read_frames(tmp_path / "a.xyz"), predictor.predict(frames), strict=True):
+            np.testing.assert_allclose(found.calc.results["forces_ensemble"], expected["forces_ensemble"], atol=1e-7)
+
+    def test_a_column_of_this_name_that_is_somebody_elses_stays(self, tmp_path: Path):
+        atoms = molecule("H2O")
+        atoms.set_array("forces_ensemble", np.arange(12.0).reshape(3, 4))
+        write(tmp_path / "a.xyz", atoms)
+        (back,) = read_frames(tmp_path / "a.xyz")
+        np.testing.assert_array_equal(back.arrays["forces_ensemble"], atoms.arrays["forces_ensemble"])
+
+    def test_their_cost_at_each_step_is_told(self, calculator: ToyCalculator, model: UncertaintyModel):
+        if calculator_is_direct(model):
+            pytest.skip("they cost nothing")
+        with pytest.warns(UQWarning, match="ensemble_forces takes further backward passes at every step"):
+            UncertainCalculator(calculator, model, ensemble=8, ensemble_forces=4)
 
     def test_wrong_numbers_are_refused(self, calculator: ToyCalculator, model: UncertaintyModel):
         with pytest.raises(ValueError, match=r"ensemble_forces=2 is not a whole number of 4 or more"):

@@ -12,7 +12,7 @@ from ase_uq.io.files import file_of
 
 
 class By(StrEnum):
-    """The ways in which `propagation.average` makes the ensemble of a member."""
+    """How `propagation.average` finds what a member would have sampled."""
 
     cumulant = "cumulant"
     reweighted = "reweighted"
@@ -32,15 +32,15 @@ def average(
     value: Annotated[
         str | None, typer.Option("--value", metavar="KEY", help="Average a number in the info of each frame.")
     ] = None,
-    by: Annotated[By, typer.Option("--by", help="First order of the members' weights, or the weights themselves.")] = (
-        By.cumulant
-    ),
+    by: Annotated[
+        By, typer.Option("--by", help="Weigh frames as each member would, or take the first order of that.")
+    ] = (By.cumulant),
     as_json: JSON = False,
 ) -> None:
     """Average an observable over the frames of a run, with the error bar of what the potential has wrong.
 
-    The error bar is the spread of what the average would be had each member of the ensemble driven the run. That of a
-    run which is too short comes on top. Where the members differ so much that fewer than 10 frames would count, no
+    The error bar is the spread of what the average would be had each member of the ensemble driven the run. The
+    statistical error of a short run comes on top. Where the members differ so much that fewer than 10 frames would count, no
     average is given.
 
     [dim]ase-uq average scored.xyz --temperature 300 --distance 0 1[/]

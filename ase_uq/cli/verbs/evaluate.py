@@ -13,6 +13,7 @@ from ase_uq.cli.options import (
     Device,
     DType,
     EnergyKey,
+    ForceProbes,
     ForcesKey,
     Model,
     Seed,
@@ -53,6 +54,7 @@ def evaluate(
     as_json: JSON = False,
     device: Device = "",
     dtype: DType = "",
+    force_probes: ForceProbes = 0,
     batch_atoms: BatchAtoms = None,
     seed: Seed = 0,
 ) -> None:
@@ -70,7 +72,7 @@ def evaluate(
 
     test_frames = read_frames(frames, name="test frames")
     seed_all(seed)
-    predictor = load_calculator(model, uq, device, dtype).predictor
+    predictor = load_calculator(model, uq, device, dtype, force_probes=force_probes).predictor
     assessment = assess(
         predictor,
         test_frames,

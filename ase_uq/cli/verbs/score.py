@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, Model, Seed
+from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, ForceProbes, Model, Seed
 from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
 from ase_uq.io.files import check_distinct, file_of
 
@@ -34,6 +34,7 @@ def score(
             "error bars of differences and of averages (ase-uq average); 64, for example.",
         ),
     ] = 0,
+    force_probes: ForceProbes = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
@@ -70,7 +71,7 @@ def score(
     from ase_uq.scoring.score import score as score_frames
 
     seed_all(seed)
-    calculator = load_calculator(model, uq, device, dtype, ensemble=ensemble)
+    calculator = load_calculator(model, uq, device, dtype, ensemble=ensemble, force_probes=force_probes)
     try:
         scored = score_frames(
             frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite

@@ -70,7 +70,8 @@ class UncertainCalculator(CalibratedCalculator):
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ArtefactError: The file is not a complete, unaltered uncertainty model.
         ValueError: `every` is not a whole number of 1 or more, the calibration data cannot support the interval, or
-            `ensemble` or `ensemble_forces` is no number of members.
+            `ensemble` or `ensemble_forces` is no number of members, or there is nothing that `force_probes` could
+            estimate.
         InputError: No method has a posterior from which an ensemble could be drawn.
     """
 
@@ -100,11 +101,12 @@ class UncertainCalculator(CalibratedCalculator):
         self._uncertain = frozenset(self.predictor.results).difference(self.predictor.backend.results)
         self.n_calculated = 0
         self._memory = Memory()
-        if uncertainty_model.gradients and self.every == 1:
+        if self.predictor.gradients and self.every == 1:
             costly = [name for name, fitted in uncertainty_model.methods.items() if fitted.head.gradients]
+            without = "fit an uncertainty model without it" if costly else "leave ensemble_forces out"
             warnings.warn(
-                f"{' and '.join(costly)} takes further backward passes at every step, many times the cost of the rest. "
-                "For dynamics fit an uncertainty model without it, or give every=N for uncertainties at each Nth step.",
+                f"{' and '.join(costly) or 'ensemble_forces'} takes further backward passes at every step, many times "
+                f"the cost of the rest. For dynamics {without}, or give every=N for uncertainties at each Nth step.",
                 UQWarning,
                 stacklevel=2,
             )

@@ -5,7 +5,8 @@ Forces are slopes of the energy, so they are linear in the same weights:
     E_s = w·ψ_s + base        F_jα = w·G_jα + base,    G_jα = -∂ψ/∂R_jα
     Λ_n = λI + β_E Σ_s ψ̃_s ψ̃_sᵀ + β_F Σ_jα G_jα G_jαᵀ,    ψ̃ = ψ per atom, about its mean (an intercept, as for energies)
 
-with the prior precision λ and the noise precisions β_E and β_F of largest evidence,
+in units in which features have a spread of about 1, with the prior precision λ and the noise precisions β_E and β_F of
+largest evidence (n_E without the one that the intercept takes),
 
     ln p = ½(D ln λ + n_E ln β_E + n_F ln β_F - β_E RSS_E - β_F RSS_F - λ|w|² - ln|Λ_n|) + const.
 
@@ -70,17 +71,18 @@ def maximise_joint_evidence(energy: Statistics, force: Statistics, smallest: flo
     Args:
         energy: Of the energies per atom, about their means; their count is without the intercept.
         force: Of the force components.
-        smallest: Smallest prior precision, relative to the mean diagonal of that of the data.
+        smallest: Smallest prior precision, relative to the mean diagonal of that of the data; it is added to λ.
     """
     width = len(energy.gram)
     eye = torch.eye(width, dtype=energy.gram.dtype, device=energy.gram.device)
     parts = (energy, force)
+    # The smallest prior moves with the noises, and is added, so that the evidence stays smooth.
+    floors = [smallest * float(part.gram.diagonal().mean()) for part in parts]
 
     def at(logs: np.ndarray) -> tuple[float, np.ndarray, JointEvidence]:
-        prior, *noises = np.exp(logs).tolist()
-        data = noises[0] * energy.gram + noises[1] * force.gram
-        prior = max(prior, smallest * float(data.diagonal().mean()))
-        precision = data + prior * eye
+        free, *noises = np.exp(logs).tolist()
+        prior = free + sum(noise * floor for noise, floor in zip(noises, floors, strict=True))
+        precision = noises[0] * energy.gram + noises[1] * force.gram + prior * eye
         factor, _ = cholesky(precision)
         cross = noises[0] * energy.cross + noises[1] * force.cross
         weights = torch.cholesky_solve(cross, factor)[:, 0]
@@ -93,10 +95,11 @@ def maximise_joint_evidence(energy: Statistics, force: Statistics, smallest: flo
             effective.append(noise * float((covariance * part.gram).sum()))
         size = float(weights @ weights)
         value = width * np.log(prior) - prior * size - 2 * float(factor.diagonal().log().sum())
-        slopes = [width - prior * float(covariance.trace()) - prior * size]
-        for noise, part, square, gamma in zip(noises, parts, squares, effective, strict=True):
+        of_prior = width / prior - float(covariance.trace()) - size
+        slopes = [of_prior * free]
+        for noise, part, square, gamma, floor in zip(noises, parts, squares, effective, floors, strict=True):
             value += part.count * np.log(noise) - noise * square
-            slopes.append(part.count - gamma - noise * square)
+            slopes.append(part.count - gamma - noise * square + of_prior * noise * floor)
         found = JointEvidence(prior, noises[0], noises[1], effective[0], effective[1], precision)
         return -value / 2, -np.array(slopes) / 2, found
 
@@ -110,5 +113,8 @@ def maximise_joint_evidence(energy: Statistics, force: Statistics, smallest: flo
         value, slope, _ = at(logs)
         return value / count, slope / count
 
-    best = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=bounds, options={"ftol": 1e-15, "gtol": 1e-10})
-    return at(best.x)[2]
+    # With many digits the evidence is steep on one side: a search may end on the way, and goes on from another place.
+    options = {"ftol": 1e-15, "gtol": 1e-10, "maxiter": 1000}
+    starts = [start + step for step in (np.zeros(3), np.array([0, 10, 10]), np.array([0, 20, 0]), np.array([0, 0, 20]))]
+    found = [minimize(loss, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for x in starts]
+    return at(min(found, key=lambda result: result.fun).x)[2]

@@ -80,6 +80,9 @@ class BLLHead(Head):
             tensors.take("force_root", size, size)
             scores["forces"] += 1
         if "slope" in settings:
+            settings.under("slope").positive("effective")
+            if "energy" not in settings or "force" in settings:
+                raise settings.wrong("slope", "one beside an entry of energy, and without one of force,")
             size = len(tensors.take("energy_centre", last))
             tensors.take("slope_root", size, size)
             scores["forces"] += 1
@@ -106,15 +109,16 @@ class BLLHead(Head):
         return raw
 
     def estimate(self, n_probes: int) -> None:
-        """From now on takes variances of exact posteriors from so many random directions of the weights.
+        """From now on takes variances of exact posteriors from so many random directions of the weights; 0 for all.
 
         The estimate has no bias. Directions are orthogonal, which is better than independent ones and exact for all of
         them, and stay the same, so that it is a smooth function of the structure.
         """
         width, device = len(self.slope_root), self.slope_root.device
-        numbers = Draws(width)("probes", width, device)
-        chosen = torch.linalg.qr(numbers)[0][:, : min(n_probes, width)]
-        self.register_buffer("directions", self.slope_root @ chosen, persistent=False)
+        directions = self.slope_root
+        if 0 < n_probes < width:
+            directions = directions @ torch.linalg.qr(Draws(width)("probes", width, device))[0][:, :n_probes]
+        self.register_buffer("directions", directions, persistent=False)
 
     def features(self, forward_pass: ForwardPass) -> Tensor:
         """(n_atoms, d) standardised features: about the training mean, in units of their spread in training.

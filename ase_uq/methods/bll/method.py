@@ -37,6 +37,8 @@ from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.moments import Moments, reduced
 from ase_uq.numerics.sites import RADII
 
+_FEWEST_LABELS = 3  # fewer energies have no noise about their mean
+
 
 @dataclass(frozen=True)
 class BLL(Method):
@@ -131,7 +133,8 @@ class BLLAccumulator(Accumulator):
             self._told = True
             warnings.warn(
                 f"bll: the exact posterior of forces takes {len(layer.weights)} backward passes for every frame, here "
-                "and wherever these uncertainties are calculated, unless fewer are asked for there (force_probes).",
+                "and wherever these uncertainties are calculated, unless fewer are asked for there (force_probes, "
+                "--force-probes).",
                 UQWarning,
                 stacklevel=2,
             )
@@ -164,10 +167,12 @@ class BLLAccumulator(Accumulator):
         settings["atoms"] = {"rows": int(atoms.count), "effective": effective, "jitter": jitter}
         energy, force, slope = (reduced(of_rank, communicator) for of_rank in (self.energy, self.force, self.slope))
         if method.conservative == "exact":
-            if energy is None or slope is None:
+            counts = [0 if moments is None else int(moments.count) for moments in (energy, slope)]
+            if energy is None or slope is None or min(counts) < _FEWEST_LABELS:
                 raise LabelError(
-                    "conservative='exact' needs training frames with reference energies and forces, and there are none "
-                    "with both kinds. Leave it out, or label them."
+                    f"conservative='exact' needs reference energies and forces of training frames, and there are "
+                    f"{counts[0]} energies and {counts[1]} force components: at least {_FEWEST_LABELS} of each. Leave "
+                    "it out, or label more frames."
                 )
             roots, records = _joint_posterior(energy, slope, method.ridge)
             return BLLHead(settings | records, tensors | roots)
