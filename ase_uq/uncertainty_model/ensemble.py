@@ -10,11 +10,11 @@ posterior alone does not give far from the training frames.
 
     F^(m)(x) = F(x) + s(x)·d_m(x),    d_m = -∂/∂x Σ_i φ_i·R z_m
 
-The forces of a member are of the same draw: the slope of what it adds to the energy before any scale, one backward pass
-each, or the draw of a direct head's own last layer, which costs none. One scale s for all atoms of a structure makes the
-mean square of all members' deviations that of `forces_uncertainty`, so that they keep the symmetries of forces: no net
-force, and the covariances of the posterior up to this scale. Energies and forces are scaled apart, each by its own σ, so
-a member's forces are not the slopes of its energies.
+The forces of a member are of the same draw: the slope of what it adds to the energy before any scale, one backward
+pass each, or the draw of a direct head's own last layer, which costs none. One scale s for all atoms of a structure
+makes the mean square of all members' deviations that of `forces_uncertainty`, so that they keep the symmetries of
+forces: no net force, and the covariances of the posterior up to this scale. Energies and forces are scaled apart, each
+by its own σ, so a member's forces are not the slopes of its energies.
 
 The members of each structure are centred and scaled, so that their mean is the result of the potential, whatever their
 number. Source: sampling last layers, Bigi et al. 2024 and Kellner and Ceriotti 2024; the scale by the calibrated σ of

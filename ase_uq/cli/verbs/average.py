@@ -40,8 +40,8 @@ def average(
     """Average an observable over the frames of a run, with the error bar of what the potential has wrong.
 
     The error bar is the spread of what the average would be had each member of the ensemble driven the run. The
-    statistical error of a short run comes on top. Where the members differ so much that fewer than 10 frames would count, no
-    average is given.
+    statistical error of a short run comes on top. Where the members differ so much that fewer than 10 frames would
+    count, no average is given.
 
     [dim]ase-uq average scored.xyz --temperature 300 --distance 0 1[/]
     """
