@@ -203,8 +203,12 @@ def markdown(cases: Sequence[Case], arguments: argparse.Namespace) -> str:
 
 def draw(paths: Sequence[Case]) -> plt.Figure:
     """True errors along each path, within the error bars of shared members and of independent errors."""
-    figure, axes = plt.subplots(1, len(paths), figsize=(4.2 * len(paths), 3.4), layout="constrained", squeeze=False)
-    for ax, case in zip(axes[0], paths, strict=True):
+    columns = min(4, len(paths))
+    rows = -(-len(paths) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 3.2 * rows), layout="constrained", squeeze=False)
+    for ax in axes.flat[len(paths) :]:
+        ax.set_axis_off()
+    for ax, case in zip(axes.flat, paths, strict=False):
         image = np.arange(1, len(case.errors) + 1)
         for std, colour, label in ((case.independent, "C7", "as if independent"), (case.ours, "C0", "shared members")):
             ax.fill_between(image, -1960 * std, 1960 * std, color=colour, alpha=0.3, lw=0, label=label)
