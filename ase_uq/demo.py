@@ -18,14 +18,14 @@ from ase.io import read
 from ase_uq import embedded
 from ase_uq.backends import load_backend
 from ase_uq.diagnostics.latent import evenly
+from ase_uq.display.progress import progress_bar
+from ase_uq.display.representation import Brief
 from ase_uq.dynamics import UncertaintyMonitor
 from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import MissingDependency, UncertaintyHalt
 from ase_uq.io.frames import read_frames, write_frames
 from ase_uq.io.results import annotated
 from ase_uq.metrics import spearman
-from ase_uq.progress import progress_bar
-from ase_uq.representation import Brief
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.momenta import set_thermal_momenta
 from ase_uq.thresholds.criteria import Quantile

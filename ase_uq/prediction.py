@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from ase_uq.display.representation import Brief
 from ase_uq.properties import STANDARD
-from ase_uq.representation import Brief
 
 
 @dataclass(frozen=True, repr=False)

@@ -82,7 +82,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     def bar(frames, *, disable, **options):
         return tqdm(frames, disable=bool(disable), **options)
 
-    monkeypatch.setattr("ase_uq.progress.tqdm", bar)
+    monkeypatch.setattr("ase_uq.display.progress.tqdm", bar)
 
 
 @pytest.fixture

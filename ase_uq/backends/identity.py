@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from ase import Atoms
 
-from ase_uq.representation import Brief
+from ase_uq.display.representation import Brief
 
 # Evaluations of the probe by the same potential in float32 and float64, or with accelerated kernels, differ by about
 # 1e-7; a potential with another neighbour normalisation differs by 1e-2.

@@ -16,7 +16,7 @@ from ase_uq.calibration.choice import Choice, far_field_choice, fit_calibrator
 from ase_uq.calibration.edges import EdgeTable, fit_edges
 from ase_uq.calibration.far_field import FarFieldCalibrator, fit_far_field
 from ase_uq.calibration.power import PowerCalibrator, fit_power
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 __all__ = [
     "AffineCalibrator",

@@ -8,7 +8,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, Calibrator, Residuals
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 # The floor of a, as a share of the mean square: with zero variance at u = 0, one exact row would outweigh all others.
 _SMALLEST_SHARE = 1e-6

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 # Scores are means of squares, of order one on the training rows; anything smaller than this counts as zero.
 SMALLEST_SCORE = 1e-12

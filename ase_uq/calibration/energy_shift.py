@@ -7,7 +7,7 @@ from typing import Any, Self
 import numpy as np
 from ase.data import atomic_numbers, chemical_symbols
 
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 # An offset is told apart if energies scatter about it by less than this share of it, and it is at least this large.
 _LARGEST_SPREAD, _SMALLEST = 1 / 3, 1e-3  # eV an atom

@@ -28,7 +28,7 @@ from scipy.special import softmax
 from torch import Tensor
 
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, Calibrator, Residuals
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 _REACH_QUANTILE, _SHORTEST_REST = 0.99, 0.05  # of t: how far calibration frames reach; least share that is left
 SHORTEST_SPAN = 0.7  # of log u from the calibration frames to where nothing is known; a shorter way is mostly noise

@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, Calibrator, Residuals
-from ase_uq.entries import Entries
+from ase_uq.io.entries import Entries
 
 _LARGEST_POWER = 20.0
 

@@ -12,8 +12,8 @@ from typing import Any
 from ase_uq.diagnostics.samples import Sample
 from ase_uq.diagnostics.table import MetricValue, aligned_table
 from ase_uq.diagnostics.verdict import as_json, sentences
+from ase_uq.display.representation import Brief
 from ase_uq.io.files import check_writable
-from ase_uq.representation import Brief
 
 
 @dataclass(frozen=True, repr=False)

@@ -16,12 +16,12 @@ from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.progress import progress_bar
 from ase_uq.properties import find_property
 from ase_uq.stream.labelled import predicted_forces
 from ase_uq.stream.passes import complete, passes

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
+from ase_uq.display.representation import Brief
 from ase_uq.errors import UQWarning
-from ase_uq.representation import Brief
 from ase_uq.thresholds.reduction import Reduction, atom_norms, readings_of
 
 

@@ -19,6 +19,7 @@ from ase.optimize import BFGS, FIRE, LBFGS
 from ase.optimize.optimize import Optimizer
 from tqdm import tqdm
 
+from ase_uq.display.progress import progress_bar
 from ase_uq.dynamics.judging import checked
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.policy import WatchOptions, WatchPolicy, as_policy
@@ -27,7 +28,6 @@ from ase_uq.errors import UncertaintyHalt
 from ase_uq.io.frames import write_frames
 from ase_uq.io.labels import drop_labels
 from ase_uq.io.results import annotated
-from ase_uq.progress import progress_bar
 from ase_uq.thresholds.reduction import atom_norms
 
 _KEY = QUANTITIES["forces"].key

@@ -17,12 +17,12 @@ from ase.neighborlist import neighbor_list
 from ase_uq.backends.base import Backend
 from ase_uq.calibration.base import SMALLEST_SCORE
 from ase_uq.communicator import Communicator, gather
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.labels import keep_structure
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
-from ase_uq.progress import progress_bar
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.far_field import FarField
 

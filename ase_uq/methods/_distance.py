@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.numerics.sites import RADII, around
 

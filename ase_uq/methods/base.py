@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.numerics.buffers import Fitted
 from ase_uq.numerics.draws import Draws
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass, Members, Targets
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods._distance import MeanOverAtoms
 from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.draws import Draws

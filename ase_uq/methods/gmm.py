@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.sample import RowSample, labels_of_atoms

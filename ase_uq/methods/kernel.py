@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.buffers import Buffers, tensors_of

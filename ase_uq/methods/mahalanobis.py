@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods._distance import DistanceHead, elements_of_all, rows_of, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator, gather
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass, Gradients, Targets
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
 from ase_uq.numerics.hashing import random_signs, substream
 from ase_uq.numerics.posterior import mean_square, residual

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ase_uq.communicator import Communicator
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import LabelError
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
 from ase_uq.numerics.linalg import whitener

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ase_uq.entries import LARGEST, SMALLEST, Entries, StoredTensors
 from ase_uq.errors import LabelError
+from ase_uq.io.entries import LARGEST, SMALLEST, Entries, StoredTensors
 from ase_uq.numerics.buffers import Fitted
 
 Loss = Callable[[Tensor, Tensor], Tensor]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import LabelError
 from ase_uq.numerics.networks import (
     _EVALUATED_TOGETHER,
@@ -22,7 +23,6 @@ from ase_uq.numerics.networks import (
     folds_of,
     squared_error,
 )
-from ase_uq.progress import progress_bar
 
 _INNER_FOLDS = 8  # one of them stops the training of a member
 _FEWEST_A_BATCH = 16  # structures, however large they are

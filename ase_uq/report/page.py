@@ -16,6 +16,7 @@ from ase import Atoms
 
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.latent import LatentMap, evenly, frame_features, principal_plane
+from ase_uq.display.representation import Brief
 from ase_uq.dynamics.policy import check_order
 from ase_uq.errors import MissingDependency
 from ase_uq.io.frames import Frames, read_frames
@@ -24,7 +25,6 @@ from ase_uq.report.sections import Sections
 from ase_uq.report.survey import Survey, survey
 from ase_uq.report.viewer import packed, plotly_script
 from ase_uq.report.words import counted, number
-from ase_uq.representation import Brief
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel

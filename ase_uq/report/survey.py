@@ -11,12 +11,12 @@ from ase import Atoms
 
 from ase_uq.calibration.energy_shift import EnergyShift
 from ase_uq.diagnostics.samples import Sample, without_energy_shift
+from ase_uq.display.representation import Brief
 from ase_uq.errors import InputError
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
 from ase_uq.io.source import Source, Unreadable
 from ase_uq.report.frame_values import Warned, flag_reason, label, result, source_frame, structure, temperature
-from ase_uq.representation import Brief
 from ase_uq.thresholds.reduction import Reduction, atom_norms
 
 

@@ -24,10 +24,10 @@ from ase.calculators.calculator import BaseCalculator
 from ase.data import atomic_masses, atomic_numbers, covalent_radii
 from ase.neighborlist import neighbor_list
 
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import keep_structure
-from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
 
 KINDS = ("rattled", "strained", "compressed", "hot", "swapped")

@@ -12,8 +12,8 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 from ase.md.langevin import Langevin
 
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import UQWarning
-from ase_uq.progress import progress_bar
 from ase_uq.sampling.ensembles import langevin
 from ase_uq.sampling.lockstep import Lockstep
 from ase_uq.sampling.momenta import set_thermal_momenta

@@ -18,6 +18,7 @@ from ase.data import chemical_symbols
 from loky import cpu_count
 
 from ase_uq.backends.base import Backend
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError
 from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_distinct, paths_of
@@ -27,7 +28,6 @@ from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.progress import progress_bar
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
 from ase_uq.scoring.labels import with_labels

@@ -13,6 +13,8 @@ from ase.calculators.calculator import BaseCalculator
 from torch import Tensor
 
 from ase_uq.backends.base import Backend
+from ase_uq.display.progress import progress_bar
+from ase_uq.display.representation import Brief
 from ase_uq.dynamics.policy import check_order
 from ase_uq.errors import UQWarning
 from ase_uq.io.frames import Frames
@@ -20,8 +22,6 @@ from ase_uq.io.results import annotated, drop_uncertainties
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.progress import progress_bar
-from ase_uq.representation import Brief
 from ase_uq.selection.points import Per, Scan
 from ase_uq.selection.strategies import (
     Determinant,

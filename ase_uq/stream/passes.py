@@ -15,10 +15,10 @@ from ase import Atoms
 
 from ase_uq.backends.base import Backend
 from ase_uq.communicator import Communicator, Serial
+from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.source import Source
-from ase_uq.progress import progress_bar
 from ase_uq.stream.failures import (
     is_fatal,
     is_out_of_memory,

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ase_uq.representation import Brief
+from ase_uq.display.representation import Brief
 from ase_uq.thresholds import extremes
 from ase_uq.thresholds.reduction import Reduction
 

@@ -33,8 +33,8 @@ from torch import Tensor
 from ase_uq.calibration import Calibrator, FarFieldCalibrator
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG
 from ase_uq.calibration.far_field import SHORTEST_SPAN
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ase_uq.calibration import Calibrator, FarFieldCalibrator, checked_calibrator
 from ase_uq.calibration.energy_shift import EnergyShift
-from ase_uq.entries import LARGEST, LARGEST_NUMBER, SMALLEST, Entries, StoredTensors, WrongEntry
+from ase_uq.io.entries import LARGEST, LARGEST_NUMBER, SMALLEST, Entries, StoredTensors, WrongEntry
 from ase_uq.methods import method_class
 from ase_uq.methods.base import Implied, Method
 from ase_uq.uncertainty_model.combination import Combination, KnownParts

@@ -43,8 +43,8 @@ import torch
 from ase.data import covalent_radii
 from torch import Tensor
 
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.forward_pass import Edges, ForwardPass
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.numerics.repulsion import zbl_force
 from ase_uq.numerics.sites import mean_around
 

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable, load_calibrator
-from ase_uq.entries import Entries
 from ase_uq.errors import ArtefactError
+from ase_uq.io.entries import Entries
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.methods.base import Head, Method
 from ase_uq.thresholds.data import ReferenceRuns

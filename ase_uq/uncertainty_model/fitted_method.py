@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator, FarFieldCalibrator
+from ase_uq.display.representation import Brief
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.base import Head, Raw
-from ase_uq.representation import Brief
 from ase_uq.uncertainty_model.far_field import Limits
 
 

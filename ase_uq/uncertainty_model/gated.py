@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ase_uq.calibration import Calibrator, FarFieldCalibrator, checked_calibrator, load_calibrator
-from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import Buffers, tensors_of
 from ase_uq.uncertainty_model.combination import (

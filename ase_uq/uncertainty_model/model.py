@@ -17,8 +17,8 @@ from ase_uq.backends.identity import Identity
 from ase_uq.calibration import EdgeTable
 from ase_uq.calibration.energy_shift import EnergyShift
 from ase_uq.calibration.intervals import IntervalTable
+from ase_uq.display.representation import html_table
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.representation import html_table
 from ase_uq.thresholds.criteria import Criterion, PerElement, conformal
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.thresholds.levels import as_level

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from ase_uq.representation import Brief
+from ase_uq.display.representation import Brief
 from ase_uq.thresholds.data import ThresholdData, exchangeable_groups
 from ase_uq.thresholds.reduction import Reduction, readings_of
 

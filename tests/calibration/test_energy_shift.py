@@ -14,8 +14,8 @@ from ase_uq import Predictor, UncertaintyModel, evaluate, fit
 from ase_uq.backends import load_backend
 from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
 from ase_uq.communicator import Serial
-from ase_uq.entries import Entries, WrongEntry
 from ase_uq.errors import UQWarning
+from ase_uq.io.entries import Entries, WrongEntry
 from ase_uq.io.results import annotated
 from ase_uq.methods.pdrum.rows import RowStore
 from ase_uq.report.survey import survey

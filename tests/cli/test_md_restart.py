@@ -27,7 +27,13 @@ OUTPUTS = ("run.xyz", "log.csv", "flagged.xyz")
 WORDS = ["--timestep", 0.25, "--temperature", 3000, "--temperature-end", 2000, "--flag", "q0.1", "--halt", 1e6]
 WORDS += ["--refractory", 0.6, "--before", 2, "--trajectory", "run.xyz", "--log", "log.csv", "--frames", "flagged.xyz"]
 
-PRELOADED = ["ase_uq.backends.toy", "ase_uq.cli", "ase_uq.cli.potential", "ase_uq.dynamics.run", "ase_uq.progress"]
+PRELOADED = [
+    "ase_uq.backends.toy",
+    "ase_uq.cli",
+    "ase_uq.cli.potential",
+    "ase_uq.dynamics.run",
+    "ase_uq.display.progress",
+]
 PRELOADED += ["ase_uq.engines.ase.calculator", "ase.md.bussi", "ase.md.nose_hoover_chain", "ase.md.langevin"]
 PRELOADED += [
     "ase_uq.cli.start",

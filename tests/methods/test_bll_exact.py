@@ -17,8 +17,8 @@ from ase_uq.backends import load_backend
 from ase_uq.backends._autograd import GraphGradients
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.errors import InputError, LabelError, UQWarning
+from ase_uq.io.entries import Entries, StoredTensors, WrongEntry
 from ase_uq.methods.bll import BLL
 from ase_uq.methods.bll.exact import maximise_joint_evidence
 from ase_uq.methods.bll.regression import Statistics

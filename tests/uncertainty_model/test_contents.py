@@ -22,10 +22,10 @@ from ase_uq import UncertaintyModel, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.calibration import FarFieldCalibrator
-from ase_uq.entries import Entries, StoredTensors
 from ase_uq.errors import ArtefactError, PotentialMismatch, UQWarning
 from ase_uq.fitting import combination as fitting
 from ase_uq.forward_pass import ConfidenceBins, ForwardPass, Members
+from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.methods import make_method, method_class
 from ase_uq.methods.base import Head, Implied, Method, Raw

@@ -5,8 +5,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods._distance import raw_of_atoms
 from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.methods.bll.exact import force_features

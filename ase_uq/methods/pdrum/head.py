@@ -7,8 +7,8 @@ import torch
 from scipy import special
 from torch import Tensor
 
-from ase_uq.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.forward_pass import ForwardPass
+from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods.base import Head, Implied, Raw
 from ase_uq.methods.pdrum.conservative import forces_of
 from ase_uq.methods.pdrum.directions import directions, width_of

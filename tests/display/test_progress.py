@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import ase_uq
-from ase_uq.progress import progress_bar
+from ase_uq.display.progress import progress_bar
 
 
 class Terminal(io.StringIO):

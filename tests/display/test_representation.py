@@ -13,9 +13,9 @@ from ase_uq import Predictor, Quantile, ReferenceRuns, UncertainCalculator, Unce
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.evaluate import evaluate
+from ase_uq.display.representation import Brief, html_table
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.fit import fit
-from ase_uq.representation import Brief, html_table
 from ase_uq.testing.methods import labelled_frames
 
 LONGEST = 700  # characters

@@ -1,0 +1,1 @@
+"""What people see while they wait, and of objects in a notebook."""
