@@ -52,7 +52,7 @@ def test_every_example_is_run_here():
 
 @pytest.mark.usefixtures("shared_data")
 def test_real_data(tmp_path: Path):
-    text = run("01_real_data.py", tmp_path, "--every", "25")
+    text = run("01_real_data.py", tmp_path, "--every", "16")
     forces, energies = text.split("forces, eV/Å\n")[1].split("energies per atom, eV\n")
     for table in (forces, energies):
         assert [line.split("  ")[0] for line in table.splitlines()] == ["300 K", "600 K"]

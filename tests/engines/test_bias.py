@@ -413,6 +413,7 @@ class Masked(torch.nn.Module):
     """A head whose energies come from what has no route to the positions."""
 
     gradients = False
+    estimates = False
 
     def __init__(self, head: torch.nn.Module) -> None:
         super().__init__()
