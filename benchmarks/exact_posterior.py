@@ -11,6 +11,7 @@ import argparse
 import warnings
 from pathlib import Path
 
+from energy_ranks import evenly
 from quality import SETS, Cell, cell_of, frames_of, known_to, spec_of
 
 from ase_uq import Predictor, UQWarning, evaluate, fit, load_backend
@@ -68,10 +69,6 @@ def cells_of(name: str, arguments: argparse.Namespace) -> list[tuple[Cell, int]]
             assessed = evaluate(predictor, usable, n_bootstrap=0)
             cells.append((cell_of(name, split, title, assessed.samples["bll", "forces"]), passes[title]))
     return cells
-
-
-def evenly[Item](frames: list[Item], most: int) -> list[Item]:
-    return frames[:: max(1, -(-len(frames) // most))]
 
 
 if __name__ == "__main__":

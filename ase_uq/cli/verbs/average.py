@@ -34,7 +34,7 @@ def average(
     ] = None,
     by: Annotated[
         By, typer.Option("--by", help="Weigh frames as each member would, or take the first order of that.")
-    ] = (By.cumulant),
+    ] = By.cumulant,
     as_json: JSON = False,
 ) -> None:
     """Average an observable over the frames of a run, with the error bar of what the potential has wrong.

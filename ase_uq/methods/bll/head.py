@@ -93,12 +93,13 @@ class BLLHead(Head):
         distance = ((features.double() - self.centre) @ self.atom_root).square().sum(1)
         # Heads fitted before version 0.2 have no `reach`.
         raw = raw_of_atoms(distance, forward_pass, self._settings["radii"], self._settings.get("reach", 0.0))
+        exact = None
         if forward_pass.force_layer is not None:
             exact = projected_leverage(forward_pass.force_layer, self.force_root, forward_pass)
-            raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         elif self.gradients:
             directions = getattr(self, "directions", self.slope_root)
             exact = force_features(forward_pass, directions).square().mean(2) * len(self.slope_root)
+        if exact is not None:
             raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         if "energy" in self._settings:
             phi = forward_pass.energy_layer.features.double()

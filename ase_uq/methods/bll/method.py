@@ -143,8 +143,9 @@ class BLLAccumulator(Accumulator):
         assert forward_pass.forces is not None
         slopes = force_features(forward_pass, torch.eye(len(layer.weights)).to(layer.features))
         base = forward_pass.forces.double() - slopes @ layer.weights.double()
-        rows = torch.cat([slopes, (targets.forces.double() - base)[:, :, None]], 2).flatten(0, 1)
-        self.slope = _added(self.slope, rows[rows.isfinite().all(1)])
+        self.slope = _added(
+            self.slope, _labelled(slopes.flatten(0, 1), (targets.forces.double() - base).reshape(-1, 1))
+        )
 
     def _finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
@@ -192,6 +193,17 @@ def _labelled(features: Tensor, target: Tensor) -> Tensor:
     return torch.cat([features, target], 1)[target.isfinite().all(1)]
 
 
+def _statistics(joint: Tensor, scale: Tensor, count: float) -> Statistics:
+    """Of features in units of `scale`, from the joint scatter of features and targets."""
+    width = len(scale)
+    return Statistics(
+        gram=joint[:width, :width] / torch.outer(scale, scale),
+        cross=joint[:width, width:] / scale[:, None],
+        square=joint[width:, width:],
+        count=count,
+    )
+
+
 def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Root of the scale-free posterior covariance, with the prior of largest evidence, and a record of the fit.
 
@@ -202,12 +214,7 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     width = len(moments.mean) - outputs
     joint = moments.scatter if name == "energy" else moments.about_zero()
     scale = units_of(joint.diagonal()[:width] / moments.count)
-    statistics = Statistics(
-        gram=joint[:width, :width] / torch.outer(scale, scale),
-        cross=joint[:width, width:] / scale[:, None],
-        square=joint[width:, width:],
-        count=moments.count,
-    )
+    statistics = _statistics(joint, scale, moments.count)
     evidence = maximise_evidence(statistics, smallest=ridge * moments.count)
     effective = evidence.effective + (1 if name == "energy" else 0)
     eye = torch.eye(width, dtype=scale.dtype, device=scale.device)
@@ -232,16 +239,8 @@ def _joint_posterior(energy: Moments, slope: Moments, ridge: float) -> tuple[dic
     width = len(energy.mean) - 1
     energies, slopes = energy.scatter, slope.about_zero()
     scale = units_of(energies.diagonal()[:width] / energy.count + slopes.diagonal()[:width] / slope.count)
-    parts = [
-        Statistics(
-            gram=joint[:width, :width] / torch.outer(scale, scale),
-            cross=joint[:width, width:] / scale[:, None],
-            square=joint[width:, width:],
-            count=count,
-        )
-        # The intercept of the energies takes one of them.
-        for joint, count in ((energies, energy.count - 1), (slopes, slope.count))
-    ]
+    # The intercept of the energies takes one of them.
+    parts = _statistics(energies, scale, energy.count - 1), _statistics(slopes, scale, slope.count)
     found = maximise_joint_evidence(*parts, smallest=ridge)
     root, jitter = whitener(found.precision)
     shared = {"prior_precision": found.prior, "jitter": jitter}
