@@ -145,7 +145,9 @@ def with_few_resamples(bootstrap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shorten() -> None:
-    """What takes long, and what no page is about: training of networks, and intervals of scores."""
+    """What takes long, and what no page is about: training of networks, intervals of scores, pixels of pictures."""
+    from matplotlib.figure import Figure
+
     from ase_uq import metrics
     from ase_uq.fitting import combination
     from ase_uq.methods.pdrum import method
@@ -159,6 +161,11 @@ def shorten() -> None:
     for module in (combination, method):
         module.cross_fit = briefly(module.cross_fit)
     metrics.bootstrap = with_few_resamples(metrics.bootstrap)
+
+    def coarsely(figure: Figure, target: Any, save: Callable[..., None] = Figure.savefig, **options: Any) -> None:
+        save(figure, target, **{**options, "dpi": 30})
+
+    Figure.savefig = coarsely
 
 
 def answer(client: socket.socket) -> None:

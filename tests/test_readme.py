@@ -24,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 # More frames take longer and show nothing else. A quantile of 0.99 would need 100 calibration frames.
-FRAMES = {"train*.xyz": 40, "calibration*.xyz": 16, "test*.xyz": 10, "finished.xyz": 14}
+FRAMES = {"train*.xyz": 40, "calibration*.xyz": 12, "test*.xyz": 10, "finished.xyz": 12}
 # SevenNet-0 is a hundred times as large as the embedded potentials.
 FRAMES_OF_SEVENNET = {"train.xyz": 10, "calibration.xyz": 10, "test.xyz": 4, "finished.xyz": 10}
 READERS_FILES = {

@@ -67,6 +67,7 @@ def test_a_page_and_its_pictures(tell, tmp_path, files):
     assert "Where the frames lie" not in text
 
 
+@pytest.mark.usefixtures("blank_pictures")
 def test_the_latent_map_and_other_places(tell, tmp_path, files):
     result = tell(
         *("--model", "toy:", "--train", files.train, "--calibration", files.calibration),

@@ -55,8 +55,8 @@ class TestEvidence:
     def draws(self, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         rng = np.random.default_rng(seed)
         weights = rng.normal(size=self.width)
-        energies, forces = rng.normal(size=(60, self.width)), 2 * rng.normal(size=(400, self.width))
-        noisy = energies @ weights + 0.05 * rng.normal(size=60), forces @ weights + 0.3 * rng.normal(size=400)
+        energies, forces = rng.normal(size=(60, self.width)), 2 * rng.normal(size=(200, self.width))
+        noisy = energies @ weights + 0.05 * rng.normal(size=60), forces @ weights + 0.3 * rng.normal(size=200)
         return energies, noisy[0], forces, noisy[1]
 
     def test_is_largest_where_a_dense_search_finds_it(self):
@@ -66,7 +66,7 @@ class TestEvidence:
         def loss(logs: np.ndarray) -> float:
             """-ln N(y | 0, noise + X Xᵀ/λ), without any posterior."""
             prior, energy, force = np.exp(logs)
-            noise = np.repeat([1 / energy, 1 / force], [60, 400])
+            noise = np.repeat([1 / energy, 1 / force], [60, 200])
             covariance = np.diag(noise) + rows @ rows.T / prior
             return 0.5 * (np.linalg.slogdet(covariance)[1] + targets @ np.linalg.solve(covariance, targets))
 
@@ -89,12 +89,12 @@ class TestEvidence:
         data = found.precision - found.prior * torch.eye(self.width)
         assert found.prior == pytest.approx(10 * float(data.diagonal().mean()), rel=1e-6)
 
-    @pytest.mark.parametrize("noises", [(1e-3, 1e-3), (1e-5, 1e-3), (1e-2, 1e-5)])
+    @pytest.mark.parametrize("noises", [(1e-5, 1e-3), (1e-2, 1e-5)])
     def test_is_largest_where_labels_have_many_digits(self, noises: tuple[float, float]):
         """The bound of the prior moves with the noises then: a search that takes it for fixed stops half way."""
         rng = np.random.default_rng(5)
-        weights, counts, smallest = rng.normal(size=40), (20, 300), 1e-9
-        rows = [rng.normal(size=(n, 40)) for n in counts]
+        weights, counts, smallest = rng.normal(size=20), (10, 120), 1e-9
+        rows = [rng.normal(size=(n, 20)) for n in counts]
         targets = [x @ weights + noise * rng.normal(size=len(x)) for x, noise in zip(rows, noises, strict=True)]
         x, y = np.concatenate(rows), np.concatenate(targets)
         bounds = [smallest * np.square(part).sum(0).mean() for part in rows]
@@ -194,7 +194,7 @@ class TestVariances:
 def model() -> UncertaintyModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)
-        calculator, train, held_out = ToyCalculator(ELEMENTS), labelled_frames(20, seed=1), labelled_frames(20, seed=2)
+        calculator, train, held_out = ToyCalculator(ELEMENTS), labelled_frames(12, seed=1), labelled_frames(12, seed=2)
         return fit(calculator, train, held_out, methods=[BLL(conservative="exact")], progress=False)
 
 
@@ -213,10 +213,10 @@ def test_members_have_its_covariances(model: UncertaintyModel):
     atoms = molecule("H2O")
     atoms.rattle(0.1, seed=1)
     backend = load_backend(ToyCalculator(ELEMENTS))
-    (prediction,) = Predictor(backend, model, ensemble=2000, ensemble_forces=2000).predict([atoms])
+    (prediction,) = Predictor(backend, model, ensemble=500, ensemble_forces=500).predict([atoms])
     found = prediction["forces_ensemble"].var(2)
     expected = model.methods["bll"].head(forward_pass_of(backend, [atoms], gradients=True)).forces[:, :, 0].numpy()
-    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=0.15, atol=1e-12)
+    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=0.3, atol=1e-12)
 
 
 def test_zero_probes_are_all_of_them_on_a_model_that_estimated(model: UncertaintyModel):

@@ -41,7 +41,7 @@ def backend() -> Backend:
 
 @pytest.fixture(scope="module")
 def frames() -> list[Atoms]:
-    return labelled_frames(40, seed=1)
+    return labelled_frames(24, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -86,9 +86,9 @@ class TestFolds:
 
 class TestCrossFit:
     def test_learns(self, generator: torch.Generator):
-        inputs = torch.randn(3000, 3, generator=generator)
+        inputs = torch.randn(1000, 3, generator=generator)
         targets = 100 + 5 * smooth(inputs)
-        groups = torch.arange(3000) // 10
+        groups = torch.arange(1000) // 10
         ensemble = cross_fit(inputs, targets, groups, training=Training(hidden=(64,), patience=10))
         unseen = out_of_fold(ensemble, inputs, folds_of(groups, 5))
         assert float((unseen - targets).square().mean()) < 0.03 * float(targets.var())
@@ -210,13 +210,13 @@ class TestSums:
     """Targets of structures, outputs of atoms."""
 
     def test_learn_what_the_rows_add_up_to(self, generator: torch.Generator):
-        counts = torch.randint(1, 9, (800,), generator=generator)
+        counts = torch.randint(1, 5, (600,), generator=generator)
         segments = torch.repeat_interleave(counts)
         inputs = torch.randn(len(segments), 3, generator=generator)
         each = smooth(inputs) + 3
-        targets = torch.zeros(800, 1).index_add_(0, segments, each)
+        targets = torch.zeros(600, 1).index_add_(0, segments, each)
         training = Training(hidden=(64,), patience=10)
-        ensemble = cross_fit(inputs, targets, torch.arange(800), training=training, segments=segments)
+        ensemble = cross_fit(inputs, targets, torch.arange(600), training=training, folds=2, segments=segments)
         assert float((ensemble(inputs) - each).square().mean()) < 0.1 * float(each.var())
 
     def test_one_row_each_is_no_sum(self, generator: torch.Generator):
@@ -240,22 +240,24 @@ class TestSums:
 class TestLosses:
     @pytest.mark.parametrize("quantile", [0.5, 0.9])
     def test_pinball_finds_the_quantile(self, generator: torch.Generator, quantile: float):
-        inputs = torch.randn(8000, 2, generator=generator)
+        inputs = torch.randn(4000, 2, generator=generator)
         scale = torch.exp(inputs[:, :1] / 2)
-        targets = scale * torch.randn(8000, 1, generator=generator).abs()
-        groups = torch.arange(8000)
+        targets = scale * torch.randn(4000, 1, generator=generator).abs()
+        groups = torch.arange(4000)
         training = Training(hidden=(32,), patience=10)
-        ensemble = cross_fit(inputs, targets, groups, training=training, loss=pinball(quantile), output="softplus")
-        below = targets < out_of_fold(ensemble, inputs, folds_of(groups, 5))
+        ensemble = cross_fit(
+            inputs, targets, groups, training=training, loss=pinball(quantile), folds=2, output="softplus"
+        )
+        below = targets < out_of_fold(ensemble, inputs, folds_of(groups, 2))
         for rows in (inputs[:, 0] < -0.5, inputs[:, 0] > 0.5):
             assert float(below[rows].double().mean()) == pytest.approx(quantile, abs=0.04)
 
     def test_squared_log_error_finds_the_geometric_mean(self, generator: torch.Generator):
-        inputs = torch.randn(4000, 2, generator=generator)
-        targets = torch.exp(inputs[:, :1] + torch.randn(4000, 1, generator=generator))
+        inputs = torch.randn(2000, 2, generator=generator)
+        targets = torch.exp(inputs[:, :1] + torch.randn(2000, 1, generator=generator))
         training = Training(hidden=(32,), patience=10)
         ensemble = cross_fit(
-            inputs, targets, torch.arange(4000), training=training, loss=squared_log_error, output="softplus"
+            inputs, targets, torch.arange(2000), training=training, loss=squared_log_error, folds=2, output="softplus"
         )
         error = torch.log(ensemble(inputs)) - inputs[:, :1]
         assert abs(float(error.mean())) < 0.1

@@ -318,7 +318,7 @@ def test_every_picture_says_what_it_shows(labelled):
     assert any(a.get("name") == "viewport" for a in page.attributes("meta"))
 
 
-def test_structures_are_bounded(write):
+def test_structures_are_bounded(told):
     rng = np.random.default_rng(0)
     frames = []
     for index in range(9):
@@ -326,7 +326,7 @@ def test_structures_are_bounded(write):
         std = rng.lognormal(size=(len(atoms), 1)) * np.ones(3)
         std[0] = 99
         frames.append(annotated(atoms, {"forces_uncertainty": std}))
-    text = write(frames)[1]
+    text = told(frames)[1]
     data = structures_of(text)
     assert len(data["structures"]) == 6
     assert [len(each["positions"]) for each in data["structures"]] == [400, 8, 8, 8, 8, 8]
@@ -342,11 +342,11 @@ def structures_of(text: str) -> dict:
     return json.loads(found[1])
 
 
-def test_what_users_wrote_is_text(write, scored):
+def test_what_users_wrote_is_text(told, scored):
     frames = read_frames(scored)[:3]
     for atoms in frames:
         atoms.info["flag_reason"] = EVIL
-    text = write(frames, sources={EVIL: EVIL})[1]
+    text = told(frames, sources={EVIL: EVIL})[1]
     page = Elements(text)
     assert all(attributes.keys() <= {"id", "type"} for attributes in page.attributes("script"))
     assert len(page.attributes("script")) == 3
@@ -392,13 +392,13 @@ def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(told, sco
     assert "Frames within 1 frame of a worse frame are left out." in said
 
 
-def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, scored, predictor):
+def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, told, scored, predictor):
     frames = read_frames(scored)[:4]
     frames[1].positions[3] = np.nan
     frames[1].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
     frames[2].positions[:] = np.inf
     frames[3].pbc, frames[3].cell = True, np.full((3, 3), np.nan)
-    report, text = write(frames, backend=predictor.backend)
+    report, text = told(frames, backend=predictor.backend)
     said = Elements(text).visible
     assert "The positions of 1 atom are not finite: not drawn." in said
     assert "The positions of 9 atoms are not finite: not drawn." in said
@@ -415,11 +415,11 @@ def test_atoms_that_are_nowhere_are_not_drawn_and_that_is_told(labelled, write, 
     assert len(report.pictures) == 11
 
 
-def test_what_is_not_a_number_is_told(write, scored):
+def test_what_is_not_a_number_is_told(told, scored):
     frames = read_frames(scored)[:4]
     frames[2].calc.results["forces_uncertainty"] = np.full((9, 3), np.nan)
     del frames[3].calc.results["forces_uncertainty"], frames[3].arrays["forces_uncertainty"]
-    report, text = write(frames, halt=0.5)
+    report, text = told(frames, halt=0.5)
     said = Elements(text).visible
     assert "Frames whose uncertainty is not a number: 1." in said
     assert "Frames without uncertainties, left out: 1." in said
