@@ -1,4 +1,4 @@
-"""The energies and forces of structures and of their members, as arrays."""
+"""The energies, forces and stresses of structures and of their members, as arrays."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,11 @@ from ase import Atoms
 
 from ase_uq.errors import InputError
 from ase_uq.io.results import ENSEMBLE_KEY, current_results
+
+_OF_STRESS = (
+    " Only crystals have one, where stresses are slopes of the energy or of a committee, and the uncertainty model was "
+    "calibrated with stresses among the labels."
+)
 
 
 def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
@@ -30,26 +35,31 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
     return np.array(energies), np.stack(members)
 
 
-def forces_of(frames: Sequence[Atoms]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The (n_atoms, 3) forces of each structure and the (n_atoms, 3, n_members) ones of its members, eV/Å.
+def arrays_of(frames: Sequence[Atoms], quantity: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Arrays of each structure and of its members, which are last: (..., n_members).
+
+    Args:
+        frames: Calculated structures.
+        quantity: `"forces"`, (n_atoms, 3) eV/Å, or `"stress"`, (6,) eV/Å³ in Voigt order.
 
     Raises:
-        InputError: As in `energies_of`, of `forces_ensemble`.
+        InputError: As in `energies_of`, of `forces_ensemble` or `stress_ensemble`.
     """
-    forces: list[np.ndarray] = []
+    own: list[np.ndarray] = []
     members: list[np.ndarray] = []
+    key = f"{quantity}_ensemble"
     for number, atoms in enumerate(frames):
         results = current_results(atoms)
-        if "forces_ensemble" not in results or "forces" not in results:
+        if key not in results or quantity not in results:
             raise InputError(
-                f"frame {number} has no forces_ensemble of its own. Calculate it with UncertainCalculator(..., "
+                f"frame {number} has no {key} of its own. Calculate it with UncertainCalculator(..., "
                 "ensemble=16, ensemble_forces=16), and keep its results where a calculator is shared: read_frames "
-                "gives each frame its own."
+                f"gives each frame its own.{_OF_STRESS if quantity == 'stress' else ''}"
             )
-        forces.append(np.array(results["forces"], float))
-        members.append(np.array(results["forces_ensemble"], float))
-        _check(number, atoms, frames[0], members[-1].shape[2], members[0].shape[2])
-    return forces, members
+        own.append(np.array(results[quantity], float))
+        members.append(np.array(results[key], float))
+        _check(number, atoms, frames[0], members[-1].shape[-1], members[0].shape[-1])
+    return own, members
 
 
 def _check(number: int, atoms: Atoms, first: Atoms, found: int, expected: int) -> None:

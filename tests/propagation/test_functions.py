@@ -111,14 +111,16 @@ def test_without_a_minimum_there_is_none(crystals: list[Atoms]):
 
 def test_bad_input(crystals: list[Atoms]):
     frames: Any = with_energies(some(2), np.zeros(2), np.ones((2, 4)))
-    with pytest.raises(ValueError, match="of is 'energy' or 'forces', not 'stress'"):
-        propagation.propagate(frames, np.sum, of="stress")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="of is 'energy', 'forces' or 'stress', not 'virial'"):
+        propagation.propagate(frames, np.sum, of="virial")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no frames to compute anything from"):
         propagation.propagate([], np.sum)
     with pytest.raises(ValueError, match="gave nan for member 0: finite real numbers"):
         propagation.propagate(frames, lambda energies: float("nan") if energies.any() else 0.0)
     with pytest.raises(InputError, match=r"frame 0 has no forces_ensemble of its own\. .* ensemble_forces=16"):
         propagation.propagate(frames, np.sum, of="forces")
+    with pytest.raises(InputError, match=r"frame 0 has no stress_ensemble of its own\. .* Only crystals have one"):
+        propagation.propagate(frames, np.sum, of="stress")
     with pytest.raises(InputError, match="frame 0 has no cell"):
         propagation.equation_of_state(frames)
     with pytest.raises(ValueError, match="5 different volumes or more, and 4 were given"):

@@ -22,7 +22,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ase_uq.forward_pass import ForwardPass
+from ase_uq.forward_pass import ForwardPass, Slopes
 from ase_uq.methods.bll.regression import Statistics
 from ase_uq.numerics.linalg import cholesky
 
@@ -30,18 +30,16 @@ _LARGEST_LOG = 40.0  # of the precisions, beside those of a unit scale of featur
 _SMALLEST_SHARE = 1e-12  # of the sum of squares that residuals have; below it they are rounding
 
 
-def force_features(forward_pass: ForwardPass, weights: Tensor) -> Tensor:
-    """(n_last, k) → (n_atoms, 3, k) float64: G_jα·w of each column of weights, one backward pass each.
+def slopes_of(forward_pass: ForwardPass, weights: Tensor) -> Slopes:
+    """(n_last, k) → G_jα·w of each column of weights, and likewise by strain; float64, one backward pass each.
 
     Raises:
         ValueError: The pass was made without gradients.
     """
-    gradients, phi = forward_pass.gradients, forward_pass.energy_layer.features
-    if gradients is None:
+    if forward_pass.gradients is None:
         raise ValueError("slopes of features need gradients: evaluate with gradients=True.")
-    none = torch.zeros_like(forward_pass.features)
-    columns = [gradients.of_features(none, column.expand(phi.shape).contiguous()) for column in weights.T]
-    return torch.stack(columns, 2).double()
+    found = forward_pass.gradients.of_energy_layer(weights)
+    return Slopes(found.forces.double(), None if found.virials is None else found.virials.double())
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import REACH, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.methods.bll.exact import force_features, maximise_joint_evidence
+from ase_uq.methods.bll.exact import maximise_joint_evidence, slopes_of
 from ase_uq.methods.bll.head import CONSERVATIVE, FEATURES, BLLHead, atom_features
 from ase_uq.methods.bll.projection import removed_mean
 from ase_uq.methods.bll.regression import Statistics, maximise_evidence
@@ -141,7 +141,7 @@ class BLLAccumulator(Accumulator):
         if targets.forces is None:
             return
         assert forward_pass.forces is not None
-        slopes = force_features(forward_pass, torch.eye(len(layer.weights)).to(layer.features))
+        slopes = slopes_of(forward_pass, torch.eye(len(layer.weights)).to(layer.features)).forces
         base = forward_pass.forces.double() - slopes @ layer.weights.double()
         self.slope = _added(
             self.slope, _labelled(slopes.flatten(0, 1), (targets.forces.double() - base).reshape(-1, 1))
