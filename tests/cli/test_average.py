@@ -48,6 +48,7 @@ def test_the_average_is_the_librarys(run, scored, quiet):
     for words, values in (
         (("--distance", 0, 1), [atoms.get_distance(0, 1) for atoms in frames]),
         (("--value", "note"), [atoms.info["note"] for atoms in frames]),
+        (("--value", "energy"), "energy"),
     ):
         for by in ("cumulant", "reweighted"):
             result = run("average", quiet, "--temperature", 300, *words, "--by", by, "--json")
@@ -62,6 +63,9 @@ def test_the_average_is_the_librarys(run, scored, quiet):
     assert result.stdout.startswith("distance of atoms 0 and 1: ")
     assert " Å at 300 K; " in result.stdout
     assert " of 25 frames count" in result.stdout
+    result = run("average", quiet, "--temperature", 300, "--value", "energy")
+    assert result.stdout.startswith("energy: ")
+    assert " eV at 300 K; " in result.stdout
 
 
 def test_members_that_differ_too_much_are_refused(run, scored):
