@@ -15,6 +15,7 @@ from ase_uq.numerics.draws import Draws
 
 FEATURES = ("latent", "last_layer")
 CONSERVATIVE = ("sites", "exact")
+COVARIANCES = ("posterior", "pops")
 _SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
 
 
@@ -86,6 +87,8 @@ class BLLHead(Head):
             scores["forces"] += 1
         if "slope" in settings:
             settings.under("slope").positive("effective")
+            if "covariance" in settings:
+                settings.text("covariance", COVARIANCES)
             if "energy" not in settings or "force" in settings:
                 raise settings.wrong("slope", "one beside an entry of energy, and without one of force,")
             size = len(tensors.take("energy_centre", last))
