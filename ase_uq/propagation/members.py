@@ -19,7 +19,7 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
 
     Raises:
         InputError: A frame has no `energy_ensemble`, or not as many members as the first, or those of another
-            uncertainty model.
+            uncertainty model, or some that are not finite.
     """
     energies, members = [], []
     for number, atoms in enumerate(frames):
@@ -31,7 +31,7 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
             )
         energies.append(float(results["energy"]))
         members.append(np.asarray(results["energy_ensemble"], float).ravel())
-        _check(number, atoms, frames[0], len(members[-1]), len(members[0]))
+        _check(number, atoms, frames[0], members)
     return np.array(energies), np.stack(members)
 
 
@@ -58,11 +58,17 @@ def arrays_of(frames: Sequence[Atoms], quantity: str) -> tuple[list[np.ndarray],
             )
         own.append(np.array(results[quantity], float))
         members.append(np.array(results[key], float))
-        _check(number, atoms, frames[0], members[-1].shape[-1], members[0].shape[-1])
+        if members[-1].shape[:-1] != own[-1].shape:
+            raise InputError(
+                f"frame {number} has a {key} of shape {members[-1].shape}: {(*own[-1].shape, 'members')} was expected. "
+                "It is somebody else's entry of this name; calculate the frame again."
+            )
+        _check(number, atoms, frames[0], members)
     return own, members
 
 
-def _check(number: int, atoms: Atoms, first: Atoms, found: int, expected: int) -> None:
+def _check(number: int, atoms: Atoms, first: Atoms, members: list[np.ndarray]) -> None:
+    found, expected = members[-1].shape[-1], members[0].shape[-1]
     drew, drew_first = atoms.info.get(ENSEMBLE_KEY), first.info.get(ENSEMBLE_KEY)
     if drew is not None and drew_first is not None and drew != drew_first:
         raise InputError(
@@ -73,4 +79,8 @@ def _check(number: int, atoms: Atoms, first: Atoms, found: int, expected: int) -
         raise InputError(
             f"frame {number} has {found} members, frame 0 has {expected}: calculate all frames with one number of "
             "members and one uncertainty model."
+        )
+    if not np.isfinite(members[-1]).all():
+        raise InputError(
+            f"members of frame {number} are not finite: the potential gave no energies or forces for it. Leave it out."
         )
