@@ -13,6 +13,8 @@ from ase.stress import full_3x3_to_voigt_6_stress
 from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit, propagation, read_frames, write_frames
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.errors import InputError
+from ase_uq.forward_pass import Gradients
 from ase_uq.io.results import annotated
 from ase_uq.methods.base import Deviations
 from ase_uq.numerics.draws import Draws
@@ -182,3 +184,17 @@ def test_elastic_constants_have_error_bars(predictor: Predictor, crystal: Atoms)
         rows = full_3x3_to_voigt_6_stress(strain @ strain) * np.array([1, 1, 1, 2, 2, 2])
         expected = curvature / crystal.get_volume() + float(stress @ rows)
         assert found.value[k, k] == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
+def test_members_of_forces_need_a_graph_of_the_last_layer(predictor: Predictor, crystal: Atoms):
+    """That of a backend of somebody else, which may keep none, or a forward pass that was not asked for one."""
+    backend = load_backend(ToyCalculator(ELEMENTS))
+    with pytest.raises(ValueError, match=r"slopes of features need gradients: evaluate with gradients=True"):
+        predictor.predictions(backend.forward(backend.collate([crystal])))
+    kept = backend.forward(backend.collate([crystal]), gradients=True)
+    gradients: Any = kept.gradients
+    gradients._energy_features = None
+    with pytest.raises(InputError, match="keeps no graph of the last layer of its energy to differentiate"):
+        predictor.predictions(kept)
+    with pytest.raises(InputError, match="keeps no graph of the last layer of its energy to differentiate"):
+        Gradients.of_energy_layer(gradients, kept.energy_layer.weights[:, None])
