@@ -12,6 +12,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ase_uq.errors import InputError
+
+NO_LAST_LAYER = "this potential keeps no graph of the last layer of its energy to differentiate."
+
 
 @dataclass(frozen=True)
 class Edges:
@@ -100,6 +104,19 @@ class ConfidenceBins:
     edges: Tensor
 
 
+@dataclass(frozen=True)
+class Slopes:
+    """Derivatives of Σ_i φ_i·w, of the features of the energy's last layer, for k sets of weights w.
+
+    Args:
+        forces: (n_atoms, 3, k) -∂/∂R_j, eV/Å for unit-less weights.
+        virials: (n_frames, 6, k) ∂/∂ε by symmetric strain, Voigt, eV; None where the pass kept no graph of strain.
+    """
+
+    forces: Tensor
+    virials: Tensor | None
+
+
 class Gradients(ABC):
     """Derivatives of one forward pass that cost further passes through the potential, computed on request.
 
@@ -118,6 +135,14 @@ class Gradients(ABC):
         Raises:
             InputError: This potential cannot differentiate the features of its last layer.
         """
+
+    def of_energy_layer(self, weights: Tensor) -> Slopes:
+        """(n_last, k) → derivatives of the energy's last layer for each column of weights; one backward pass each.
+
+        Raises:
+            InputError: This potential cannot differentiate the features of its last layer.
+        """
+        raise InputError(NO_LAST_LAYER)
 
     @abstractmethod
     def of_energies(self) -> Iterator[Tensor]:

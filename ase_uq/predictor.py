@@ -33,8 +33,9 @@ class Predictor:
             leaves it out. It costs one product per atom. See `UncertaintyModel.intervals`.
         ensemble: Number of members of `energy_ensemble`, samples of the energy that are correlated between structures;
             0 leaves it out. Their energies cost nothing. See `uncertainty_model.ensemble`.
-        ensemble_forces: Number of its members, the first ones, whose draws give `forces_ensemble`; 0 leaves it out.
-            A member costs a backward pass where forces are slopes of the energy, and nothing for a direct head.
+        ensemble_forces: Number of its members, the first ones, whose draws give `forces_ensemble`, and for a cell
+            `stress_ensemble`; 0 leaves both out. A member costs a backward pass where forces are slopes of the energy,
+            and nothing for a direct head, whose stresses have no members.
         force_probes: Number of backward passes from which variances of an exact posterior of forces (`bll` fitted with
             `conservative="exact"`) are estimated without bias, with a relative error of about √(2/n); 0 takes as many
             as there are weights, and has none.
@@ -230,12 +231,14 @@ def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> li
     for frame, (start, end) in enumerate(zip(starts, ends, strict=True)):
         results = {}
         # With an energy but no stress at all, it is one that the potential does not give for this structure.
-        no_stress = (
-            "stress" in arrays and np.isnan(arrays["stress"][frame]).all() and np.isfinite(arrays["energy"][frame])
-        )
+        finite = bool(np.isfinite(arrays["energy"][frame]))
+        no_stress = finite and "stress" in arrays and np.isnan(arrays["stress"][frame]).all()
+        without = {"stress", "stress_uncertainty", "stress_ensemble"} if no_stress else set()
+        if finite and "stress_ensemble" in arrays and np.isnan(arrays["stress_ensemble"][frame]).all():
+            without.add("stress_ensemble")  # there is no cell
         for key, array in arrays.items():
             entry = find_property(key)
-            if no_stress and entry is not None and entry.name in ("stress", "stress_uncertainty"):
+            if entry is not None and entry.name in without:
                 continue
             per_atom = entry is None or entry.per_atom  # extras are per atom
             part = array[start:end] if per_atom else array[frame]

@@ -45,6 +45,9 @@ _TABLE = (
         "eV/Å",
         "samples of the forces, from the draws of the first members of the energy",
     ),
+    Property(
+        "stress_ensemble", False, (6, -1), "eV/Å³", "samples of the stress, from the same draws as those of the forces"
+    ),
     Property("gamma", True, (), "1", "distance from the fitted atoms; 1 = edge of the calibration data"),
     Property("contact", True, (), "1", "distance of the closest neighbour; 1 = shortest of these elements in training"),
 )

@@ -3,8 +3,9 @@
     python benchmarks/exact_posterior.py [SET ...] [--data ../shared/data] [--models ../shared/models ...]
                                          [--train 40] [--frames 20] [--out benchmarks/results/exact_posterior]
 
-Two fits of `bll` to the same frames, with the scores of sites alone and with `conservative="exact"`; the second is also
-asked with 16 and 4 probes. Every frame costs a backward pass for each weight, so sets are small. Writes OUT.md.
+Three fits of `bll` to the same frames, with the scores of sites alone, with `conservative="exact"`, which is also asked
+with 16 and 4 probes, and with `covariance="pops"` beside it. Every frame costs a backward pass for each weight, so sets
+are small. Writes OUT.md.
 """
 
 import argparse
@@ -57,10 +58,11 @@ def cells_of(name: str, arguments: argparse.Namespace) -> list[tuple[Cell, int]]
     train, calibration = (evenly(splits.pop(split), arguments.train) for split in ("train", "calib"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)  # what it costs is what the table is for
-        sites, exact = (fit(backend, train, calibration, methods=[BLL(conservative=how)]) for how in ("sites", "exact"))
+        ways = (BLL(), BLL(conservative="exact"), BLL(conservative="exact", covariance="pops"))
+        sites, exact, moves = (fit(backend, train, calibration, methods=[way]) for way in ways)
     width = len(exact.methods["bll"].head.slope_root)
-    passes = {"sites": 0} | {title: n or width for title, n in PROBES.items()}
-    predictors = {"sites": Predictor(backend, sites)}
+    passes = {"sites": 0, "pops": width} | {title: n or width for title, n in PROBES.items()}
+    predictors = {"sites": Predictor(backend, sites), "pops": Predictor(backend, moves)}
     predictors |= {title: Predictor(backend, exact, force_probes=n) for title, n in PROBES.items()}
     cells = []
     for split, frames in splits.items():

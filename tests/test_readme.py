@@ -57,7 +57,7 @@ for name, calculator in zip(("orb_v3_direct_20_omat", "orb_v3_conservative_inf_o
     setattr(pretrained, name, load)
     pretrained.ORB_PRETRAINED_MODELS[name.replace("_", "-")] = load
 """
-# Runs are as long as the reader likes, and may end by halting.
+# Runs are as long as the reader likes, and may end by halting; each member costs a backward pass.
 SHORTER = {
     "dyn.run(100_000)": "dyn.run(20)",
     "dyn.run(300)": "dyn.run(100)",
@@ -67,6 +67,7 @@ SHORTER = {
     "Quantile(0.99)": "Quantile(0.9)",
     "n_runs=20, ps=1)": "n_runs=20, ps=0.002, equilibration=0.001)",
     "per_run=0.05, ps=1)": "per_run=0.05, ps=0.002)",
+    "ensemble_forces=16": "ensemble_forces=4",
 }
 
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ase_uq.errors import InputError
-from ase_uq.forward_pass import Gradients
+from ase_uq.forward_pass import NO_LAST_LAYER, Gradients, Slopes
 
 # Threads may share a potential: flags that one thread has set must not be restored by another.
 _FLAGS = threading.RLock()
+_VOIGT = [0, 4, 8, 5, 2, 1]  # xx, yy, zz, yz, xz, xy of a flat symmetric matrix
 
 
 @contextmanager
@@ -43,6 +44,8 @@ class GraphGradients(Gradients):
         forces: (n_atoms, 3) forces, eV/Å, with a graph of their own; None to derive them from the energy.
         frame_of_atom: (n_atoms,) index of the frame of each atom.
         length_unit: Å in one unit of `positions`.
+        strain: (n_frames, 3, 3) tensor of the graph, 0, that deforms each structure by its symmetric part; None if
+            there is none.
     """
 
     def __init__(
@@ -56,19 +59,20 @@ class GraphGradients(Gradients):
         frame_of_atom: Tensor,
         energy_features: Tensor | None = None,
         length_unit: float = 1.0,
+        strain: Tensor | None = None,
     ) -> None:
         self._parameters = parameters
         # The ends of the graph remain usable after the parameters' own flags have been restored.
         self._edges = [torch.autograd.graph.get_gradient_edge(parameter) for parameter in parameters]
         self._positions, self._features, self._energy = positions, features, energy
-        self._energy_features = energy_features
+        self._energy_features, self._strain = energy_features, strain
         self._given_forces, self._frame_of_atom, self._length_unit = forces, frame_of_atom, length_unit
 
     def of_features(self, cotangent: Tensor, energy_cotangent: Tensor | None = None) -> Tensor:
         outputs, cotangents = [self._features], [cotangent]
         if energy_cotangent is not None:
             if self._energy_features is None:
-                raise InputError("this potential keeps no graph of the last layer of its energy to differentiate.")
+                raise InputError(NO_LAST_LAYER)
             outputs.append(self._energy_features)
             cotangents.append(energy_cotangent)
         cotangents = [-c.to(output) / self._length_unit for c, output in zip(cotangents, outputs, strict=True)]
@@ -76,6 +80,21 @@ class GraphGradients(Gradients):
             outputs, self._positions, cotangents, retain_graph=True, materialize_grads=True
         )
         return gradient[: len(self._features)]
+
+    def of_energy_layer(self, weights: Tensor) -> Slopes:
+        layer = self._energy_features
+        if layer is None:
+            raise InputError(NO_LAST_LAYER)
+        inputs = [self._positions] if self._strain is None else [self._positions, self._strain]
+        columns = [
+            torch.autograd.grad(layer, inputs, column.expand_as(layer), retain_graph=True, materialize_grads=True)
+            for column in weights.to(layer).T
+        ]
+        by_position, *by_strain = (torch.stack(found, -1) for found in zip(*columns, strict=True))
+        virials = None
+        if by_strain:
+            virials = by_strain[0].flatten(1, 2)[:, _VOIGT]
+        return Slopes(-by_position[: len(layer)] / self._length_unit, virials)
 
     def of_energies(self) -> Iterator[Tensor]:
         for cotangent in torch.eye(len(self._energy)).to(self._energy):

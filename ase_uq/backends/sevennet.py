@@ -55,6 +55,7 @@ class _Out:
     """What a pass through the layers gives, with a graph if one is kept."""
 
     positions: Tensor
+    strain: Tensor
     layers: list[Tensor]  # features behind each interaction
     kinds: Tensor  # indices of the elements in the model
     energies: Tensor
@@ -161,6 +162,7 @@ class SevenNetBackend(Backend):
                     energy=out.energy,
                     forces=out.forces,
                     frame_of_atom=frame_of_atom,
+                    strain=out.strain,
                 )
         with torch.no_grad():
             phi, features = self._last_layer(out), self._latent(out.layers)
@@ -189,12 +191,15 @@ class SevenNetBackend(Backend):
         data, layers = dict(graph), []
         several = len(graph[key.NUM_ATOMS]) > 1
         positions, vectors = graph[key.POS], graph[key.EDGE_VEC].detach()
+        strain = vectors.new_zeros(len(graph[key.NUM_ATOMS]), 3, 3)
         if keep_graph:
             positions = positions.clone().requires_grad_(True)
+            strain.requires_grad_(True)
             here, there = graph[key.EDGE_IDX]
             between = positions[there] - positions[here]
-            # Adds exactly 0, but makes the vectors differentiable by the positions, which sevenn does not need.
-            vectors = vectors + (between - between.detach())
+            # Adds exactly 0, but makes the vectors differentiable by positions and strain, which sevenn does not need.
+            stretch = torch.einsum("ex,exy->ey", vectors, ((strain + strain.mT) / 2)[graph[key.BATCH][here]])
+            vectors = vectors + (between - between.detach()) + stretch
         elif forces:
             vectors.requires_grad_(True)
         data[key.EDGE_VEC] = vectors
@@ -209,6 +214,7 @@ class SevenNetBackend(Backend):
                     layers.append(data[key.NODE_FEATURE])
         return _Out(
             positions=positions,
+            strain=strain,
             layers=layers,
             kinds=data[key.ATOM_TYPE],
             energies=data[key.ATOMIC_ENERGY].reshape(-1),

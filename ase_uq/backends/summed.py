@@ -20,7 +20,7 @@ from torch import Tensor
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import Identity
 from ase_uq.backends.registry import find_module
-from ase_uq.forward_pass import ConfidenceBins, EnergyLayer, ForceLayer, ForwardPass, Gradients, Members
+from ase_uq.forward_pass import ConfidenceBins, EnergyLayer, ForceLayer, ForwardPass, Gradients, Members, Slopes
 from ase_uq.properties import STANDARD
 
 
@@ -159,6 +159,9 @@ class _ScaledGradients(Gradients):
         # The last layer's features of the sum are those of the potential times the weight.
         scaled = None if energy_cotangent is None else self._weight * energy_cotangent
         return self._inner.of_features(cotangent, scaled)
+
+    def of_energy_layer(self, weights: Tensor) -> Slopes:
+        return self._inner.of_energy_layer(self._weight * weights)
 
     def of_energies(self) -> Iterator[Tensor]:
         return (self._weight * gradient for gradient in self._inner.of_energies())

@@ -163,7 +163,7 @@ class ToyPotential(torch.nn.Module):
             # The norm of the sum of the neighbours' directions: 0 at the centre of symmetric surroundings.
             features = torch.cat([phi, arrows.sum(1).norm(dim=1, keepdim=True)], 1)
             out = {"energy": energy, "energies": energies, "phi": phi, "base": base, "features": features}
-            out |= {"positions": positions, "vectors": vectors, "arrows": arrows}
+            out |= {"positions": positions, "strain": strain, "vectors": vectors, "arrows": arrows}
             if self.direct:
                 out["force_phi"] = arrows.flatten(1)
                 out["forces"] = _without_rigid_motion(out["force_phi"] @ self.force_weights, graph)
@@ -305,6 +305,7 @@ class ToyBackend(Backend):
             energy=out["energy"],
             forces=out.get("forces"),
             frame_of_atom=graph.frame_of_atom,
+            strain=out["strain"],
         )
 
     def _force_layer(self, graph: Graph, out: dict[str, Tensor]) -> ForceLayer:

@@ -47,6 +47,19 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Deviations:
+    """Changes of forces and stresses by draws of a posterior: float64, on one scale for a structure, members last.
+
+    Args:
+        forces: (n_atoms, 3, n_members).
+        stress: (n_frames, 6, n_members), Voigt, or None; it means nothing for a frame without a cell.
+    """
+
+    forces: Tensor
+    stress: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Implied:
     """What the file of a head says of the rest of the file; None where it says nothing.
 
@@ -73,8 +86,9 @@ class Head(Fitted, ABC):
         grows: Whether its scores grow all the way to frames that the potential knows nothing of. A head that learns
             errors, or that asks a committee, may say anything there.
         measures: Whether the head has `features`.
-        correlates: Whether the head has `energy_rows` and `force_deviations`.
-        differentiates: Whether its `force_deviations` need `ForwardPass.gradients`.
+        correlates: Whether the head has `energy_rows` and `deviations`.
+        differentiates: Whether its `deviations` need `ForwardPass.gradients`.
+        strains: Whether its `deviations` are of stresses too, where the potential has some.
         estimates: Whether the head has `estimate`.
     """
 
@@ -83,6 +97,7 @@ class Head(Fitted, ABC):
     measures: bool = False
     correlates: bool = False
     differentiates: bool = False
+    strains: bool = False
     estimates: bool = False
 
     @abstractmethod
@@ -123,10 +138,11 @@ class Head(Fitted, ABC):
         """From now on estimates variances that cost many backward passes from `n_probes` of them; 0 for all."""
         raise NotImplementedError(f"{type(self).__name__} has no variances to estimate")
 
-    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
-        """(n_atoms, 3, n_members) float64 changes of the forces by the first draws, on one scale for a structure.
+    def deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Deviations:
+        """Changes of forces and stresses by the first draws.
 
-        Those of conservative forces are the slopes of `energy_rows @ draws("energy", ...)`, times the number of atoms.
+        Those of conservative potentials are the slopes of `energy_rows @ draws("energy", ...)`, times the number of
+        atoms.
         """
         raise NotImplementedError(f"{type(self).__name__} does not say how errors of forces are correlated")
 

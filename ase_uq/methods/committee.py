@@ -19,7 +19,7 @@ from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass, Members, Targets
 from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods._distance import MeanOverAtoms
-from ase_uq.methods.base import Accumulator, Head, Implied, Method, Raw
+from ase_uq.methods.base import Accumulator, Deviations, Head, Implied, Method, Raw
 from ase_uq.numerics.draws import Draws
 
 _AGREED = 1e-12  # eV per atom, far below what members differ by
@@ -34,6 +34,7 @@ class CommitteeHead(Head):
 
     grows = False
     correlates = True
+    strains = True
 
     @classmethod
     def check(cls, settings: Entries, tensors: StoredTensors) -> Implied:
@@ -68,12 +69,17 @@ class CommitteeHead(Head):
         rows = (energies - energies.mean(0)).T / forward_pass.n_atoms_of_frame.double()[:, None]
         return torch.cat([rows / (len(energies) - 1) ** 0.5, torch.full_like(rows[:, :1], _AGREED)], 1)
 
-    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
-        """(n_atoms, 3, n_members): the same combinations of the members' forces."""
-        forces = _members_of(forward_pass).forces
-        assert forces is not None, "the committee was evaluated without forces"
-        deviations = (forces.double() - forces.double().mean(0)) / (len(forces) - 1) ** 0.5
-        return torch.einsum("cja,cm->jam", deviations, draws("energy", len(forces) + 1, forces.device)[:-1, :n_members])
+    def deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Deviations:
+        """The same combinations of the members' forces and stresses."""
+        members = _members_of(forward_pass)
+        assert members.forces is not None, "the committee was evaluated without forces"
+        numbers = draws("energy", len(members.forces) + 1, members.forces.device)[:-1, :n_members]
+
+        def combined(values: Tensor) -> Tensor:
+            rows = (values.double() - values.double().mean(0)) / (len(values) - 1) ** 0.5
+            return torch.einsum("cja,cm->jam", rows, numbers)
+
+        return Deviations(combined(members.forces), None if members.stress is None else combined(members.stress))
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.io.entries import Entries, StoredTensors
 from ase_uq.methods._distance import DistanceHead, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.numerics.linalg import whitener
+from ase_uq.numerics.moves import pops_root
 from ase_uq.numerics.sample import RowSample, labels_of_atoms
 
 
@@ -82,22 +82,6 @@ class POPS(Method):
 def with_constant(rows: Tensor) -> Tensor:
     """(n, d) → (n, d + 1): every row of features with a one in front."""
     return torch.cat([torch.ones_like(rows[:, :1]), rows], 1)
-
-
-def pops_root(features: Tensor, squares: Tensor, precision: Tensor) -> tuple[Tensor, float]:
-    """(d, d) R with RRᵀ = Σ_POPS, and the relative jitter that was added to the precision.
-
-    Args:
-        features: (n, d) φ.
-        squares: (n,) e².
-        precision: (d, d) Λ.
-    """
-    whitening, jitter = whitener(precision)
-    rows = features @ whitening
-    # The matrix between the whiteners is well conditioned, whatever the precision, so its root loses no digits.
-    weighted = rows * (squares.sqrt() / rows.square().sum(1))[:, None]
-    values, vectors = torch.linalg.eigh(weighted.T @ weighted / len(rows))
-    return whitening @ (vectors * values.clamp(min=0).sqrt()), jitter
 
 
 class POPSAccumulator(Accumulator):

@@ -1,4 +1,4 @@
-"""Error bars of what is computed from energies or forces of several structures, from members that all of them share.
+"""Error bars of what is computed from energies, forces or stresses of several structures, from members they share.
 
 Frames come from a calculator or a `Predictor` with `ensemble=M`, or from a file that one of them wrote.
 """

@@ -1,4 +1,4 @@
-"""Error bars of whatever is computed from energies or forces of several structures: once for each member.
+"""Error bars of whatever is computed from energies, forces or stresses of several structures: once for each member.
 
     value = f(E_1, E_2, ...),    σ² = mean over m of (f(E_1^(m), E_2^(m), ...) - value)²
 
@@ -16,7 +16,7 @@ from ase.eos import eos_names
 from numpy.typing import ArrayLike
 
 from ase_uq.errors import InputError
-from ase_uq.propagation.members import energies_of, forces_of
+from ase_uq.propagation.members import arrays_of, energies_of
 
 _FEWEST_VOLUMES = 5
 
@@ -26,7 +26,7 @@ class Derived:
     """Numbers computed from several structures, and their error bars.
 
     Args:
-        value: (...) from the potential's own energies or forces.
+        value: (...) from the potential's own energies, forces or stresses.
         std: (...) standard deviation over the members, about the value.
         members: (n_members, ...) from each member.
     """
@@ -37,34 +37,38 @@ class Derived:
 
 
 def propagate(
-    frames: Sequence[Atoms], function: Callable[[Any], ArrayLike], of: Literal["energy", "forces"] = "energy"
+    frames: Sequence[Atoms], function: Callable[[Any], ArrayLike], of: Literal["energy", "forces", "stress"] = "energy"
 ) -> Derived:
-    """A function of the energies or forces of several structures, with error bars.
+    """A function of the energies, forces or stresses of several structures, with error bars.
 
-        propagate(strained, lambda energies: np.polyfit(strains, energies, 2)[0])
         propagate(displaced, frequencies, of="forces")
+        propagate(strained, lambda stresses: np.polyfit(strains, stresses[:, 0], 1)[0], of="stress")
 
     Args:
         frames: Calculated structures.
-        function: Of (n_frames,) energies in eV, or of a list of n_frames arrays (n_atoms, 3) of forces in eV/Å; gives a
-            number or an array. It is called once for the potential and once for each member.
-        of: `"energy"`, with `energy_ensemble`, or `"forces"`, with `forces_ensemble`.
+        function: Of (n_frames,) energies in eV, of a list of n_frames arrays (n_atoms, 3) of forces in eV/Å, or of
+            (n_frames, 6) stresses in eV/Å³, Voigt; gives a number or an array. It is called once for the potential and
+            once for each member.
+        of: `"energy"`, with `energy_ensemble`, `"forces"`, with `forces_ensemble`, or `"stress"`, with
+            `stress_ensemble`.
 
     Raises:
-        ValueError: There are no frames, `of` is neither of the two, or the function gives something that is not finite,
+        ValueError: There are no frames, `of` is none of the three, or the function gives something that is not finite,
             or of another shape for another member.
         InputError: A frame has no members, or not as many as the first.
     """
-    if of not in ("energy", "forces"):
-        raise ValueError(f"of is 'energy' or 'forces', not {of!r}.")
+    if of not in ("energy", "forces", "stress"):
+        raise ValueError(f"of is 'energy', 'forces' or 'stress', not {of!r}.")
     if not len(frames):
         raise ValueError("there are no frames to compute anything from.")
     if of == "energy":
         energies, members = energies_of(frames)
         inputs: list[Any] = [energies, *members.T]
     else:
-        forces, of_members = forces_of(frames)
-        inputs = [forces, *([part[:, :, m].copy() for part in of_members] for m in range(of_members[0].shape[2]))]
+        own, of_members = arrays_of(frames, of)
+        inputs = [own, *([part[..., m].copy() for part in of_members] for m in range(of_members[0].shape[-1]))]
+        if of == "stress":
+            inputs = [np.array(each) for each in inputs]
     found: list[np.ndarray] = []
     for number, each in enumerate(inputs):
         found.append(_numbers(function(each), "the potential" if number == 0 else f"member {number - 1}"))

@@ -1,4 +1,4 @@
-"""Samples of energies and forces: one potential as a committee of any size.
+"""Samples of energies, forces and stresses: one potential as a committee of any size.
 
     E^(m)(x) = E(x) + σ_E(x)·g_m(x),    g_m = a(x)·z_m / |a(x)|,    z_m ~ N(0, 1) a component
 
@@ -13,8 +13,10 @@ posterior alone does not give far from the training frames.
 The forces of a member are of the same draw: the slope of what it adds to the energy before any scale, one backward
 pass each, or the draw of a direct head's own last layer, which costs none. One scale s for all atoms of a structure
 makes the mean square of all members' deviations that of `forces_uncertainty`, so that they keep the symmetries of
-forces: no net force, and the covariances of the posterior up to this scale. Energies and forces are scaled apart, each
-by its own σ, so a member's forces are not the slopes of its energies.
+forces: no net force, and the covariances of the posterior up to this scale. Stresses of the same members come with the
+same backward passes, as slopes by strain over the volume, on a scale that makes the mean square of all nine components
+that of `stress_uncertainty`. Energies, forces and stresses are scaled apart, each by its own σ, so a member's forces
+are not the slopes of its energies.
 
 The members of each structure are centred and scaled, so that their mean is the result of the potential, whatever their
 number. Source: sampling last layers, Bigi et al. 2024 and Kellner and Ceriotti 2024; the scale by the calibrated σ of
@@ -33,6 +35,7 @@ from ase_uq.numerics.draws import Draws
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 _FEWEST = 4
+_NINE = (1, 1, 1, 2, 2, 2)  # components of a stress that stand for each of six: a mean of nine turns with the crystal
 
 
 class Ensemble:
@@ -41,7 +44,8 @@ class Ensemble:
     Args:
         model: The uncertainty model; a method of it must have a posterior of energies, as `bll` has.
         n_members: Number of draws M.
-        n_forces: Number of members, the first ones, that have forces too; 0 for none.
+        n_forces: Number of members, the first ones, that have forces too, and stresses where those are calibrated and
+            slopes of the energy; 0 for none.
 
     Attributes:
         results: Results keys.
@@ -74,15 +78,19 @@ class Ensemble:
         self.n_members = {"energy_ensemble": self._n_members}
         if self._n_forces:
             self.n_members["forces_ensemble"] = self._n_forces
+            if self._head.strains and "stress_uncertainty" in model.results:
+                self.n_members["stress_ensemble"] = self._n_forces
         self.results = tuple(self.n_members)
         self.gradients = bool(self._n_forces) and self._head.differentiates
 
     def __call__(self, forward_pass: ForwardPass, results: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`energy_ensemble`, (n_frames, M) eV, and `forces_ensemble`, (n_atoms, 3, n_forces) eV/Å.
+        """`energy_ensemble` (n_frames, M) eV, `forces_ensemble` (n_atoms, 3, n_forces) eV/Å, `stress_ensemble`.
+
+        The last is (n_frames, 6, n_forces) eV/Å³, Voigt, and NaN for a frame without a cell.
 
         Args:
             forward_pass: The batch, with `gradients` if this needs them.
-            results: Calibrated standard deviations of the energy (eV) and of the forces (eV/Å).
+            results: Calibrated standard deviations of the energy (eV), of the forces (eV/Å) and of the stress (eV/Å³).
         """
         with torch.no_grad():
             rows = self._head.energy_rows(forward_pass)
@@ -91,17 +99,36 @@ class Ensemble:
         std = results["energy_uncertainty"].double()[:, None]
         members = {"energy_ensemble": forward_pass.energy.double()[:, None] + std * deviations / unit}
         if self._n_forces:
-            members["forces_ensemble"] = self._forces(forward_pass, results["forces_uncertainty"])
+            found = self._head.deviations(forward_pass, self._draws, self._n_forces)
+            members["forces_ensemble"] = _forces(forward_pass, found.forces, results["forces_uncertainty"])
+            if "stress_ensemble" in self.n_members and found.stress is not None:
+                members["stress_ensemble"] = _stress(forward_pass, found.stress, results["stress_uncertainty"])
         return members
 
-    def _forces(self, forward_pass: ForwardPass, std: Tensor) -> Tensor:
-        assert forward_pass.forces is not None
-        deviations = _centred(self._head.force_deviations(forward_pass, self._draws, self._n_forces))
-        of_frame = forward_pass.sum_over_atoms(deviations.square().mean((1, 2)))
-        wanted = forward_pass.sum_over_atoms(std.double().square().mean(1))
-        # An atom alone, and a crystal all of whose sites are centres, have no forces that a member could change.
-        scale = torch.where(of_frame > 0, wanted / of_frame, 0).sqrt()
-        return forward_pass.forces.double()[:, :, None] + scale[forward_pass.frame_of_atom, None, None] * deviations
+
+def _forces(forward_pass: ForwardPass, deviations: Tensor, std: Tensor) -> Tensor:
+    assert forward_pass.forces is not None
+    deviations = _centred(deviations)
+    of_frame = forward_pass.sum_over_atoms(deviations.square().mean((1, 2)))
+    scale = _scale(of_frame, forward_pass.sum_over_atoms(std.double().square().mean(1)))
+    return forward_pass.forces.double()[:, :, None] + scale[forward_pass.frame_of_atom, None, None] * deviations
+
+
+def _stress(forward_pass: ForwardPass, deviations: Tensor, std: Tensor) -> Tensor:
+    assert forward_pass.stress is not None
+    assert forward_pass.volumes is not None
+    has_cell = (forward_pass.volumes > 0)[:, None, None]
+    deviations = _centred(torch.where(has_cell, deviations, 0))
+    nine = torch.tensor(_NINE).to(deviations) / 9
+    scale = _scale(deviations.square().mean(2) @ nine, std.double().square() @ nine)
+    members = forward_pass.stress.double()[:, :, None] + scale[:, None, None] * deviations
+    return torch.where(has_cell, members, torch.nan)
+
+
+def _scale(found: Tensor, wanted: Tensor) -> Tensor:
+    """What makes mean squares those that are wanted."""
+    # An atom alone, and a crystal all of whose sites are centres, have no forces that a member could change.
+    return torch.where(found > 0, wanted / found, 0).sqrt()
 
 
 def _checked(name: str, number: int, for_example: str) -> int:

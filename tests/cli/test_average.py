@@ -1,10 +1,11 @@
 import json
+import warnings
 
 import numpy as np
 import pytest
 from ase.io import read, write
 
-from ase_uq import UncertainCalculator, propagation, read_frames
+from ase_uq import UncertainCalculator, UQWarning, fit, propagation, read_frames
 
 
 @pytest.fixture
@@ -48,6 +49,7 @@ def test_the_average_is_the_librarys(run, scored, quiet):
     for words, values in (
         (("--distance", 0, 1), [atoms.get_distance(0, 1) for atoms in frames]),
         (("--value", "note"), [atoms.info["note"] for atoms in frames]),
+        (("--value", "energy"), "energy"),
     ):
         for by in ("cumulant", "reweighted"):
             result = run("average", quiet, "--temperature", 300, *words, "--by", by, "--json")
@@ -62,6 +64,9 @@ def test_the_average_is_the_librarys(run, scored, quiet):
     assert result.stdout.startswith("distance of atoms 0 and 1: ")
     assert " Å at 300 K; " in result.stdout
     assert " of 25 frames count" in result.stdout
+    result = run("average", quiet, "--temperature", 300, "--value", "energy")
+    assert result.stdout.startswith("energy: ")
+    assert " eV at 300 K; " in result.stdout
 
 
 def test_members_that_differ_too_much_are_refused(run, scored):
@@ -124,6 +129,25 @@ def test_bad_words(run, scored, words, message):
     result = run("average", scored, "--temperature", 300, *words)
     assert result.exit_code in (1, 2)
     assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
+def test_a_model_without_a_posterior_is_refused_before_anything_is_scored(run, files, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UQWarning)
+        frames = [read(path, ":20") for path in (files.train, files.calibration)]
+        fit("toy:", *frames, methods=["kernel"], progress=False).save(tmp_path / "kernel.uq.safetensors")
+    words = ["--model", "toy:", "--uq", "kernel.uq.safetensors", "--out", "scored.xyz", "--ensemble", 8]
+    result = run("score", files.test, *words)
+    assert result.exit_code == 1
+    assert "none of kernel has one with calibrated energies. Fit 'bll'" in " ".join(result.stderr.split())
+    assert not (tmp_path / "scored.xyz").exists()
+
+
+@pytest.mark.parametrize("wrong", [2, -1])
+def test_other_numbers_of_members_are_refused(score, wrong):
+    result = score("--ensemble", wrong)
+    assert result.exit_code == 1
+    assert f"ensemble={wrong} is not a whole number of 4 or more" in result.stderr
 
 
 def test_no_members_are_refused(run, score):

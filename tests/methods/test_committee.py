@@ -102,6 +102,15 @@ def test_samples_have_the_covariances_of_the_members(committee: ToyCommittee):
         expected, sampled = np.cov(rows.T), np.cov(prediction["forces_ensemble"].reshape(rows.shape[1], -1))
         expected, sampled = expected / np.trace(expected), sampled / np.trace(sampled)
         assert np.abs(sampled - expected).max() < 0.1 * np.abs(expected).max()
+    assert members.stress is not None
+    for frame, prediction in enumerate(predictions):
+        stress = prediction["stress_ensemble"]
+        np.testing.assert_allclose(stress.mean(1), prediction["stress"], atol=1e-10)
+        spread, std = (x @ [1, 1, 1, 2, 2, 2] / 9 for x in (stress.var(1), prediction["stress_uncertainty"] ** 2))
+        assert spread == pytest.approx(std)
+        expected, sampled = np.cov(members.stress[:, frame].numpy().T), np.cov(stress)
+        expected, sampled = expected / np.trace(expected), sampled / np.trace(sampled)
+        assert np.abs(sampled - expected).max() < 0.1 * np.abs(expected).max()
 
 
 @pytest.mark.filterwarnings("ignore:committee tells nothing about:ase_uq.errors.UQWarning")

@@ -13,7 +13,8 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Serial
 from ase_uq.errors import LabelError
-from ase_uq.methods.pops import POPS, pops_root, with_constant
+from ase_uq.methods.pops import POPS, with_constant
+from ase_uq.numerics.moves import pops_root
 from ase_uq.testing.methods import ELEMENTS, fit_head, forward_pass_of, labelled_frames
 
 from .builders import batches_of, evaluation_of

@@ -59,6 +59,20 @@ def test_reweighting_gives_the_average_of_the_other_ensemble():
     np.testing.assert_allclose(found.members, kt / members, rtol=0.1)
 
 
+@pytest.mark.parametrize("by", ["cumulant", "reweighted"])
+def test_the_mean_energy_is_that_of_each_member_in_its_own_ensemble(by: Any):
+    """In harmonic wells it is kT/2 above the minimum, whatever the stiffness: only the minimum of a member counts."""
+    kt, stiff = units.kB * KELVIN, 2.0
+    x = stats.norm.ppf((np.arange(4_000) + 0.5) / 4_000, scale=(kt / stiff) ** 0.5)
+    minima, softer = np.array([0.0, 0.1, -0.3, 0.02]), np.array([0.98, 1.02, 0.99, 1.0]) * stiff
+    energies = -500 + 0.5 * stiff * x**2
+    frames = frames_of(energies, minima + 0.5 * (softer - stiff) * x[:, None] ** 2)
+    found = propagation.average(frames, "energy", KELVIN, by=by)
+    assert found.value == pytest.approx(-500 + kt / 2, abs=1e-4)
+    np.testing.assert_allclose(found.members - found.value, minima, atol=1e-5)  # its stiffness alone would be 2.6e-4
+    assert found.std == pytest.approx(np.sqrt(np.square(minima).mean()), rel=1e-3)
+
+
 def test_a_shift_of_a_member_changes_nothing():
     _, values, deviations = linear(50, 8, 0.1)
     plain, shifted = (
@@ -90,6 +104,7 @@ def test_members_that_would_have_gone_elsewhere_are_refused():
         ({"values": [1.0]}, r"a value of each: 20 frames and values of shape \(1,\) were given"),
         ({"values": 1.0}, r"values of shape \(\) were given"),
         ({"values": [1.0] * 19 + [np.inf]}, "the value of frame 19 is not finite"),
+        ({"values": "volume"}, "values are numbers, or 'energy', not 'volume'"),
         ({"by": "magic"}, "by 'cumulant' or 'reweighted', not by 'magic'"),
     ],
 )

@@ -7,11 +7,12 @@ import pytest
 from ase import Atoms, units
 from ase.build import bulk, molecule
 from ase.calculators.emt import EMT
+from ase.vibrations import VibrationsData
 
 from ase_uq import Predictor, fit, propagation
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import InputError, UQWarning
-from ase_uq.io.results import annotated
+from ase_uq.io.results import StoredResults, annotated
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
 
@@ -58,29 +59,76 @@ def predictor() -> Predictor:
     return Predictor(calculator, model, ensemble=8, ensemble_forces=8)
 
 
-def test_frequencies_from_forces_of_members(predictor: Predictor):
-    """Those of the potential are those of ASE's own vibrations, and each member has a Hessian of its own."""
-    atoms = molecule("H2O")
-    step, displaced = 0.01, []
+STEP = 0.01
+
+
+@pytest.fixture(scope="module")
+def displaced(predictor: Predictor) -> list[Atoms]:
+    """A water molecule with each coordinate displaced to both sides."""
+    frames = []
     for atom, axis, sign in np.ndindex(3, 3, 2):
-        displaced.append(atoms.copy())
-        displaced[-1].positions[atom, axis] += step * (1 - 2 * sign)
-    predicted = predictor.predict(displaced)
-    displaced = [annotated(a, p.results) for a, p in zip(displaced, predicted, strict=True)]
-    roots = np.sqrt(np.repeat(atoms.get_masses(), 3))
+        frames.append(molecule("H2O"))
+        frames[-1].positions[atom, axis] += STEP * (1 - 2 * sign)
+    return [annotated(a, p.results) for a, p in zip(frames, predictor.predict(frames), strict=True)]
 
-    def squares(forces: list[np.ndarray]) -> np.ndarray:
-        rows = [(minus - plus).ravel() / (2 * step) for plus, minus in zip(forces[::2], forces[1::2], strict=True)]
-        hessian = np.array(rows) / np.outer(roots, roots)
-        return np.linalg.eigvalsh((hessian + hessian.T) / 2)
 
+def dynamical(forces: list[np.ndarray]) -> np.ndarray:
+    """Its eigenvalues are squares of frequencies."""
+    roots = np.sqrt(np.repeat(molecule("H2O").get_masses(), 3))
+    rows = [(minus - plus).ravel() / (2 * STEP) for plus, minus in zip(forces[::2], forces[1::2], strict=True)]
+    matrix = np.array(rows) / np.outer(roots, roots)
+    return (matrix + matrix.T) / 2
+
+
+def squares(forces: list[np.ndarray]) -> np.ndarray:
+    return np.linalg.eigvalsh(dynamical(forces))
+
+
+def forces_of(frames: list[Atoms], member: int | None = None) -> list[np.ndarray]:
+    results = [atoms.calc.results for atoms in frames if atoms.calc is not None]
+    return [r["forces"] if member is None else r["forces_ensemble"][:, :, member] for r in results]
+
+
+def test_frequencies_from_forces_of_members(displaced: list[Atoms]):
+    """Each member has a Hessian of its own."""
     found = propagation.propagate(displaced, squares, of="forces")
     assert found.members.shape == (8, 9)
-    bare = [p["forces"] for p in predicted]
-    np.testing.assert_allclose(found.value, squares(bare))
+    np.testing.assert_allclose(found.value, squares(forces_of(displaced)))
     assert (found.std[-3:] > 0).all(), "vibrations are uncertain"
-    by_hand = [squares([p["forces_ensemble"][:, :, m] for p in predicted]) for m in range(8)]
-    np.testing.assert_allclose(found.members, by_hand)
+    np.testing.assert_allclose(found.members, [squares(forces_of(displaced, m)) for m in range(8)])
+
+
+def test_frequencies_are_those_of_ases_vibrations(displaced: list[Atoms]):
+    """Which are as well a function of the forces of members."""
+
+    def by_ase(forces: list[np.ndarray]) -> np.ndarray:
+        roots = np.sqrt(np.repeat(molecule("H2O").get_masses(), 3))
+        return VibrationsData.from_2d(molecule("H2O"), dynamical(forces) * np.outer(roots, roots)).get_energies().real
+
+    found = propagation.propagate(displaced, by_ase, of="forces")
+    unit = units._hbar * units.m / np.sqrt(units._e * units._amu)  # eV
+    plain = propagation.propagate(displaced, lambda forces: unit * np.sqrt(squares(forces)[-3:]), of="forces")
+    np.testing.assert_allclose(found.members[:, -3:], plain.members, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(found.std[-3:], plain.std, rtol=1e-6)
+
+
+def test_frequencies_of_members_that_differ_little_are_the_linearised_ones(displaced: list[Atoms]):
+    """ω_m² = ω² + eᵀ(D_m - D)e with the modes e of the potential, in first order of the members' deviations."""
+    small = [atoms.copy() for atoms in displaced]
+    for atoms, original in zip(small, displaced, strict=True):
+        results = dict(original.calc.results)
+        mean = results["forces"][:, :, None]
+        results["forces_ensemble"] = mean + 1e-4 * (results["forces_ensemble"] - mean)
+        atoms.calc = StoredResults(atoms, results)
+    found = propagation.propagate(small, squares, of="forces")
+    matrix = dynamical(forces_of(small))
+    modes = np.linalg.eigh(matrix)[1][:, -3:]
+    changes = [modes.T @ (dynamical(forces_of(small, m)) - matrix) @ modes for m in range(8)]
+    linear = np.array([np.diag(change) for change in changes])
+    np.testing.assert_allclose(
+        found.members[:, -3:] - found.value[-3:], linear, rtol=1e-3, atol=1e-3 * found.std[-3:].max()
+    )
+    np.testing.assert_allclose(found.std[-3:], np.sqrt(np.square(linear).mean(0)), rtol=1e-3)
 
 
 @pytest.fixture
@@ -111,14 +159,16 @@ def test_without_a_minimum_there_is_none(crystals: list[Atoms]):
 
 def test_bad_input(crystals: list[Atoms]):
     frames: Any = with_energies(some(2), np.zeros(2), np.ones((2, 4)))
-    with pytest.raises(ValueError, match="of is 'energy' or 'forces', not 'stress'"):
-        propagation.propagate(frames, np.sum, of="stress")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(ValueError, match="of is 'energy', 'forces' or 'stress', not 'virial'"):
+        propagation.propagate(frames, np.sum, of="virial")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="no frames to compute anything from"):
         propagation.propagate([], np.sum)
     with pytest.raises(ValueError, match="gave nan for member 0: finite real numbers"):
         propagation.propagate(frames, lambda energies: float("nan") if energies.any() else 0.0)
     with pytest.raises(InputError, match=r"frame 0 has no forces_ensemble of its own\. .* ensemble_forces=16"):
         propagation.propagate(frames, np.sum, of="forces")
+    with pytest.raises(InputError, match=r"frame 0 has no stress_ensemble of its own\. .* Only crystals have one"):
+        propagation.propagate(frames, np.sum, of="stress")
     with pytest.raises(InputError, match="frame 0 has no cell"):
         propagation.equation_of_state(frames)
     with pytest.raises(ValueError, match="5 different volumes or more, and 4 were given"):
@@ -165,3 +215,26 @@ def test_equations_of_state_of_nothing_that_has_one(crystals: list[Atoms]):
             propagation.equation_of_state(bowl, eos)  # pyright: ignore[reportArgumentType]
     with pytest.raises(InputError, match="of one crystal, and these are Cu, Cu8"):
         propagation.equation_of_state([*bowl[:6], annotated(crystals[6].repeat(2), {"energy": 0.0})])
+
+
+def test_members_that_are_no_numbers_or_of_another_shape_are_refused():
+    """An average of them would be NaN, and NaN is not below the fewest frames that must count."""
+    broken = with_energies(some(20), np.zeros(20), np.ones((20, 4)))
+    broken[7] = annotated(broken[7], {"energy": 0.0, "energy_ensemble": np.array([0, 1, np.nan, 0])})
+    attempts = (
+        lambda: propagation.average(broken, np.ones(20), 300),
+        lambda: propagation.difference(*((1.0, atoms) for atoms in broken)),
+        lambda: propagation.propagate(broken, np.sum),
+    )
+    for attempt in attempts:
+        with pytest.raises(
+            InputError, match=r"members of frame 7 are not finite: the potential gave no .* Leave it out"
+        ):
+            attempt()
+    for key, results in (
+        ("forces", {"forces": np.zeros((1, 3)), "forces_ensemble": np.zeros((1, 4))}),
+        ("stress", {"stress": np.zeros(6), "stress_ensemble": np.zeros(8)}),
+    ):
+        frames = [annotated(some(1)[0], {"energy": 0.0, **results})]
+        with pytest.raises(InputError, match=rf"frame 0 has a {key}_ensemble of shape .*'members'\) was expected"):
+            propagation.propagate(frames, lambda x: np.sum(x[0]), of=key)  # pyright: ignore[reportArgumentType]

@@ -210,6 +210,7 @@ class MACEBackend(Backend):
             forces=None if forces is None else forces[:n_atoms] * (energy_unit / length_unit),
             frame_of_atom=frame_of_row[:n_atoms],
             length_unit=length_unit,
+            strain=None if forces is None else out["displacement"],
         )
 
     @contextmanager

@@ -186,6 +186,7 @@ class OrbBackend(Backend):
             energy=out["energy"],
             forces=out["forces"],
             frame_of_atom=frame_of_atom,
+            strain=out.get("strain"),
         )
 
     def _refuse_compiled(self) -> None:
@@ -234,7 +235,8 @@ class OrbBackend(Backend):
         if "confidence" in raw:
             out["confidence"] = torch.softmax(raw["confidence"], dim=-1)
         self._add_dispersion(out, graph)
-        return {"node_features": raw["node_features"], "positions": copy.node_features["positions"]} | out
+        leaves = {"positions": copy.node_features["positions"], "strain": copy.system_features["stress_displacement"]}
+        return {"node_features": raw["node_features"]} | leaves | out
 
     def _wanted(self, head: str) -> bool:
         return "stress" not in head or self._model.has_stress

@@ -30,7 +30,12 @@ def average(
         typer.Option("--distance", metavar="I J", help="Average the distance of two atoms, Å (numbers from 0)."),
     ] = None,
     value: Annotated[
-        str | None, typer.Option("--value", metavar="KEY", help="Average a number in the info of each frame.")
+        str | None,
+        typer.Option(
+            "--value",
+            metavar="KEY",
+            help="Average a number in the info of each frame; energy is the potential energy, that of each member.",
+        ),
     ] = None,
     by: Annotated[
         By, typer.Option("--by", help="Weigh frames as each member would, or take the first order of that.")
@@ -53,8 +58,11 @@ def average(
     from ase_uq.propagation.observables import distances_of, entries_of
 
     scored = read_frames(frames)
-    values = entries_of(scored, value) if value is not None else distances_of(scored, *distance or (0, 0))
-    found = propagation.average(scored, values, temperature, by=by.value)
+    if distance is not None:
+        found = propagation.average(scored, distances_of(scored, *distance), temperature, by=by.value)
+    else:
+        values = "energy" if value == "energy" else entries_of(scored, value or "")
+        found = propagation.average(scored, values, temperature, by=by.value)
     numbers = {
         "value": float(found.value),
         "std": float(found.std),
@@ -64,7 +72,11 @@ def average(
     if as_json:
         typer.echo(json.dumps(numbers, indent=2))
         return
-    name, unit = (value, "") if distance is None else (f"distance of atoms {distance[0]} and {distance[1]}", " Å")
+    name, unit = (
+        (value, " eV" if value == "energy" else "")
+        if distance is None
+        else (f"distance of atoms {distance[0]} and {distance[1]}", " Å")
+    )
     typer.echo(
         f"{name}: {numbers['value']:.6g} ± {numbers['std']:.2g}{unit} at {temperature:g} K; "
         f"{found.effective_frames:.0f} of {len(scored)} frames count for the farthest member"

@@ -21,6 +21,7 @@ from ase_uq.cli.options import (
     EachElement,
     Flag,
     FlaggedFrames,
+    ForceProbes,
     Halt,
     Model,
     Quantity,
@@ -137,6 +138,7 @@ def md(
         bool,
         typer.Option("--append", help="Go on with the run of --trajectory after a halt, or with other options."),
     ] = False,
+    force_probes: ForceProbes = 0,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
@@ -212,7 +214,7 @@ def md(
     with restart or nullcontext():
         if not atoms.has("momenta"):
             set_thermal_momenta(atoms, temperature, rng)
-        calculator = load_calculator(model, uq, device, dtype, policy.every)
+        calculator = load_calculator(model, uq, device, dtype, policy.every, force_probes=force_probes)
         give_calculator(atoms, calculator)
         dynamics = make_dynamics(
             ensemble,

@@ -16,6 +16,7 @@ from ase_uq.cli.options import (
     EachElement,
     Flag,
     FlaggedFrames,
+    ForceProbes,
     Halt,
     Model,
     Quantity,
@@ -64,6 +65,7 @@ def relax(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace OUT, --trajectory and --log if they exist.")
     ] = False,
+    force_probes: ForceProbes = 0,
     device: Device = "",
     dtype: DType = "",
     seed: Seed = 0,
@@ -96,7 +98,7 @@ def relax(
 
     seed_all(seed)
     atoms = read_start(start)
-    calculator = load_calculator(model, uq, device, dtype)
+    calculator = load_calculator(model, uq, device, dtype, force_probes=force_probes)
     give_calculator(atoms, calculator)
     for line in told(policy, calculator, atoms.get_chemical_symbols()):
         typer.echo(line, err=True)

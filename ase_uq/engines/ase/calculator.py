@@ -55,7 +55,8 @@ class UncertainCalculator(CalibratedCalculator):
             structures, so that error bars of differences know of correlations. 0 leaves it out.
         ensemble_forces: Number of members, the first ones of `ensemble`, whose forces are in `forces_ensemble` of the
             results, (n_atoms, 3, n) eV/Å. Each costs a backward pass where forces are slopes of the energy, and nothing
-            for a direct head. 0 leaves it out.
+            for a direct head. Where stresses are slopes of the energy and calibrated, crystals have `stress_ensemble`
+            from the same passes, (6, n) eV/Å³. 0 leaves both out.
         force_probes: Number of backward passes from which variances of an exact posterior of forces (`bll` fitted with
             `conservative="exact"`) are estimated; 0 takes all that there are, a pass for each weight of the last layer.
 

@@ -13,6 +13,12 @@ largest evidence (n_E without the one that the intercept takes),
 The variance of a force component is G Λ_n⁻¹ Gᵀ, which takes as many backward passes as there are weights: no single one
 could give all of them. K random directions of the weights give an unbiased estimate for K passes. The mean of the
 potential is never changed. Source: MacKay 1992 for the evidence; two noises and the slopes are our own derivation.
+
+The posterior shrinks with every row, though a model that cannot fit the rows has errors that do not. In its place may
+stand the covariance of the moves of the weights that fit one row each (see `methods.pops`), over the rows of energies
+and of force components together, each in units of its noise: φ_r = √β ψ̃ or √β G and e_r = √β times the error of the
+potential itself. Rows of which the posterior knows more than of most (h_r below the median) are left out, as in the
+code of Swinburne and Perez 2025: a move that fits an error along features that hardly vary has no bound.
 """
 
 from dataclasses import dataclass
@@ -22,26 +28,26 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ase_uq.forward_pass import ForwardPass
+from ase_uq.forward_pass import ForwardPass, Slopes
 from ase_uq.methods.bll.regression import Statistics
-from ase_uq.numerics.linalg import cholesky
+from ase_uq.numerics.linalg import cholesky, whitener
+from ase_uq.numerics.moves import pops_root
 
 _LARGEST_LOG = 40.0  # of the precisions, beside those of a unit scale of features and targets
+_SMALLEST_LEVERAGE = 1e-12  # of the largest; below it a row is rounding, as slopes at a site of high symmetry are
 _SMALLEST_SHARE = 1e-12  # of the sum of squares that residuals have; below it they are rounding
 
 
-def force_features(forward_pass: ForwardPass, weights: Tensor) -> Tensor:
-    """(n_last, k) → (n_atoms, 3, k) float64: G_jα·w of each column of weights, one backward pass each.
+def slopes_of(forward_pass: ForwardPass, weights: Tensor) -> Slopes:
+    """(n_last, k) → G_jα·w of each column of weights, and likewise by strain; float64, one backward pass each.
 
     Raises:
         ValueError: The pass was made without gradients.
     """
-    gradients, phi = forward_pass.gradients, forward_pass.energy_layer.features
-    if gradients is None:
+    if forward_pass.gradients is None:
         raise ValueError("slopes of features need gradients: evaluate with gradients=True.")
-    none = torch.zeros_like(forward_pass.features)
-    columns = [gradients.of_features(none, column.expand(phi.shape).contiguous()) for column in weights.T]
-    return torch.stack(columns, 2).double()
+    found = forward_pass.gradients.of_energy_layer(weights)
+    return Slopes(found.forces.double(), None if found.virials is None else found.virials.double())
 
 
 @dataclass(frozen=True)
@@ -118,3 +124,16 @@ def maximise_joint_evidence(energy: Statistics, force: Statistics, smallest: flo
     starts = [start + step for step in (np.zeros(3), np.array([0, 10, 10]), np.array([0, 20, 0]), np.array([0, 0, 20]))]
     found = [minimize(loss, x, jac=True, method="L-BFGS-B", bounds=bounds, options=options) for x in starts]
     return at(min(found, key=lambda result: result.fun).x)[2]
+
+
+def moves_root(rows: Tensor, errors: Tensor, precision: Tensor) -> tuple[Tensor, float]:
+    """(d, d) R with RRᵀ the covariance of the moves that fit a row each, and the relative jitter of the precision.
+
+    Args:
+        rows: (n, d) φ_r of energies and force components, in units of their noises.
+        errors: (n,) e_r.
+        precision: (d, d) Λ_n.
+    """
+    leverages = (rows @ whitener(precision)[0]).square().sum(1)
+    kept = (leverages >= leverages.median()) & (leverages > _SMALLEST_LEVERAGE * leverages.max())
+    return pops_root(rows[kept], errors[kept].square(), precision)

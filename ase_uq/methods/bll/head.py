@@ -8,13 +8,14 @@ from torch import Tensor
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.entries import SMALLEST, Entries, StoredTensors
 from ase_uq.methods._distance import raw_of_atoms
-from ase_uq.methods.base import Head, Implied, Raw
-from ase_uq.methods.bll.exact import force_features
+from ase_uq.methods.base import Deviations, Head, Implied, Raw
+from ase_uq.methods.bll.exact import slopes_of
 from ase_uq.methods.bll.projection import projected_leverage, removed_mean, without_torque
 from ase_uq.numerics.draws import Draws
 
 FEATURES = ("latent", "last_layer")
 CONSERVATIVE = ("sites", "exact")
+COVARIANCES = ("posterior", "pops")
 _SMALLEST_UNIT = 1e-2  # smallest unit of `BLLHead.features`, relative to the largest
 
 
@@ -50,6 +51,11 @@ class BLLHead(Head):
         """Whether forces are slopes of the energy, and not of a head of their own."""
         return "force" not in self._settings
 
+    @property
+    def strains(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether stresses are slopes of the energy too: a direct head of them has features that no pass gives."""
+        return self.differentiates
+
     centre: Tensor
     atom_root: Tensor
     energy_centre: Tensor
@@ -81,6 +87,8 @@ class BLLHead(Head):
             scores["forces"] += 1
         if "slope" in settings:
             settings.under("slope").positive("effective")
+            if "covariance" in settings:
+                settings.text("covariance", COVARIANCES)
             if "energy" not in settings or "force" in settings:
                 raise settings.wrong("slope", "one beside an entry of energy, and without one of force,")
             size = len(tensors.take("energy_centre", last))
@@ -98,7 +106,7 @@ class BLLHead(Head):
             exact = projected_leverage(forward_pass.force_layer, self.force_root, forward_pass)
         elif self.gradients:
             directions = getattr(self, "directions", self.slope_root)
-            exact = force_features(forward_pass, directions).square().mean(2) * len(self.slope_root)
+            exact = slopes_of(forward_pass, directions).forces.square().mean(2) * len(self.slope_root)
         if exact is not None:
             raw = replace(raw, forces=torch.cat([exact[:, :, None], raw.forces.expand(-1, 3, -1)], 2))
         if "energy" in self._settings:
@@ -146,17 +154,20 @@ class BLLHead(Head):
         intercept = torch.full_like(rows[:, :1], self._settings["energy"]["effective"] ** -0.5)
         return torch.cat([rows, intercept], 1)
 
-    def force_deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Tensor:
-        """(n_atoms, 3, n_members): -∂/∂R_j Σ_i φ_i·R z_m, or P(φ R z_m) with a z of its own for each component."""
+    def deviations(self, forward_pass: ForwardPass, draws: Draws, n_members: int) -> Deviations:
+        """Slopes of Σ_i φ_i·R z_m by positions and strain, or P(φ R z_m) with a z of its own for each component."""
         layer = forward_pass.force_layer
         if not self.differentiates:
             assert layer is not None
             width, device = len(self.force_root), self.force_root.device
             weights = self.force_root @ draws("forces", 3 * width, device)[:, :n_members].reshape(width, -1)
             changes = (removed_mean(layer, forward_pass) @ weights).reshape(-1, 3, n_members)
-            return without_torque(layer, changes, forward_pass)
+            return Deviations(without_torque(layer, changes, forward_pass))
         numbers = draws("energy", len(self.energy_root) + 1, self.energy_root.device)[:-1, :n_members]
-        return force_features(forward_pass, self.energy_root @ numbers)
+        slopes, volumes = slopes_of(forward_pass, self.energy_root @ numbers), forward_pass.volumes
+        if slopes.virials is None or volumes is None:
+            return Deviations(slopes.forces)
+        return Deviations(slopes.forces, slopes.virials / volumes[:, None, None])
 
     def _energy_leverage(self, rows: Tensor) -> Tensor:
         """(n, n_last) → (n,): ũ of energies per atom, including the contribution of the intercept."""

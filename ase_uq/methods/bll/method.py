@@ -29,14 +29,16 @@ from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.forward_pass import ForwardPass, Targets
 from ase_uq.methods._distance import REACH, units_of
 from ase_uq.methods.base import Accumulator, Method
-from ase_uq.methods.bll.exact import force_features, maximise_joint_evidence
-from ase_uq.methods.bll.head import CONSERVATIVE, FEATURES, BLLHead, atom_features
+from ase_uq.methods.bll.exact import maximise_joint_evidence, moves_root, slopes_of
+from ase_uq.methods.bll.head import CONSERVATIVE, COVARIANCES, FEATURES, BLLHead, atom_features
 from ase_uq.methods.bll.projection import removed_mean
 from ase_uq.methods.bll.regression import Statistics, maximise_evidence
 from ase_uq.numerics.linalg import whitener
 from ase_uq.numerics.moments import Moments, reduced
+from ase_uq.numerics.sample import RowSample, labels_of_atoms
 from ase_uq.numerics.sites import RADII
 
+_MOST_ROWS = 20_000  # atoms, and frames, whose rows are kept for the covariance of moves
 _FEWEST_LABELS = 3  # fewer energies have no noise about their mean
 
 
@@ -56,6 +58,8 @@ class BLL(Method):
             sites around an atom, or `"exact"`, by the posterior variance of each component as well, from labels of
             forces. That takes a backward pass for each weight of the last layer, at every training frame and at every
             step: it is for covariances and ensembles of forces, not for dynamics.
+        covariance: That of the exact posterior of conservative forces: `"posterior"`, or `"pops"`, of the moves of the
+            weights that would fit one energy or force component each, which does not shrink with the training frames.
     """
 
     name = "bll"
@@ -65,6 +69,7 @@ class BLL(Method):
     radii: tuple[float, ...] = RADII
     reach: float = REACH
     conservative: Literal["sites", "exact"] = "sites"
+    covariance: Literal["posterior", "pops"] = "posterior"
 
     @property
     def gradients(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -84,6 +89,10 @@ class BLL(Method):
     def __post_init__(self) -> None:
         if self.conservative not in CONSERVATIVE:
             raise ValueError(f"conservative forces are scored by 'sites' or 'exact', not by {self.conservative!r}.")
+        if self.covariance not in COVARIANCES:
+            raise ValueError(f"the covariance is that of the 'posterior' or 'pops', not {self.covariance!r}.")
+        if self.covariance == "pops" and self.conservative != "exact":
+            raise ValueError("covariance='pops' is an option of conservative='exact'. Give both, or the method 'pops'.")
         if self.features not in FEATURES:
             raise ValueError(f"features are 'latent' or 'last_layer', not {self.features!r}.")
         if not 0 < self.ridge < 1:
@@ -106,6 +115,7 @@ class BLLAccumulator(Accumulator):
         self.energy: Moments | None = None
         self.force: Moments | None = None
         self.slope: Moments | None = None
+        self.rows_of_frames, self.rows_of_atoms = RowSample(_MOST_ROWS), RowSample(_MOST_ROWS)
         self._told = False
 
     def _add(self, forward_pass: ForwardPass, targets: Targets) -> None:
@@ -115,6 +125,10 @@ class BLLAccumulator(Accumulator):
         if targets.energy is not None:
             target = (targets.energy.double() - forward_pass.energy_layer.base.double())[:, None] / counts
             self.energy = _added(self.energy, _labelled(psi, target))
+            if self.method.covariance == "pops":
+                error = (targets.energy.double() - forward_pass.energy.double())[:, None] / counts
+                labels = torch.stack([targets.frames, torch.zeros_like(targets.frames)], 1)
+                _keep(self.rows_of_frames, labels, psi, error)
         if forward_pass.force_layer is not None and targets.forces is not None:
             layer = forward_pass.force_layer
             target = targets.forces.double() - layer.base.double()
@@ -141,11 +155,14 @@ class BLLAccumulator(Accumulator):
         if targets.forces is None:
             return
         assert forward_pass.forces is not None
-        slopes = force_features(forward_pass, torch.eye(len(layer.weights)).to(layer.features))
+        slopes = slopes_of(forward_pass, torch.eye(len(layer.weights)).to(layer.features)).forces
         base = forward_pass.forces.double() - slopes @ layer.weights.double()
         self.slope = _added(
             self.slope, _labelled(slopes.flatten(0, 1), (targets.forces.double() - base).reshape(-1, 1))
         )
+        if self.method.covariance == "pops":
+            error = targets.forces.double() - forward_pass.forces.double()
+            _keep(self.rows_of_atoms, labels_of_atoms(forward_pass, targets), slopes.flatten(1), error)
 
     def _finish(self, communicator: Communicator) -> BLLHead:
         method = self.method
@@ -175,7 +192,11 @@ class BLLAccumulator(Accumulator):
                     f"{counts[0]} energies and {counts[1]} force components: at least {_FEWEST_LABELS} of each. Leave "
                     "it out, or label more frames."
                 )
-            roots, records = _joint_posterior(energy, slope, method.ridge)
+            kept = None
+            if method.covariance == "pops":
+                settings["covariance"] = "pops"
+                kept = [rows.finish(communicator) for rows in (self.rows_of_frames, self.rows_of_atoms)]
+            roots, records = _joint_posterior(energy, slope, method.ridge, kept)
             return BLLHead(settings | records, tensors | roots)
         for name, moments in (("energy", energy), ("force", force)):
             if moments is not None:
@@ -191,6 +212,12 @@ def _added(moments: Moments | None, rows: Tensor) -> Moments:
 def _labelled(features: Tensor, target: Tensor) -> Tensor:
     """Features followed by their targets, without the rows of frames that have no label."""
     return torch.cat([features, target], 1)[target.isfinite().all(1)]
+
+
+def _keep(sample: RowSample, labels: Tensor, features: Tensor, errors: Tensor) -> None:
+    """Adds features followed by errors, of what has labels."""
+    labelled = errors.isfinite().all(1)
+    sample.add(labels[labelled], torch.cat([features, errors], 1)[labelled])
 
 
 def _statistics(joint: Tensor, scale: Tensor, count: float) -> Statistics:
@@ -234,22 +261,44 @@ def _posterior(moments: Moments, name: str, ridge: float) -> tuple[dict[str, Ten
     return tensors, record
 
 
-def _joint_posterior(energy: Moments, slope: Moments, ridge: float) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Roots of the scale-free posterior covariance of energies and of force components, and records of the fit."""
+def _joint_posterior(
+    energy: Moments, slope: Moments, ridge: float, kept: list[Tensor | None] | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Roots of the scale-free covariance of energies and of force components, and records of the fit.
+
+    Args:
+        energy: Of features per atom and targets.
+        slope: Of slopes and targets.
+        ridge: Smallest prior, relative.
+        kept: Features and errors of frames, and of atoms with three components each, for the covariance of moves; None
+            for that of the posterior.
+    """
     width = len(energy.mean) - 1
     energies, slopes = energy.scatter, slope.about_zero()
     scale = units_of(energies.diagonal()[:width] / energy.count + slopes.diagonal()[:width] / slope.count)
     # The intercept of the energies takes one of them.
     parts = _statistics(energies, scale, energy.count - 1), _statistics(slopes, scale, slope.count)
     found = maximise_joint_evidence(*parts, smallest=ridge)
-    root, jitter = whitener(found.precision)
+    if kept is None:
+        root, jitter = whitener(found.precision)
+    else:
+        assert kept[0] is not None
+        assert kept[1] is not None
+        # The intercept takes the mean of all errors of energies, as it takes that of the features.
+        of_energies = kept[0] - torch.cat([energy.mean[:width], kept[0][:, width:].mean(0)])
+        of_forces = torch.cat([kept[1][:, : 3 * width].reshape(-1, width), kept[1][:, 3 * width :].reshape(-1, 1)], 1)
+        both = torch.cat([of_energies * found.energy**0.5, of_forces * found.force**0.5])
+        root, jitter = moves_root(both[:, :width] / scale, both[:, width], found.precision)
     shared = {"prior_precision": found.prior, "jitter": jitter}
     tensors, records = {"energy_centre": energy.mean[:width]}, {}
-    for name, rows, noise, effective in (
-        ("energy", energy.count, found.energy, found.energy_effective + 1),
-        ("slope", slope.count, found.force, found.force_effective),
+    for name, part, rows, noise, effective in (
+        ("energy", parts[0], energy.count, found.energy, found.energy_effective + 1),
+        ("slope", parts[1], slope.count, found.force, found.force_effective),
     ):
         effective = max(effective, 1e-300)
-        tensors[f"{name}_root"] = root / scale[:, None] * (noise * rows / effective) ** 0.5
+        unit = effective / (noise * rows)
+        if kept is not None:  # the moves are as large as errors, and their scores 1 on average over the fitted rows too
+            unit = max(float((root * (part.gram @ root)).sum()) / rows, 1e-300)
+        tensors[f"{name}_root"] = root / scale[:, None] / unit**0.5
         records[name] = {"rows": int(rows), "effective": effective, "noise": noise**-0.5, **shared}
     return tensors, records

@@ -8,6 +8,7 @@ import pytest
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
+from ase.stress import full_3x3_to_voigt_6_stress as full_to_voigt
 from torch import Tensor
 
 from ase_uq.backends import load_backend
@@ -130,6 +131,40 @@ class GradientLaws(BackendUnderTest):
         noise = 10 * torch.finfo(backend.dtype).eps * size * len(direction)
         atol = tolerance * scale(expected, gradient) + noise / step
         np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
+
+    def test_gradients_of_the_last_layer(self, backend: Backend, frames: list[Atoms]):
+        """By positions the same as `of_features`, and by strain what finite differences are."""
+        step, tolerance = DIFFERENCES[backend.dtype]
+        atoms = periodic(frames)
+        (atoms,) = displaced([atoms], 0.05 * np.random.default_rng(6).normal(size=(len(atoms), 3)))
+        e = backend.forward(backend.collate([atoms]), gradients=True)
+        assert e.gradients is not None
+        last = e.energy_layer.features
+        generator = torch.Generator().manual_seed(7)
+        weights = torch.randn(last.shape[1], 3, generator=generator).to(last)
+        found = e.gradients.of_energy_layer(weights)
+        assert found.forces.shape == (len(atoms), 3, 3)
+        none = torch.zeros_like(e.features)
+        for column in range(3):
+            expected = e.gradients.of_features(none, weights[:, column].expand_as(last).contiguous())
+            assert_close(found.forces[:, :, column], expected, backend, "slopes of the last layer")
+        if not self.conservative or "stress" not in backend.results:
+            return
+        assert found.virials is not None
+        assert found.virials.shape == (1, 6, 3)
+        strain = np.random.default_rng(8).normal(size=(3, 3))
+        strain = (strain + strain.T) / 2
+        moved = []
+        for sign in (1, -1):
+            moved.append(atoms.copy())
+            moved[-1].set_cell(atoms.cell.array @ (np.eye(3) + sign * step * strain), scale_atoms=True)
+        plus, minus = (forward(backend, [each]).energy_layer.features.double().sum(0) for each in moved)
+        differences = array((plus - minus) @ weights.double()) / (2 * step)
+        work = array(found.virials[0]).astype(float).T @ (np.array([1, 1, 1, 2, 2, 2]) * full_to_voigt(strain))
+        size = scale(array(last @ weights))
+        noise = 10 * torch.finfo(backend.dtype).eps * size * len(atoms)
+        atol = tolerance * scale(work, array(found.virials)) + noise / step
+        np.testing.assert_allclose(work, differences, rtol=0, atol=atol)
 
     def test_gradients_of_energies(self, backend: Backend, spare: BaseCalculator, frames: list[Atoms]):
         def energies(e: ForwardPass) -> np.ndarray:
