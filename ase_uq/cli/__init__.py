@@ -17,6 +17,7 @@ from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
 from ase_uq.cli.verbs.info import info
 from ase_uq.cli.verbs.md import md
+from ase_uq.cli.verbs.merge import merge
 from ase_uq.cli.verbs.perturb_frames import perturb_frames
 from ase_uq.cli.verbs.reference import reference
 from ase_uq.cli.verbs.relax import relax
@@ -25,7 +26,7 @@ from ase_uq.cli.verbs.score import score
 from ase_uq.cli.verbs.select import select
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, score, average, select, perturb_frames, reference, md, relax, report, demo):
+for verb in (fit, info, evaluate, score, merge, average, select, perturb_frames, reference, md, relax, report, demo):
     app.command(cls=Verb)(verb)
 
 
@@ -59,10 +60,10 @@ def _(
 
     First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
     [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the
-    potential no longer knows, [bold]score[/] gives finished frames their uncertainties, [bold]average[/] observables
-    their error bars, and [bold]select[/] picks frames worth labelling. For thresholds from criteria,
-    [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] makes runs on which false alarms are
-    counted.
+    potential no longer knows, [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins what
+    several machines scored), [bold]average[/] observables their error bars, and [bold]select[/] picks frames worth
+    labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/]
+    makes runs on which false alarms are counted.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

@@ -1,7 +1,9 @@
 """The data kept of a scored frame besides its text: its number in the source, and a row of the CSV file."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass, fields, replace
+from pathlib import Path
 
 NUMBER_KEY = "source_frame"  # in the info of every written frame: its number in the source
 
@@ -38,3 +40,29 @@ class FrameScore:
     def from_row(cls, row: Sequence[str]) -> "FrameScore":
         """The numbers of a frame from its row of the CSV file."""
         return cls(*(field.type(cell) for field, cell in zip(fields(cls), row, strict=True)))  # pyright: ignore
+
+
+HEADER = (",".join(field.name for field in fields(FrameScore)) + "\n").encode()
+
+
+class _Lines(list[str]):
+    """A list of lines that serves `csv.writer` as a file."""
+
+    write = list.append
+
+
+def lines_of(rows: Sequence[FrameScore]) -> list[str]:
+    """The lines of the table; a row is one line, whatever a parser's message was."""
+    lines = _Lines()
+    rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
+    csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
+    return lines
+
+
+def rows_in(path: Path) -> Iterator[FrameScore]:
+    """The rows of a table, one by one."""
+    with open(path, newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        next(reader, None)
+        for row in reader:
+            yield FrameScore.from_row(row)

@@ -6,7 +6,6 @@ frames, so the frames decide: resuming cuts off a torn last frame, every row aft
 from the first row that was altered. `OUT` appears, complete, when everything is there.
 """
 
-import csv
 import errno
 import json
 import os
@@ -15,7 +14,6 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, fields, replace
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +24,9 @@ from ase.io.extxyz import key_val_str_to_dict
 from ase_uq.errors import ArtefactError
 from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_writable, lock, write_all
-from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
+from ase_uq.scoring.frame_score import HEADER, NUMBER_KEY, FrameScore, lines_of, rows_in
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
-_HEADER = (",".join(field.name for field in fields(FrameScore)) + "\n").encode()
 _SUM_BYTES = 9  # eight hexadecimal digits and the end of the line
 # A killed process loses nothing that was written. A power cut may lose what was written in this many seconds.
 _SECONDS_AT_RISK = 5.0
@@ -43,6 +40,7 @@ class Journal:
         csv_file: CSV file to create; None for none.
         origin: Everything that determines the results, as JSON values; a run resumes only work of the same origin.
         overwrite: Whether to replace existing files, and to discard unfinished work of another origin.
+        is_shard: Whether the rows and the origin stay beside `out` when it is finished, for `merge`; see `Beside`.
 
     Attributes:
         next_frame: Number of the first frame of the source that is not written yet.
@@ -56,8 +54,17 @@ class Journal:
             of a finished work were altered before they got their name.
     """
 
-    def __init__(self, out: Path, csv_file: Path | None, origin: Mapping[str, Any], *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: Path,
+        csv_file: Path | None,
+        origin: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        is_shard: bool = False,
+    ) -> None:
         check_xyz_name(out)
+        self._beside = Beside.of(out) if is_shard else None
         self.part = out.with_name(out.name + ".part")
         self._rows_part = self.part.with_name(self.part.name + ".csv")
         self._sums_part = self.part.with_name(self.part.name + ".sums")
@@ -126,8 +133,8 @@ class Journal:
         self._frames.truncate(0)
         self._rows.truncate(0)
         self._sums.truncate(0)
-        write_all(self._rows, _HEADER)
-        self._sum = crc32(_HEADER)
+        write_all(self._rows, HEADER)
+        self._sum = crc32(HEADER)
         temporary = self._origin_file.with_name(self._origin_file.name + ".new")
         temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
         os.replace(temporary, self._origin_file)
@@ -144,7 +151,7 @@ class Journal:
         self._sums.truncate(rows.n_rows * _SUM_BYTES)
         self._sum = rows.sum
         if not rows.end:
-            write_all(self._rows, _HEADER)
+            write_all(self._rows, HEADER)
         self.next_frame, self.n_resumed = last + 1, n_frames
 
     def _rows_altered(self, overwrite: bool) -> bool:
@@ -166,14 +173,10 @@ class Journal:
 
     def rows(self) -> Iterator[FrameScore]:
         """The rows written so far, one by one."""
-        path = self._rows_part if self._rows_part.exists() else self._csv
+        path = self._rows_part if self._rows_part.exists() else self._beside.rows if self._beside else self._csv
         if path is None:
             return
-        with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.reader(file)
-            next(reader, None)
-            for row in reader:
-                yield FrameScore.from_row(row)
+        yield from rows_in(path)
 
     def append(self, rows: Sequence[FrameScore], frames: Sequence[str]) -> None:
         """Writes the rows of a batch, then the text of its frames.
@@ -181,11 +184,7 @@ class Journal:
         Raises:
             ArtefactError: They cannot be written; what was written before them is kept.
         """
-        lines = _Lines()
-        # A row must be one line, whatever a parser's message was.
-        rows = [replace(row, problem=" ".join(row.problem.split())) if row.problem else row for row in rows]
-        csv.writer(lines, lineterminator="\n").writerows(astuple(row) for row in rows)
-        encoded = [line.encode() for line in lines]
+        encoded = [line.encode() for line in lines_of(rows)]
         sums: list[bytes] = []
         for line in encoded:
             self._sum = crc32(line, self._sum)
@@ -211,8 +210,15 @@ class Journal:
                 self._open.close()
                 os.replace(self.part, self._out)
             if self._csv is not None and self._rows_part.exists():
-                _move(self._rows_part, self._csv)
-            self._origin_file.unlink()
+                (_move if self._beside is None else _copy)(self._rows_part, self._csv)
+            if self._beside is None:
+                for path in Beside.of(self._out):  # of a shard that was there before
+                    path.unlink(missing_ok=True)
+                self._origin_file.unlink()
+            else:
+                if self._rows_part.exists():
+                    os.replace(self._rows_part, self._beside.rows)
+                os.replace(self._origin_file, self._beside.origin)
             self._rows_part.unlink(missing_ok=True)
             self._sums_part.unlink(missing_ok=True)
         except OSError as error:
@@ -252,10 +258,20 @@ class Journal:
         return ArtefactError(f"cannot write {self._out}: {error.strerror or error}.{kept}")
 
 
-class _Lines(list[str]):
-    """A list of lines that serves `csv.writer` as a file."""
+class Beside(NamedTuple):
+    """What stands beside a finished shard.
 
-    write = list.append
+    Args:
+        rows: `OUT.shard.csv`, a row for each frame of the shard, those left out among them.
+        origin: `OUT.shard.json`, what the shard was made from, and which one it is.
+    """
+
+    rows: Path
+    origin: Path
+
+    @classmethod
+    def of(cls, out: Path) -> "Beside":
+        return cls(*(out.with_name(f"{out.name}.shard.{kind}") for kind in ("csv", "json")))
 
 
 def _appended(path: Path) -> FileIO:
@@ -269,12 +285,32 @@ def _move(path: Path, target: Path) -> None:
     except OSError as error:
         if error.errno != errno.EXDEV:
             raise
-        near = target.with_name(target.name + ".part")
-        with open(path, "rb") as source, open(near, "wb") as file:
-            shutil.copyfileobj(source, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(near, target)
+        _copy(path, target)
+
+
+def _copy(path: Path, target: Path) -> None:
+    """Copies a file; the target appears whole."""
+    near = target.with_name(target.name + ".part")
+    with open(path, "rb") as source, open(near, "wb") as file:
+        shutil.copyfileobj(source, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(near, target)
+
+
+def frames_in(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The number and the text of each frame of a file that a journal wrote, up to the first that is not whole."""
+    with open(path, "rb") as file:
+        while head := file.readline():
+            comment = file.readline()
+            number = _number_in(comment)
+            if not head.strip().isdigit() or number is None:
+                return
+            lines = [head, comment, *(file.readline() for _ in range(int(head)))]
+            # A power cut leaves zeros in a block that was allocated but not written.
+            if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
+                return
+            yield number, b"".join(lines)
 
 
 def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
@@ -288,17 +324,10 @@ def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
         Number of complete frames, frame number of the last one, -1 for none, and position in the file where it ends.
     """
     count, last, end = 0, -1, 0
-    with open(path, "rb") as file:
-        while head := file.readline():
-            comment = file.readline()
-            number = _number_in(comment)
-            if not head.strip().isdigit() or number is None or (upto is not None and number > upto):
-                break
-            lines = [comment, *(file.readline() for _ in range(int(head)))]
-            # A power cut leaves zeros in a block that was allocated but not written.
-            if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
-                break
-            count, last, end = count + 1, number, file.tell()
+    for number, text in frames_in(path):
+        if upto is not None and number > upto:
+            break
+        count, last, end = count + 1, number, end + len(text)
     return count, last, end
 
 
@@ -323,13 +352,13 @@ class _Rows(NamedTuple):
 
 def _rows_up_to(path: Path, sums: Path, last: int | None = None) -> _Rows:
     """The rows up to frame `last`, None for all, and before the first one that is torn or altered."""
-    rows = _Rows(-1, 0, 0, crc32(_HEADER))
+    rows = _Rows(-1, 0, 0, crc32(HEADER))
     if not sums.exists():  # a power cut took it
         return rows
     with open(path, "rb") as file, open(sums, "rb") as known:
-        if file.readline() != _HEADER:
+        if file.readline() != HEADER:
             return rows
-        rows = rows._replace(end=len(_HEADER))
+        rows = rows._replace(end=len(HEADER))
         for line in file:
             number, total = line.split(b",", 1)[0], crc32(line, rows.sum)
             if known.read(_SUM_BYTES) != b"%08x\n" % total or (last is not None and int(number) > last):

@@ -7,7 +7,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,71 +30,14 @@ from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
 from ase_uq.scoring.journal import Journal
 from ase_uq.scoring.labels import with_labels
+from ase_uq.scoring.scored import ScoredTrajectory
+from ase_uq.scoring.shards import SHARD, Shard
+from ase_uq.stream.limits import default_batch_atoms
 from ase_uq.stream.passes import LeftOut, Pass, passes
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 # Starting processes takes seconds and pays off from this many frames on; one thread keeps up with this many processes.
 _WORTH_WORKERS, _MOST_WORKERS = 2000, 8
-
-
-@dataclass
-class ScoredTrajectory:
-    """Summary of a scored trajectory, without its frames.
-
-    Attributes:
-        out: Extended XYZ file with the frames.
-        n_frames: Number of scored frames, including those of interrupted runs.
-        n_atoms: Number of their atoms.
-        n_beyond: Number of scored frames with an atom beyond the calibration data: gamma above 1, or not a number.
-        n_left_out: Number of frames that could not be read or evaluated.
-        worst: Row of the frame with the largest force uncertainty; None before the first.
-        first_left_out: Row of the first frame that was left out; None if there is none.
-        n_resumed: Number of frames that an interrupted run had scored.
-        seconds: Duration of this run, s.
-    """
-
-    out: Path
-    n_frames: int = 0
-    n_atoms: int = 0
-    n_beyond: int = 0
-    n_left_out: int = 0
-    worst: FrameScore | None = None
-    first_left_out: FrameScore | None = None
-    n_resumed: int = 0
-    seconds: float = 0.0
-
-    def add(self, row: FrameScore) -> None:
-        """Counts a frame."""
-        if row.problem:
-            self.n_left_out += 1
-            self.first_left_out = self.first_left_out or row
-            return
-        self.n_frames += 1
-        self.n_atoms += row.n_atoms
-        self.n_beyond += not row.gamma_max <= 1  # NaN counts
-        if self.worst is None or _rank(row) > _rank(self.worst):
-            self.worst = row
-
-    def summary(self) -> str:
-        """The summary in words, in one line."""
-        assert self.worst is not None
-        worst = self.worst
-        parts = [
-            f"{self.n_frames} frames, {self.n_atoms} atoms in {self.seconds:.1f} s, written to {self.out}: "
-            f"largest force uncertainty {worst.force_uncertainty_max:.3g} eV/Å in frame {worst.frame}, atom "
-            f"{worst.worst_atom} ({worst.worst_element})",
-            f"{self.n_beyond} frames have an atom beyond the calibration data (gamma > 1)",
-        ]
-        if self.n_resumed:
-            parts.append(f"{self.n_resumed} frames were scored by an interrupted run")
-        if self.n_left_out:
-            parts.append(f"{self.n_left_out} frame{'s were' if self.n_left_out > 1 else ' was'} left out")
-        return "; ".join(parts)
-
-
-def _rank(row: FrameScore) -> float:
-    # NaN is worse than any number.
-    return np.inf if np.isnan(row.force_uncertainty_max) else row.force_uncertainty_max
 
 
 def score(
@@ -107,6 +49,7 @@ def score(
     csv: str | os.PathLike[str] | None = None,
     batch_atoms: int | None = None,
     workers: int | None = None,
+    shard: Shard | str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ScoredTrajectory:
@@ -131,6 +74,9 @@ def score(
             larger again.
         workers: Number of processes that parse frames and make neighbour lists while the device evaluates; 0 for none.
             By default none on a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
+        shard: Which part of the frames to score, for `merge_shards`: I/N, from 1/N to N/N, or `slurm` for the task of
+            an array of jobs; None for all. `out` then has two files beside it, `OUT.shard.json` and `OUT.shard.csv`,
+            and may be without any frame.
         overwrite: Whether existing files are replaced.
         progress: Whether to show a progress bar.
 
@@ -148,19 +94,24 @@ def score(
         raise ValueError(f"batch_atoms is {batch_atoms}; 1 or more was expected.")
     if workers is not None and workers < 0:
         raise ValueError(f"workers is {workers}; 0 or more was expected.")
+    part = Shard.parse(shard) if isinstance(shard, str) else shard
     start = time.perf_counter()
     predictor = as_predictor(calculator, uncertainty_model)
     source = source_of(frames)
     backend = predictor.backend
     csv_file = None if csv is None else Path(csv)
-    with Journal(Path(out), csv_file, _origin(source, predictor), overwrite=overwrite) as journal:
+    origin = _origin(source, predictor)
+    if part is not None:
+        # Batches are those of a run without shards, so their size must be the same for all.
+        origin |= {SHARD: str(part), "batch_atoms": batch_atoms or default_batch_atoms(backend.device.type)}
+    with Journal(Path(out), csv_file, origin, overwrite=overwrite, is_shard=part is not None) as journal:
         scored = ScoredTrajectory(Path(out), n_resumed=journal.n_resumed)
         for row in journal.rows():
             scored.add(row)
         if not journal.is_complete:
             n_workers = _n_workers(backend, source) if workers is None else workers
-            _score_rest(source, predictor, batch_atoms, journal, scored, progress, n_workers)
-        if not scored.n_frames:
+            _score_rest(source, predictor, batch_atoms, journal, scored, progress, n_workers, part)
+        if not scored.n_frames and part is None:
             journal.discard()
             first = scored.first_left_out
             raise InputError(
@@ -182,6 +133,7 @@ def _score_rest(
     scored: ScoredTrajectory,
     progress: bool,
     n_workers: int,
+    part: Shard | None,
 ) -> None:
     """Scores all frames that are not in the journal yet; they are read ahead of the device and written behind it."""
     events = passes(
@@ -191,11 +143,19 @@ def _score_rest(
         batch_atoms=batch_atoms,
         start=journal.next_frame,
         gradients=predictor.gradients,
+        communicator=part,
         n_workers=n_workers,
     )
-    total = source.total() if progress else None
+    # How many frames a shard has is known at its end.
+    total, initial = (source.total(), journal.next_frame) if progress and part is None else (None, scored.n_resumed)
     with (
-        progress_bar(total=total, initial=journal.next_frame, desc="score", unit="frame", show=progress) as bar,
+        progress_bar(
+            total=total,
+            initial=initial,
+            desc="score",
+            unit="frame",
+            show=progress,
+        ) as bar,
         ThreadPoolExecutor(1, "journal of ase_uq") as beside,
         closing(events),
     ):

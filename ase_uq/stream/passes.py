@@ -110,7 +110,9 @@ def passes[T](
     collator = None if gradients else backend.collator
     loop = _Loop(backend, use, forces, gradients, limit)
     total = source.total() if title else None
-    preparation = Preparation(source.unparsed(start), limit, backend.cutoff, collator, n_workers, communicator)
+    # Which frames are whose is counted from the first one, wherever this rank begins.
+    items = source.unparsed(start if communicator.size == 1 else 0)
+    preparation = Preparation(items, limit, backend.cutoff, collator, n_workers, communicator, start)
     with (
         preparation,
         progress_bar(

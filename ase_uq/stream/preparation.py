@@ -62,6 +62,7 @@ class Preparation:
         collator: Collator of the potential; None leaves collating to the potential.
         n_workers: Number of worker processes; 0 for none.
         communicator: Decides which chunks of the items belong to this rank; one process by default.
+        start: Number of the first frame of them that is wanted.
     """
 
     def __init__(
@@ -72,9 +73,11 @@ class Preparation:
         collator: Collator | None = None,
         n_workers: int = 0,
         communicator: Communicator | None = None,
+        start: int = 0,
     ) -> None:
         # Chunks keep the size of the start, however small batches become, because all ranks must cut alike.
-        self._chunks = shard(chunks_of(items, limit.n_atoms), communicator or Serial())
+        chunks = shard(chunks_of(items, limit.n_atoms), communicator or Serial())
+        self._chunks = (wanted for chunk in chunks if (wanted := [item for item in chunk if item[0] >= start]))
         self._limit, self._cutoff, self._collator, self._n_workers = limit, cutoff, collator, n_workers
         self._open = ExitStack()
         self._processes: ProcessPoolExecutor | None = None

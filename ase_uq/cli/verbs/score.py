@@ -35,6 +35,15 @@ def score(
         ),
     ] = 0,
     force_probes: ForceProbes = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            "--shard",
+            metavar="I/N",
+            help="Score one of N equal parts of the frames, on a machine of its own; `ase-uq merge` makes one file of "
+            "all. `slurm` stands for the task of a SLURM array.",
+        ),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
@@ -61,6 +70,10 @@ def score(
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
     part = out.with_name(out.name + ".part")
+    if shard is not None:
+        from ase_uq.scoring.shards import Shard
+
+        Shard.parse(shard)
     check_xyz_names({"--out": out})
     check_inputs(*map(file_of, frames))
     check_distinct(frames, out, csv)
@@ -74,7 +87,14 @@ def score(
     calculator = load_calculator(model, uq, device, dtype, ensemble=ensemble, force_probes=force_probes)
     try:
         scored = score_frames(
-            frames, calculator, out=out, csv=csv, batch_atoms=batch_atoms, workers=workers, overwrite=overwrite
+            frames,
+            calculator,
+            out=out,
+            csv=csv,
+            batch_atoms=batch_atoms,
+            workers=workers,
+            shard=shard,
+            overwrite=overwrite,
         )
     except KeyboardInterrupt:
         if part.exists():

@@ -1,0 +1,229 @@
+"""Parts of a trajectory that are scored apart, on as many machines as there are, and made one file again."""
+
+import heapq
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ase_uq.communicator import Serial
+from ase_uq.display.progress import progress_bar
+from ase_uq.errors import ArtefactError, InputError
+from ase_uq.io.extxyz import check_xyz_name
+from ase_uq.io.files import check_distinct, check_writable, refused_write, write_all
+from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
+from ase_uq.scoring.journal import Beside, frames_in
+from ase_uq.scoring.scored import ScoredTrajectory
+
+SHARD = "shard"  # in what a shard was made from: which one it is
+
+
+@dataclass
+class Shard(Serial):
+    """One of several equal parts of a trajectory: every N-th chunk of frames as they would be evaluated together.
+
+    So each batch is one of the run without shards, and gives the same numbers to the last digit.
+
+    Args:
+        number: Which part, from 1.
+        count: How many there are.
+
+    Raises:
+        ValueError: There is no such part.
+    """
+
+    number: int
+    count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count:
+            raise ValueError(f"there is no shard {self}: give I/N with I from 1 to N, such as 1/8.")
+        self.rank, self.size = self.number - 1, self.count
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    @classmethod
+    def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> "Shard":
+        """From `I/N`, or from `slurm`: the task of an array of jobs, whose indices begin anywhere.
+
+        Args:
+            text: What a user wrote.
+            environment: Variables that SLURM sets.
+
+        Raises:
+            ValueError: It is neither, or this is no task of an array.
+        """
+        if text == "slurm":
+            names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
+            if missing := [name for name in names if not environment.get(name, "").isdigit()]:
+                raise ValueError(
+                    f"{missing[0]} is not set, so this is no task of a SLURM array. Submit the script with "
+                    "sbatch --array=1-N, or give I/N."
+                )
+            task, first, last, count = (int(environment[name]) for name in names)
+            step = (last - first) // (count - 1) if count > 1 else 1
+            return cls((task - first) // step + 1, count)
+        number, slash, count = text.partition("/")
+        if not (slash and number.strip().isdigit() and count.strip().isdigit()):
+            raise ValueError(f"'{text}' is no shard: give I/N, such as 1/8, or slurm for the task of a SLURM array.")
+        return cls(int(number), int(count))
+
+
+class _Part(NamedTuple):
+    """A shard as it lies on the disk.
+
+    Args:
+        path: Its frames.
+        beside: Its rows and what it was made from.
+        origin: What it was made from, but for which shard it is.
+        shard: Which one it is.
+    """
+
+    path: Path
+    beside: Beside
+    origin: dict[str, Any]
+    shard: Shard
+
+
+def merge_shards(
+    shards: Sequence[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str],
+    csv: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> ScoredTrajectory:
+    """Makes one file of all shards of a trajectory: the one that a run without shards would have written.
+
+    Memory does not grow with the trajectory. The shards stay.
+
+    Args:
+        shards: What `score(..., shard=...)` wrote, in any order, each with its `.shard.json` and `.shard.csv` beside
+            it.
+        out: Extended XYZ file to write.
+        csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.
+        overwrite: Whether existing files are replaced.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        InputError: A shard is missing, not complete, given twice, or not as it was written; or there are no frames.
+        ArtefactError: A shard was scored with another trajectory, potential, uncertainty model or options; or the
+            output cannot be written.
+        FileExistsError: `out` or `csv` exists.
+        ValueError: An output is a shard, or has the name of another format.
+    """
+    start = time.perf_counter()
+    outputs = [Path(out), *([] if csv is None else [Path(csv)])]
+    check_xyz_name(outputs[0])
+    check_distinct(shards, *outputs)
+    parts = _checked([_part(Path(path)) for path in shards])
+    for path in outputs:
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite).")
+        check_writable(path)
+    new = [path.with_name(path.name + ".merging") for path in outputs]
+    try:
+        scored = _written(parts, new, progress)
+        for path, target in zip(new, outputs, strict=True):
+            os.replace(path, target)
+    except OSError as error:
+        raise refused_write(outputs[0], error) from error
+    finally:
+        for path in new:
+            path.unlink(missing_ok=True)
+    scored.out, scored.seconds = outputs[0], time.perf_counter() - start
+    return scored
+
+
+def _written(parts: Sequence[_Part], outputs: Sequence[Path], progress: bool) -> ScoredTrajectory:
+    """Writes all frames to the first of the files, and their rows to the second one if there is one."""
+    scored = ScoredTrajectory(outputs[0])
+    with ExitStack() as opened, progress_bar(desc="merge", unit="frame", show=progress) as bar:
+        frames, *tables = (opened.enter_context(FileIO(path, "w")) for path in outputs)
+        for table in tables:
+            write_all(table, HEADER)
+        for number, (row, text) in enumerate(_in_order(parts)):
+            if row.frame != number:
+                wrong = "stands twice" if row.frame < number else "is in none of them"
+                raise InputError(f"frame {min(row.frame, number)} {wrong}: score the shards again with --overwrite.")
+            scored.add(row)
+            write_all(frames, text)
+            for table in tables:
+                write_all(table, "".join(lines_of([row])).encode())
+            bar.update()
+        for file in (frames, *tables):
+            os.fsync(file.fileno())
+    if not scored.n_frames:
+        raise InputError(f"none of the {scored.n_left_out} frames of these shards could be scored.")
+    return scored
+
+
+def _part(path: Path) -> _Part:
+    beside = Beside.of(path)
+    if not path.is_file():
+        raise InputError(f"there is no file {path}.")
+    try:
+        origin = json.loads(beside.origin.read_text(encoding="utf-8"))
+        shard = Shard.parse(origin.pop(SHARD))
+    except FileNotFoundError:
+        raise InputError(
+            f"{path} is no complete shard: {beside.origin.name} is not beside it. Score it with --shard I/N (shard=), "
+            "and keep the files that are written beside it."
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"{beside.origin} is not as it was written: {_again(path)}") from error
+    if not beside.rows.is_file():
+        raise InputError(f"{beside.rows} is missing: {_again(path)}")
+    return _Part(path, beside, origin, shard)
+
+
+def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
+    """The shards, if they are all of one run."""
+    if not parts:
+        raise InputError("no shard was given.")
+    first = parts[0]
+    numbers: dict[int, _Part] = {}
+    for part in parts:
+        for key in {**first.origin, **part.origin}:
+            if first.origin.get(key) != part.origin.get(key):
+                raise ArtefactError(
+                    f"{part.path} was scored with another {key.replace('_', ' ')} than {first.path}. Score all shards "
+                    "with the same."
+                )
+        if part.shard.count != first.shard.count:
+            raise InputError(f"{first.path} is shard {first.shard}, and {part.path} is shard {part.shard}.")
+        if (other := numbers.setdefault(part.shard.number, part)) is not part:
+            raise InputError(f"{other.path} and {part.path} are both shard {part.shard}.")
+    if missing := [str(number) for number in range(1, first.shard.count + 1) if number not in numbers]:
+        raise InputError(f"of {first.shard.count} shards, these are missing: {', '.join(missing)}.")
+    return parts
+
+
+def _in_order(parts: Sequence[_Part]) -> Iterator[tuple[FrameScore, bytes]]:
+    """Row and text of every frame, by number; the text of one that was left out is empty."""
+    return heapq.merge(*map(_frames_of, parts), key=lambda each: each[0].frame)
+
+
+def _frames_of(part: _Part) -> Iterator[tuple[FrameScore, bytes]]:
+    frames = frames_in(part.path)
+    try:
+        for row in rows_in(part.beside.rows):
+            number, text = (row.frame, b"") if row.problem else next(frames, (-1, b""))
+            if number != row.frame:
+                raise InputError(
+                    f"{part.path} is not as it was written, frame {row.frame} is missing or damaged: "
+                    f"{_again(part.path)}"
+                )
+            yield row, text
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{part.beside.rows} is not as it was written: {_again(part.path)}") from error
+
+
+def _again(path: Path) -> str:
+    return f"score {path} again with --overwrite."
