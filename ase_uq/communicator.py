@@ -1,5 +1,6 @@
 """Sums over ranks. A fit that is made of sums needs nothing else to run on many devices.
 
+torchrun --nproc-per-node 4 -m ase_uq.cli fit ...
 torchrun --nproc-per-node 4 your_fit.py      # with torch.distributed initialised by your script
 """
 
@@ -10,6 +11,8 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ase_uq.errors import InputError
 
 
 class Communicator(Protocol):
@@ -38,6 +41,7 @@ class Distributed:
 
     Raises:
         RuntimeError: No process group was initialised.
+        InputError: In `sum`: another rank has ended.
     """
 
     def __init__(self) -> None:
@@ -53,7 +57,12 @@ class Distributed:
         flat = torch.cat([statistics[name].reshape(-1) for name in sorted(statistics)])
         home = flat.device
         flat = flat.to(self._device)
-        dist.all_reduce(flat)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:  # of gloo, or of NCCL
+            raise InputError(
+                "another rank has ended, so nothing can be summed over all of them. What it said is the reason."
+            ) from error
         flat = flat.to(home)
         summed, start = {}, 0
         for name in sorted(statistics):
@@ -64,20 +73,22 @@ class Distributed:
 
 
 def gather(rows: Tensor | None, communicator: Communicator) -> Tensor | None:
-    """The (n, width) rows of all ranks in float64, one rank after the other; None if no rank has any.
+    """The (n, ...) rows of all ranks in float64, one rank after the other; None if no rank has any.
 
-    The result is the same on each rank. A rank without rows takes part with None and learns their width from the
-    others.
+    The result is the same on each rank. A rank without rows takes part with None and learns their shape from the
+    others. Rows have at most two further dimensions.
     """
     device = torch.device("cpu") if rows is None else rows.device
-    message = torch.zeros(communicator.size, 2, dtype=torch.float64, device=device)
+    message = torch.zeros(communicator.size, 4, dtype=torch.float64, device=device)
     if rows is not None:
-        message[communicator.rank] = torch.tensor(rows.shape, dtype=torch.float64)
-    counts, widths = communicator.sum({"shape": message})["shape"].long().T.tolist()
+        message[communicator.rank, : rows.dim() + 1] = torch.tensor([rows.dim(), *rows.shape], dtype=torch.float64)
+    shapes = communicator.sum({"shape": message})["shape"].long()
+    counts = shapes[:, 1].tolist()
     if not sum(counts):
         return None
+    n_dim, _, *shape = shapes.amax(0).tolist()
     start = sum(counts[: communicator.rank])
-    padded = torch.zeros((sum(counts), max(widths)), dtype=torch.float64, device=device)
+    padded = torch.zeros((sum(counts), *shape[: n_dim - 1]), dtype=torch.float64, device=device)
     if rows is not None:
         padded[start : start + len(rows)] = rows
     return communicator.sum({"rows": padded})["rows"]

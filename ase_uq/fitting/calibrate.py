@@ -20,7 +20,7 @@ from ase_uq.calibration import (
     fit_far_field,
 )
 from ase_uq.calibration.energy_shift import EnergyShift, energy_shift
-from ase_uq.communicator import Serial
+from ase_uq.communicator import Communicator, Serial, gather
 from ase_uq.errors import UQWarning
 from ase_uq.fitting.checks import FEWEST_FRAMES, tell_zero_forces
 from ase_uq.fitting.provenance import runs_of
@@ -128,13 +128,19 @@ class Observed:
 
 
 def observe(
-    heads: dict[str, Head], far_field: FarField | None, stream: LabelledStream, *, keep: bool
+    heads: dict[str, Head],
+    far_field: FarField | None,
+    stream: LabelledStream,
+    communicator: Communicator,
+    *,
+    keep: bool,
 ) -> tuple[Observed, list[tuple[ForwardPass, dict[str, Raw], Targets]]]:
-    """Scores and residuals of the calibration frames and, if they are to be kept, the batches themselves."""
+    """Scores and residuals of all ranks' calibration frames and, if they are to be kept, the batches of this one."""
     raws: dict[str, list[Raw]] = {name: [] for name in heads}
     batches = []
     forces, energy, stress, numbers, counts = [], [], [], [], []
     limits: list[Limits] = []
+    frames: list[torch.Tensor] = []
     for forward_pass, targets in tell_zero_forces("calibration", stream):
         assert forward_pass.forces is not None
         assert targets.forces is not None
@@ -153,26 +159,75 @@ def observe(
             stress.append(residuals)
         numbers.append(forward_pass.numbers)
         counts.append(forward_pass.n_atoms_of_frame)
+        frames.append(targets.frames)
         if far_field is not None:
             limits.append(far_field.limits(forward_pass))
 
-    def joined(parts: list[torch.Tensor]) -> np.ndarray:
-        return torch.cat(parts).cpu().numpy()
-
-    stress_limits = [of_batch.stress for of_batch in limits if of_batch.stress is not None]
-    fields = ("forces", "energy", "energies", "stress", "distance")
+    rows = _InOrder(frames, counts, communicator)
     observed = Observed(
-        raw={name: _RawArrays(*(joined([getattr(r, f) for r in raw]) for f in fields)) for name, raw in raws.items()},
-        forces=joined(forces),
-        energy=joined(energy)[:, None],
-        stress=joined(stress) if stress else None,
-        numbers=joined(numbers),
-        n_atoms_of_frame=joined(counts),
-        limit=joined([of_batch.forces for of_batch in limits]) if limits else None,
-        energy_limit=joined([of_batch.energy for of_batch in limits]) if limits else None,
-        stress_limit=joined(stress_limits) if stress_limits else None,
+        raw={
+            name: _RawArrays(
+                forces=rows.of_atoms([of_batch.forces for of_batch in raw]),
+                energy=rows.of_frames([of_batch.energy for of_batch in raw]),
+                energies=rows.of_atoms([of_batch.energies for of_batch in raw]),
+                stress=rows.of_frames([of_batch.stress for of_batch in raw]),
+                distance=rows.of_atoms([of_batch.distance for of_batch in raw]),
+            )
+            for name, raw in raws.items()
+        },
+        forces=rows.of_atoms(forces),
+        energy=rows.of_frames(energy)[:, None],
+        stress=rows.of_some_frames(stress),
+        numbers=rows.of_atoms(numbers).astype(np.int64),
+        n_atoms_of_frame=rows.n_atoms,
+        limit=None if far_field is None else rows.of_atoms([of_batch.forces for of_batch in limits]),
+        energy_limit=None if far_field is None else rows.of_frames([of_batch.energy for of_batch in limits]),
+        stress_limit=rows.of_some_frames([of_batch.stress for of_batch in limits if of_batch.stress is not None]),
     )
     return without_shift(observed), batches
+
+
+class _InOrder:
+    """Rows of the frames of all ranks, in the order in which one process would have them.
+
+    Args:
+        frames: (n_frames,) numbers of the frames of each batch of this rank.
+        counts: (n_frames,) number of atoms of each of them.
+        communicator: The ranks.
+
+    Attributes:
+        n_atoms: (n_frames,) number of atoms of each frame of all ranks.
+    """
+
+    def __init__(self, frames: list[torch.Tensor], counts: list[torch.Tensor], communicator: Communicator) -> None:
+        self._communicator = communicator
+        numbers, n_atoms = (self._gathered(parts) for parts in (frames, counts))
+        assert numbers is not None
+        assert n_atoms is not None
+        self._frames = np.argsort(numbers, kind="stable")
+        self._atoms = np.argsort(np.repeat(numbers, n_atoms.astype(int)), kind="stable")
+        self.n_atoms = n_atoms[self._frames].astype(np.int64)
+
+    def of_atoms(self, parts: list[torch.Tensor]) -> np.ndarray:
+        """(n_atoms, ...) from the (n, ...) parts of this rank's batches."""
+        found = self._gathered(parts)
+        assert found is not None
+        return found[self._atoms]
+
+    def of_frames(self, parts: list[torch.Tensor]) -> np.ndarray:
+        """(n_frames, ...), likewise."""
+        found = self.of_some_frames(parts)
+        assert found is not None
+        return found
+
+    def of_some_frames(self, parts: list[torch.Tensor]) -> np.ndarray | None:
+        """The same; None if no rank has any."""
+        found = self._gathered(parts)
+        return None if found is None else found[self._frames]
+
+    def _gathered(self, parts: list[torch.Tensor]) -> np.ndarray | None:
+        found = gather(torch.cat(parts) if parts else None, self._communicator)
+        return None if found is None else found.cpu().numpy()
 
 
 def without_shift(observed: Observed) -> Observed:

@@ -1,12 +1,15 @@
 """Checks the frames of a fit before it begins."""
 
+import hashlib
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+import torch
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
+from ase_uq.communicator import Communicator
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
 from ase_uq.forward_pass import ForwardPass, Targets
@@ -22,6 +25,39 @@ _NO_FORCE = 0.01  # eV/Å; where symmetry forbids a force, that of the potential
 def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
     """The frames without the isolated atoms that training sets contain for their energies."""
     return [atoms for atoms in frames if atoms.info.get("config_type") != "IsolatedAtom"]
+
+
+def check_ranks_agree(
+    communicator: Communicator, backend: Backend, sets: Mapping[str, list[Atoms]], keys: tuple[str, str, str] | None
+) -> None:
+    """Refuses ranks with other frames, labels or another potential, from which sums would be made all the same.
+
+    Args:
+        communicator: The ranks.
+        backend: The potential of this one.
+        sets: Frames of this one by their name.
+        keys: Names of their labels.
+
+    Raises:
+        LabelError: Two ranks differ.
+    """
+    if communicator.size == 1:
+        return
+    told = {"potential": backend.identity.fingerprint}
+    for name, frames in sets.items():
+        labels = [(labels.energy, labels.forces) for labels in (labels_of(atoms, keys) for atoms in frames)]
+        numbers = "".join(f"{energy}{None if forces is None else forces.tolist()}" for energy, forces in labels)
+        told[name] = "".join(map(digest_of, frames)) + numbers
+    for what, text in told.items():
+        mine = torch.zeros(communicator.size, dtype=torch.float64)
+        # Six bytes are a whole number that float64 holds.
+        mine[communicator.rank] = int.from_bytes(hashlib.sha256(text.encode()).digest()[:6])
+        of_ranks = communicator.sum({what: mine})[what]
+        if other := (of_ranks != of_ranks[0]).nonzero()[:, 0].tolist():
+            raise LabelError(
+                f"the {what} of rank {other[0]} {'is' if what == 'potential' else 'are'} not that of rank 0. Give all "
+                "ranks the same files."
+            )
 
 
 def check_labelled(

@@ -305,8 +305,8 @@ def combine(
         far_field: What forces may be wrong by where the potential knows nothing.
         heads: Heads by method.
         training: Kept training batches of this rank.
-        calibration: Calibration batches with their raw scores.
-        communicator: Ranks whose training batches are gathered.
+        calibration: Calibration batches of this rank with their raw scores.
+        communicator: Ranks whose batches are gathered.
         progress: Whether to show a progress bar.
     """
     read = {name: heads[name] for name in (inputs.anchor, *inputs.distances)}
@@ -316,8 +316,10 @@ def combine(
     with torch.no_grad():
         trained = [_rows(only, far_field, e, {name: head(e) for name, head in read.items()}, t) for e, t in training]
         held_out = [_rows(inputs, far_field, e, raws, t) for e, raws, t in calibration]
-    gathered = _gathered(_joined_rows(trained) if trained else None, held_out[0][0], communicator)
-    return fit_combination(inputs, gathered, _joined_rows(held_out), title="combine" if progress else "")
+    device = next(heads[inputs.anchor].buffers()).device
+    gathered = [_gathered(_joined_rows(rows) if rows else None, device, communicator) for rows in (trained, held_out)]
+    assert gathered[1] is not None
+    return fit_combination(inputs, gathered[0], gathered[1], title="combine" if progress else "")
 
 
 AtomRows = tuple[CombinationFeatures, torch.Tensor, torch.Tensor]
@@ -345,22 +347,16 @@ def _joined_rows(rows: Sequence[AtomRows]) -> AtomRows:
     return CombinationFeatures.joined(batches), torch.cat(squares), torch.cat(frames)
 
 
-def _gathered(rows: AtomRows | None, like: CombinationFeatures, communicator: Communicator) -> AtomRows | None:
-    """Training rows of all ranks in the order of their frames; None if there are none.
-
-    `like` has the widths and the device of the features.
-    """
-    parts = ("base", "way", "field", "network_inputs")
-    widths = [*(getattr(like, part).shape[1] for part in parts), like.base.shape[1], 1]
-    flat = None
-    if rows is not None:
-        features, squares, frames = rows
-        columns = [getattr(features, part) for part in parts]
-        flat = torch.cat([*columns, squares, frames[:, None].double()], 1)
-    flat = gather(flat, communicator)
-    if flat is None:
+def _gathered(rows: AtomRows | None, device: torch.device, communicator: Communicator) -> AtomRows | None:
+    """Rows of all ranks in the order of their frames, on the device; None if there are none."""
+    names = CombinationFeatures.__dataclass_fields__
+    features, squares, frames = rows or (None, None, None)
+    found = [
+        gather(part, communicator)
+        for part in (frames, squares, *(None if features is None else getattr(features, name) for name in names))
+    ]
+    if found[0] is None:
         return None
-    flat = flat.to(like.base.device)  # a rank without rows has them on the CPU
-    base, way, field, inputs, squares, frames = flat[flat[:, -1].sort(stable=True).indices].split(widths, 1)
-    features = CombinationFeatures(base, way, field, base.new_zeros((*base.shape, 0)), inputs)
-    return features, squares, frames[:, 0].long()
+    order = found[0].sort(stable=True).indices
+    frames, squares, *parts = (part[order].to(device) for part in found if part is not None)
+    return CombinationFeatures(*parts), squares, frames.long()

@@ -14,6 +14,7 @@ from ase_uq.fitting.calibrate import calibrated_method, observe, with_perturbed
 from ase_uq.fitting.checks import (
     check_first_frames,
     check_labelled,
+    check_ranks_agree,
     refuse_overlap,
     tell_zero_forces,
     without_isolated_atoms,
@@ -59,7 +60,7 @@ def fit(
             `REF_forces`, `REF_stress`, else the results of a calculator attached to the frames.
         batch_atoms: Largest number of atoms evaluated together; None for the default of the device.
         communicator: Ranks to share the fit with; a single process by default.
-        progress: Whether to show progress bars.
+        progress: Whether to show progress bars; rank 0 alone shows them.
 
     Returns:
         The uncertainty model; `.save(path)` writes it, `.summary()` describes it.
@@ -71,6 +72,7 @@ def fit(
         InputError: The potential cannot evaluate a frame, or its results for one are not finite.
     """
     communicator = communicator or Serial()
+    progress = progress and communicator.rank == 0
     makers = [make_method(method) if isinstance(method, str) else method for method in methods]
     if not makers:
         raise ValueError(f"no method was given. There are: {', '.join(available_methods())}.")
@@ -87,6 +89,9 @@ def fit(
     perturbed_frames = (
         None if perturbed is None else without_isolated_atoms(read_frames(perturbed, name="perturbed frames"))
     )
+    sets = {"training frames": train_frames, "calibration frames": calibration_frames}
+    sets |= {} if perturbed_frames is None else {"perturbed frames": perturbed_frames}
+    check_ranks_agree(communicator, backend, sets, label_keys)
     # Without labels in either set, their names are wrong.
     calibrates = bool(calibration_frames) and labels_of(calibration_frames[0], label_keys).forces is not None
     needed_by = [method.name for method in makers if method.labels] if calibrates else None
@@ -134,14 +139,14 @@ def fit(
     held_out = LabelledStream(
         backend,
         calibration_frames,
-        Serial(),
+        communicator,
         forces=True,
         gradients=any(head.gradients for head in heads.values()),
         title="calibrate" if progress else "",
         name="calibration frame",
         **options,
     )
-    observed, batches = observe(heads, far_field, held_out, keep=combines)
+    observed, batches = observe(heads, far_field, held_out, communicator, keep=combines)
     far = {} if nothing is None else nothing.scores
     fitted = {name: calibrated_method(name, head, observed, far.get(name)) for name, head in heads.items()}
     primary = leading = makers[0].name

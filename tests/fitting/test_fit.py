@@ -434,7 +434,7 @@ class TestSeveralMethods:
             (alone,) = Predictor(load_backend(calculator), model).predict([atoms])
             assert np.isfinite(alone["forces_uncertainty"]).all()
 
-    @pytest.mark.parametrize("size", [2, 3])
+    @pytest.mark.parametrize("size", [2, 7])
     def test_several_ranks_give_the_model_of_one(self, calculator, train, held_out, size: int):
         options = {"methods": PAIR, "batch_atoms": 40}
         batch = forward_pass_of(load_backend(calculator), labelled_frames(3, seed=5))

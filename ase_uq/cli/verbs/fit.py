@@ -18,6 +18,7 @@ from ase_uq.cli.options import (
     label_keys,
 )
 from ase_uq.cli.outputs import check_outputs
+from ase_uq.cli.ranks import ranks
 
 
 def fit(
@@ -77,28 +78,34 @@ def fit(
     Training frames show what the potential has seen; calibration frames, which it has not seen, turn that into eV and
     eV/Å. A few hundred of each are good. Energies and stresses are calibrated if the frames have them.
 
+    Several processes share the work where torchrun or SLURM's srun starts them: each evaluates a part of the frames,
+    and the first one writes the file.
+
     [dim]ase-uq fit --model mace:my.model --train train.xyz --calibration held_out.xyz --out my.uq.safetensors[/]
     """
-    check_outputs(out)
-    from ase_uq.cli.potential import load_potential, seed_all
-    from ase_uq.fitting.fit import fit as fit_model
-    from ase_uq.io.frames import read_frames
-    from ase_uq.methods.options import make_methods
+    with ranks(device) as (communicator, device):
+        check_outputs(out)
+        from ase_uq.cli.potential import load_potential, seed_all
+        from ase_uq.fitting.fit import fit as fit_model
+        from ase_uq.io.frames import read_frames
+        from ase_uq.methods.options import make_methods
 
-    makers = make_methods([name.strip() for name in methods.split(",") if name.strip()], settings or ())
-    train_frames = read_frames(train, name="training frames")
-    calibration_frames = read_frames(calibration, name="calibration frames")
-    perturbed_frames = None if perturbed is None else read_frames(perturbed, name="perturbed frames")
-    seed_all(seed)
-    fitted = fit_model(
-        load_potential(model, device, dtype),
-        train_frames,
-        calibration_frames,
-        perturbed=perturbed_frames,
-        methods=makers,
-        label_keys=label_keys(energy_key, forces_key, stress_key),
-        batch_atoms=batch_atoms,
-    )
-    fitted.save(out)
-    typer.echo(fitted.summary())
-    typer.echo(f"written to {out}; next: ase-uq score or ase-uq md with --model {model} --uq {out}")
+        makers = make_methods([name.strip() for name in methods.split(",") if name.strip()], settings or ())
+        train_frames = read_frames(train, name="training frames")
+        calibration_frames = read_frames(calibration, name="calibration frames")
+        perturbed_frames = None if perturbed is None else read_frames(perturbed, name="perturbed frames")
+        seed_all(seed)
+        fitted = fit_model(
+            load_potential(model, device, dtype),
+            train_frames,
+            calibration_frames,
+            perturbed=perturbed_frames,
+            methods=makers,
+            label_keys=label_keys(energy_key, forces_key, stress_key),
+            batch_atoms=batch_atoms,
+            communicator=communicator,
+        )
+        if communicator is None or communicator.rank == 0:
+            fitted.save(out)
+            typer.echo(fitted.summary())
+            typer.echo(f"written to {out}; next: ase-uq score or ase-uq md with --model {model} --uq {out}")

@@ -1,0 +1,146 @@
+"""A fit on several ranks, as a launcher starts them: one file, one message, whatever happens to one of them."""
+
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ase.io import read, write
+
+from ase_uq import UncertaintyModel
+from ase_uq.backends import load_backend
+from ase_uq.cli.ranks import first_host, is_launched
+from ase_uq.testing.methods import forward_pass_of
+
+STEP = {
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_NODELIST": "gpu[03-04]",
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "0",
+}
+
+
+class TestLaunched:
+    @pytest.mark.parametrize(
+        ("environment", "expected"),
+        [
+            ({}, False),
+            ({"WORLD_SIZE": "1", "RANK": "0"}, False),
+            ({"WORLD_SIZE": "4", "RANK": "3"}, True),
+            ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # the batch script itself, whose step begins later
+            ({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, False),
+        ],
+    )
+    def test_by_torchrun_or_in_a_step_of_several_tasks(self, environment, expected):
+        before = dict(environment)
+        assert is_launched(environment) == expected
+        assert environment == before
+
+    def test_torchs_variables_are_those_of_slurm(self):
+        environment = dict(STEP)
+        assert is_launched(environment)
+        assert [environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")] == [
+            *("5", "8", "1", "gpu03")
+        ]
+        later, other = dict(STEP, SLURM_STEP_ID="1"), dict(STEP, SLURM_PROCID="6")
+        assert is_launched(later)
+        assert is_launched(other)
+        assert 1024 < int(environment["MASTER_PORT"]) < 65536
+        assert other["MASTER_PORT"] == environment["MASTER_PORT"] != later["MASTER_PORT"]
+
+    @pytest.mark.parametrize(
+        ("nodes", "first"),
+        [("a1", "a1"), ("a1,b2", "a1"), ("gpu[03-05,9]", "gpu03"), ("n[7,9]-ib,m1", "n7-ib"), ("r1n[001]", "r1n001")],
+    )
+    def test_the_first_host(self, nodes, first):
+        assert first_host(nodes) == first
+
+
+@pytest.fixture
+def launched(preloaded_bin: Path, tmp_path: Path) -> Callable[..., list[tuple[int, str, str]]]:
+    """Starts commands as ranks; exit code, stdout and stderr of each."""
+
+    def launched(*commands: list[object]) -> list[tuple[int, str, str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+        path = os.pathsep.join([str(preloaded_bin), str(Path(sys.executable).parent), os.environ["PATH"]])
+        processes = [
+            subprocess.Popen(
+                list(map(str, command)),
+                cwd=tmp_path,
+                env={**os.environ, **common, "PATH": path, "RANK": str(rank), "WORLD_SIZE": str(len(commands))},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, command in enumerate(commands)
+        ]
+        told = [process.communicate(timeout=120) for process in processes]
+        return [(process.returncode, *texts) for process, texts in zip(processes, told, strict=True)]
+
+    return launched
+
+
+@pytest.fixture
+def words(files, tmp_path: Path) -> list[object]:
+    for name in ("train", "calibration"):
+        write(tmp_path / f"{name}.xyz", read(getattr(files, name), ":24"))
+    options = ["--methods", "bll", "--set", "bll.ridge=1e-4", "--batch-atoms", 40]
+    return ["--model", "toy:", "--train", "train.xyz", "--calibration", "calibration.xyz", *options]
+
+
+def test_two_processes_write_the_file_of_one_and_one_of_them_speaks(launched, words, run, files, tmp_path):
+    assert run("fit", *words, "--out", "one.uq.safetensors").exit_code == 0
+    (code, said, _), other = launched(*[["ase-uq", "fit", *words, "--out", "two.uq.safetensors"]] * 2)
+    assert (code, other) == (0, (0, "", ""))
+    assert "written to two.uq.safetensors" in said
+    one, two = (UncertaintyModel.load(f"{name}.uq.safetensors") for name in ("one", "two"))
+    forward_pass = forward_pass_of(load_backend("toy:"), read(files.test, ":5"))
+    for key, value in one.apply(forward_pass).items():
+        torch.testing.assert_close(two.apply(forward_pass)[key], value, rtol=1e-10, atol=0, equal_nan=True)
+    assert two.provenance["calibration"] == one.provenance["calibration"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("nothing.xyz", "error: training frames: there is no file nothing.xyz.\n"),
+        (
+            "calibration.xyz",
+            "error: the training frames of rank 1 are not that of rank 0. Give all ranks the same files.\n",
+        ),
+    ],
+)
+def test_what_one_finds_ends_all_with_one_message(launched, words, tmp_path, change, message):
+    command = ["ase-uq", "fit", *words, "--out", "two.uq.safetensors"]
+    done = launched(command, [change if word == "train.xyz" else word for word in command])
+    assert [code for code, _, _ in done] == [1, 1]
+    assert sorted(text for _, _, text in done) == ["", message]
+    assert not (tmp_path / "two.uq.safetensors").exists()
+
+
+DYING = """
+import os, signal
+from ase_uq.cli.ranks import ranks
+with ranks("cpu"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_rank_that_is_killed_ends_the_others_with_a_message(launched, words, tmp_path):
+    command = ["ase-uq", "fit", *words, "--out", "two.uq.safetensors"]
+    (code, _, said), _ = launched(command, ["python", "-c", DYING])
+    assert code == 1
+    assert (
+        said
+        == "error: another rank has ended, so nothing can be summed over all of them. What it said is the reason.\n"
+    )
+    assert not (tmp_path / "two.uq.safetensors").exists()
