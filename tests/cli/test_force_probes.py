@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:bll takes further backward passe
 @pytest.fixture(scope="module")
 def exact(files, tmp_path_factory):
     path = tmp_path_factory.mktemp("exact") / "exact.uq.safetensors"
-    train, calibration = (read(source, ":20") for source in (files.train, files.calibration))
+    train, calibration = (read(source, ":10") for source in (files.train, files.calibration))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)
         fit("toy:", train, calibration, methods=[BLL(conservative="exact")], progress=False).save(path)

@@ -140,17 +140,17 @@ def test_batches_and_frames_without_labels_do_not_matter(backend: Backend, head:
 
 
 def test_from_fit_to_members():
-    calculator, train, held_out = ToyCalculator(ELEMENTS), labelled_frames(20, seed=1), labelled_frames(20, seed=2)
+    calculator, train, held_out = ToyCalculator(ELEMENTS), labelled_frames(10, seed=1), labelled_frames(10, seed=2)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)
         model = fit(calculator, train, held_out, methods=[METHOD], progress=False)
     atoms = molecule("H2O")
     atoms.rattle(0.1, seed=1)
-    (prediction,) = Predictor(calculator, model, ensemble=2000, ensemble_forces=2000).predict([atoms])
+    (prediction,) = Predictor(calculator, model, ensemble=500, ensemble_forces=500).predict([atoms])
     found = prediction["forces_ensemble"].var(2)
     e = forward_pass_of(load_backend(calculator), [atoms], gradients=True)
     expected = model.methods["bll"].head(e).forces[:, :, 0].numpy()
-    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=0.15, atol=1e-12)
+    np.testing.assert_allclose(found / found.sum(), expected / expected.sum(), rtol=0.3, atol=1e-12)
 
 
 def test_other_words_are_refused():
