@@ -78,12 +78,12 @@ def fit_combination(
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
     floor = float(features.base.quantile(_FLOOR_QUANTILE))
-    rows = _Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table, floor)
-    fold = _contiguous(frames.cpu().numpy())
+    rows = Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table, floor)
+    fold = contiguous_folds(frames.cpu().numpy())
     of_folds = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
     likelihoods = {name: float(values.mean()) for name, values in of_folds.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
-    if not _is_earned(of_folds["anchor"] - of_folds[best]):
+    if not is_earned(of_folds["anchor"] - of_folds[best]):
         best = "anchor"
     constant, fitted = rows.fitted(candidates[best])
     # What few frames ask for is partly chance.
@@ -104,7 +104,7 @@ def _fade(span: float, features: CombinationFeatures) -> Fade:
     return replace(fade, end=min(max(end, _SMALLEST_END), 1.0))
 
 
-def _is_earned(gains: np.ndarray) -> bool:
+def is_earned(gains: np.ndarray) -> bool:
     """Whether the mean gain of the folds is above its standard error: by chance, few frames seem to favour anything."""
     return float(gains.mean()) > float(gains.std(ddof=1)) / len(gains) ** 0.5
 
@@ -155,14 +155,14 @@ def _nll(predictions: Tensor, ratios: Tensor) -> Tensor:
     return 0.5 * (correction + ratios * torch.exp(-correction)).mean(-1)
 
 
-def _contiguous(frames: np.ndarray) -> np.ndarray:
+def contiguous_folds(frames: np.ndarray) -> np.ndarray:
     """(n_atoms,) fold of each atom, by consecutive frames: neighbours in a trajectory are not independent."""
     groups, place = np.unique(frames, return_inverse=True)
     return place * _FOLDS // len(groups)
 
 
 @dataclass(frozen=True)
-class _Likelihood:
+class Likelihood:
     """Likelihood of the components of the calibration atoms; all arrays are (n_atoms, n_components).
 
     Args:
@@ -195,7 +195,7 @@ class _Likelihood:
         log_variance = self.floored(log_variance)
         return float(0.5 * np.mean(np.log(2 * np.pi) + log_variance + self.squares * np.exp(-log_variance)))
 
-    def only(self, chosen: np.ndarray) -> "_Likelihood":
+    def only(self, chosen: np.ndarray) -> "Likelihood":
         corrections = {name: value[chosen] for name, value in self.corrections.items()}
         return replace(
             self,

@@ -107,14 +107,14 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class TestWeights:
-    def rows(self) -> fitting._Likelihood:
+    def rows(self) -> fitting.Likelihood:
         random = np.random.default_rng(0)
         base, fade, good, useless = random.normal(size=(4, 900, 1))
         fade = 1 / (1 + np.exp(-fade))
         squares = np.exp(base + fade * (0.4 + 0.8 * good)) * random.chisquare(3, size=base.shape) / 3
         harmful = base - np.log(squares)
         corrections = {"good": fade * good, "useless": fade * useless, "harmful": fade * harmful}
-        return fitting._Likelihood(base, fade, squares, corrections, -np.inf)
+        return fitting.Likelihood(base, fade, squares, corrections, -np.inf)
 
     def test_are_those_of_another_optimiser(self):
         rows = self.rows()
