@@ -33,7 +33,7 @@ from ase_uq.numerics.sample import RowSample
 
 N_SAMPLED = 1000  # atoms of each half on which local errors are computed
 N_NEIGHBOURS = 100  # more than most potentials have features that matter nearby
-_LABELS = 3  # columns before the features of a sample: frame, place of the atom in it, atomic number
+LABELS = 3  # columns before the features of a sample: frame, place of the atom in it, atomic number
 
 
 class Interval(NamedTuple):
@@ -53,12 +53,20 @@ class PointwiseErrors(Brief):
         place: (n_atoms,) place of the atom in its frame.
         numbers: (n_atoms,) atomic numbers.
         errors: By (from, to): (n_atoms,) errors, as a share of the spread of the features of the second over all atoms.
+        spreads: By potential: (n_atoms,) distances from the mean features of the atom's element, in the same unit. An
+            error that is as large says that nothing but the element of the atom is known.
     """
 
     frame: np.ndarray
     place: np.ndarray
     numbers: np.ndarray
     errors: Mapping[tuple[str, str], np.ndarray]
+    spreads: Mapping[str, np.ndarray]
+
+    def beyond_elements(self, pair: tuple[str, str], chosen: np.ndarray | slice = slice(None)) -> float:
+        """Root mean square error of some atoms, as a share of that of someone who knows no more than their elements."""
+        squares = [np.mean(values[chosen].astype(float) ** 2) for values in (self.errors[pair], self.spreads[pair[1]])]
+        return float(np.sqrt(squares[0] / squares[1])) if squares[1] else math.nan
 
 
 def gfre(
@@ -177,6 +185,7 @@ class Gathered:
     Args:
         columns: Columns of each potential in joint rows.
         quarters: Moments of the joint rows; the first two are one half of the frames, the last two the other.
+        centres: (d,) mean of the joint rows of each element, by atomic number.
         samples: (n, 3 + d) of each half: frame, place and atomic number of atoms, and their joint rows.
         n_frames: Number of frames.
         block: Number of consecutive frames that stay in one half.
@@ -184,6 +193,7 @@ class Gathered:
 
     columns: Mapping[str, slice]
     quarters: tuple[Moments, Moments, Moments, Moments]
+    centres: Mapping[int, Tensor]
     samples: tuple[Tensor, Tensor]
     n_frames: int
     block: int
@@ -230,7 +240,7 @@ class Gathered:
             )
         if n_bootstrap < 0:
             raise ValueError(f"n_bootstrap is {n_bootstrap}; a number of resamples was expected, 0 for no interval.")
-        rows = [sample[:, _LABELS:] for sample in self.samples]
+        rows = [sample[:, LABELS:] for sample in self.samples]
         columns = self.columns[source], self.columns[target]
         errors = [local_errors(rows[1 - half], rows[half], *columns, n_neighbours) for half in (0, 1)]
         squares = torch.cat(errors).square().cpu().numpy()
@@ -252,18 +262,27 @@ class Gathered:
             title: Title of the progress bar; empty for none.
         """
         maps = {pair: self.maps(*pair) for pair in pairs}
+        scales = {pair[1]: fitted[0].pair.target_scale for pair, fitted in maps.items()}
         labels: list[Tensor] = []
         errors: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in maps}
+        spreads: dict[str, list[np.ndarray]] = {name: [] for name in scales}
         with progress_bar(total=self.n_frames, desc=title, unit="frame", show=bool(title), leave=False) as bar:
             for chunk in stream:
                 half = quarter_of(chunk.labels[:, 0], self.block) // 2
                 for pair, fitted in maps.items():
                     error = torch.where(half == 0, fitted[1].errors(chunk.rows), fitted[0].errors(chunk.rows))
                     errors[pair].append(error.float().cpu().numpy())
+                apart = chunk.rows - torch.stack([self.centres[z] for z in chunk.elements.tolist()])
+                for name, scale in scales.items():
+                    spread = apart[:, self.columns[name]].norm(dim=1) / scale
+                    spreads[name].append(spread.float().cpu().numpy())
                 labels.append(torch.cat([chunk.labels, chunk.elements[:, None]], 1).cpu())
                 bar.update(int(chunk.labels[-1, 0] - chunk.labels[0, 0]) + 1)
         frame, place, numbers = torch.cat(labels).T.numpy()
-        return PointwiseErrors(frame, place, numbers, {pair: np.concatenate(each) for pair, each in errors.items()})
+        of_pairs = {pair: np.concatenate(each) for pair, each in errors.items()}
+        return PointwiseErrors(
+            frame, place, numbers, of_pairs, {name: np.concatenate(each) for name, each in spreads.items()}
+        )
 
     def _judged(self, source: str, target: str) -> Iterable[tuple[LinearMap, Moments]]:
         return zip(self.maps(source, target), self.halves[::-1], strict=True)
@@ -288,6 +307,7 @@ def gather(stream: LatentStream, block: int, n_sampled: int = 0) -> Gathered:
     if block < 1 or n_sampled < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_sampled is {n_sampled}, at least 0.")
     quarters: list[Moments | None] = [None] * 4
+    sums: dict[int, tuple[int, Tensor]] = {}
     samples = [RowSample(n_sampled), RowSample(n_sampled)]
     n_frames = 0
     for chunk in stream:
@@ -295,6 +315,10 @@ def gather(stream: LatentStream, block: int, n_sampled: int = 0) -> Gathered:
         for number in quarter.unique().tolist():
             found, before = Moments.of(chunk.rows[quarter == number]), quarters[number]
             quarters[number] = found if before is None else before + found
+        for z in chunk.elements.unique().tolist():
+            rows = chunk.rows[chunk.elements == z]
+            count, total = sums.get(z, (0, torch.zeros_like(rows[0])))
+            sums[z] = count + len(rows), total + rows.sum(0)
         if n_sampled:
             rows = torch.cat([chunk.labels, chunk.elements[:, None], chunk.rows], 1)
             for half, sample in enumerate(samples):
@@ -307,9 +331,10 @@ def gather(stream: LatentStream, block: int, n_sampled: int = 0) -> Gathered:
             "again to find how much regularisation its map needs."
         )
     found = [sample.finish(Serial()) for sample in samples]
-    empty = one.mean.new_zeros(0, _LABELS + len(one.mean))
+    empty = one.mean.new_zeros(0, LABELS + len(one.mean))
     kept = tuple(empty if rows is None else rows for rows in found)
-    gathered = Gathered(stream.columns, (one, two, three, four), (kept[0], kept[1]), n_frames, block)
+    centres = {z: total / count for z, (count, total) in sums.items()}
+    gathered = Gathered(stream.columns, (one, two, three, four), centres, (kept[0], kept[1]), n_frames, block)
     _check_atoms(gathered)
     return gathered
 

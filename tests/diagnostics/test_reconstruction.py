@@ -111,6 +111,21 @@ def test_atoms_are_named(backend: Backend, frames: list[Atoms]):
     assert found.place.tolist() == [place for atoms in frames for place in range(len(atoms))]
 
 
+def test_errors_are_set_beside_the_spread_within_elements(backend: Backend, frames: list[Atoms]):
+    one = Latent(backend, some)
+    blind = Latent(backend, lambda forward_pass: (forward_pass.numbers[:, None] == torch.tensor([1, 6, 8])).double())
+    found = pointwise_errors(one, blind, frames, progress=False)
+    y = rows_of(one, frames)
+    scale = np.sqrt(y.var(0).sum())
+    for z in (1, 6, 8):
+        mine = found.numbers == z
+        expected = np.linalg.norm(y[mine] - y[mine].mean(0), axis=1) / scale
+        np.testing.assert_allclose(found.spreads["first"][mine], expected, rtol=0.1)  # the scale is that of a half
+        assert found.beyond_elements(("second", "first"), mine) == pytest.approx(1, abs=0.05)
+    assert found.beyond_elements(("second", "first")) == pytest.approx(1, abs=0.03)
+    assert math.isnan(found.beyond_elements(("first", "second")))  # which has no spread within elements
+
+
 @pytest.mark.parametrize("batch_atoms", [1, 17])
 def test_batches_change_nothing(batch_atoms: int, backend: Backend, frames: list[Atoms]):
     pair, frames = (Latent(backend, some), Latent(backend, curved)), frames[:40]
