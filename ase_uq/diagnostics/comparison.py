@@ -6,12 +6,13 @@ print(comparison.table())
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import combinations, permutations
 from typing import Any
 
 import numpy as np
 from ase.data import chemical_symbols
 
+from ase_uq.diagnostics.drift import Drift, drift_of, same_architecture
 from ase_uq.diagnostics.latent import LatentMap, principal_plane
 from ase_uq.diagnostics.latents import LatentStream, Potential, as_latent
 from ase_uq.diagnostics.reconstruction import (
@@ -62,6 +63,7 @@ class Comparison(Brief):
         pointwise: The global error of each atom.
         planes: By potential, the sampled atoms along the two directions in which its features differ most.
         sampled: (n_sampled,) rows of the sampled atoms in `pointwise`.
+        drifts: From each potential to a later one of the same architecture, as if this was fine-tuned from that.
     """
 
     n_features: Mapping[str, int]
@@ -73,6 +75,7 @@ class Comparison(Brief):
     pointwise: PointwiseErrors
     planes: Mapping[str, LatentMap]
     sampled: np.ndarray
+    drifts: Mapping[Pair, Drift]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -127,7 +130,7 @@ class Comparison(Brief):
         return list(found.values())
 
     def describe(self) -> str:
-        """From which of the others the features of each potential follow best, in sentences."""
+        """From which other potential the features of each follow best, and how far they drifted; a line each."""
         lines = []
         for name in self.names:
             best = min((pair for pair in self.pairs if pair[1] == name), key=lambda pair: self.gfre[pair])
@@ -135,6 +138,10 @@ class Comparison(Brief):
                 f"The features of {name} follow best from those of {best[0]}: GFRE {self.gfre[best]:.3f}, which is "
                 f"{self.beyond_elements(best):.2f} of their spread within elements; LFRE {self.lfre[best].value:.3f}."
             )
+        lines += [
+            f"From {old} to {new}, which have the same architecture: {d.describe()}"
+            for (old, new), d in self.drifts.items()
+        ]
         return "\n".join(lines)
 
     def table(self) -> str:
@@ -169,6 +176,7 @@ class Comparison(Brief):
             "n_features": dict(self.n_features),
             "n_neighbours": self.n_neighbours,
             "pairs": [self._numbers_of(pair) for pair in self.pairs],
+            "drifts": [{"old": old, "new": new} | vars(drift) for (old, new), drift in self.drifts.items()],
         }
 
     def _numbers_of(self, pair: Pair) -> dict[str, Any]:
@@ -268,6 +276,11 @@ def compare(
         pointwise=pointwise,
         planes=_planes(gathered),
         sampled=_sampled(gathered, pointwise),
+        drifts={
+            (old, new): drift_of(gathered, pointwise, old, new)
+            for old, new in combinations(latents, 2)
+            if same_architecture(latents[old], latents[new])
+        },
     )
 
 

@@ -42,7 +42,8 @@ def compare(
 
     Features of each potential are reconstructed from those of each other one, on frames that the reconstruction was
     not fitted on: by one linear map (GFRE) and by maps around each atom (LFRE). The page has the errors of all pairs
-    and of each element, the atoms and frames that one potential sees and another does not, and maps of the atoms.
+    and of each element, the atoms and frames that one potential sees and another does not, and maps of the atoms. Of a
+    potential and a fine-tuned one it also says how far the features moved.
 
     [dim]ase-uq compare mace:old.model mace:new.model frames.xyz --out comparison.html[/]
     """
