@@ -32,7 +32,7 @@ from ase_uq import embedded, fit, load_backend, metrics
 from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.comparison import Comparison, compare
 from ase_uq.diagnostics.drift import Drift, drift
-from ase_uq.diagnostics.latents import Latent
+from ase_uq.diagnostics.features import Latent
 from ase_uq.diagnostics.reconstruction import gfre
 from ase_uq.report.comparison_plots import latent_maps, reconstruction
 from ase_uq.uncertainty_model.model import UncertaintyModel

@@ -13,8 +13,8 @@ import numpy as np
 from ase.data import chemical_symbols
 
 from ase_uq.diagnostics.drift import Drift, drift_of, same_architecture
+from ase_uq.diagnostics.features import LatentStream, Potential, as_latent
 from ase_uq.diagnostics.latent import LatentMap, principal_plane
-from ase_uq.diagnostics.latents import LatentStream, Potential, as_latent
 from ase_uq.diagnostics.reconstruction import (
     LABELS,
     N_NEIGHBOURS,
@@ -30,6 +30,7 @@ from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source
 
 Pair = tuple[str, str]
+_SHOWN = 12  # elements of the table
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,11 @@ class Comparison(Brief):
     def elements(self) -> tuple[str, ...]:
         """Symbols of the elements of the frames."""
         return tuple(chemical_symbols[z] for z in np.unique(self.pointwise.numbers))
+
+    def most_frequent(self, n: int) -> tuple[str, ...]:
+        """Symbols of the elements with most atoms, by their atomic numbers."""
+        numbers, counts = np.unique(self.pointwise.numbers, return_counts=True)
+        return tuple(chemical_symbols[z] for z in np.sort(numbers[np.argsort(-counts, kind="stable")[:n]]))
 
     def beyond_elements(self, pair: Pair, symbol: str | None = None) -> float:
         """Root mean square error as a share of the spread within elements, of all atoms or of one element.
@@ -205,14 +211,11 @@ class Comparison(Brief):
         return _aligned([[title, *(f"to {name}" for name in self.names)], *rows])
 
     def _by_element(self) -> str:
-        heads = ["the same share by element", *self.elements]
-        return _aligned(
-            [heads]
-            + [
-                [f"{a} to {b}", *(f"{self.beyond_elements((a, b), z):.3f}" for z in self.elements)]
-                for a, b in self.pairs
-            ]
-        )
+        shown = self.most_frequent(_SHOWN)
+        rows = [[f"{a} to {b}", *(f"{self.beyond_elements((a, b), z):.3f}" for z in shown)] for a, b in self.pairs]
+        n_more = len(self.elements) - len(shown)
+        note = f"\n{n_more} more elements, with fewer atoms, are not listed here." if n_more else ""
+        return _aligned([["the same share by element", *shown], *rows]) + note
 
     def _worst_frames(self) -> str:
         lines = ["atoms that the second sees and the first does not, in the frames where they are worst"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ase_uq.diagnostics.latents import Latent, LatentStream, Potential, as_latent
+from ase_uq.diagnostics.features import Latent, LatentStream, Potential, as_latent
 from ase_uq.diagnostics.reconstruction import Gathered, PointwiseErrors, gather
 from ase_uq.errors import PotentialMismatch
 from ase_uq.io.frames import Frames

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ase_uq import metrics
 from ase_uq.communicator import Serial
-from ase_uq.diagnostics.latents import LatentStream, Potential, as_latent
+from ase_uq.diagnostics.features import LatentStream, Potential, as_latent
 from ase_uq.display.progress import progress_bar
 from ase_uq.display.representation import Brief
 from ase_uq.errors import InputError

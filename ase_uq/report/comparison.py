@@ -134,15 +134,13 @@ class _Page:
 
     def _by_element(self) -> Picture:
         found = self._found
-        counts = {z: int((found.pointwise.numbers == z).sum()) for z in np.unique(found.pointwise.numbers).tolist()}
-        most = sorted(counts, key=lambda z: -counts[z])[:_MOST_ELEMENTS]
-        symbols = [chemical_symbols[z] for z in sorted(most)]
+        symbols = found.most_frequent(_MOST_ELEMENTS)
         cells = [[found.beyond_elements(pair, symbol) for symbol in symbols] for pair in found.pairs]
         ax = error_table(cells, [f"{a} → {b}" for a, b in found.pairs], symbols, title=_SHARE)
         ax.set_xlabel("element", fontsize=9)
         caption = "Errors of the atoms of each element, beside the spread of the features within it."
-        if len(counts) > len(most):
-            caption += f" The {len(most)} most frequent of {len(counts)} elements; the table has all."
+        if len(found.elements) > len(symbols):
+            caption += f" The {len(symbols)} most frequent of {len(found.elements)} elements; the table has all."
         alt = f"Table of errors by element: {', '.join(symbols)} for {counted(len(found.pairs), 'pair')} of potentials."
         return self.album.add("elements", ax, alt, caption)
 

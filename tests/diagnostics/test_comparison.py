@@ -12,7 +12,7 @@ from ase.build import molecule
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.comparison import Comparison, compare
-from ase_uq.diagnostics.latents import Latent
+from ase_uq.diagnostics.features import Latent
 from ase_uq.diagnostics.reconstruction import gfrd, gfre, lfre, pointwise_errors, quarter_of
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
@@ -80,6 +80,13 @@ def test_elements_add_up_to_the_whole(comparison: Comparison):
     shares = [comparison.beyond_elements(pair, symbol) for symbol in comparison.elements]
     assert min(shares) < comparison.beyond_elements(pair) < max(shares)
     assert comparison.beyond_elements(pair) > comparison.gfre[pair]  # within elements there is less to tell
+
+
+def test_of_many_elements_the_most_frequent_are_listed(comparison: Comparison, monkeypatch: pytest.MonkeyPatch):
+    assert comparison.most_frequent(2) == ("H", "O")
+    assert comparison.most_frequent(9) == comparison.elements
+    monkeypatch.setattr("ase_uq.diagnostics.comparison._SHOWN", 1)
+    assert "2 more elements, with fewer atoms, are not listed here." in comparison.table()
 
 
 def test_what_no_other_sees_is_the_smallest_error(comparison: Comparison):

@@ -11,7 +11,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.comparison import compare
 from ase_uq.diagnostics.drift import drift
-from ase_uq.diagnostics.latents import Latent
+from ase_uq.diagnostics.features import Latent
 from ase_uq.diagnostics.reconstruction import gfre
 from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass

@@ -15,8 +15,8 @@ from skmatter.metrics import pointwise_global_reconstruction_error
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.diagnostics import latents
-from ase_uq.diagnostics.latents import Latent, LatentStream, last_layer
+from ase_uq.diagnostics import features
+from ase_uq.diagnostics.features import Latent, LatentStream, last_layer
 from ase_uq.diagnostics.reconstruction import gather, gfrd, gfre, lfre, pointwise_errors, quarter_of
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
@@ -159,7 +159,7 @@ def test_what_does_not_fit_is_evaluated_again(room: int, monkeypatch: pytest.Mon
         return forward(*arguments)
 
     monkeypatch.setattr(backend, "_forward", counted)
-    monkeypatch.setattr(latents, "_KEPT", room)
+    monkeypatch.setattr(features, "_KEPT", room)
     found = pointwise_errors(Latent(backend, some), Latent(backend, curved), frames, batch_atoms=45, progress=False)
     n_of_one = len(calls)
     assert len(found.frame) == sum(map(len, frames))

@@ -17,7 +17,7 @@ from PIL import Image
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.comparison import Comparison, compare
-from ase_uq.diagnostics.latents import Latent
+from ase_uq.diagnostics.features import Latent
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.report.comparison import write_comparison
@@ -108,6 +108,15 @@ def test_pictures_are_files_too(page, comparison: Comparison):
 def test_captions_name_no_colours_which_a_dark_page_changes(page):
     captions = " ".join(re.findall(r"<figcaption>(.*?)</figcaption>", page[2], re.DOTALL))
     assert not re.search(r"\b(red|blue|black|white|orange|gr[ae]y|yellow|green)\b", captions)
+
+
+@pytest.mark.usefixtures("blank_pictures")
+def test_of_many_elements_the_most_frequent_are_drawn(frames, comparison, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("ase_uq.report.comparison._MOST_ELEMENTS", 2)
+    write_comparison(tmp_path / "c.html", comparison, frames)
+    text = (tmp_path / "c.html").read_text("utf-8")
+    assert "The 2 most frequent of 3 elements; the table has all." in text
+    assert '<th scope="row">C</th>' in text
 
 
 @pytest.mark.usefixtures("blank_pictures")
