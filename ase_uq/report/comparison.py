@@ -84,7 +84,7 @@ class _Page:
             "sentences": found.describe().splitlines(),
             "matrix": self._matrix(),
             "pairs": self._pairs(),
-            "by_element": self._by_element(),
+            "by_element": self._by_element() if len(found.elements) > 1 else None,
             "elements": self._elements(),
             "map": self._maps(),
             "worst": self._worst(),
@@ -171,8 +171,8 @@ class _Page:
             ax,
             f"Principal components of {counted(len(found.sampled), 'atom')} in features of {', '.join(found.names)}.",
             "Each mark is an atom, along the two directions in which the features of the potential named above differ "
-            f"most. Dark ones are those that {others} reconstructs worst, as a share of the spread of all features; "
-            "the scale ends at the highest hundredth.",
+            f"most. The colour says how much of its features {others} misses, as a share of the spread of all; the "
+            "scale ends at the highest hundredth.",
         )
 
     def _worst(self) -> list[dict[str, Any]]:

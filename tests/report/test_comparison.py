@@ -107,6 +107,7 @@ def test_pictures_are_files_too(page, comparison: Comparison):
 
 def test_captions_name_no_colours_which_a_dark_page_changes(page):
     captions = " ".join(re.findall(r"<figcaption>(.*?)</figcaption>", page[2], re.DOTALL))
+    assert "dark" not in captions.lower()
     assert not re.search(r"\b(red|blue|black|white|orange|gr[ae]y|yellow|green)\b", captions)
 
 
@@ -154,6 +155,7 @@ def test_of_a_large_frame_the_surroundings_of_the_worst_atom_are_drawn(tmp_path,
     assert {len(atoms) for atoms, _, _ in drawn} == {400}
     atoms, errors, largest = drawn[0]
     assert errors.max() == pytest.approx(largest) == comparison.seen_by_no_other("one").max()
+    assert "By element" not in (tmp_path / "c.html").read_text("utf-8")  # there is only one
 
 
 def test_a_table_in_colour_has_its_numbers():
