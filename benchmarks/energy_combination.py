@@ -162,8 +162,8 @@ def markdown(cells: Mapping[str, Sequence[Cell]], most: int) -> str:
     lines = [
         "# Energies by several methods",
         "",
-        f"`python benchmarks/energy_combination.py --frames {most}`: per structure, the calibrated σ² of `bll`, and the "
-        "same corrected by `kernel` and `pdrum` as `combined` does it for forces. NLL (without the constant ln 2π/2), "
+        f"`python benchmarks/energy_combination.py --frames {most}`: per structure, the calibrated σ² of `bll`, and "
+        "the same corrected by `kernel` and `pdrum` as `combined` does for forces. NLL (without the constant ln 2π/2), "
         "mean z² and Spearman correlation of errors per atom, without the shift of the calibration frames.",
         "",
         f"Over {len(every)} cells the combination changes the NLL by {gains[:, 0].mean():+.3f} in the mean, by "

@@ -41,6 +41,7 @@ from ase_uq.backends import load_backend
 from mace.calculators import foundations_models as loaders
 model = load_backend("embedded:mace", device="cpu").calculator.models[0]
 torch.save(model, "my.model")
+torch.save(model, "fine_tuned.model")
 # Where mace looks before it fetches weights, under the names that it gives them there.
 os.makedirs("cache/mace")
 url = loaders.mace_mp_urls["medium-mpa-0"]

@@ -184,6 +184,15 @@ class Backend(ABC):
         return replace(forward_pass, volumes=volumes.to(forward_pass.stress.device))
 
     @property
+    def architecture(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the weights by name; the same for potentials that differ in their training only."""
+        return {
+            f"{number}.{name.replace('_orig_mod.', '')}": tuple(weight.shape)
+            for number, module in enumerate(self._modules())
+            for name, weight in module.named_parameters()
+        }
+
+    @property
     def identity(self) -> Identity:
         """Identity to which an uncertainty model is bound. The first call evaluates the probe structure."""
         return self._probed[0]

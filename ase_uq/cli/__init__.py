@@ -12,6 +12,7 @@ import typer
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.options import Verb
 from ase_uq.cli.verbs.average import average
+from ase_uq.cli.verbs.compare import compare
 from ase_uq.cli.verbs.demo import demo
 from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
@@ -26,7 +27,23 @@ from ase_uq.cli.verbs.score import score
 from ase_uq.cli.verbs.select import select
 
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
-for verb in (fit, info, evaluate, score, merge, average, select, perturb_frames, reference, md, relax, report, demo):
+VERBS = (
+    fit,
+    info,
+    evaluate,
+    score,
+    merge,
+    average,
+    select,
+    perturb_frames,
+    reference,
+    md,
+    relax,
+    report,
+    compare,
+    demo,
+)
+for verb in VERBS:
     app.command(cls=Verb)(verb)
 
 
@@ -63,7 +80,8 @@ def _(
     potential no longer knows, [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins what
     several machines scored), [bold]average[/] observables their error bars, and [bold]select[/] picks frames worth
     labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/]
-    makes runs on which false alarms are counted.
+    makes runs on which false alarms are counted. [bold]compare[/] shows what several potentials see of the same
+    frames.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

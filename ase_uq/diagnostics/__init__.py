@@ -1,1 +1,1 @@
-"""How good uncertainties are on labelled frames, and where frames lie in the feature space of a potential."""
+"""How good uncertainties are on labelled frames, where frames lie in feature space, and what potentials see of them."""

@@ -62,9 +62,14 @@ class Moments:
         moved = self.scatter + self.count * torch.outer(step, step)
         return Moments(total, mean, communicator.sum({"scatter": moved})["scatter"])
 
+    def about(self, centre: Tensor) -> Tensor:
+        """(d, d) Σ (z - centre)(z - centre)ᵀ."""
+        step = self.mean - centre
+        return self.scatter + self.count * torch.outer(step, step)
+
     def about_zero(self) -> Tensor:
         """(d, d) Σ z zᵀ."""
-        return self.scatter + self.count * torch.outer(self.mean, self.mean)
+        return self.about(torch.zeros_like(self.mean))
 
 
 def reduced(moments: Moments | None, communicator: Communicator) -> Moments | None:

@@ -10,10 +10,13 @@ from pathlib import Path
 from ase_uq.errors import ArtefactError
 from ase_uq.io.files import check_writable
 
-# Metadata of our pictures, by which those of an earlier report are recognised.
+# Metadata of our pictures, of all pages, by which those of an earlier one are recognised.
 PICTURE_METADATA = {"Software": "ase-uq report"}
 _MARK = b"tEXtSoftware\0ase-uq report"
-_NAMES = re.compile(r"(uncertainty|gamma|parity_\w+|reliability|errors|latent_map|frame_\d+)\.png")
+_NAMES = re.compile(
+    r"(uncertainty|gamma|parity_\w+|reliability|errors|latent_map|frame_\d+|reconstruction|elements|latent_maps|"
+    r"unseen_\d+_\d+)\.png"
+)
 
 
 def check_outputs(page: Path, folder: Path) -> None:
@@ -32,7 +35,7 @@ def check_outputs(page: Path, folder: Path) -> None:
     for path, is_ours in _pictures_in(folder):
         if not is_ours:
             raise FileExistsError(
-                f"{path} is not a picture that `ase-uq report` wrote, and a new picture could overwrite it. Move it, "
+                f"{path} is not a picture that `ase-uq` wrote, and a new picture could overwrite it. Move it, "
                 "or choose another folder for the pictures."
             )
 

@@ -4,12 +4,9 @@ The page is one file that needs no network: it contains the pictures, the data a
 its content security policy makes browsers refuse anything else.
 """
 
-import base64
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 from ase import Atoms
@@ -18,23 +15,16 @@ from ase_uq.backends.base import Backend
 from ase_uq.diagnostics.latent import LatentMap, evenly, frame_features, principal_plane
 from ase_uq.display.representation import Brief
 from ase_uq.dynamics.policy import check_order
-from ase_uq.errors import MissingDependency
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.report.output import check_outputs, publish
 from ase_uq.report.sections import Sections
 from ase_uq.report.survey import Survey, survey
-from ase_uq.report.viewer import packed, plotly_script
-from ase_uq.report.words import counted, number
+from ase_uq.report.template import page_script, rendered
+from ase_uq.report.viewer import plotly_script
+from ase_uq.report.words import counted
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction
 from ase_uq.uncertainty_model.model import UncertaintyModel
-
-try:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-except ImportError as error:
-    raise MissingDependency(
-        'the page of a report needs jinja2, which is not installed. Run: pip install "ase-uq[report]"'
-    ) from error
 
 _MOST_REFERENCE = 500  # training and calibration frames in the latent map, each
 
@@ -135,7 +125,8 @@ def write_report(
     if backend is not None:
         plane = _plane(backend, surveyed, {"training": train, "calibration": calibration}, batch_atoms)
     sections = Sections(surveyed, uncertainty_model, flag, halt, reduction, dict(sources or {}), tolerance)
-    text = _page(sections, plane)
+    values = sections.values(plane)
+    text = rendered("page.html.j2", values | {"script": page_script(), "library": plotly_script()})
     return Report(path, publish(path, text, folder, sections.album.files), surveyed, flag, halt)
 
 
@@ -171,30 +162,3 @@ def _plane(
     return principal_plane(
         {name: frame_features(backend, frames, batch_atoms=batch_atoms) for name, frames in groups.items()}
     )
-
-
-def _page(sections: Sections, plane: LatentMap | None) -> str:
-    environment = Environment(
-        loader=PackageLoader("ase_uq.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "counted": counted,
-        "number": number,
-        "packed": packed,
-        "percent": "{:.1%}".format,
-        "sha256": _sha256,
-        "thousands": "{:,}".format,
-    }
-    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False, "allow_nan": False}
-    style, script = (files("ase_uq.report").joinpath(name).read_text("utf-8") for name in ("page.css", "page.js"))
-    template = environment.get_template("page.html.j2")
-    return template.render(sections.values(plane), style=style, script=script, library=plotly_script())
-
-
-def _sha256(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

@@ -17,6 +17,7 @@ from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.frames import Frames
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.methods.base import Head
+from ase_uq.numerics.cumulants import cumulants
 from ase_uq.predictor import Predictor
 from ase_uq.selection.strategies import Points
 from ase_uq.stream.passes import LeftOut, Pass, passes
@@ -33,14 +34,16 @@ class Scan:
         head: Fitted method whose features are compared.
         per: What a point is: a `"structure"`, the mean over its atoms, or an `"environment"`, one atom.
         batch_atoms: Largest number of atoms evaluated together.
+        order: Highest order of the cumulants over its atoms that a structure has; 1 for the mean alone.
     """
 
-    def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int | None) -> None:
+    def __init__(self, predictor: Predictor, head: Head, per: Per, batch_atoms: int | None, order: int = 1) -> None:
         self._backend = predictor.backend
         self._model = predictor.uncertainty_model
         self._head = head
         self._per = per
         self._batch_atoms = batch_atoms
+        self._order = order
 
     def pool(self, frames: Frames, title: str) -> tuple[Points, np.ndarray, list[int], dict[int, str]]:
         """Points of candidates, and the readings and numbers that their choice needs.
@@ -138,9 +141,9 @@ class Scan:
         features = self._head.features(forward_pass)
         if self._per == "environment":
             return features, forward_pass.frame_of_atom, forward_pass.numbers
-        counts = forward_pass.n_atoms_of_frame.to(features)[:, None]
         numbers = torch.arange(forward_pass.n_frames, device=features.device)
-        return forward_pass.sum_over_atoms(features) / counts, numbers, torch.zeros_like(numbers)
+        rows = cumulants(features, forward_pass.frame_of_atom, forward_pass.n_atoms_of_frame, self._order)
+        return rows, numbers, torch.zeros_like(numbers)
 
 
 @dataclass(frozen=True)

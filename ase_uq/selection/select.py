@@ -21,6 +21,7 @@ from ase_uq.io.frames import Frames
 from ase_uq.io.results import annotated, drop_uncertainties
 from ase_uq.io.source import Source
 from ase_uq.methods.base import Head
+from ase_uq.numerics.cumulants import HIGHEST
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.selection.points import Per, Scan
 from ase_uq.selection.strategies import (
@@ -160,6 +161,7 @@ def select(
     strategy: StrategyName = "lcmd",
     method: str | None = None,
     per: Per = "structure",
+    cumulants: int = 1,
     flag: float | str | Criterion | None = None,
     halt: float | str | Criterion | None = None,
     duplicates: float = 1e-3,
@@ -194,6 +196,8 @@ def select(
             between `flag` and `halt`, as DP-GEN does; `"random"`.
         method: Fitted method whose features are compared; by default the first one that has features, such as `"bll"`.
         per: What is compared: `"structure"` or `"environment"`.
+        cumulants: Highest order of the cumulants over its atoms that a structure has: 1 for the mean alone, up to 4;
+            see `ase_uq.numerics.cumulants.cumulants`.
         flag: Threshold, in eV/Å or as a criterion: frames with a lower reading are trusted and never chosen.
         halt: Threshold likewise: frames with this reading or a higher one have failed and are never chosen.
         duplicates: Share of the typical distance between frames of the pool below which two frames are the same. A
@@ -210,10 +214,11 @@ def select(
         TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
     """
     _check_options(n, strategy, per, flag, halt, duplicates)
+    _check_cumulants(cumulants, per)
     predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
     levels = _levels(predictor.uncertainty_model, flag, halt)
-    scan = Scan(predictor, head, per, batch_atoms)
+    scan = Scan(predictor, head, per, batch_atoms, cumulants)
     points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
     if len(numbers) < n:
         which = " that can be evaluated" if left_out else ""
@@ -240,6 +245,13 @@ def select(
     everywhere = np.full(len(numbers) + len(left_out), np.nan)
     everywhere[numbers] = readings
     return Selection(chosen, len(everywhere), near, bands, strategy, name, everywhere, left_out)
+
+
+def _check_cumulants(order: int, per: str) -> None:
+    if not 1 <= order <= HIGHEST:
+        raise ValueError(f"cumulants is {order}; the highest order of 1 (means alone) to {HIGHEST} was expected.")
+    if order > 1 and per == "environment":
+        raise ValueError(f"cumulants is {order}, but an environment is one atom: they are for structures.")
 
 
 def _check_options(

@@ -136,7 +136,7 @@ def test_a_second_report_replaces_the_pictures_of_the_first_and_touches_no_other
     (folder / "frame_0.png").write_bytes(b"mine")
     again = tell(frames="in.xyz")
     assert again.exit_code == 1
-    assert "error: report_figures/frame_0.png is not a picture that `ase-uq report` wrote" in again.stderr
+    assert "error: report_figures/frame_0.png is not a picture that `ase-uq` wrote" in again.stderr
     assert (folder / "frame_0.png").read_bytes() == b"mine"
 
 

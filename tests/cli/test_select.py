@@ -77,6 +77,13 @@ def test_environments_name_their_atom(select):
     assert int(result.stdout.splitlines()[1].split()[2]) == atoms.info["selected_atom"]
 
 
+def test_structures_are_compared_by_their_cumulants(select):
+    assert select("--n", 5).exit_code == 0
+    by_means = [atoms.info["source_index"] for atoms in read("chosen.xyz", ":")]
+    assert select("--n", 5, "--cumulants", 3, "--overwrite").exit_code == 0
+    assert [atoms.info["source_index"] for atoms in read("chosen.xyz", ":")] != by_means
+
+
 def test_bands_are_counted(select, files):
     result = select("--n", 3, "--strategy", "bands", "--flag", "q0.5", "--halt", 100, "--seed", 4)
     assert result.exit_code == 0
@@ -159,6 +166,8 @@ def test_an_element_that_was_not_fitted_is_one_warning(select, files):
         (["--strategy", "best"], {}, 1, "error: strategy must be one of 'lcmd', 'maxdet', 'maxdist'"),
         (["--strategy", "bands", "--flag", 0.1], {}, 1, "error: the strategy 'bands' chooses between two thresholds"),
         (["--per", "atom"], {}, 1, "error: per must be one of 'structure', 'environment', not 'atom'."),
+        (["--cumulants", 5], {}, 2, "--cumulants"),
+        (["--cumulants", 2, "--per", "environment"], {}, 1, "error: cumulants is 2, but an environment is one atom"),
         (["--method", "pdrum"], {}, 1, "error: the uncertainty model has no method 'pdrum'. It has bll."),
         (["--flag", "tall"], {}, 2, "'tall' is neither a number in eV/Å nor a criterion"),
     ],

@@ -65,7 +65,7 @@ def test_a_picture_of_somebody_else_is_never_overwritten_or_removed(tmp_path, ou
     page, folder = tmp_path / "e.html", tmp_path / "figures"
     folder.mkdir()
     theirs = picture(folder / "frame_7.png")
-    with pytest.raises(FileExistsError, match=r"frame_7.png is not a picture that `ase-uq report` wrote.*Move it"):
+    with pytest.raises(FileExistsError, match=r"frame_7.png is not a picture that `ase-uq` wrote.*Move it"):
         check_outputs(page, folder)
     publish(page, "text", folder, {"frame_0.png": ours})
     assert (folder / "frame_7.png").read_bytes() == theirs

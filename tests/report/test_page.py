@@ -496,7 +496,7 @@ def test_pictures_of_the_report_before_do_not_stay(told, scored):
         assert {name for name in found if name.startswith("frame")} == {f"frame_{i}.png" for i in numbers}
 
 
-@pytest.mark.parametrize(("package", "module"), [("plotly", "viewer"), ("jinja2", "page")])
+@pytest.mark.parametrize(("package", "module"), [("plotly", "viewer"), ("jinja2", "template")])
 def test_without_what_it_needs_the_install_line_is_told(monkeypatch, package, module):
     for name in [name for name in sys.modules if name.split(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)

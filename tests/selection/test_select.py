@@ -16,6 +16,8 @@ from ase_uq.engines.ase.calculator import UncertainCalculator
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.fitting.fit import fit
 from ase_uq.methods.pops import POPS
+from ase_uq.predictor import Predictor
+from ase_uq.selection.points import Scan
 from ase_uq.selection.select import Selection
 from ase_uq.selection.select import select as choose_frames
 from ase_uq.selection.strategies import LargestCluster, Points, Space, choose
@@ -213,6 +215,25 @@ class TestMethods:
             select(pool, 2, uncertainty_model=alone)
 
 
+class TestCumulants:
+    def test_a_structure_is_the_cumulants_over_its_atoms(self, model, pool):
+        predictor = Predictor(load_backend(ToyCalculator(ELEMENTS)), model)
+        head = model.methods["bll"].head
+        points = Scan(predictor, head, "structure", None, 3).pool(pool, "")[0]
+        for atoms, row in zip(pool, points.rows, strict=True):
+            features = head.features(forward_pass_of(predictor.backend, [atoms])).numpy()
+            apart = features - features.mean(0)
+            expected = [features.mean(0), np.sqrt((apart**2).mean(0)), np.cbrt((apart**3).mean(0))]
+            np.testing.assert_allclose(row, np.concatenate(expected), rtol=1e-4, atol=1e-5)
+
+    def test_other_frames_are_chosen_by_more_of_them(self, select, pool, train):
+        alone, one, more = (
+            select(pool, 8, train=train, **options) for options in ({}, {"cumulants": 1}, {"cumulants": 3})
+        )
+        assert alone.indices.tolist() == one.indices.tolist()
+        assert more.indices.tolist() != one.indices.tolist()
+
+
 class TestFrames:
     def test_chosen_frames_know_their_rank_and_carry_no_results(self, select, pool, tmp_path: Path):
         frames = [atoms.copy() for atoms in pool]
@@ -256,6 +277,8 @@ class TestRefusals:
             ({"n": 0}, "0 frames were asked for; 1 or more was expected"),
             ({"strategy": "best"}, "strategy must be one of 'lcmd', 'maxdet', .*, not 'best'"),
             ({"per": "atom"}, "per must be one of 'structure', 'environment', not 'atom'"),
+            ({"cumulants": 5}, r"cumulants is 5; the highest order of 1 \(means alone\) to 4 was expected"),
+            ({"cumulants": 2, "per": "environment"}, "cumulants is 2, but an environment is one atom"),
             ({"strategy": "bands", "flag": 0.1}, "chooses between two thresholds: give flag and halt"),
             ({"flag": 0.5, "halt": 0.5}, "flag is 0.5 eV/Å and halt is 0.5 eV/Å, so no frame lies between"),
             ({"duplicates": 1.0}, "duplicates must be a share of the typical distance from 0 to below 1, not 1.0"),

@@ -47,6 +47,16 @@ def select(
             help="Compare structures, or compare each atom with others of its element and take its frame.",
         ),
     ] = "structure",
+    cumulants: Annotated[
+        int,
+        typer.Option(
+            "--cumulants",
+            min=1,
+            max=4,
+            metavar="ORDER",
+            help="Compare structures by this and all lower cumulants over their atoms; 1 is the mean alone.",
+        ),
+    ] = 1,
     flag: Annotated[
         Any,
         typer.Option(
@@ -97,6 +107,7 @@ def select(
         strategy=strategy,  # pyright: ignore[reportArgumentType]  (checked there, with the message that helps)
         method=method,
         per=per,  # pyright: ignore[reportArgumentType]
+        cumulants=cumulants,
         flag=flag,
         halt=halt,
         duplicates=duplicates,
