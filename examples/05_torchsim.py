@@ -34,7 +34,7 @@ print(f"{sum(r.n_flagged + r.halted for r in monitor.replicas)} frames are in fl
 going_on = final[[replica.number for replica in monitor.replicas if not replica.halted]]
 relaxation = ReplicaMonitor(model, halt=0.3)
 relaxed = relaxation.optimize(
-    going_on, optimizer=ts.Optimizer.fire, convergence_fn=ts.generate_force_convergence_fn(0.05), max_steps=500
+    going_on, optimizer=ts.Optimizer.fire, convergence_fn=ts.generate_force_convergence_fn(0.1), max_steps=500
 )
 for replica, force in zip(relaxation.replicas, ts.system_wise_max_force(relaxed).tolist(), strict=True):
     print(f"{replica.formula}: {'halted' if replica.halted else 'relaxed'} at step {replica.step}, {force:.3f} eV/Å")

@@ -24,7 +24,6 @@ from ase_uq.backends.sevennet import SevenNetCalculator, load
 from ase_uq.errors import PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends import BackendContract, gradients, process_state, standard_frames
-from ase_uq.testing.backends.identity import IdentityLaws
 from ase_uq.testing.backends.last_layers import LastLayerLaws
 from ase_uq.testing.backends.means import MeanLaws
 from ase_uq.testing.backends.under_test import BackendUnderTest
@@ -108,8 +107,8 @@ def sevennet_0() -> SevenNetCalculator:
     return calculator
 
 
-class TestSevenNet0(OfSevenNet, MeanLaws, LastLayerLaws, IdentityLaws):
-    """Trained weights; derivatives and geometry are those of the architecture, which is that of `TestNoParity`."""
+class TestSevenNet0(OfSevenNet, MeanLaws, LastLayerLaws):
+    """Trained weights; the other laws are of the architecture, which is that of `TestNoParity`."""
 
     def make_calculator(self, dtype="float32"):
         calculator = copy.copy(sevennet_0())
