@@ -61,7 +61,8 @@ class Distributed:
             dist.all_reduce(flat)
         except RuntimeError as error:  # of gloo, or of NCCL
             raise InputError(
-                "another rank has ended, so nothing can be summed over all of them. What it said is the reason."
+                "another rank has ended, so nothing can be summed over all of them. Its message says why; if there is "
+                "none, it was killed: by a limit of time or memory, for example."
             ) from error
         flat = flat.to(home)
         summed, start = {}, 0

@@ -175,8 +175,8 @@ def _estimate(model: UncertaintyModel, force_probes: int) -> None:
     heads = [fitted.head for fitted in model.methods.values() if fitted.head.estimates]
     if force_probes and not heads:
         raise ValueError(
-            f"force_probes={force_probes}, but none of {', '.join(model.methods)} has an exact posterior of forces to "
-            "estimate. Fit bll with conservative='exact', or leave force_probes out."
+            f"force_probes={force_probes}, but no method of this model ({', '.join(model.methods)}) has an exact "
+            "posterior of forces to estimate. Fit bll with conservative='exact', or leave the probes out."
         )
     for head in heads:
         head.estimate(int(force_probes))

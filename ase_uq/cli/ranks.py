@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from ase_uq.errors import UQWarning
+from ase_uq.errors import InputError, UQWarning
 
 if TYPE_CHECKING:
     from torch.distributed import Store
 
     from ase_uq.communicator import Communicator
 
-# What a rank waits for another one: as long as a part of the frames may take longer than another part.
-_PATIENCE = timedelta(hours=2)
+# What a rank waits for the others to start, and then for their results: one part of the frames may take much longer
+# than another.
+_START, _PATIENCE = timedelta(minutes=10), timedelta(hours=2)
 _FIRST_PORT, _N_PORTS = 20_000, 40_000
 
 
@@ -27,7 +28,13 @@ def is_launched(environment: MutableMapping[str, str] = os.environ) -> bool:
 
     Args:
         environment: Variables of the process.
+
+    Raises:
+        InputError: They are no launcher's.
     """
+    for name in ("WORLD_SIZE", "SLURM_STEP_NUM_TASKS"):
+        if not (value := environment.get(name, "1")).isdecimal():
+            raise InputError(f"{name}={value!r} is no number of processes. Unset it, or start with torchrun or srun.")
     if "WORLD_SIZE" in environment:
         return int(environment["WORLD_SIZE"]) > 1
     if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) < 2:
@@ -66,13 +73,22 @@ def ranks(device: str) -> Iterator[tuple["Communicator | None", str]]:
 
     from ase_uq.communicator import Distributed
 
+    if device.startswith("cuda:"):
+        raise InputError(f"--device {device} would put all ranks on one device. Give --device cuda; each takes one.")
     if on_accelerator := (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        # A launcher may show each rank one device alone.
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
         torch.cuda.set_device(device)
-    store, rank, size = next(dist.rendezvous("env://", timeout=_PATIENCE))
-    dist.init_process_group(
-        "nccl" if on_accelerator else "gloo", store=store, rank=rank, world_size=size, timeout=_PATIENCE
-    )
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=_START))
+        backend = "nccl" if on_accelerator else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the {os.environ['WORLD_SIZE']} processes of this command did not find each other "
+            f"({str(error).splitlines()[0]}). Start all of them with one torchrun or srun; in a shell inside a SLURM "
+            "step, unset SLURM_STEP_NUM_TASKS to use one process."
+        ) from error
     try:
         with warnings.catch_warnings():
             if rank:

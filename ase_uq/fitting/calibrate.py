@@ -41,7 +41,7 @@ def with_perturbed(
     how = {"forces": True, "gradients": model.gradients, "title": title, "name": "perturbed frame", **options}
     stream = LabelledStream(backend, frames, Serial(), **how)
     uncertainty, error, numbers, counts = [], [], [], []
-    for forward_pass, targets in tell_zero_forces("perturbed", stream):
+    for forward_pass, targets in tell_zero_forces("perturbed", stream, Serial()):
         assert forward_pass.forces is not None
         uncertainty.append(model.apply(forward_pass)["forces_uncertainty"].norm(dim=1))
         error.append(residuals_of(targets.forces, forward_pass.forces).norm(dim=1))
@@ -141,7 +141,7 @@ def observe(
     forces, energy, stress, numbers, counts = [], [], [], [], []
     limits: list[Limits] = []
     frames: list[torch.Tensor] = []
-    for forward_pass, targets in tell_zero_forces("calibration", stream):
+    for forward_pass, targets in tell_zero_forces("calibration", stream, communicator):
         assert forward_pass.forces is not None
         assert targets.forces is not None
         with torch.no_grad():

@@ -9,7 +9,7 @@ import torch
 from ase import Atoms
 
 from ase_uq.backends.base import Backend
-from ase_uq.communicator import Communicator
+from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
 from ase_uq.forward_pass import ForwardPass, Targets
@@ -45,9 +45,13 @@ def check_ranks_agree(
         return
     told = {"potential": backend.identity.fingerprint}
     for name, frames in sets.items():
-        labels = [(labels.energy, labels.forces) for labels in (labels_of(atoms, keys) for atoms in frames)]
-        numbers = "".join(f"{energy}{None if forces is None else forces.tolist()}" for energy, forces in labels)
-        told[name] = "".join(map(digest_of, frames)) + numbers
+        digest = hashlib.sha256()
+        for atoms in frames:
+            labels = labels_of(atoms, keys)
+            digest.update(digest_of(atoms).encode())
+            for values in (labels.energy, labels.forces, labels.stress):
+                digest.update(b"none" if values is None else np.asarray(values, float).tobytes())
+        told[name] = digest.hexdigest()
     for what, text in told.items():
         mine = torch.zeros(communicator.size, dtype=torch.float64)
         # Six bytes are a whole number that float64 holds.
@@ -55,8 +59,8 @@ def check_ranks_agree(
         of_ranks = communicator.sum({what: mine})[what]
         if other := (of_ranks != of_ranks[0]).nonzero()[:, 0].tolist():
             raise LabelError(
-                f"the {what} of rank {other[0]} {'is' if what == 'potential' else 'are'} not that of rank 0. Give all "
-                "ranks the same files."
+                f"the {what} of rank {other[0]} {'is not that' if what == 'potential' else 'are not those'} of rank 0. "
+                "Give all ranks the same files."
             )
 
 
@@ -156,29 +160,31 @@ def check_first_frames(
 
 
 def tell_zero_forces(
-    what: str, batches: Iterable[tuple[ForwardPass, Targets]]
+    what: str, batches: Iterable[tuple[ForwardPass, Targets]], communicator: Communicator
 ) -> Iterator[tuple[ForwardPass, Targets]]:
     """The same batches; after the last, warns of atoms whose reference forces are exactly 0, as constraints make them.
 
     Args:
         what: Name of the frames in the warning, such as "calibration".
         batches: Forward passes with their targets.
+        communicator: Ranks whose batches are counted.
     """
-    n_atoms, largest, frames = 0, 0.0, []
+    found: list[torch.Tensor] = []  # number of the frame, and size of the force, of each such atom
     for forward_pass, targets in batches:
         if targets.forces is not None and forward_pass.forces is not None:
             sizes = forward_pass.forces.double().norm(dim=1)
             wrong = (targets.forces == 0).all(1) & (sizes > _NO_FORCE)
             if wrong.any():
-                n_atoms += int(wrong.sum())
-                largest = max(largest, float(sizes[wrong].max()))
-                frames += targets.frames[forward_pass.frame_of_atom[wrong].unique()].tolist()
+                found.append(torch.stack([targets.frames[forward_pass.frame_of_atom[wrong]], sizes[wrong]], 1))
         yield forward_pass, targets
-    if frames:
+    atoms = gather(torch.cat(found) if found else None, communicator)
+    if atoms is not None:
+        frames = atoms[:, 0].unique()
         warnings.warn(
-            f"{n_atoms} atoms of {len(frames)} {what} frames (the first is frame {frames[0]}) have reference forces of "
-            f"exactly 0, while those of the potential are up to {largest:.3g} eV/Å: they look like labels made with "
-            "constraints, which set the forces of fixed atoms to 0. Label with get_forces(apply_constraint=False).",
+            f"{len(atoms)} atoms of {len(frames)} {what} frames (the first is frame {int(frames[0])}) have reference "
+            f"forces of exactly 0, while those of the potential are up to {float(atoms[:, 1].max()):.3g} eV/Å: they "
+            "look like labels made with constraints, which set the forces of fixed atoms to 0. Label with "
+            "get_forces(apply_constraint=False).",
             UQWarning,
             stacklevel=3,
         )

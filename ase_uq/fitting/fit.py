@@ -119,7 +119,7 @@ def fit(
         accumulator.progress = progress
     kept = KeptBatches(list(map(len, train_frames)))
     shortest = ShortestDistances()
-    for forward_pass, targets in tell_zero_forces("training", stream):
+    for forward_pass, targets in tell_zero_forces("training", stream, communicator):
         for accumulator in accumulators.values():
             accumulator.add(forward_pass, targets)
         shortest.add(forward_pass)

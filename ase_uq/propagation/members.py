@@ -27,7 +27,8 @@ def energies_of(frames: Sequence[Atoms]) -> tuple[np.ndarray, np.ndarray]:
         if "energy_ensemble" not in results or "energy" not in results:
             raise InputError(
                 f"frame {number} has no energy_ensemble of its own. Calculate it with UncertainCalculator(..., "
-                "ensemble=64), and keep its results where a calculator is shared: read_frames gives each frame its own."
+                "ensemble=64) or `ase-uq score --ensemble 64`, and keep its results where a calculator is shared: "
+                "read_frames gives each frame its own."
             )
         energies.append(float(results["energy"]))
         members.append(np.asarray(results["energy_ensemble"], float).ravel())

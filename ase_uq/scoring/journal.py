@@ -27,6 +27,7 @@ from ase_uq.io.files import check_writable, lock, write_all
 from ase_uq.scoring.frame_score import HEADER, NUMBER_KEY, FrameScore, lines_of, rows_in
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
+SUM_OF_FRAMES, SUM_OF_ROWS = "sum_of_frames", "sum_of_rows"  # in what stands beside a shard
 _SUM_BYTES = 9  # eight hexadecimal digits and the end of the line
 # A killed process loses nothing that was written. A power cut may lose what was written in this many seconds.
 _SECONDS_AT_RISK = 5.0
@@ -135,9 +136,7 @@ class Journal:
         self._sums.truncate(0)
         write_all(self._rows, HEADER)
         self._sum = crc32(HEADER)
-        temporary = self._origin_file.with_name(self._origin_file.name + ".new")
-        temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
-        os.replace(temporary, self._origin_file)
+        _write_origin(self._origin_file, origin)
 
     def _take_up(self) -> None:
         """Cuts both files after the last frame that is whole in both."""
@@ -214,15 +213,20 @@ class Journal:
             if self._beside is None:
                 for path in Beside.of(self._out):  # of a shard that was there before
                     path.unlink(missing_ok=True)
-                self._origin_file.unlink()
             else:
-                if self._rows_part.exists():
-                    os.replace(self._rows_part, self._beside.rows)
-                os.replace(self._origin_file, self._beside.origin)
+                self._leave_beside(self._beside)
+            self._origin_file.unlink()
             self._rows_part.unlink(missing_ok=True)
             self._sums_part.unlink(missing_ok=True)
         except OSError as error:
             raise self.refused_write(error) from error
+
+    def _leave_beside(self, beside: "Beside") -> None:
+        """Leaves the rows and the origin of a shard, with check sums, to who merges it."""
+        if self._rows_part.exists():
+            os.replace(self._rows_part, beside.rows)
+        sums = {SUM_OF_FRAMES: _sum_of(self._out), SUM_OF_ROWS: _sum_of(beside.rows)}
+        _write_origin(beside.origin, json.loads(self._origin_file.read_text(encoding="utf-8")) | sums)
 
     def discard(self) -> None:
         """Removes the files written so far."""
@@ -258,12 +262,26 @@ class Journal:
         return ArtefactError(f"cannot write {self._out}: {error.strerror or error}.{kept}")
 
 
+def _write_origin(path: Path, origin: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".new")
+    temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _sum_of(path: Path) -> int:
+    total = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            total = crc32(block, total)
+    return total
+
+
 class Beside(NamedTuple):
     """What stands beside a finished shard.
 
     Args:
         rows: `OUT.shard.csv`, a row for each frame of the shard, those left out among them.
-        origin: `OUT.shard.json`, what the shard was made from, and which one it is.
+        origin: `OUT.shard.json`, what the shard was made from, which one it is, and check sums.
     """
 
     rows: Path

@@ -74,9 +74,8 @@ def score(
             larger again.
         workers: Number of processes that parse frames and make neighbour lists while the device evaluates; 0 for none.
             By default none on a CPU, which the potential keeps busy, or for short trajectories; else up to 8.
-        shard: Which part of the frames to score, for `merge_shards`: I/N, from 1/N to N/N, or `slurm` for the task of
-            an array of jobs; None for all. `out` then has two files beside it, `OUT.shard.json` and `OUT.shard.csv`,
-            and may be without any frame.
+        shard: Which part of the frames to score, for `merge_shards`: I/N, from 1/N to N/N; None for all.
+            `out` then has two files beside it, `OUT.shard.json` and `OUT.shard.csv`, and may be without any frame.
         overwrite: Whether existing files are replaced.
         progress: Whether to show a progress bar.
 

@@ -4,12 +4,13 @@ import heapq
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
 from typing import Any, NamedTuple
+from zlib import crc32
 
 from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
@@ -17,7 +18,7 @@ from ase_uq.errors import ArtefactError, InputError
 from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_distinct, check_writable, refused_write, write_all
 from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
-from ase_uq.scoring.journal import Beside, frames_in
+from ase_uq.scoring.journal import SUM_OF_FRAMES, SUM_OF_ROWS, Beside, frames_in
 from ase_uq.scoring.scored import ScoredTrajectory
 
 SHARD = "shard"  # in what a shard was made from: which one it is
@@ -49,29 +50,15 @@ class Shard(Serial):
         return f"{self.number}/{self.count}"
 
     @classmethod
-    def parse(cls, text: str, environment: Mapping[str, str] = os.environ) -> "Shard":
-        """From `I/N`, or from `slurm`: the task of an array of jobs, whose indices begin anywhere.
-
-        Args:
-            text: What a user wrote.
-            environment: Variables that SLURM sets.
+    def parse(cls, text: str) -> "Shard":
+        """From `I/N`.
 
         Raises:
-            ValueError: It is neither, or this is no task of an array.
+            ValueError: It is something else.
         """
-        if text == "slurm":
-            names = ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_MIN", "SLURM_ARRAY_TASK_MAX", "SLURM_ARRAY_TASK_COUNT")
-            if missing := [name for name in names if not environment.get(name, "").isdigit()]:
-                raise ValueError(
-                    f"{missing[0]} is not set, so this is no task of a SLURM array. Submit the script with "
-                    "sbatch --array=1-N, or give I/N."
-                )
-            task, first, last, count = (int(environment[name]) for name in names)
-            step = (last - first) // (count - 1) if count > 1 else 1
-            return cls((task - first) // step + 1, count)
         number, slash, count = text.partition("/")
-        if not (slash and number.strip().isdigit() and count.strip().isdigit()):
-            raise ValueError(f"'{text}' is no shard: give I/N, such as 1/8, or slurm for the task of a SLURM array.")
+        if not (slash and number.strip().isdecimal() and count.strip().isdecimal()):
+            raise ValueError(f"'{text}' is no shard: give I/N, such as 1/8.")
         return cls(int(number), int(count))
 
 
@@ -83,12 +70,14 @@ class _Part(NamedTuple):
         beside: Its rows and what it was made from.
         origin: What it was made from, but for which shard it is.
         shard: Which one it is.
+        sums: Check sums of its frames and of its rows.
     """
 
     path: Path
     beside: Beside
     origin: dict[str, Any]
     shard: Shard
+    sums: tuple[int, int]
 
 
 def merge_shards(
@@ -121,8 +110,9 @@ def merge_shards(
     start = time.perf_counter()
     outputs = [Path(out), *([] if csv is None else [Path(csv)])]
     check_xyz_name(outputs[0])
-    check_distinct(shards, *outputs)
-    parts = _checked([_part(Path(path)) for path in shards])
+    every = [Path(path) for path in shards]
+    check_distinct([*every, *(path for shard in every for path in Beside.of(shard))], *outputs)
+    parts = _checked([_part(path) for path in every])
     for path in outputs:
         if path.exists() and not overwrite:
             raise FileExistsError(f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite).")
@@ -166,11 +156,14 @@ def _written(parts: Sequence[_Part], outputs: Sequence[Path], progress: bool) ->
 
 def _part(path: Path) -> _Part:
     beside = Beside.of(path)
+    if path.with_name(f"{path.name}.part.json").exists():
+        raise InputError(f"{path} is not complete. The command that began it goes on when it is given again.")
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
     try:
         origin = json.loads(beside.origin.read_text(encoding="utf-8"))
         shard = Shard.parse(origin.pop(SHARD))
+        sums = int(origin.pop(SUM_OF_FRAMES)), int(origin.pop(SUM_OF_ROWS))
     except FileNotFoundError:
         raise InputError(
             f"{path} is no complete shard: {beside.origin.name} is not beside it. Score it with --shard I/N (shard=), "
@@ -180,7 +173,7 @@ def _part(path: Path) -> _Part:
         raise InputError(f"{beside.origin} is not as it was written: {_again(path)}") from error
     if not beside.rows.is_file():
         raise InputError(f"{beside.rows} is missing: {_again(path)}")
-    return _Part(path, beside, origin, shard)
+    return _Part(path, beside, origin, shard, sums)
 
 
 def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
@@ -193,15 +186,18 @@ def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
         for key in {**first.origin, **part.origin}:
             if first.origin.get(key) != part.origin.get(key):
                 raise ArtefactError(
-                    f"{part.path} was scored with another {key.replace('_', ' ')} than {first.path}. Score all shards "
-                    "with the same."
+                    f"{part.path} was scored with another value of {key.replace('_', ' ')} than {first.path}. Score "
+                    "all shards with the same."
                 )
         if part.shard.count != first.shard.count:
-            raise InputError(f"{first.path} is shard {first.shard}, and {part.path} is shard {part.shard}.")
+            raise InputError(
+                f"{first.path} is shard {first.shard}, and {part.path} is shard {part.shard}. Give those of one run."
+            )
         if (other := numbers.setdefault(part.shard.number, part)) is not part:
-            raise InputError(f"{other.path} and {part.path} are both shard {part.shard}.")
+            raise InputError(f"{other.path} and {part.path} are both shard {part.shard}. Give each once.")
     if missing := [str(number) for number in range(1, first.shard.count + 1) if number not in numbers]:
-        raise InputError(f"of {first.shard.count} shards, these are missing: {', '.join(missing)}.")
+        verb = "are" if len(missing) > 1 else "is"
+        raise InputError(f"shard {', '.join(missing)} of {first.shard.count} {verb} missing. Give all of them.")
     return parts
 
 
@@ -211,16 +207,20 @@ def _in_order(parts: Sequence[_Part]) -> Iterator[tuple[FrameScore, bytes]]:
 
 
 def _frames_of(part: _Part) -> Iterator[tuple[FrameScore, bytes]]:
-    frames = frames_in(part.path)
+    frames, sums = frames_in(part.path), [0, crc32(HEADER)]
+    for row in _rows_of(part):
+        number, text = (row.frame, b"") if row.problem else next(frames, (-1, b""))
+        if number != row.frame:
+            raise InputError(f"{part.path} is cut off or altered at frame {row.frame}: {_again(part.path)}")
+        sums = [crc32(text, sums[0]), crc32("".join(lines_of([row])).encode(), sums[1])]
+        yield row, text
+    if tuple(sums) != part.sums or next(frames, None) is not None:
+        raise InputError(f"{part.path} or {part.beside.rows.name} is not as it was written: {_again(part.path)}")
+
+
+def _rows_of(part: _Part) -> Iterator[FrameScore]:
     try:
-        for row in rows_in(part.beside.rows):
-            number, text = (row.frame, b"") if row.problem else next(frames, (-1, b""))
-            if number != row.frame:
-                raise InputError(
-                    f"{part.path} is not as it was written, frame {row.frame} is missing or damaged: "
-                    f"{_again(part.path)}"
-                )
-            yield row, text
+        yield from rows_in(part.beside.rows)
     except (ValueError, TypeError) as error:
         raise InputError(f"{part.beside.rows} is not as it was written: {_again(part.path)}") from error
 

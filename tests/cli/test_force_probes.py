@@ -49,4 +49,4 @@ def test_without_an_exact_posterior_they_are_refused(run, files, verb):
     words = {"md": ["--temperature", 10, "--steps", 1, "--halt", 1], "relax": ["--out", "out.xyz"]}
     result = run(verb, files.start, "--model", "toy:", "--uq", files.uq, "--force-probes", 4, *words[verb])
     assert result.exit_code == 1
-    assert "force_probes=4, but none of bll has an exact posterior of forces" in result.stderr
+    assert "force_probes=4, but no method of this model (bll) has an exact posterior" in result.stderr

@@ -126,6 +126,32 @@ class TestCalibration:
                 np.testing.assert_allclose(value, expected[key], rtol=1e-4, err_msg=key)
 
 
+class TestRanks:
+    """Each sees its own part of the frames, and all must see the same files."""
+
+    @pytest.mark.parametrize("change", ["positions", "forces", "energy", "stress", "order"])
+    def test_other_frames_or_labels_are_refused(self, calculator, train, held_out, change: str):
+        other = [atoms.copy() for atoms in held_out]
+        if change == "positions":
+            other[4].positions[0, 0] += 0.01
+        elif change == "forces":
+            other[4].arrays["REF_forces"][0, 0] += 0.01
+        elif change == "order":
+            other[4], other[5] = other[5], other[4]
+        else:
+            other[4].info[f"REF_{change}"] = 1.0 if change == "energy" else np.ones(6)
+        with pytest.raises(LabelError, match=r"the calibration frames of rank 1 are not those of rank 0. Give all"):
+            on_ranks(2, lambda ranks: quick(calculator, train, other if ranks.rank else held_out, communicator=ranks))
+
+    def test_all_tell_of_labels_with_constraints_wherever_they_are(self, calculator, train, held_out):
+        frames = [atoms.copy() for atoms in held_out]
+        for number in (3, len(frames) - 2):
+            frames[number].arrays["REF_forces"][0] = 0
+        with pytest.warns(UQWarning, match="2 atoms of 2 calibration frames") as told:
+            on_ranks(2, lambda ranks: quick(calculator, train, frames, batch_atoms=20, communicator=ranks))
+        assert sum("reference forces of exactly 0" in str(one.message) for one in told) == 2
+
+
 class TestHeads:
     """Frames that are labelled for another head of the potential: what two heads differ by is no error."""
 

@@ -261,5 +261,5 @@ def test_bad_input(backend: Backend, frames: list[Atoms], model: UncertaintyMode
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UQWarning)
         plain = fit(ToyCalculator(ELEMENTS), frames, labelled_frames(20, seed=2), methods=["bll"], progress=False)
-    with pytest.raises(ValueError, match="none of bll has an exact posterior of forces"):
+    with pytest.raises(ValueError, match=r"no method of this model \(bll\) has an exact posterior"):
         Predictor(backend, plain, force_probes=16)

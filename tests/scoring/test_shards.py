@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -139,7 +140,7 @@ def test_a_run_without_shards_leaves_nothing_of_a_shard_beside_it(source, predic
 class TestRefusals:
     def test_shards_that_are_missing_or_twice_or_of_other_numbers(self, source, predictor, shards):
         one, two, three = shards(3)
-        with pytest.raises(InputError, match="of 3 shards, these are missing: 2, 3"):
+        with pytest.raises(InputError, match=r"shard 2, 3 of 3 are missing. Give all of them."):
             merge_shards([one], out="merged.xyz")
         shutil.copy(one, "again.xyz")
         for kind in ("csv", "json"):
@@ -159,42 +160,65 @@ class TestRefusals:
         other = fit(ToyCalculator(ELEMENTS), *frames, methods=["bll"], progress=False)
         scored(source, Predictor(predictor.backend, other), str(two), shard="2/2", overwrite=True)
         with pytest.raises(
-            ArtefactError, match=r"part_2.xyz was scored with another uncertainty model than part_1.xyz"
+            ArtefactError, match=r"part_2.xyz was scored with another value of uncertainty model than part_1.xyz"
         ):
             merge_shards([one, two], out="merged.xyz")
         score(source, predictor, out=two, shard="2/2", batch_atoms=60, overwrite=True, progress=False)
-        with pytest.raises(ArtefactError, match="scored with another batch atoms"):
+        with pytest.raises(ArtefactError, match="scored with another value of batch atoms"):
             merge_shards([one, two], out="merged.xyz")
 
-    @pytest.mark.parametrize("damage", ["cut", "altered", "row", "rows", "json"])
+    @pytest.mark.parametrize(
+        "damage", ["cut", "altered", "number", "more", "row", "last row", "no rows", "no table", "json"]
+    )
     def test_damaged_ones(self, shards, damage):
         one, two = shards(2)
         text = two.read_text()
+        table = Path(f"{two}.shard.csv")
+        rows = table.read_text().splitlines(keepends=True)
         if damage == "cut":
             two.write_text(text[: len(text) // 2])
         elif damage == "altered":
             two.write_text(text.replace("source_frame=", "source_farme=", 1))
+        elif damage == "number":
+            two.write_text(re.sub(r"(\d)\n", lambda found: f"{9 - int(found[1])}\n", text[::-1], count=1)[::-1])
+        elif damage == "more":
+            two.write_text(text + one.read_text())
         elif damage == "row":
-            rows = Path(f"{two}.shard.csv").read_text().splitlines(keepends=True)
-            Path(f"{two}.shard.csv").write_text("".join([*rows[:2], "x" + rows[2], *rows[3:]]))
-        elif damage == "rows":
-            Path(f"{two}.shard.csv").unlink()
+            table.write_text("".join([*rows[:2], "x" + rows[2], *rows[3:]]))
+        elif damage == "last row":
+            table.write_text("".join(rows[:-1]))
+        elif damage == "no rows":
+            table.write_text("")
+        elif damage == "no table":
+            table.unlink()
         else:
             Path(f"{two}.shard.json").write_text("{")
-        with pytest.raises(InputError, match=r"part_2.xyz.*(not as it was written|is missing).* with --overwrite"):
+        with pytest.raises(InputError, match=r"part_2.xyz.*(as it was written|missing|altered).* with --overwrite"):
             merge_shards([one, two], out="merged.xyz", progress=False)
         assert not list(Path().glob("merged*"))
 
     def test_frames_that_stand_twice_or_nowhere(self, shards):
-        one, two = shards(2)
-        rows = Path(f"{two}.shard.csv").read_text().splitlines(keepends=True)
-        Path(f"{two}.shard.csv").write_text("".join(rows[:2]))
+        """Shards of one run that say they are others."""
+        one, two, three = shards(3)
+        told = Path(f"{three}.shard.json")
+        told.write_text(told.read_text().replace("3/3", "2/3"))
+        for kind in ("", ".shard.csv"):
+            shutil.copy(f"{one}{kind}", f"{three}{kind}")
+        sums = json.loads(Path(f"{one}.shard.json").read_text())
+        told.write_text(json.dumps(sums | {"shard": "3/3"}))
+        with pytest.raises(InputError, match="frame 0 stands twice"):
+            merge_shards([one, two, three], out="merged.xyz", progress=False)
+        for path in (one, two):
+            other = Path(f"{path}.shard.json")
+            other.write_text(other.read_text().replace("/3", "/2"))
         with pytest.raises(InputError, match=r"frame \d+ is in none of them"):
             merge_shards([one, two], out="merged.xyz", progress=False)
-        for source, target in ((one, two), (Path(f"{one}.shard.csv"), Path(f"{two}.shard.csv"))):
-            shutil.copy(source, target)
-        with pytest.raises(InputError, match="frame 0 stands twice"):
-            merge_shards([one, two], out="merged.xyz", progress=False)
+
+    def test_one_that_is_still_in_work(self, shards):
+        one, two = shards(2)
+        Path(f"{two}.part.json").write_text("{}")
+        with pytest.raises(InputError, match=r"part_2.xyz is not complete. The command that began it goes on"):
+            merge_shards([one, two], out="merged.xyz")
 
     def test_nothing_could_be_scored(self, predictor):
         frames = labelled_frames(2, seed=1)
@@ -210,6 +234,8 @@ class TestRefusals:
         (one,) = shards(1)
         with pytest.raises(ValueError, match=r"part_1.xyz is the input"):
             merge_shards([one], out=one)
+        with pytest.raises(ValueError, match=r"part_1.xyz.shard.csv is the input"):
+            merge_shards([one], out="merged.xyz", csv=f"{one}.shard.csv", overwrite=True)
         Path("merged.xyz").touch()
         with pytest.raises(FileExistsError, match=r"merged.xyz exists"):
             merge_shards([one], out="merged.xyz")
@@ -218,21 +244,7 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"there is no file two.xyz"):
             merge_shards(["two.xyz"], out="other.xyz")
 
-    @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "", "1/-2"])
+    @pytest.mark.parametrize("text", ["0/3", "4/3", "3", "a/b", "", "1/-2", "¹/3", "slurm"])
     def test_there_is_no_such_part(self, text):
         with pytest.raises(ValueError, match="shard"):
             Shard.parse(text)
-
-
-class TestSlurm:
-    @pytest.mark.parametrize(
-        ("task", "low", "high", "count", "expected"), [(3, 0, 7, 8, "4/8"), (5, 5, 5, 1, "1/1"), (9, 1, 9, 3, "3/3")]
-    )
-    def test_the_task_of_an_array(self, task, low, high, count, expected):
-        values = {"ID": task, "MIN": low, "MAX": high, "COUNT": count}
-        environment = {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in values.items()}
-        assert str(Shard.parse("slurm", environment)) == expected
-
-    def test_outside_of_one(self):
-        with pytest.raises(ValueError, match=r"SLURM_ARRAY_TASK_ID is not set, .* sbatch --array=1-N"):
-            Shard.parse("slurm", {})

@@ -41,7 +41,7 @@ def score(
             "--shard",
             metavar="I/N",
             help="Score one of N equal parts of the frames, on a machine of its own; `ase-uq merge` makes one file of "
-            "all. `slurm` stands for the task of a SLURM array.",
+            "all.",
         ),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
