@@ -16,8 +16,10 @@ REQUIREMENTS = -c constraints.txt -e ".[$(EXTRAS)]"
 INSTALL = if ! $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $(REQUIREMENTS); then \
 	$(BIN)/python -m pip install $(REQUIREMENTS); fi
 
-# A file of tests stays in one process; tests/conftest.py has their order.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+# A file of tests stays in one process; tests/conftest.py has their order. One process more than cores, as tests also wait:
+# for processes that they start, for sockets, for a browser.
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 4))')
+PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:
 	@echo "make demo    install, then run the demo"
