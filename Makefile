@@ -18,7 +18,7 @@ INSTALL = if ! $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $
 
 # A file of tests stays in one process; tests/conftest.py has their order. One process more than cores, as tests also wait:
 # for processes that they start, for sockets, for a browser.
-WORKERS := $(shell $(PYTHON) -c 'import os; print(min(len(os.sched_getaffinity(0)) + 1, 4))')
+WORKERS := $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 help:
