@@ -27,6 +27,18 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         raise refused_write(path, error) from error
 
 
+def check_replaceable(path: str | os.PathLike[str], overwrite: bool) -> None:
+    """Fails now, not after the work, if `path` could not be written, or is there and may not be replaced.
+
+    Raises:
+        FileExistsError: It exists.
+        ArtefactError: It cannot be written.
+    """
+    if Path(path).exists() and not overwrite:
+        raise FileExistsError(f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite).")
+    check_writable(path)
+
+
 def check_appendable(path: str | os.PathLike[str]) -> None:
     """Fails now, not hours later at the first event, if nothing could be added to `path`.
 

@@ -23,7 +23,7 @@ from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.errors import ArtefactError
 from ase_uq.io.extxyz import check_xyz_name
-from ase_uq.io.files import check_writable, lock, write_all
+from ase_uq.io.files import check_replaceable, lock, write_all
 from ase_uq.scoring.frame_score import HEADER, NUMBER_KEY, FrameScore, lines_of, rows_in
 
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
@@ -80,12 +80,8 @@ class Journal:
         if self.is_complete:
             return
         for path in (out, csv_file):
-            if path is not None and path.exists() and not overwrite:
-                raise FileExistsError(
-                    f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite)."
-                )
             if path is not None:
-                check_writable(path)
+                check_replaceable(path, overwrite)
         self._open = ExitStack()
         try:
             self._frames = self._open.enter_context(_appended(self.part))

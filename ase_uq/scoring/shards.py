@@ -16,7 +16,7 @@ from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import ArtefactError, InputError
 from ase_uq.io.extxyz import check_xyz_name
-from ase_uq.io.files import check_distinct, check_writable, refused_write, write_all
+from ase_uq.io.files import check_distinct, check_replaceable, refused_write, write_all
 from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
 from ase_uq.scoring.journal import SUM_OF_FRAMES, SUM_OF_ROWS, Beside, frames_in
 from ase_uq.scoring.scored import ScoredTrajectory
@@ -114,9 +114,7 @@ def merge_shards(
     check_distinct([*every, *(path for shard in every for path in Beside.of(shard))], *outputs)
     parts = _checked([_part(path) for path in every])
     for path in outputs:
-        if path.exists() and not overwrite:
-            raise FileExistsError(f"{path} exists. Give another name, or overwrite it (overwrite=True, --overwrite).")
-        check_writable(path)
+        check_replaceable(path, overwrite)
     new = [path.with_name(path.name + ".merging") for path in outputs]
     try:
         scored = _written(parts, new, progress)

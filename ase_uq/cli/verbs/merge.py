@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
-from ase_uq.io.files import check_distinct
+from ase_uq.cli.outputs import check_outputs, check_xyz_names
 
 
 def merge(
@@ -27,8 +26,6 @@ def merge(
     [dim]ase-uq merge scored_*.xyz --out scored.xyz --csv scored.csv[/]
     """
     check_xyz_names({"--out": out})
-    check_inputs(*shards)
-    check_distinct(shards, out, csv)
     check_outputs(out, csv, may_exist=overwrite)
     from ase_uq.scoring.shards import merge_shards
 

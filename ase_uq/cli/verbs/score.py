@@ -69,11 +69,11 @@ def score(
 
     [dim]ase-uq score --model mace:my.model --uq my.uq.safetensors run.traj --out scored.xyz --csv scored.csv[/]
     """
-    part = out.with_name(out.name + ".part")
+    part, one_of_several = out.with_name(out.name + ".part"), None
     if shard is not None:
         from ase_uq.scoring.shards import Shard
 
-        Shard.parse(shard)
+        one_of_several = Shard.parse(shard)
     check_xyz_names({"--out": out})
     check_inputs(*map(file_of, frames))
     check_distinct(frames, out, csv)
@@ -93,7 +93,7 @@ def score(
             csv=csv,
             batch_atoms=batch_atoms,
             workers=workers,
-            shard=shard,
+            shard=one_of_several,
             overwrite=overwrite,
         )
     except KeyboardInterrupt:
