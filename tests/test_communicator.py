@@ -3,7 +3,6 @@
 import itertools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -80,10 +79,10 @@ def test_ranks_without_a_process_group_are_refused():
 
 
 # Batches of 40 atoms give the ranks unequal shards; all frames in one batch leave the second rank without any.
-def test_two_processes_fit_the_head_of_one(tmp_path: Path):
+def test_two_processes_fit_the_head_of_one(preloaded_bin: Path, tmp_path: Path):
     sizes = ("40", "100000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", RANKS, tmp_path, *sizes]
+    command = [preloaded_bin / "python", "-c", RANKS, tmp_path, *sizes]
     ranks = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, timeout=120)
     assert ranks.returncode == 0, ranks.stderr
     backend = load_backend(ToyCalculator(ELEMENTS, direct=True))

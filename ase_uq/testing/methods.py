@@ -135,7 +135,7 @@ class MethodContract:
             # Features and matrix products are summed in a different order.
             _assert_close(getattr(together, name), joined, 1e-8, name)
 
-    @pytest.mark.parametrize("batch_atoms", [1, 17, 10_000])
+    @pytest.mark.parametrize("batch_atoms", [1, 17])
     def test_batches_of_any_size_and_order_give_the_same_head(
         self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass, batch_atoms: int
     ):
@@ -152,22 +152,17 @@ class MethodContract:
         one, other = (fit_head(self.make_method(), backend, partly, batch_atoms=size) for size in (1, 10_000))
         self._assert_same(one(unseen), other(unseen))
 
-    @pytest.mark.parametrize("size", [2, 7])
     def test_ranks_give_the_head_of_one_process(
-        self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass, size: int
+        self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass
     ):
+        """Of three ranks the last has no frames: they make two batches."""
+        size = 2 * sum(map(len, frames)) // 3
         heads = on_ranks(
-            size, lambda ranks: fit_head(self.make_method(), backend, frames, batch_atoms=50, communicator=ranks)
+            3, lambda ranks: fit_head(self.make_method(), backend, frames, batch_atoms=size, communicator=ranks)
         )
         for other in heads:
             self._assert_same(head(unseen), other(unseen))
             assert other.settings.keys() == head.settings.keys()
-
-    def test_ranks_without_frames_take_part(
-        self, head: Head, backend: Backend, frames: list[Atoms], unseen: ForwardPass
-    ):
-        for other in on_ranks(3, lambda ranks: fit_head(self.make_method(), backend, frames, communicator=ranks)):
-            self._assert_same(head(unseen), other(unseen))
 
     @pytest.mark.parametrize("size", [1, 2])
     def test_no_training_frames_are_refused(self, size: int):

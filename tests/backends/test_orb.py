@@ -22,7 +22,10 @@ from ase_uq.backends.mace.loading import save_potential as save_mace
 from ase_uq.backends.orb.loading import save_potential
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
-from ase_uq.testing.backends import BackendContract, process_state, standard_frames
+from ase_uq.testing.backends import BackendContract, PassLaws, process_state, standard_frames
+from ase_uq.testing.backends.last_layers import LastLayerLaws
+from ase_uq.testing.backends.means import MeanLaws
+from ase_uq.testing.backends.under_test import BackendUnderTest
 
 from .builders import ORB_SIZES, charged_frames, default_dtype, make_mace, make_orb, water
 
@@ -39,7 +42,7 @@ def evaluate(backend: Backend, *frames: Atoms) -> ForwardPass:
     return backend.forward(backend.collate(frames))
 
 
-class OrbContract(BackendContract):
+class OfOrb(BackendUnderTest):
     """What the variants share: all are made by `calculator_of`."""
 
     dtype = "float32"
@@ -59,41 +62,51 @@ class OrbContract(BackendContract):
         return [backend._model.model]
 
 
-class InFloat64(OrbContract):
+class Direct(OfOrb):
+    conservative = False
+
+
+class Conservative(OfOrb):
+    kind = "conservative"
+
+
+class InFloat64(OfOrb):
     dtype = "float64"
 
-    # ORBCalculator builds its graphs in torch's default dtype: the bare one needs that to be float64.
-    def test_mean_is_the_calculators_own(self, backend, frames):
-        with default_dtype(torch.float64):
-            super().test_mean_is_the_calculators_own(backend, frames)
 
-
-class WithChargeAndSpin(OrbContract):
+class WithChargeAndSpin(OfOrb):
     arguments = {"has_charge_spin_cond": True}  # noqa: RUF012
 
     def make_frames(self):
         return charged_frames()
 
 
-class TestDirect(OrbContract):
-    conservative = False
-
-
-class TestConservative(OrbContract):
-    kind = "conservative"
-
-
-class TestDirectFloat64WithChargeAndSpin(InFloat64, WithChargeAndSpin, TestDirect):
+class TestDirect(Direct, BackendContract):
     pass
 
 
-class TestConservativeFloat64WithChargeAndSpin(InFloat64, WithChargeAndSpin, TestConservative):
+class TestConservative(Conservative, BackendContract):
+    pass
+
+
+class InFloat64Contract(InFloat64, WithChargeAndSpin, BackendContract):
+    # ORBCalculator builds its graphs in torch's default dtype: the bare one needs that to be float64.
+    def test_mean_is_the_calculators_own(self, backend, frames):
+        with default_dtype(torch.float64):
+            super().test_mean_is_the_calculators_own(backend, frames)
+
+
+class TestDirectFloat64WithChargeAndSpin(Direct, InFloat64Contract):
+    pass
+
+
+class TestConservativeFloat64WithChargeAndSpin(Conservative, InFloat64Contract):
     pass
 
 
 # warp, on which the Coulomb sum of orb-models runs.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-class TestElectrostatics(WithChargeAndSpin, TestConservative):
+class TestElectrostatics(Conservative, WithChargeAndSpin, BackendContract):
     """The make of orbmol-v2: an energy head that sums over atoms, conditioned on latent charges."""
 
     arguments = {"has_electrostatics": True}  # noqa: RUF012
@@ -105,11 +118,14 @@ class TestElectrostatics(WithChargeAndSpin, TestConservative):
             e.gradients.of_forces(e.forces)
 
 
-class TestElectrostaticsWithSpins(TestElectrostatics):
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
+class TestElectrostaticsWithSpins(Conservative, WithChargeAndSpin, MeanLaws, LastLayerLaws):
+    """Its gradients are those of `TestElectrostatics`."""
+
     arguments = {"has_electrostatics": True, "use_per_atom_spins": True}  # noqa: RUF012
 
 
-class WithDispersion(OrbContract):
+class WithDispersion(OfOrb):
     """D3 of orb-models itself, a sum of two models in one calculator."""
 
     def make_calculator(self, dtype="float32"):
@@ -117,11 +133,11 @@ class WithDispersion(OrbContract):
         return ORBCalculator(D3SumModel(calculator.model, AlchemiDFTD3()), calculator.adapter, device="cpu")
 
 
-class TestDirectWithDispersion(WithDispersion, TestDirect):
+class TestDirectWithDispersion(WithDispersion, Direct, BackendContract):
     pass
 
 
-class TestConservativeWithDispersion(WithDispersion, TestConservative):
+class TestConservativeWithDispersion(WithDispersion, Conservative, PassLaws):
     pass
 
 
@@ -246,15 +262,14 @@ def test_edge_method_is_honoured_and_changes_nothing(monkeypatch: pytest.MonkeyP
 
 # dynamo looks at the gradients of what goes into a graph.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
-@pytest.mark.parametrize("kind", ["direct", "conservative"])
-def test_a_compiled_backbone_stays_compiled(kind: str):
+def test_a_compiled_backbone_stays_compiled():
     graphs = []
 
     def compiler(module: Any, inputs: Any) -> Any:
         graphs.append(len(inputs))
         return module.forward
 
-    calculator = calculator_of(kind)
+    calculator = calculator_of("conservative")
     calculator.model.model.compile(backend=compiler, dynamic=True)
     try:
         atoms = standard_frames()[1]

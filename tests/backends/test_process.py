@@ -103,7 +103,7 @@ import sys, torch
 assert not {{"mace", "e3nn", "ase_uq"}} & {{*sys.modules}}
 {first}
 from ase_uq import load_backend
-backend = load_backend("embedded:mace")
+backend = load_backend("embedded:mace", device="cpu")
 torch.save(backend.calculator.models[0], {str(tmp_path / "x.model")!r})
 from mace.calculators import MACECalculator
 MACECalculator({str(tmp_path / "x.model")!r}, device="cpu", default_dtype="float32")

@@ -237,17 +237,17 @@ class Free(Calculator):
 
 def test_bussi_heats_what_moves_to_the_temperature():
     # Free particles: what the thermostat does is all that happens. Of ten atoms 3·10 - 6 degrees of freedom move;
-    # their energy is a gamma variable of shape 24/2, so 2500 steps of a fast thermostat know its mean to some 1 %.
+    # their energy is a gamma variable of shape 24/2, so 1200 steps of a fast thermostat know its mean to some 1 %.
     rng = np.random.default_rng(1)
     atoms = Atoms("Ar10", positions=rng.uniform(-50, 50, (10, 3)))
     atoms.calc = Free()
     set_thermal_momenta(atoms, 100, rng)
     options = {"friction": 0.01, "thermostat_time": 1.0, "barostat_time": 1.0, "pressure": 0.0}
     dynamics = make_dynamics(MDEnsemble.bussi, atoms, timestep=1.0, temperature=100, rng=rng, **options)
-    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(2500)]
+    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(1200)]
     assert np.mean(energies[100:]) == pytest.approx(0.5 * 24 * units.kB * 100, rel=0.03)
     set_temperature(dynamics, 300)
-    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(2500)]
+    energies = [atoms.get_kinetic_energy() for _ in dynamics.irun(1200)]
     assert np.mean(energies[100:]) == pytest.approx(0.5 * 24 * units.kB * 300, rel=0.03)
 
 

@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -982,10 +981,18 @@ class TestPickling:
         for key, value in expected.items():
             np.testing.assert_array_equal(again.get_property(key, atoms), value, err_msg=key)
 
-    def test_another_process_gives_the_same_bits(self, calculator: UncertainCalculator, tmp_path: Path):
+    def test_another_process_gives_the_same_bits(
+        self, calculator: UncertainCalculator, preloaded_bin: Path, tmp_path: Path
+    ):
         atoms = box(calculator)
         (tmp_path / "atoms.pickle").write_bytes(pickle.dumps(atoms))
-        command = [sys.executable, "-c", WORKER, str(tmp_path / "atoms.pickle"), str(tmp_path / "results.npz")]
+        command = [
+            preloaded_bin / "python",
+            "-c",
+            WORKER,
+            str(tmp_path / "atoms.pickle"),
+            str(tmp_path / "results.npz"),
+        ]
         subprocess.run(command, check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = np.load(tmp_path / "results.npz")
         atoms.get_forces()

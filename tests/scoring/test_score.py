@@ -455,10 +455,10 @@ def test_batches_made_before_the_device_was_full_cost_one_failure(
 def test_worker_processes_change_nothing(predictor: Predictor, out: Path):
     frames = labelled_frames(4, seed=5) * 100
     write(out.with_name("in.xyz"), frames)
-    for workers in (0, 2):
+    for workers in (0, 1):
         name = out.with_name(f"{workers}.xyz")
         score(out.with_name("in.xyz"), predictor, out=name, workers=workers, batch_atoms=20, progress=False)
-    assert out.with_name("2.xyz").read_bytes() == out.with_name("0.xyz").read_bytes()
+    assert out.with_name("1.xyz").read_bytes() == out.with_name("0.xyz").read_bytes()
     with pytest.raises(ValueError, match="workers is -1; 0 or more was expected"):
         score(frames, predictor, out=out, workers=-1)
 

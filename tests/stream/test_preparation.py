@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,24 @@ def slowly(atoms: Atoms) -> Iterator[tuple[int, Item]]:
     for number in itertools.count():
         yield number, atoms
         time.sleep(0.02)
+
+
+class AtOnce:
+    """Stands for worker processes that have started; what they do, this process does."""
+
+    def __init__(self, n_workers: int, **_: Any) -> None:
+        pass
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        future = Future()
+        try:
+            future.set_result(work(*arguments))
+        except MemoryError as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: bool) -> None:
+        pass
 
 
 class TestWorkers:
@@ -116,10 +135,11 @@ class TestWorkers:
         assert batches
         assert complaint.startswith("going on without worker processes, with the same results (")
 
-    def test_an_error_without_a_message_is_told(self):
+    def test_an_error_without_a_message_is_told(self, monkeypatch: pytest.MonkeyPatch):
         def wordless(_: Sequence[Atoms]) -> None:
             raise MemoryError
 
+        monkeypatch.setattr("ase_uq.stream.preparation.ProcessPoolExecutor", AtOnce)
         _, complaint = self.run_until_it_complains(wordless)
         assert complaint == "going on without worker processes, with the same results (MemoryError: )."
 

@@ -39,8 +39,8 @@ KIND, SCHEMA = "uncertainty model", 6
 FITTED = Path(__file__).parents[1] / "fitted"
 EMBEDDED = Path(file.__file__).parents[1] / "embedded"
 QUICK = Training(hidden=(4,), max_epochs=2)
-# Of the changes of an entry so many are tried: one in three, in turn, so that all kinds of entries meet all changes.
-SHARE = 3
+# Of the changes of an entry so many are tried: one in five, in turn, so that all kinds of entries meet all changes.
+SHARE = 5
 # Of one entry; `ABSENT` takes it away.
 ABSENT = object()
 VALUES = (ABSENT, None, "x", True, math.nan, math.inf, -1, 0, 0.5, 1e300, 10**12, 10**30, [], [0.5, "x"], {}, {"x": 1})

@@ -9,10 +9,14 @@ from ase_uq.testing.backends.observing import count_forwards, process_state
 from ase_uq.testing.backends.structures import standard_frames
 from ase_uq.testing.backends.surroundings import SurroundingsLaws
 
-__all__ = ["BackendContract", "count_forwards", "process_state", "standard_frames"]
+__all__ = ["BackendContract", "PassLaws", "count_forwards", "process_state", "standard_frames"]
 
 
-class BackendContract(MeanLaws, LastLayerLaws, GeometryLaws, GradientLaws, IdentityLaws, SurroundingsLaws):
+class PassLaws(MeanLaws, LastLayerLaws, GeometryLaws, GradientLaws):
+    """What one pass gives: the laws that a variant of an architecture may break by itself, once a backend keeps all."""
+
+
+class BackendContract(PassLaws, IdentityLaws, SurroundingsLaws):
     """Laws of a backend.
 
     Subclass it in a test file and define how the calculator is made:
