@@ -145,7 +145,8 @@ def with_few_resamples(bootstrap: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def shorten() -> None:
-    """What takes long, and what no page is about: training of networks, intervals of scores, pixels of pictures."""
+    """What takes long, and what no page is about: compilers, networks, intervals of scores, pixels of pictures."""
+    import torch._dynamo
     from matplotlib.figure import Figure
 
     from ase_uq import metrics
@@ -158,6 +159,7 @@ def shorten() -> None:
 
         return short
 
+    torch._dynamo.config.disable = True  # orb's loaders compile where they can
     for module in (combination, method):
         module.cross_fit = briefly(module.cross_fit)
     metrics.bootstrap = with_few_resamples(metrics.bootstrap)
