@@ -47,6 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     if "mace" in sys.modules:
         preloaded.keep_tables()
+        preloaded.leave_uncompiled()
     gc.freeze()
     gc.enable()
 

@@ -109,17 +109,22 @@ def keep_tables() -> None:
         setattr(module, name, functools.cache(getattr(module, name)))
 
 
-def load_potentials_quickly() -> None:
-    """Every block loads a potential, and calculates too little with it for compiled code to pay."""
+def leave_uncompiled() -> None:
+    """e3nn leaves the code that it generates as it is: to compile it takes longer than most tests then run."""
     import e3nn
 
+    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
+
+
+def load_potentials_quickly() -> None:
+    """Every block loads a potential."""
     from ase_uq import embedded
     from ase_uq.backends import load_backend
     from ase_uq.backends.mace import loading as mace
     from ase_uq.backends.orb import loading as orb
     from ase_uq.report.viewer import packed, plotly_script
 
-    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
+    leave_uncompiled()
     keep_tables()
     for name in ("mace", "orb-direct", "orb-conservative"):
         load_backend(f"embedded:{name}", device="cpu")

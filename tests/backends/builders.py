@@ -56,10 +56,10 @@ def twin(module: torch.nn.Module) -> Any:
 
 
 @contextmanager
-def uncompiled() -> Iterator[None]:
-    """e3nn leaves the code that it generates as it is: to compile it takes longer than most tests then run."""
+def compiled() -> Iterator[None]:
+    """e3nn compiles the code that it generates, as it does unless it is told otherwise."""
     before = e3nn.get_optimization_defaults()
-    e3nn.set_optimization_defaults(jit_script_fx=False, optimize_einsums=False)
+    e3nn.set_optimization_defaults(jit_script_fx=True, optimize_einsums=True)
     try:
         yield
     finally:
@@ -90,8 +90,7 @@ def _mace(
     modules = loading.mace_modules
     n_heads = len(heads)
     isolated = np.linspace(-10, -20, len(elements))
-    # The trained models, which the tests load as well, are compiled.
-    with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings(), uncompiled():
+    with default_dtype(torch.float64), torch.random.fork_rng(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # e3nn builds with a deprecated part of torch
         torch.manual_seed(seed)
         model = modules.ScaleShiftMACE(

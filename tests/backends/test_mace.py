@@ -21,7 +21,7 @@ from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.testing.backends import BackendContract, PassLaws, process_state, standard_frames
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
-from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, uncompiled, water
+from .builders import charged_frames, make_mace, make_mh1_like, make_omol_like, quiet, water
 
 
 def calculator_of(
@@ -157,8 +157,7 @@ class TestTrained:
     ):
         path = tmp_path / "acac.safetensors"
         save_potential(calculator.models[0], path)
-        with uncompiled():
-            stored = load_backend(f"mace:{path}", device="cpu", dtype="float64")
+        stored = load_backend(f"mace:{path}", device="cpu", dtype="float64")
         own = load_backend(calculator)
         assert own.check_identity(stored.identity) is None
         # Weights are stored in float32.
@@ -259,8 +258,7 @@ class TestHeadsInASpec:
             load_backend(f"mace:{two_heads}", device="cpu")
 
     def test_the_one_head_of_the_embedded_potential(self):
-        with uncompiled():
-            assert load_backend("embedded:mace?head=Default", device="cpu").head == "Default"
+        assert load_backend("embedded:mace?head=Default", device="cpu").head == "Default"
 
 
 def test_heads_are_different_potentials():
@@ -420,7 +418,7 @@ def test_stored_potential_of_another_architecture(tmp_path: Path):
     header, tensors = read_tensor_file(path, "MACE potential", 1)
     tensors.pop(next(iter(tensors)))
     write_tensor_file(path, "MACE potential", 1, header, tensors)
-    with uncompiled(), pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its hea"):
+    with pytest.raises(ArtefactError, match="does not hold the weights of the architecture in its hea"):
         load_potential(path)
 
 
@@ -452,7 +450,7 @@ class TestCompiled:
             graphs.append(len(inputs))
             return module.forward
 
-        with quiet(), uncompiled(), torch._dynamo.config.patch():  # pyright: ignore[reportAttributeAccessIssue]
+        with quiet(), torch._dynamo.config.patch():  # pyright: ignore[reportAttributeAccessIssue]
             configure_autograd_for_compile(allow_autograd=True)
             # MACE builds the copy in torch's default dtype.
             torch.set_default_dtype(torch.float64)

@@ -18,6 +18,8 @@ from ase_uq.backends.specs import calculator_from_spec
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import MissingDependency
 
+from .builders import compiled
+
 PLUGIN = """
 from ase.calculators.emt import EMT
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
@@ -172,7 +174,8 @@ def test_unknown_prefix():
 
 @pytest.mark.parametrize("name", ["mace", "orb-direct"])
 def test_embedded_potentials(name: str):
-    backend = load_backend(f"embedded:{name}", device="cpu")
+    with compiled():
+        backend = load_backend(f"embedded:{name}", device="cpu")
     atoms = read(embedded.path("malonaldehyde.xyz"))
     assert isinstance(atoms, Atoms)
     forces = backend.forward(backend.collate([atoms])).forces

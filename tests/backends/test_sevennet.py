@@ -28,7 +28,7 @@ from ase_uq.testing.backends.last_layers import LastLayerLaws
 from ase_uq.testing.backends.means import MeanLaws
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
-from .builders import built, default_dtype, quiet, twin, uncompiled, water
+from .builders import built, compiled, default_dtype, quiet, twin, water
 
 # isort: split
 from sevenn import _const, model_build, util  # after ase_uq.backends.sevennet, with which torch lets e3nn read its file
@@ -42,7 +42,7 @@ def make_sevennet(**settings: Any) -> torch.nn.Module:
 
 
 def sevennet(
-    seed: int = 0, elements: tuple[str, ...] = ("H", "C", "O", "Cu"), compiled: bool = False, **settings: Any
+    seed: int = 0, elements: tuple[str, ...] = ("H", "C", "O", "Cu"), is_compiled: bool = False, **settings: Any
 ) -> torch.nn.Module:
     config = _const.DEFAULT_E3_EQUIVARIANT_MODEL_CONFIG | util.chemical_species_preprocess(list(elements))
     config |= {
@@ -54,7 +54,7 @@ def sevennet(
         key.SHIFT: [-1.0, -2.0, -3.0, -4.0][: len(elements)],
         key.SCALE: [0.5, 0.7, 0.9, 1.1][: len(elements)],
     } | settings
-    with quiet(), torch.random.fork_rng(), contextlib.nullcontext() if compiled else uncompiled():
+    with quiet(), torch.random.fork_rng(), compiled() if is_compiled else contextlib.nullcontext():
         torch.manual_seed(seed)
         model = model_build.build_E3_equivariant_model(config)
         assert isinstance(model, torch.nn.Module)
@@ -106,7 +106,8 @@ class SevenNetContract(SmallSevenNet, BackendContract):
 @functools.cache
 def sevennet_0() -> SevenNetCalculator:
     """The foundation model in the wheel, compiled as e3nn does it unless it is told otherwise."""
-    calculator = load("sevennet", "7net-0", "cpu", "float32")
+    with compiled():
+        calculator = load("sevennet", "7net-0", "cpu", "float32")
     assert isinstance(calculator, SevenNetCalculator)
     return calculator
 
@@ -147,7 +148,7 @@ class TestNoParity(SevenNetContract):
     """
 
     settings = {  # noqa: RUF012
-        "compiled": True,
+        "is_compiled": True,
         key.LMAX: 2,
         key.IS_PARITY: False,
         key.SELF_CONNECTION_TYPE: "linear",
@@ -174,7 +175,7 @@ class TestOneInteraction(SmallSevenNet):
 @pytest.mark.parametrize("name", ["SevenNet-0_22May2024", "7net-l3i5"])
 def test_the_other_models_that_sevenn_carries(name: str):
     before = process_state()
-    with default_dtype(torch.float64), uncompiled():  # the dtype that new weights have
+    with default_dtype(torch.float64):  # the dtype that new weights have
         backend = load_backend(f"sevennet:{name}", device="cpu")
     assert process_state() == before
     assert backend.dtype == torch.float32
@@ -187,8 +188,7 @@ def test_the_other_models_that_sevenn_carries(name: str):
 
 def test_a_checkpoint_is_loaded_by_its_path(tmp_path: Path):
     path = shutil.copy(util.pretrained_name_to_path("7net-0"), tmp_path / "mine.pth")
-    with uncompiled():
-        backend = load_backend(f"sevennet:{path}", device="cpu", dtype="float32")
+    backend = load_backend(f"sevennet:{path}", device="cpu", dtype="float32")
     assert backend.identity.fingerprint == load_backend(sevennet_0()).identity.fingerprint
 
 

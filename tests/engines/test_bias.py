@@ -26,8 +26,6 @@ from ase_uq.engines.ase.bias import UncertaintyBias
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.forward_pass import ForwardPass
 
-from ..backends.builders import uncompiled
-
 # Å: the networks of pdrum and the neighbours of knn have kinks, and a longer step is likely to meet one. Rounding of a
 # bias of 1 eV makes 1e-11 eV/Å; differences of the second order were off by 3e-8 of the forces.
 STEP, TOLERANCE = 1e-5, 1e-6
@@ -232,8 +230,7 @@ def test_without_height_it_is_the_plain_calculator_to_the_last_bit(shipped, malo
 
 def test_single_precision_gives_the_same_bias(shipped, malonaldehyde):
     double = shipped("mace")
-    with uncompiled():
-        single = UncertainCalculator(load_backend("embedded:mace", dtype="float32"), double.uncertainty_model)
+    single = UncertainCalculator(load_backend("embedded:mace", dtype="float32"), double.uncertainty_model)
     results = []
     for calculator in (single, double):
         bias = biased(calculator)
