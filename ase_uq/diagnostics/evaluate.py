@@ -2,9 +2,9 @@
 
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from typing import Any
 
 import numpy as np
 from ase import Atoms
@@ -17,9 +17,10 @@ from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue
 from ase_uq.display.progress import progress_bar
-from ase_uq.errors import LabelError, UQWarning
+from ase_uq.errors import InputError, LabelError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
+from ase_uq.io.results import current_results
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -82,20 +83,81 @@ def evaluate(
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
     """
+    _check_options(tolerance, block, n_bootstrap)
+    predictor = as_predictor(calculator, uncertainty_model)
+    backend = predictor.backend
+    labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys, backend.heads, backend.head)
+    backend.check(labelled, name="labelled test frame")
+    _refuse_own_labels(predictor, labelled, labels, batch_atoms)
+    predictions = _predictions(predictor, labelled, batch_atoms, progress)
+    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed, "progress": progress}
+    return _assessed(predictor.uncertainty_model, labelled, labels, predictions, options)
+
+
+def evaluate_scored(
+    frames: Frames | Sequence[str | os.PathLike[str]],
+    uncertainty_model: UncertaintyModel | str | os.PathLike[str],
+    *,
+    label_keys: tuple[str, str, str] | None = None,
+    tolerance: float = 0.3,
+    block: int = 1,
+    n_bootstrap: int = 200,
+    seed: int = 0,
+    progress: bool = True,
+) -> Assessment:
+    """Scores the uncertainties that stand in the frames already, as `score` wrote them; nothing is evaluated.
+
+    Args:
+        frames: Path, paths (such as the shards of a trajectory) or list of scored frames with labels.
+        uncertainty_model: The uncertainty model that they were scored with, or the path of its file. It says which
+            method is the primary one, and which offset the energies of the calibration frames had.
+        label_keys: Names of energy, forces and stress in info and arrays; by default `REF_energy`, `REF_forces` and
+            `REF_stress`. Results of a calculator are the scored potential's.
+        tolerance: As in `evaluate`.
+        block: As in `evaluate`.
+        n_bootstrap: As in `evaluate`.
+        seed: As in `evaluate`.
+        progress: As in `evaluate`.
+
+    Raises:
+        LabelError: No frame has labels, or one is not finite or does not fit its frame.
+        InputError: A frame has not the results of this uncertainty model.
+        ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
+    """
+    _check_options(tolerance, block, n_bootstrap)
+    model = uncertainty_model
+    model = model if isinstance(model, UncertaintyModel) else UncertaintyModel.load(model)
+    labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys or LABEL_KEYS[0])
+    keys = [key for (_, quantity), key in _keys(model).items() if quantity != "stress"]  # not in vacuum
+    for number, atoms in enumerate(labelled):
+        if lacking := [key for key in keys if key not in current_results(atoms)]:
+            raise InputError(
+                f"labelled test frame {number} has no {lacking[0]}, which frames have that `score` wrote with this "
+                "uncertainty model, unless they were changed since. Score them, or name the potential as well."
+            )
+    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed, "progress": progress}
+    return _assessed(model, labelled, labels, map(current_results, labelled), options)
+
+
+def _check_options(tolerance: float, block: int, n_bootstrap: int) -> None:
     if not tolerance > 0:
         raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
-    predictor = as_predictor(calculator, uncertainty_model)
-    labelled, labels = _labelled(predictor.backend, read_frames(frames, name="test frames"), label_keys)
-    predictor.backend.check(labelled, name="labelled test frame")
-    _refuse_own_labels(predictor, labelled, labels, batch_atoms)
-    observed = _observe(predictor, labelled, labels, batch_atoms, progress)
+
+
+def _assessed(
+    model: UncertaintyModel,
+    frames: Sequence[Atoms],
+    labels: Sequence[Labels],
+    results: Iterable[Mapping[str, Any]],
+    options: Mapping[str, Any],
+) -> Assessment:
+    observed = _samples(_keys(model), frames, labels, results)
     energies = {of: sample for of, sample in observed.items() if of[1] == "energy_per_atom"}
-    shift = predictor.uncertainty_model.energy_shift
-    energies = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(labelled)}, shift)
-    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed}
-    assessment = assess(observed | energies, len(labelled), progress=progress, **options)
+    shift = model.energy_shift
+    energies = without_energy_shift(energies, {i: atoms.numbers for i, atoms in enumerate(frames)}, shift)
+    assessment = assess(observed | energies, len(frames), **options)
     return replace(assessment, energy_offset="" if shift is None else shift.describe())
 
 
@@ -219,7 +281,7 @@ def _elements(sample: Sample) -> Iterable[tuple[str, np.ndarray]]:
 
 
 def _labelled(
-    backend: Backend, frames: Sequence[Atoms], keys: tuple[str, str, str] | None
+    frames: Sequence[Atoms], keys: tuple[str, str, str] | None, heads: Sequence[str] = (), head: str = ""
 ) -> tuple[list[Atoms], list[Labels]]:
     """The frames that have labels, and their labels; one warning counts the other frames."""
     pairs = [(atoms, labels_of(atoms, keys, f"test frame {index}")) for index, atoms in enumerate(frames)]
@@ -227,7 +289,7 @@ def _labelled(
         check_labels(f"test frame {index}", atoms, labels)
     has_labels = [labels.energy is not None or labels.forces is not None for _, labels in pairs]
     numbered = {index: frames[index] for index in np.flatnonzero(has_labels).tolist()}
-    refuse_other_heads("test", numbered, backend.heads, backend.head)
+    refuse_other_heads("test", numbered, heads, head)
     kept = [pairs[index] for index in numbered]
     if not kept:
         names = ", ".join(keys) if keys else ", ".join(dict.fromkeys(key for row in LABEL_KEYS for key in row[:2]))
@@ -265,14 +327,9 @@ def _refuse_own_labels(
     refuse_own_forces("the labels", error, size, purpose="to judge by")
 
 
-def _observe(
-    predictor: Predictor, frames: Sequence[Atoms], labels: Sequence[Labels], batch_atoms: int | None, progress: bool
-) -> dict[tuple[str, str], Sample]:
-    """Residuals and standard deviations of all frames, by (method, quantity)."""
-    keys = _keys(predictor)
-    residuals: dict[str, list[np.ndarray]] = {quantity: [] for quantity in _STORED}
-    owners: dict[str, list[int]] = {quantity: [] for quantity in _STORED}
-    std: dict[tuple[str, str], list[np.ndarray]] = {of: [] for of in keys}
+def _predictions(
+    predictor: Predictor, frames: Sequence[Atoms], batch_atoms: int | None, progress: bool
+) -> Iterator[Mapping[str, Any]]:
     events = passes(
         predictor.backend,
         Source(frames),
@@ -281,19 +338,31 @@ def _observe(
         gradients=predictor.gradients,
         title="evaluate" if progress else "",
     )
-    for number, prediction in enumerate(
-        chain.from_iterable(batch.value for batch in complete(events, "labelled test frame"))
-    ):
+    for batch in complete(events, "labelled test frame"):
+        yield from (prediction.results for prediction in batch.value)
+
+
+def _samples(
+    keys: Mapping[tuple[str, str], str],
+    frames: Sequence[Atoms],
+    labels: Sequence[Labels],
+    results: Iterable[Mapping[str, Any]],
+) -> dict[tuple[str, str], Sample]:
+    """Residuals and standard deviations of all frames, by (method, quantity)."""
+    residuals: dict[str, list[np.ndarray]] = {quantity: [] for quantity in _STORED}
+    owners: dict[str, list[int]] = {quantity: [] for quantity in _STORED}
+    std: dict[tuple[str, str], list[np.ndarray]] = {of: [] for of in keys}
+    for number, of_frame in enumerate(results):
         for quantity, key in _STORED.items():
             label = getattr(labels[number], key)
-            if label is None or key not in prediction.results:
+            if label is None or key not in of_frame:
                 continue
             n_atoms = len(frames[number])
-            residuals[quantity].append(_rows(quantity, label - prediction[key], n_atoms))
+            residuals[quantity].append(_rows(quantity, label - of_frame[key], n_atoms))
             owners[quantity].append(number)
             for of, result in keys.items():
                 if of[1] == quantity:
-                    std[of].append(_rows(quantity, prediction[result], n_atoms))
+                    std[of].append(_rows(quantity, of_frame[result], n_atoms))
     samples = {}
     for of in keys:
         quantity = of[1]
@@ -311,15 +380,15 @@ def _observe(
     return dict(sorted((samples | largest).items(), key=lambda item: list(UNITS).index(item[0][1])))
 
 
-def _keys(predictor: Predictor) -> dict[tuple[str, str], str]:
-    """Results key of every (method, quantity), in the order of the predictor's results: the primary method first."""
+def _keys(model: UncertaintyModel) -> dict[tuple[str, str], str]:
+    """Results key of every (method, quantity), in the order of the model's results: the primary method first."""
     keys: dict[tuple[str, str], str] = {}
-    for result in predictor.results:
+    for result in model.results:
         entry = find_property(result)
         for quantity, key in _STORED.items():
             plain = f"{key}_uncertainty"
             if entry is not None and entry.name == plain:
-                method = result.removeprefix(plain).removeprefix("_") or predictor.uncertainty_model.primary
+                method = result.removeprefix(plain).removeprefix("_") or model.primary
                 keys.setdefault((method, quantity), result)
     return keys
 

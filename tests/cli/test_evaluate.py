@@ -37,6 +37,18 @@ def test_the_table_and_the_csv_are_the_librarys(judge, files, tmp_path):
     assert (tmp_path / "scores.csv").read_text() == (tmp_path / "expected.csv").read_text()
 
 
+def test_scored_frames_need_no_potential(run, judge, files):
+    assert run("score", files.test, "--model", "toy:", "--uq", files.uq, "--out", "scored.xyz").exit_code == 0
+    result = run("evaluate", "scored.xyz", "--uq", files.uq, "--json")
+    assert result.exit_code == 0
+    found, expected = (json.loads(one.stdout) for one in (result, judge("--json")))
+    assert found["n_frames"] == expected["n_frames"]
+    assert len(found["scores"]) == len(expected["scores"])
+    result = run("evaluate", "scored.xyz")
+    assert result.exit_code == 2
+    assert "give the potential, or only --uq for frames that" in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_numbers_for_programs(judge, files):
     result = judge("--json", "--csv", "scores.csv")
     found = json.loads(result.stdout)

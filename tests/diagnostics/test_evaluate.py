@@ -15,8 +15,11 @@ from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, evaluate, f
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.assessment import Assessment
+from ase_uq.diagnostics.evaluate import evaluate_scored
 from ase_uq.errors import ArtefactError, InputError, LabelError, UQWarning
 from ase_uq.io.labels import labels_of
+from ase_uq.scoring.score import score as score_frames
+from ase_uq.scoring.shards import Shard
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
 pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")
@@ -470,3 +473,43 @@ def test_files_are_read(predictor, assessment, tmp_path: Path):
     assert value(found, "rmse") == pytest.approx(value(assessment, "rmse"), rel=1e-4)
     with pytest.raises(LabelError, match="test frames: there is no file"):
         evaluate(predictor, tmp_path / "none.xyz")
+
+
+class TestScored:
+    """What stands in frames that `score` wrote is judged without the potential."""
+
+    def test_gives_what_the_potential_gives_again(self, predictor, model, frames, assessment, tmp_path: Path):
+        score_frames(frames, predictor, out=tmp_path / "scored.xyz", progress=False)
+        found = evaluate_scored(tmp_path / "scored.xyz", model, **OPTIONS)
+        assert found.n_frames == assessment.n_frames
+        for one, other in zip(found.scores, assessment.scores, strict=True):
+            assert dataclasses.astuple(one)[:4] == dataclasses.astuple(other)[:4]
+            # Files hold eight digits; ranks of near ties may change.
+            assert one.value == pytest.approx(other.value, rel=2e-3, abs=2e-3, nan_ok=True)
+
+    def test_takes_the_shards_of_a_trajectory(self, predictor, model, frames, assessment, tmp_path: Path):
+        shards = [tmp_path / f"{number}.xyz" for number in (1, 2)]
+        for number, out in enumerate(shards, 1):
+            score_frames(frames, predictor, out=out, shard=Shard(number, 2), batch_atoms=20, progress=False)
+        found = evaluate_scored(shards, model, **OPTIONS)
+        assert found.n_frames == assessment.n_frames
+        assert value(found, "mean_squared_z") == pytest.approx(value(assessment, "mean_squared_z"), rel=1e-5)
+
+    def test_refuses_frames_that_have_no_results_of_this_model(self, predictor, model, frames, tmp_path: Path):
+        with pytest.raises(InputError, match=r"frame 0 has no forces_uncertainty, which frames have that `score` wro"):
+            evaluate_scored(frames, model, **OPTIONS)
+        out = tmp_path / "scored.xyz"
+        one = dataclasses.replace(model, methods={"bll": model.methods["bll"]})
+        score_frames(frames, predictor.backend, one, out=out, progress=False)
+        with pytest.raises(InputError, match="frame 0 has no forces_uncertainty_"):
+            evaluate_scored(out, model, **OPTIONS)
+
+    def test_does_not_take_the_results_for_labels(self, predictor, model, frames, tmp_path: Path):
+        for atoms in frames:
+            for name in ("REF_energy", "REF_stress"):
+                atoms.info.pop(name, None)
+            atoms.arrays.pop("REF_forces", None)
+            atoms.calc = None
+        score_frames(frames, predictor, out=tmp_path / "scored.xyz", progress=False)
+        with pytest.raises(LabelError, match="none of the 25 test frames has reference energies or forces"):
+            evaluate_scored(tmp_path / "scored.xyz", model, **OPTIONS)

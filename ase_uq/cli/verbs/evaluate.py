@@ -15,7 +15,6 @@ from ase_uq.cli.options import (
     EnergyKey,
     ForceProbes,
     ForcesKey,
-    Model,
     Seed,
     StressKey,
     label_keys,
@@ -30,8 +29,18 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    frames: Annotated[Path, typer.Argument(metavar="FRAMES", help="Test frames with reference labels.")],
-    model: Model,
+    frames: Annotated[
+        list[Path], typer.Argument(metavar="FRAMES...", help="Test frames with reference labels, in one file or more.")
+    ],
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model",
+            metavar="SPEC",
+            show_default="none: take what stands in the frames",
+            help="The potential, as for fit. Not needed for frames that `ase-uq score` wrote, with --uq.",
+        ),
+    ] = "",
     uq: UQ = None,
     tolerance: Annotated[
         float, typer.Option("--tolerance", help="Force errors above this count as bad, eV/Å; for AUROC and AUPRC.")
@@ -63,31 +72,43 @@ def evaluate(
     Test frames should be neither training nor calibration frames. Neighbouring frames of a run are not independent:
     give with --block how many belong together, or the intervals come out too narrow.
 
+    Frames that `ase-uq score` wrote, in shards too, are judged as they are, without the potential.
+
     [dim]ase-uq evaluate --model mace:my.model --uq my.uq.safetensors test.xyz --csv scores.csv --plots figures[/]
     """
     _check_outputs(csv, plots)
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.diagnostics.evaluate import evaluate as assess
+    from ase_uq.diagnostics.evaluate import evaluate_scored
     from ase_uq.io.frames import read_frames
+    from ase_uq.uncertainty_model.model import UncertaintyModel
 
+    if not model and uq is None:
+        raise typer.BadParameter(
+            "give the potential, or only --uq for frames that `ase-uq score` wrote with it.", param_hint="'--model'"
+        )
     test_frames = read_frames(frames, name="test frames")
     seed_all(seed)
-    predictor = load_calculator(model, uq, device, dtype, force_probes=force_probes).predictor
-    assessment = assess(
-        predictor,
-        test_frames,
-        label_keys=label_keys(energy_key, forces_key, stress_key),
-        batch_atoms=batch_atoms,
-        tolerance=tolerance,
-        block=block,
-        seed=seed,
-    )
+    options = {
+        "label_keys": label_keys(energy_key, forces_key, stress_key),
+        "tolerance": tolerance,
+        "block": block,
+        "seed": seed,
+    }
+    if model:
+        predictor = load_calculator(model, uq, device, dtype, force_probes=force_probes).predictor
+        fitted = predictor.uncertainty_model
+        assessment = assess(predictor, test_frames, batch_atoms=batch_atoms, **options)
+    else:
+        assert uq is not None
+        fitted = UncertaintyModel.load(uq)
+        assessment = evaluate_scored(test_frames, fitted, **options)
     if csv is not None:
         assessment.to_csv(csv)
         typer.echo(f"{len(assessment.scores)} numbers written to {csv}", err=as_json)
     if plots is not None:
         written = _draw(assessment, plots)
-        if (far := predictor.uncertainty_model.far_field) is not None:
+        if (far := fitted.far_field) is not None:
             written.append(_draw_far_field(far, plots))
         typer.echo(f"figures written: {', '.join(map(str, written))}", err=as_json)
     in_words = f"{assessment.table()}\n\n{assessment.describe()}"
