@@ -1,10 +1,11 @@
 # Everything is installed into .venv, from the versions in constraints.txt; nothing outside the checkout is touched.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest lint format docs clean
+.PHONY: help demo test test-lowest test-torchsim lint format docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
+TORCHSIM := .venv-torchsim
 
 # The first of these that runs and is new enough: a name on the PATH may be an older Python, or a shim for none.
 PYTHON ?= $(shell for python in python3.12 python3; do \
@@ -26,6 +27,8 @@ help:
 	@echo "make test    install, then lint, type checks, import contracts and tests"
 	@echo "make test-lowest"
 	@echo "             the same tests in part, with the lowest versions that pyproject.toml allows, in $(LOWEST)"
+	@echo "make test-torchsim"
+	@echo "             the tests of TorchSim with its latest version, beside which orb-models cannot be, in $(TORCHSIM)"
 	@echo "make lint    all checks but the tests"
 	@echo "make format  format and sort imports"
 	@echo "make docs    build the pages of docs/ into site/"
@@ -44,6 +47,14 @@ test-lowest: $(VENV)/.installed-dev
 	$(BIN)/uv pip install --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[all,dev]"
 	$(LOWEST)/bin/pytest $(PARALLEL) -W ignore::DeprecationWarning -W ignore::PendingDeprecationWarning \
 		tests/backends tests/cli/test_fit.py tests/cli/test_md.py tests/cli/test_score.py tests/io tests/test_predictor.py
+
+# orb-models 0.7 needs nvalchemi-toolkit-ops below 0.4, torch-sim from 0.6.1 on needs 0.4 or newer.
+test-torchsim: $(VENV)/.installed-dev
+	test -x $(TORCHSIM)/bin/python || $(PYTHON) -m venv $(TORCHSIM)
+	sed -e 's/^torch-sim-atomistic==.*/torch-sim-atomistic==0.6.2/' \
+		-e 's/^nvalchemi-toolkit-ops==.*/nvalchemi-toolkit-ops==0.5.0/' constraints.txt > $(TORCHSIM)/constraints.txt
+	$(BIN)/uv pip install --python $(TORCHSIM)/bin/python -c $(TORCHSIM)/constraints.txt -e ".[mace,torchsim,dev]"
+	$(TORCHSIM)/bin/pytest -W ignore::DeprecationWarning tests/engines/test_torchsim.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check

@@ -76,6 +76,8 @@ def calculator(fitted: UncertaintyModel) -> UncertainCalculator:
 
 @functools.cache  # to build a potential takes longer than to use it here
 def of_embedded(spec: str) -> UncertainModel:
+    if "orb" in spec:
+        pytest.importorskip("orb_models", reason="orb-models is not installed; newer versions of TorchSim refuse it")
     return UncertainModel(spec, embedded.path(EMBEDDED[spec]))
 
 
@@ -627,7 +629,7 @@ def test_a_reporter_writes_each_replica_up_to_its_halt(model: UncertainModel, un
             assert trajectory.last_step == replica.step
             assert len(trajectory.get_array("positions")) == replica.step + 1
             assert len(trajectory.get_array("gamma")) == replica.step + 1
-    assert "report" not in vars(reporter)
+    assert not {"report", "report_final_frame"} & set(vars(reporter))
 
 
 def test_a_run_goes_on_from_its_final_state(model: UncertainModel, unwatched: Any):

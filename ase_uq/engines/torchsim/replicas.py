@@ -302,11 +302,15 @@ class ReplicaMonitor:
                 "with ts.TrajectoryReporter(filenames, ...)."
             )
         report = reporter.report
+        # Of newer versions of torch_sim alone, as is the option `force` of `report`.
+        report_final_frame: Any = getattr(reporter, "report_final_frame", None)
 
-        def report_running(state: Any, step: int | list[int], model: Any = None) -> list[dict[str, Tensor]]:
+        def report_running(
+            state: Any, step: int | list[int], model: Any = None, **options: Any
+        ) -> list[dict[str, Tensor]]:
             left_out = self._running.left_out
             if left_out is None or not left_out.any():
-                return report(state, step, model)
+                return report(state, step, model, **options)
             running = torch.nonzero(~left_out)[:, 0].tolist()
             if not running:
                 return []
@@ -314,16 +318,25 @@ class ReplicaMonitor:
             reporter.trajectories = [trajectories[system] for system in running if trajectories]
             try:
                 steps = [step[system] for system in running] if isinstance(step, list) else step
-                return report(state[running], steps, model)
+                return report(state[running], steps, model, **options)
             finally:
                 reporter.trajectories = trajectories
 
-        # Set on the instance, where it hides the method of whichever class the reporter has.
-        vars(reporter)["report"] = report_running
+        def report_last_of(index: int, state: Any, step: int, model: Any = None) -> None:
+            (number,) = state.system_extras[_REPLICA].tolist()
+            replica = self.replicas[number]
+            report_final_frame(index, state, min(step, replica.step) if replica.halted else step, model)
+
+        # Set on the instance, where they hide the methods of whichever class the reporter has.
+        hidden = {"report": report_running}
+        if report_final_frame is not None:
+            hidden["report_final_frame"] = report_last_of
+        vars(reporter).update(hidden)
         try:
             yield
         finally:
-            del vars(reporter)["report"]
+            for name in hidden:
+                del vars(reporter)[name]
 
 
 def _event(replica: Replica, verdict: Verdict, frame: Atoms) -> Event:
