@@ -328,7 +328,7 @@ class ReplicaMonitor:
             report_final_frame(index, state, min(step, replica.step) if replica.halted else step, model)
 
         # Set on the instance, where they hide the methods of whichever class the reporter has.
-        hidden = {"report": report_running}
+        hidden: dict[str, Callable[..., Any]] = {"report": report_running}
         if report_final_frame is not None:
             hidden["report_final_frame"] = report_last_of
         vars(reporter).update(hidden)
