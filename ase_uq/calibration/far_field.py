@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 from scipy.optimize import minimize
-from scipy.special import softmax
 from torch import Tensor
 
 from ase_uq.calibration.base import LARGEST_LOG, SMALLEST_LOG, SMALLEST_SCORE, Calibrator, Residuals
@@ -176,7 +175,8 @@ def fit_far_field(
     if like is None:
         # Rows beyond the far end do not say in which direction they would like to have it moved: several τ are tried.
         starts = [np.concatenate([[0.0, np.log(slope)], np.zeros(len(used))]) for slope in (1.0, 0.5, 0.2)]
-        starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
+        if len(used) > 1:
+            starts += [np.concatenate([[0.0, 0.0], 3.0 * row]) for row in np.eye(len(used))]
     else:
         shares = np.maximum(np.array(like.slopes)[used] * span, _SMALLEST_SHARE)
         starts = [
@@ -184,15 +184,14 @@ def fit_far_field(
         ]
     options = {"maxiter": 1000, "gtol": 1e-8}
     found = min((minimize(loss, x, jac=True, method="L-BFGS-B", options=options) for x in starts), key=lambda r: r.fun)
-    shares = np.exp(found.x[2:] - found.x[2:].max())
     slopes = np.zeros(len(near))
-    slopes[used] = min(np.exp(found.x[1]), 1) * shares / shares.sum() / span
+    slopes[used] = min(np.exp(found.x[1]), 1) * _softmax(found.x[2:]) / span
     calibrator = FarFieldCalibrator(
         constant=loss.start + float(found.x[0]),
         slopes=tuple(slopes.tolist()),
         near=tuple(near.tolist()),
         far=tuple(far.tolist()),
-        limit=float(loss.limits.mean()),
+        limit=loss.mean_limit,
         floors=tuple(floors.tolist()),
     )
     return replace(calibrator, elements=_offsets(calibrator, residuals))
@@ -223,12 +222,16 @@ class _Loss:
         """The constant c if no row were on any way."""
         return float(np.log(max(self.squares.mean(), 1e-300)))
 
+    @cached_property
+    def mean_limit(self) -> float:
+        return float(self.limits.mean())
+
     def __call__(self, x: np.ndarray) -> tuple[float, np.ndarray]:
-        constant, shares = self.start + x[0], softmax(x[2:])
+        constant, shares = self.start + x[0], _softmax(x[2:])
         slope = min(np.exp(x[1]), 1.0)
         raw = slope * (self.ways @ shares)
         way = np.minimum(raw, 1)
-        rise = np.maximum(np.where(way > 0, self.limits, self.limits.mean()) - constant, 0)
+        rise = np.maximum(np.where(way > 0, self.limits, self.mean_limit) - constant, 0)
         log_variance = constant + rise * way
         ratio = self.squares * np.exp(-log_variance)
         deviation = (x[1] - self.centre) / self.width
@@ -241,6 +244,11 @@ class _Loss:
         of_slope = float(of_way @ raw) * (x[1] <= 0) + deviation / self.width
         of_logits = shares * (of_shares - of_shares @ shares)
         return float(value), np.concatenate([[of_row @ (1 - way * (rise > 0)), of_slope], of_logits])
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits - logits.max())
+    return weights / weights.sum()
 
 
 def _offsets(calibrator: FarFieldCalibrator, residuals: Residuals) -> dict[int, float]:

@@ -1,6 +1,7 @@
 """`MethodContract`: laws that every method must obey, with the frames and ranks that its tests need."""
 
 import copy
+import functools
 import json
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -230,6 +231,11 @@ def labelled_frames(
     Returns:
         Frames with `REF_energy`, `REF_forces` and, in a cell, `REF_stress`.
     """
+    return copy.deepcopy(_labelled_frames(count, seed, cell, spread))
+
+
+@functools.cache
+def _labelled_frames(count: int, seed: int, cell: float | None, spread: tuple[float, float]) -> list[Atoms]:
     random = np.random.default_rng(seed)
     frames, noise = [], []
     for _ in range(count):
