@@ -365,7 +365,8 @@ class Combination(torch.nn.Module):
         """(n_frames,) what is added to the log σ² of the anchor's energy; None where nothing is."""
         if self.energy is None or not self.energy.weights:
             return None
-        calibrators = self.inputs.energy_calibrators
+        read = (self.inputs.anchor, *self.energy.weights)
+        calibrators = {name: c for name, c in self.inputs.energy_calibrators.items() if name in read}
         scores = {name: raws[name].energy for name in calibrators}
         return self.energy(EnergyFeatures.of(self.inputs.anchor, calibrators, scores, limit))
 
