@@ -3,10 +3,9 @@
     python benchmarks/energy_combination.py [SET ...] [--data ../shared/data] [--models ../shared/models ...]
                                             [--frames 40] [--out benchmarks/results/energy_combination]
 
-The form is that of `combined` for forces, with a row for each structure: the calibrated log σ² of `bll`, corrected by
-those of `kernel` and `pdrum` (a residual network of the energy) by at most 1, fading with the way to where nothing is
-known, with weights from the likelihood of the calibration frames, kept only where left-out ones support them. Nothing
-is chosen by the splits that are reported. Writes OUT.md.
+What `fit` makes of `bll`, `kernel` and `pdrum` (a residual network of the energy) is judged beside `bll` alone: the
+calibrated log σ² of `bll` is corrected as `combined` does it for forces, with a row for each structure
+(`ase_uq.fitting.energy_combination`). Nothing is chosen by the splits that are reported. Writes OUT.md.
 """
 
 import argparse
@@ -24,12 +23,12 @@ from quality import SETS, frames_of, spec_of
 from scipy.stats import spearmanr
 
 from ase_uq import load_backend
-from ase_uq.calibration import Calibrator, FarFieldCalibrator, Residuals, fit_calibrator, fit_far_field
+from ase_uq.calibration import Calibrator, Residuals, fit_calibrator, fit_far_field
 from ase_uq.calibration.energy_shift import energy_shift
-from ase_uq.fitting.combination import Likelihood, contiguous_folds, is_earned
+from ase_uq.fitting.energy_combination import fit_energy_combination
+from ase_uq.uncertainty_model.energy_combination import EnergyFeatures
 
 ANCHOR, OTHERS = "bll", ("kernel", "pdrum")
-FRAMES_OF_ANCHOR, END_QUANTILE, FLOOR_QUANTILE = 3, 0.8, 0.5  # as for forces
 
 
 @dataclass(frozen=True)
@@ -90,42 +89,20 @@ def judged(observed: Observed) -> list[Cell]:
     shift = energy_shift(calibration.residuals, calibration.numbers, calibration.n_atoms)
     residuals = calibration.without(shift) * (1.0 if shift is None else shift.inflation)
     calibrators = {method: calibrated(known[method], residuals, observed.far.get(method)) for method in known}
-    way = way_of(calibrators[ANCHOR], calibration)
-    end = min(max(float(np.quantile(way, END_QUANTILE)), 0.1), 1.0)
 
-    def corrections(split: Mapping[str, Frames]) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-        """(n_frames, 1) log σ² of the anchor, share that counts, and corrections by method."""
-        base = log_variance(calibrators[ANCHOR], split[ANCHOR])
-        fade = np.clip(1 - way_of(calibrators[ANCHOR], split[ANCHOR]) / end, 0, 1)[:, None]
-        return (
-            base,
-            fade,
-            {
-                method: fade * np.clip(log_variance(calibrators[method], split[method]) - base, -1, 1)
-                for method in OTHERS
-            },
-        )
+    def features(split: Mapping[str, Frames]) -> EnergyFeatures:
+        scores = {method: torch.from_numpy(frames.scores) for method, frames in split.items()}
+        return EnergyFeatures.of(ANCHOR, calibrators, scores, torch.from_numpy(split[ANCHOR].limits))
 
-    base, fade, table = corrections(known)
-    rows = Likelihood(base, fade, residuals[:, None] ** 2, table, float(np.quantile(base, FLOOR_QUANTILE)))
-    folds = contiguous_folds(np.arange(len(residuals)))
-    tried = {"anchor": (), **{method: (method,) for method in OTHERS}, "all": OTHERS}
-    losses = {name: rows.cross_validated(columns, folds) for name, columns in tried.items()}
-    best = min(losses, key=lambda name: float(losses[name].mean()))
-    if not is_earned(losses["anchor"] - losses[best]):
-        best = "anchor"
-    constant, weights = rows.fitted(tried[best])
-    earned = len(residuals) / (len(residuals) + FRAMES_OF_ANCHOR)
-    told = ", ".join(f"{earned * w:.2f} {method}" for w, method in zip(weights, tried[best], strict=True))
+    combination = fit_energy_combination(features(known), residuals)
+    told = ", ".join(f"{weight:.2f} {method}" for method, weight in combination.weights.items()) or "none"
     cells = []
     for split, of_methods in observed.splits.items():
         left = of_methods[ANCHOR].without(shift)
         if split == "calib" or not np.isfinite(left).any():
             continue
-        base, fade, table = corrections(of_methods)
-        here = Likelihood(base, fade, left[:, None] ** 2, table, rows.floor)
-        combined = here.floored(here.log_variance(tried[best], earned * constant, earned * weights))
-        cells.append(Cell(split, told or "none", worth(left, base[:, 0]), worth(left, combined[:, 0])))
+        base, added = (here := features(of_methods)).base.numpy(), combination(here).numpy()
+        cells.append(Cell(split, told, worth(left, base), worth(left, base + added)))
     return cells
 
 
@@ -133,19 +110,6 @@ def calibrated(frames: Frames, residuals: np.ndarray, far: np.ndarray | None) ->
     rows = Residuals(frames.scores, residuals**2, 1, np.arange(len(residuals)), frames.limits)
     found = None if far is None else fit_far_field(rows, far)
     return found or fit_calibrator(rows).calibrator
-
-
-def log_variance(calibrator: Calibrator, frames: Frames) -> np.ndarray:
-    """(n_frames, 1) log σ² of energies per atom, eV²."""
-    variance = calibrator.variance(torch.from_numpy(frames.scores), torch.from_numpy(frames.limits))
-    return variance.reshape(-1, 1).log().numpy()
-
-
-def way_of(calibrator: Calibrator, frames: Frames) -> np.ndarray:
-    """(n_frames,) 0 at the calibration frames, 1 where nothing is known."""
-    if not isinstance(calibrator, FarFieldCalibrator):
-        return np.zeros(len(frames.scores))
-    return calibrator.way(torch.from_numpy(frames.scores)).reshape(-1).numpy()
 
 
 def worth(residuals: np.ndarray, log_variance: np.ndarray) -> tuple[float, float, float]:

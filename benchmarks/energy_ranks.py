@@ -5,7 +5,7 @@
 
 Every score is one number a structure, from methods that were fitted on the training frames:
 
-    σ_E               calibrated, as in the results: `bll` with its far field
+    σ_E               calibrated: `bll` with its far field
     structure, mean   leverage of the energy's last layer for the whole structure, and the mean leverage of its atoms
     kernel            mean distance of the atoms
     E-norm, E-diff    residual networks of the energy (`pdrum`, and its variant that learns the signed error)
@@ -143,7 +143,7 @@ class Scored:
         )
         first, second = (deviation.square().mean(1) for deviation in deviations)
         return {
-            "σ_E": results["energy_uncertainty"] / counts,
+            "σ_E": results["energy_uncertainty_bll"] / counts,
             "structure": raws["bll"].energy[:, 0],
             "mean": raws["bll"].energy[:, -1],
             "kernel": raws["kernel"].energy[:, 0],

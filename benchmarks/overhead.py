@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -120,6 +121,9 @@ def fitted(plain: Calculator, methods: Sequence[str]) -> UncertaintyModel:
         # Everything is to be timed, whatever the made-up labels made of it.
         assert model.combination.ensemble is not None, "the networks were not kept"
         model.combination.weights = dict.fromkeys((*model.combination.inputs.others, RESIDUAL), 0.5)
+        energy = model.combination.energy
+        assert energy is not None
+        model.combination.energy = replace(energy, weights=dict.fromkeys(model.combination.inputs.others, 0.5))
     return model
 
 

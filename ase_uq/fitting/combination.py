@@ -22,18 +22,17 @@ from ase_uq.uncertainty_model.combination import (
     CombinationFeatures,
     CombinationInputs,
     Fade,
-    bounded,
     corrections_of_methods,
-    floored,
 )
+from ase_uq.uncertainty_model.corrections import bounded, floored
 from ase_uq.uncertainty_model.far_field import FarField
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 _MOST_KEPT_ATOMS = 20_000  # atoms of training frames for the residual model
 _LARGEST_WEIGHT = 1.0
 _FOLDS = 5
-_END_QUANTILE, _SMALLEST_END = 0.8, 0.1  # of the way of the calibration atoms: where corrections end
-_FLOOR_QUANTILE = 0.5  # of log σ² of the anchor over the calibration atoms
+_END_QUANTILE, _SMALLEST_END = 0.8, 0.1  # of the way of the calibration rows: where corrections end
+FLOOR_QUANTILE = 0.5  # of log σ² of the anchor over the calibration rows
 _FRAMES_OF_ANCHOR = 3  # weight, in frames, of the anchor alone beside the corrections that the frames ask for
 _TRAINING = Training(hidden=(32, 32), batch=512, max_epochs=150, patience=30)
 
@@ -77,31 +76,62 @@ def fit_combination(
     table = {name: (faded * value).expand_as(features.base).cpu().numpy() for name, value in corrections.items()}
     tried = {"anchor": (), "methods": inputs.others, RESIDUAL: (RESIDUAL,), "all": (*inputs.others, RESIDUAL)}
     candidates = {name: columns for name, columns in tried.items() if inputs.others or name in ("anchor", RESIDUAL)}
-    floor = float(features.base.quantile(_FLOOR_QUANTILE))
+    floor = float(features.base.quantile(FLOOR_QUANTILE))
     rows = Likelihood(features.base.cpu().numpy(), faded.cpu().numpy(), squares.cpu().numpy(), table, floor)
-    fold = contiguous_folds(frames.cpu().numpy())
-    of_folds = {name: rows.cross_validated(columns, fold) for name, columns in candidates.items()}
+    found = earned(rows, candidates, frames.cpu().numpy())
+    kept = ensemble if RESIDUAL in found.weights else None
+    combination = Combination(inputs, fade, floor, kept, found.constant, found.weights, found.likelihoods)
+    corrected = rows.log_variance(list(found.weights), found.constant, np.array(list(found.weights.values())))
+    return Fitted(combination, np.exp(rows.floored(corrected)))
+
+
+@dataclass(frozen=True)
+class Earned:
+    """Corrections that the calibration frames support.
+
+    Args:
+        constant: c; 0 without corrections.
+        weights: s_k by name.
+        likelihoods: Cross-validated mean negative log-likelihood of a component, of each variant that was tried.
+    """
+
+    constant: float
+    weights: dict[str, float]
+    likelihoods: dict[str, float]
+
+
+def earned(rows: "Likelihood", tried: Mapping[str, Sequence[str]], frames: np.ndarray) -> Earned:
+    """The likeliest of several variants on left-out frames, or the anchor alone if the gain may be chance.
+
+    Args:
+        rows: Calibration rows.
+        tried: Names of the corrections of each variant; `anchor` has none.
+        frames: (n_rows,) number of the frame of each row.
+    """
+    fold = contiguous_folds(frames)
+    of_folds = {name: rows.cross_validated(columns, fold) for name, columns in tried.items()}
     likelihoods = {name: float(values.mean()) for name, values in of_folds.items()}
     best = min(likelihoods, key=lambda name: likelihoods[name])
     if not is_earned(of_folds["anchor"] - of_folds[best]):
         best = "anchor"
-    constant, fitted = rows.fitted(candidates[best])
+    constant, fitted = rows.fitted(tried[best])
     # What few frames ask for is partly chance.
-    earned = (n_frames := len(frames.unique())) / (n_frames + _FRAMES_OF_ANCHOR)
-    constant, fitted = earned * constant, earned * fitted
+    share = (n_frames := len(np.unique(frames))) / (n_frames + _FRAMES_OF_ANCHOR)
+    constant, fitted = share * constant, share * fitted
     # A correction with next to no weight would cost an evaluation without effect.
-    weights = {name: weight for name, weight in zip(candidates[best], fitted.tolist(), strict=True) if weight > 1e-3}
-    kept = ensemble if RESIDUAL in weights else None
-    combination = Combination(inputs, fade, floor, kept, constant if weights else 0.0, weights, likelihoods)
-    corrected = rows.log_variance(list(weights), combination.constant, np.array(list(weights.values())))
-    return Fitted(combination, np.exp(rows.floored(corrected)))
+    weights = {name: weight for name, weight in zip(tried[best], fitted.tolist(), strict=True) if weight > 1e-3}
+    return Earned(constant if weights else 0.0, weights, likelihoods)
 
 
 def _fade(span: float, features: CombinationFeatures) -> Fade:
     """Where corrections count, from the features of the calibration atoms."""
     fade = Fade(float(features.field.mean()), span)
-    end = float(np.quantile(fade.way(features).cpu().numpy(), _END_QUANTILE))
-    return replace(fade, end=min(max(end, _SMALLEST_END), 1.0))
+    return replace(fade, end=end_of(fade.way(features).cpu().numpy()))
+
+
+def end_of(way: np.ndarray) -> float:
+    """ρ, where corrections end, from the way of the calibration rows."""
+    return min(max(float(np.quantile(way, _END_QUANTILE)), _SMALLEST_END), 1.0)
 
 
 def is_earned(gains: np.ndarray) -> bool:

@@ -20,6 +20,7 @@ from ase_uq.fitting.checks import (
     without_isolated_atoms,
 )
 from ase_uq.fitting.combination import KeptBatches, combine, inputs_of
+from ase_uq.fitting.energy_combination import combine_energies
 from ase_uq.fitting.know_nothing import ShortestDistances, know_nothing
 from ase_uq.fitting.provenance import provenance_of, runs_of
 from ase_uq.io.frames import Frames, read_frames
@@ -155,6 +156,7 @@ def fit(
         primary, leading = "combined", inputs.anchor
         combined = combine(inputs, far_field, heads, kept.batches, batches, communicator, progress)
         variance, combination = combined.variance, combined.combination.to(backend.device)
+        combination.energy = combine_energies(inputs, observed)
     model = UncertaintyModel(
         identity=backend.identity,
         methods=fitted,

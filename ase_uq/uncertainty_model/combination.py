@@ -39,15 +39,15 @@ from ase_uq.methods.base import Raw
 from ase_uq.numerics.buffers import tensors_of
 from ase_uq.numerics.networks import MLPEnsemble
 from ase_uq.numerics.sites import HOPS, RADII, around, mean_around
+from ase_uq.uncertainty_model.corrections import LARGEST_CORRECTION, bounded, check_weights, floored, in_words
+from ase_uq.uncertainty_model.energy_combination import EnergyCombination, EnergyFeatures
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
-LARGEST_CORRECTION = 1.0  # of log σ²: a factor √e in σ
 EARLIER_LARGEST_CORRECTION = 2.0  # of files that do not say
 _NEIGHBOURHOOD = RADII[1]
 _SMALLEST = 1e-12
 _FORCE_FLOOR = 1e-3  # eV/Å; predicted forces much smaller than this count as zero
 RESIDUAL = "residual"  # name of the correction by networks
-_LARGEST_WEIGHT = 10.0  # in a file; those of a fit are at most 1
 N_VIEWS = len(RADII) + HOPS
 
 
@@ -103,6 +103,12 @@ class CombinationInputs:
         calibrator = self.methods[self.anchor].calibrators["forces"]
         assert isinstance(calibrator, FarFieldCalibrator)
         return calibrator
+
+    @property
+    def energy_calibrators(self) -> dict[str, Calibrator]:
+        """Calibrators of energies by method, of those that have one."""
+        calibrators = {name: method.calibrators for name, method in self.methods.items()}
+        return {name: of_method["energy"] for name, of_method in calibrators.items() if "energy" in of_method}
 
     def features(
         self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None, *, networks: bool = True
@@ -228,13 +234,7 @@ def check_shared(settings: Entries, tensors: StoredTensors, model: KnownParts) -
     distances = settings.names("distances", others)
     if settings.elements("elements") != elements:
         raise settings.wrong("elements", f"{elements}, as in header.edges.counts,")
-    settings.number("constant", -LARGEST_LOG, LARGEST_LOG)
-    weights = settings.under("weights")
-    kept = weights.keys((*others, RESIDUAL))
-    for name in kept:
-        weights.number(name, 0, _LARGEST_WEIGHT)
-    if not settings.under("likelihoods").any_numbers():
-        raise settings.wrong("likelihoods", "at least one number")
+    kept = check_weights(settings, (*others, RESIDUAL))
     if (settings["ensemble"] is not None) != (RESIDUAL in kept):
         raise settings.wrong("ensemble", f"one beside a weight of {RESIDUAL}, else null,")
     if settings["ensemble"] is not None:
@@ -246,7 +246,7 @@ def check_shared(settings: Entries, tensors: StoredTensors, model: KnownParts) -
 
 
 class Combination(torch.nn.Module):
-    """The fitted estimator of force uncertainties.
+    """The fitted estimator of force uncertainties, and of those of energies.
 
     Args:
         inputs: How features are read from a batch.
@@ -257,6 +257,7 @@ class Combination(torch.nn.Module):
         weights: s_k by name of a method, and `residual`; corrections that were not kept are absent.
         likelihoods: Cross-validated mean negative log-likelihood per component, for each variant that was tried.
         bound: Largest correction of log σ².
+        energy: Corrections of the anchor's energy uncertainties; None if these are as they are.
     """
 
     def __init__(
@@ -269,6 +270,7 @@ class Combination(torch.nn.Module):
         weights: dict[str, float],
         likelihoods: dict[str, float],
         bound: float = LARGEST_CORRECTION,
+        energy: EnergyCombination | None = None,
     ) -> None:
         super().__init__()
         self.inputs = inputs
@@ -279,6 +281,7 @@ class Combination(torch.nn.Module):
         self.constant = constant
         self.weights = weights
         self.likelihoods = likelihoods
+        self.energy = energy
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -296,6 +299,7 @@ class Combination(torch.nn.Module):
             "constant": self.constant,
             "weights": self.weights,
             "likelihoods": self.likelihoods,
+            "energy": None if self.energy is None else self.energy.settings,
         }
 
     @staticmethod
@@ -317,6 +321,11 @@ class Combination(torch.nn.Module):
         settings.number("floor", SMALLEST_LOG, LARGEST_LOG)
         if "bound" in settings:
             settings.number("bound", 1e-3, LARGEST_LOG)
+        if settings.value.get("energy") is not None:
+            of_energies = {name: c["energy"] for name, c in model.calibrators.items() if "energy" in c}
+            if not isinstance(of_energies.pop(anchor, None), FarFieldCalibrator):
+                raise settings.wrong("energy", f"null, as energies of {anchor} have no far_field calibrator,")
+            EnergyCombination.check(settings.under("energy"), tuple(of_energies))
         tensors.nothing_else()
 
     @classmethod
@@ -340,6 +349,7 @@ class Combination(torch.nn.Module):
             settings["weights"],
             settings["likelihoods"],
             settings.get("bound", EARLIER_LARGEST_CORRECTION),
+            None if settings.get("energy") is None else EnergyCombination(**settings["energy"]),
         )
 
     def forward(self, forward_pass: ForwardPass, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor:
@@ -351,18 +361,18 @@ class Combination(torch.nn.Module):
         total = sum((weight * corrections[name] for name, weight in self.weights.items()), self.constant)
         return floored(features.base + self.fade(features) * total, features.base, self.floor).exp()
 
+    def energy_correction(self, raws: Mapping[str, Raw], limit: Tensor | None) -> Tensor | None:
+        """(n_frames,) what is added to the log σ² of the anchor's energy; None where nothing is."""
+        if self.energy is None or not self.energy.weights:
+            return None
+        read = (self.inputs.anchor, *self.energy.weights)
+        calibrators = {name: c for name, c in self.inputs.energy_calibrators.items() if name in read}
+        scores = {name: raws[name].energy for name in calibrators}
+        return self.energy(EnergyFeatures.of(self.inputs.anchor, calibrators, scores, limit))
+
     def describe(self) -> list[str]:
         """A few lines that say what was kept and how much each correction weighs."""
-        kept = " ".join(f"+ {weight:.2f}·{name}" for name, weight in self.weights.items())
-        inside = f"{self.inputs.anchor} + f·({self.constant:+.2f} {kept})" if kept else self.inputs.anchor
-        tried = ", ".join(f"{name} {value:.3f}" for name, value in self.likelihoods.items())
-        inside += f", f from 1 to 0 at t = {self.fade.end:.2f}" if kept else ""
-        return [f"log σ² = {inside}", f"cross-validated NLL {min(self.likelihoods.values()):.3f} of {tried}"]
-
-
-def floored(log_variance: Tensor, base: Tensor, floor: float) -> Tensor:
-    """Corrected log σ², at least `floor`, or the anchor's `base` where that is lower still."""
-    return torch.maximum(log_variance, base.clamp(max=floor))
+        return in_words(self.inputs.anchor, self.fade.end, self.constant, self.weights, self.likelihoods)
 
 
 def ensemble_of(settings: dict[str, Any], tensors: Mapping[str, Tensor]) -> MLPEnsemble | None:
@@ -377,8 +387,3 @@ def corrections_of_methods(
 ) -> dict[str, Tensor]:
     """(n_atoms, n_components) corrections towards each of the other methods, bounded."""
     return {name: bounded(features.others[:, :, k] - features.base, limit) for k, name in enumerate(names)}
-
-
-def bounded(values: Tensor, limit: float = LARGEST_CORRECTION) -> Tensor:
-    """Corrections of log σ², limited smoothly to ±`limit`; small ones are unchanged."""
-    return limit * torch.tanh(values / limit)

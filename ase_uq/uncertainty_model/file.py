@@ -2,8 +2,8 @@
 
 Schema 2 added the combination of several methods. Schema 3 added the runs of the calibration frames, the perturbed
 frames and the reference runs. Schema 4 renamed `stressed` to `perturbed`, and `layer` of the kernel to `features`.
-Schema 5 added the far field of forces and energies, schema 6 that of atomic energies and stresses. Older files can
-still be read.
+Schema 5 added the far field of forces and energies, schema 6 that of atomic energies and stresses, schema 7 the
+combination of energies. Older files can still be read.
 """
 
 import os
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 _KIND = "uncertainty model"
-_SCHEMA = 6
+_SCHEMA = 7
 
 
 def write_model(path: str | os.PathLike[str], model: "UncertaintyModel") -> None:

@@ -24,12 +24,12 @@ from ase_uq.uncertainty_model.combination import (
     RESIDUAL,
     CombinationInputs,
     KnownParts,
-    bounded,
     check_shared,
     ensemble_of,
     network_inputs,
     views_of,
 )
+from ase_uq.uncertainty_model.corrections import bounded
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 _SMALLEST = 1e-12

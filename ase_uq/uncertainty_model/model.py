@@ -40,8 +40,8 @@ class UncertaintyModel:
         identity: The potential it belongs to.
         methods: Fitted methods by name.
         primary: Name of the method whose results stand under the plain keys, or `combined`.
-        combination: The estimator of force uncertainties made of all methods, if `primary` is `combined`. The distance
-            and the uncertainties of energies and stresses are those of its anchor.
+        combination: The estimator of force and energy uncertainties made of all methods, if `primary` is `combined`.
+            The distance and the uncertainties of atomic energies and stresses are those of its anchor.
         edges: Distance at the edge of the calibration data, per element.
         record: Uncertainties and errors of the calibration frames.
         provenance: Versions, counts, splits and digests; JSON values.
@@ -88,6 +88,10 @@ class UncertaintyModel:
             if self.combination is not None:
                 variance = self.combination(forward_pass, raws, limits and limits.forces)
                 results["forces_uncertainty"] = variance.sqrt().expand(-1, 3)
+            if isinstance(self.combination, Combination):
+                added = self.combination.energy_correction(raws, limits and limits.energy)
+                if added is not None:
+                    results["energy_uncertainty"] = results["energy_uncertainty"] * (added / 2).exp()
         return results
 
     @property

@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 from ase_uq import metrics
 from ase_uq.thresholds.criteria import Quantile
 from ase_uq.thresholds.reduction import Reduction
+from ase_uq.uncertainty_model.combination import Combination
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 if TYPE_CHECKING:
@@ -129,6 +130,9 @@ def _formulas(model: "UncertaintyModel") -> list[str]:
     if model.combination is not None:
         first, *rest = model.combination.describe()
         lines += ["  combined (primary)", f"    forces   {first}", *(f"             {line}" for line in rest)]
+        if isinstance(model.combination, Combination) and (energy := model.combination.energy) is not None:
+            first, *rest = energy.describe(model.leading)
+            lines += [f"    energy   {first}", *(f"             {line}" for line in rest)]
     if (far := model.far_field) is not None:
         forces = ", ".join(f"{m:.2g} at {f:g}" for f, m in zip(far.fractions, far.median_forces, strict=True))
         lines.append(f"  median force of rattled frames, eV/Å: {forces}")

@@ -179,7 +179,7 @@ def test_the_bias_has_its_closed_form(shipped, malonaldehyde, name):
     calculator.calculate(malonaldehyde)
     plain, found = calculator.results, bias.results
     std = deviation(calculator, malonaldehyde)
-    assert std == pytest.approx(plain["energy_uncertainty"], rel=0.5), "but for where the far end lies"
+    assert std == pytest.approx(plain["energy_uncertainty_bll"], rel=0.5), "but for where the far end lies"
     assert found["bias_energy"] == pytest.approx(height * (np.exp(-(std**2) / (9 * width**2)) - 1), rel=1e-9)
     assert -height < found["bias_energy"] < 0
     assert found["energy"] == found["free_energy"] == found["unbiased_energy"] + found["bias_energy"]
@@ -305,7 +305,7 @@ def test_one_backward_pass_more_and_no_further_forward(shipped, malonaldehyde, n
 def test_a_biased_run_visits_larger_uncertainties(shipped):
     """With the same noise: the second half of 30 fs at 300 K."""
     model = shipped("mace").uncertainty_model
-    # Energies are those of bll anyway; the others would cost time.
+    # The bias follows bll anyway; the others would cost time.
     model = replace(model, combination=None, primary="bll", methods={"bll": model.methods["bll"]})
     calculator = UncertainCalculator(shipped("mace").predictor.backend, model)
     start = read(embedded.path("malonaldehyde.xyz"))

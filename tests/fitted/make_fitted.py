@@ -1,15 +1,17 @@
 """Makes the uncertainty models that `test_uncertainty_model.py` reads for ever: one a file format, then kept.
 
-    python tests/fitted/make_fitted.py v6
+    python tests/fitted/make_fitted.py v7
 
-`v6.uq.safetensors` is the model, `v6_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
+`v7.uq.safetensors` is the model, `v7_expected.safetensors` one evaluated batch (`in/...`) and what the model said of
 it on the day it was written (`out/...`), so that the test needs no potential. Format 1 had one method, without the
 share of the receptive field in its site sums; format 2 has several and their combination; format 3 the runs of its
 calibration frames, perturbed frames and reference runs; format 4 other names; format 5 a far field; format 6 one of
-atomic energies and of stresses. Up to format 5 the potential had a direct head for forces, and therefore no stress.
+atomic energies and of stresses; format 7 a combination of energies. Up to format 5 the potential had a direct head for
+forces, and therefore no stress.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.methods import make_method
 from ase_uq.numerics.training import Training
 from ase_uq.thresholds.data import ReferenceRuns
+from ase_uq.uncertainty_model.combination import Combination
 
 FOLDER = Path(__file__).parent
 
@@ -58,6 +61,11 @@ def main(version: str) -> None:
     model = fit(
         calculator, frames(0, 80), frames(1, 80), perturbed=frames(4, 20), methods=methods, progress=False
     ).with_reference(ReferenceRuns((np.linspace(1, 2, 20),) * 9, interval=0.5))
+    # So few toy frames support no correction of energies, and the file is to have some.
+    assert isinstance(model.combination, Combination)
+    assert model.combination.energy is not None
+    weights = {"pdrum": 0.5, "kernel": 0.3}
+    model.combination.energy = replace(model.combination.energy, floor=-99.0, constant=0.1, weights=weights)
     print(model.summary())
     model.save(FOLDER / f"{version}.uq.safetensors")
     backend = load_backend(calculator)

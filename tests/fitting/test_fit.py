@@ -26,7 +26,7 @@ from ase_uq.methods.mahalanobis import Mahalanobis, MahalanobisAccumulator
 from ase_uq.numerics.training import Training
 from ase_uq.stream.labelled import LabelledStream
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames, on_ranks, with_labels
-from ase_uq.uncertainty_model.combination import RESIDUAL
+from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
 
 # So few toy frames: errors of energies and of stresses that the distance does not order.
 pytestmark = [
@@ -350,8 +350,10 @@ class TestSeveralMethods:
             assert bool(value.isfinite().all()), key
         assert found["forces_uncertainty"].shape == (len(batch.numbers), 3)
         # What the combination does not give is its anchor's.
-        for key in quantities[1:]:
-            np.testing.assert_array_equal(found[key], found[f"{key}_bll"])
+        np.testing.assert_array_equal(found["energies_uncertainty"], found["energies_uncertainty_bll"])
+        assert isinstance(model.combination, Combination)
+        assert model.combination.energy is not None
+        assert list(model.combination.energy.likelihoods) == ["anchor", "mahalanobis"]
         prediction = Predictor(load_backend(calculator), model).predict(labelled_frames(1, seed=3))[0]
         assert {*quantities, *alone, "gamma", "contact"} <= set(prediction.results)
 
@@ -376,7 +378,7 @@ class TestSeveralMethods:
         view = model.combination.inputs
         assert (view.anchor, view.others, view.distances) == ("mahalanobis", ("shy", "bll"), ("bll",))
         found = model.apply(forward_pass_of(load_backend(calculator), labelled_frames(4, seed=3)))
-        np.testing.assert_array_equal(found["energy_uncertainty"], found["energy_uncertainty_mahalanobis"])
+        np.testing.assert_array_equal(found["energies_uncertainty"], found["energies_uncertainty_mahalanobis"])
 
     def test_of_which_none_grows_are_not_combined(self, calculator, train, held_out):
         class Silent(Shy):

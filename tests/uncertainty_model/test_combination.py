@@ -23,14 +23,13 @@ from ase_uq.numerics.sites import RADII, around, sum_over_sites
 from ase_uq.numerics.training import Training
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
 from ase_uq.uncertainty_model.combination import (
-    LARGEST_CORRECTION,
     RESIDUAL,
     Combination,
     CombinationFeatures,
     CombinationInputs,
     Fade,
-    floored,
 )
+from ase_uq.uncertainty_model.corrections import LARGEST_CORRECTION, floored
 from ase_uq.uncertainty_model.fitted_method import FittedMethod
 
 Rows = tuple[CombinationFeatures, Tensor, Tensor]

@@ -35,7 +35,7 @@ from ase_uq.thresholds.data import ReferenceRuns
 from ase_uq.uncertainty_model import contents as contents_module
 from ase_uq.uncertainty_model import file
 
-KIND, SCHEMA = "uncertainty model", 6
+KIND, SCHEMA = "uncertainty model", 7
 FITTED = Path(__file__).parents[1] / "fitted"
 EMBEDDED = Path(file.__file__).parents[1] / "embedded"
 QUICK = Training(hidden=(4,), max_epochs=2)
@@ -293,8 +293,7 @@ def test_any_entry_and_tensor_of_a_head_may_be_wrong(one_head: Case):
 @pytest.mark.parametrize("name", ["committee", "confidence"])
 def test_any_entry_of_a_head_without_tensors_may_be_wrong(whole: Case, name: str):
     header, tensors = copy.deepcopy(whole.contents)
-    affine = {"kind": "affine", "intercept": 0.1, "slope": 0.2, "column": 0, "boundary": ""}
-    method = {"settings": {"mean_square": 0.3}, "calibrators": {"forces": affine}, "likelihoods": {}}
+    method = {"settings": {"mean_square": 0.3}, "calibrators": {"forces": AFFINE}, "likelihoods": {}}
     header |= {"methods": {name: method}, "primary": name, "combination": None}
     kept = {key: tensor for key, tensor in tensors.items() if not key.startswith(("head/", "combination/"))}
     batch = whole.batch
@@ -339,6 +338,7 @@ def test_a_file_says_what_is_wrong_with_which_value(whole: Case, tmp_path: Path)
 
 
 LAW = FarFieldCalibrator(-6.0, (0.1,), (0.5,), (9.0,), 0.0, (1e-3,)).settings
+AFFINE = {"kind": "affine", "intercept": 0.1, "slope": 0.2, "column": 0, "boundary": ""}
 TWO = FarFieldCalibrator(-6.0, (0.1,) * 2, (0.5,) * 2, (9.0,) * 2, 0.0, (1e-3,) * 2).settings
 
 
@@ -353,6 +353,11 @@ TWO = FarFieldCalibrator(-6.0, (0.1,) * 2, (0.5,) * 2, (9.0,) * 2, 0.0, (1e-3,) 
         (("edges", "counts", "iron"), 3, r"header.edges.counts has 'iron', atomic numbers were expected"),
         (("combination", "weights", "x"), 0.5, "combination.weights has 'x', but only mahalanobis, residual are known"),
         (("combination", "ensemble"), None, "ensemble is None, one beside a weight of residual, else null, was"),
+        (("combination", "energy", "end"), 0, "combination.energy.end is 0, a number from 0.001 to 1 was expected"),
+        (("combination", "energy", "weights"), {"bll": 1}, "energy.weights has 'bll', but only mahalanobis are known"),
+        (("combination", "energy", "x"), 1, "combination.energy has 'x', but only end, floor, constant, weights, like"),
+        (("combination", "energy", "likelihoods"), {}, "energy.likelihoods is {}, at least one number was expected"),
+        (("methods", "bll", "calibrators", "energy"), AFFINE, "null, as energies of bll have no far_field calibrator,"),
         (("far_field",), None, "header has no far_field, but the calibrator of forces of bll needs one"),
         (("far_field", "length"), 0, "far_field.length is 0, a number from 1e-06 to 1000 was expected"),
         (("methods", "bll", "calibrators", "energies"), TWO, "energies is an object|a calibrator of 1 scores"),

@@ -30,6 +30,7 @@ from ase_uq.thresholds.conformal import conformal_quantile
 from ase_uq.thresholds.criteria import ErrorBound, FalseAlarms, MissRate, PerElement
 from ase_uq.thresholds.data import ReferenceRuns, ThresholdData
 from ase_uq.uncertainty_model.combination import RESIDUAL, Combination
+from ase_uq.uncertainty_model.energy_combination import EnergyCombination
 from ase_uq.uncertainty_model.record import CalibrationRecord
 
 SEVERAL = ("bll", "pdrum", "kernel")
@@ -91,7 +92,8 @@ def several(potential: ToyCalculator) -> UncertaintyModel:
     ).network_inputs.shape[1]
     ensemble = _networks(n_inputs)
     weights = {"mahalanobis": 0.3, RESIDUAL: 0.6}
-    kept = Combination(found.inputs, found.fade, -99.0, ensemble, -0.1, weights, found.likelihoods)
+    energy = EnergyCombination(1.0, -99.0, -0.1, {"mahalanobis": 0.5}, {"anchor": 0.1})
+    kept = Combination(found.inputs, found.fade, -99.0, ensemble, -0.1, weights, found.likelihoods, energy=energy)
     return dataclasses.replace(model, combination=kept)
 
 
@@ -168,12 +170,12 @@ class TestCombination:
                 # A ridge of 1e-9 loses nine digits of sixteen in directions that no frame explored.
                 np.testing.assert_allclose(together[key], alone[key], rtol=1e-5, atol=1e-12, err_msg=key)
 
-    def test_the_plain_keys_beside_the_forces_are_those_of_the_anchor(
+    def test_other_plain_keys_than_forces_and_energy_are_those_of_the_anchor(
         self, several: UncertaintyModel, potential: ToyCalculator
     ):
         found = several.apply(forward_pass_of(load_backend(potential), labelled_frames(6, seed=3)))
-        for key in ("energy_uncertainty", "energies_uncertainty"):
-            assert torch.equal(found[key], found[f"{key}_bll"])
+        assert torch.equal(found["energies_uncertainty"], found["energies_uncertainty_bll"])
+        assert not torch.allclose(found["energy_uncertainty"], found["energy_uncertainty_bll"])
 
     def test_thresholds_are_those_of_its_record(self, several: UncertaintyModel, tmp_path: Path):
         several.save(tmp_path / "a")
@@ -719,17 +721,17 @@ class TestOldFiles:
     """A file of each format is read and says the same for ever; see fitted/make_fitted.py."""
 
     @pytest.mark.parametrize(
-        ("version", "methods"), [("v1", ()), *((version, SEVERAL) for version in ("v2", "v3", "v4", "v5", "v6"))]
+        ("version", "methods"), [("v1", ()), *((version, SEVERAL) for version in ("v2", "v3", "v4", "v5", "v6", "v7"))]
     )
     def test_it_gives_the_numbers_of_the_day_it_was_written(self, version: str, methods: tuple[str, ...]):
         stored = load_file(FITTED / f"{version}_expected.safetensors")
         found = UncertaintyModel.load(FITTED / f"{version}.uq.safetensors").apply(_evaluation(stored))
         expected = {name.removeprefix("out/"): value for name, value in stored.items() if name.startswith("out/")}
         plain = {"forces_uncertainty", "energy_uncertainty", "energies_uncertainty"}
-        if version == "v6":
+        if version in ("v6", "v7"):
             plain.add("stress_uncertainty")
         alone = {f"{key}_{method}" for key in plain for method in methods}
-        contact = {"contact"} if version in ("v5", "v6") else set()
+        contact = {"contact"} if version in ("v5", "v6", "v7") else set()
         assert set(found) == set(expected) == plain | alone | contact | {"gamma"}
         for key, value in expected.items():
             # Other versions of the linear algebra behind torch sum in another order.

@@ -7,7 +7,9 @@ potential is certain to -A where it is not. The derivative of σ_E² is taken th
 to the output of one forward pass of the potential, and from there to the positions by one further backward pass. Where
 nothing is known σ_E depends on the predicted forces, whose derivative would take more passes: the bias takes their mean
 over the calibration frames, so that its σ_E is that of the results on frames like those. Beyond the far end σ_E is
-constant, and the bias does not pull.
+constant, and the bias does not pull. Of several methods it follows the one that measures a distance, the anchor of
+`combined`: `energy_uncertainty_bll`, not the corrected `energy_uncertainty`, since corrections end near the data, and
+those of a method like `confidence` have no derivative here.
 
 Source: Kulichenko et al., Nature Computational Science 3, 230 (2023). Their σ_E² is a sum over the N_M members of an
 ensemble, and their exponent is σ_E²/(N_M·N·B²); here σ_E² is already a variance.
@@ -52,8 +54,8 @@ class UncertaintyBias(CalibratedCalculator):
         calculator: The potential with its uncertainty model, which must have been calibrated on energies.
         height: A, eV: the most by which the bias lowers the energy; 0 gives the plain potential.
         width: B, eV/√atom: the bias has reached 63 % of its height where σ_E = B·√N. If B is the usual
-            `energy_uncertainty`, divided by √N, of frames that the potential knows, the bias acts from there on; with a
-            much larger B it never acts.
+            `energy_uncertainty` (of several methods `energy_uncertainty_bll`), divided by √N, of frames that the
+            potential knows, the bias acts from there on; with a much larger B it never acts.
 
     Attributes:
         implemented_properties: Keys that `results` holds after a calculation; a list of this instance.
