@@ -48,7 +48,8 @@ class LammpsDynamics(MolecularDynamics):
 
     A step at which something is raised is completed, and the run ends: `fix halt` is not needed. Python code cannot
     raise through LAMMPS, so the exception is kept and raised by `run`, `execute` or `execute_file` when LAMMPS returns;
-    `run` then goes on from that step. Started by `lammps.command("run 100")` a run ends as well, but nothing is raised.
+    `run` then goes on from that step. (If the calculator itself fails, its step has no forces: go back before it.)
+    Started by `lammps.command("run 100")` a run ends as well, but nothing is raised.
 
     Velocities of `atoms` are those of the complete step, as velocity Verlet makes them from the forces of the potential
     alone. With several MPI ranks the atoms are gathered on the first, which alone evaluates them, has them in
@@ -114,8 +115,9 @@ class LammpsDynamics(MolecularDynamics):
         Raises:
             UncertaintyHalt: Raised by a monitor. `run` goes on from its step.
         """
+        first = self.lammps.extract_global("ntimestep")
         self.execute(f"run {steps}")
-        return not self._stopped
+        return self.lammps.extract_global("ntimestep") - first == steps
 
     def execute(self, commands: str) -> None:
         """Gives LAMMPS commands, one per line; raises what was raised in their steps.
