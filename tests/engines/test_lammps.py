@@ -1,6 +1,9 @@
 """LAMMPS: forces, energy and virial are the calculator's, and a monitor sees and does what it sees and does in ASE."""
 
 import importlib
+import json
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError
@@ -10,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ase import Atoms, units
+from ase.io.lammpsdata import write_lammps_data
 from ase.md.verlet import VelocityVerlet
 
 from ase_uq import Halt, UncertainCalculator, UncertaintyModel, UncertaintyMonitor, fit, read_frames
@@ -25,7 +29,7 @@ from ase_uq.engines.lammps.script import make_box
 
 pytestmark = pytest.mark.filterwarnings("ignore:bll tells nothing about the:ase_uq.errors.UQWarning")
 
-TYPES = sorted(ELEMENTS)
+TYPES = sorted(ELEMENTS)  # C H O
 BAR = 1 / units.bar  # of an eV/Å³
 FS = 0.5
 NVE = ("fix move all nve", f"timestep {FS / 1000}")
@@ -394,6 +398,68 @@ def test_ranks_gather_their_atoms(lammps: Any, calculator: Any):
     with pytest.raises(UncertaintyHalt):
         dynamics.run(3)
     assert dynamics.nsteps == 4
+
+
+TWO_RANKS = """
+import json, warnings
+from mpi4py import MPI
+from ase.io import read
+from ase_uq.engines.lammps import LammpsDynamics, open_lammps
+from ase_uq.errors import UncertaintyHalt
+
+warnings.simplefilter("ignore")
+comm, calculator = MPI.COMM_WORLD, None
+if comm.rank == 0:
+    from ase_uq import UncertainCalculator, UncertaintyMonitor
+    from ase_uq.backends.toy import ToyCalculator
+    calculator = UncertainCalculator(ToyCalculator(("H", "C", "O")), "toy.uq.safetensors")
+with open_lammps("-log", "none", "-screen", "none", comm=comm) as lammps:
+    lammps.file("in.two")
+    dynamics = LammpsDynamics(lammps, calculator, ["C", "H", "O"], comm=comm)
+    dynamics.run(4)
+    energy = lammps.extract_fix("uq", 0, 0)
+    if comm.rank == 0:
+        dynamics.attach(UncertaintyMonitor(dynamics, halt=1e-6))
+    try:
+        dynamics.run(4)
+    except UncertaintyHalt as error:
+        found = [comm.rank, energy, error.step, lammps.extract_global("nlocal")]
+        with open(f"{comm.rank}_of_{comm.size}.json", "w") as file:
+            json.dump(found, file)
+"""
+IN_TWO = """
+units metal
+atom_modify map array
+read_data two.data
+pair_style zero 2.0 nocoeff
+pair_coeff * *
+velocity all create 500 7 loop all
+fix move all nve
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_have_the_energy_of_one_and_halt_together(fitted: UncertaintyModel, tmp_path: Path):
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed; pip install mpi4py brings it")
+    mpiexec = shutil.which("mpiexec", path=str(Path(sys.executable).parent)) or shutil.which("mpiexec")
+    assert mpiexec is not None
+    atoms = methanol(TRICLINIC * 1.2).repeat((2, 1, 1))
+    write_lammps_data(tmp_path / "two.data", atoms, specorder=TYPES, masses=True)
+    (tmp_path / "in.two").write_text(IN_TWO)
+    fitted.save(tmp_path / "toy.uq.safetensors")
+    for ranks in (1, 2):
+        command = [mpiexec, "-n", str(ranks), sys.executable, "-c", TWO_RANKS]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+    alone, first, second = [
+        json.loads((tmp_path / f"{name}.json").read_text()) for name in ("0_of_1", "0_of_2", "1_of_2")
+    ]
+    energy = alone[1]
+    assert alone == [0, energy, 5, 12]
+    assert first[:3] == [0, energy, 5]
+    assert second[:3] == [1, energy, 5]
+    assert first[3] + second[3] == 12
+    assert min(first[3], second[3]) > 0
 
 
 # ---------------------------------------------------------------- what is refused
