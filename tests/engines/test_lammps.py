@@ -275,6 +275,28 @@ def test_a_quiet_halt_and_one_of_lammps_end_at_the_same_step(lammps: Any, calcul
     assert own.nsteps == step
 
 
+def test_a_monitor_goes_on_in_another_process(lammps: Any, calculator: Any, tmp_path: Path):
+    """From a restart file of LAMMPS and the state of the monitor."""
+    atoms, log = methanol(TRICLINIC, kelvin=2000), tmp_path / "run.csv"
+    dynamics, monitor = watched(lammps, atoms, calculator, halt=1e9, patience=2, log=log)
+    dynamics.run(4)
+    lammps.command(f"write_restart {tmp_path / 'run.restart'}")
+    state = json.loads(json.dumps(monitor.state()))
+    lammps.command("clear")
+    lammps.commands_list(
+        [f"read_restart {tmp_path / 'run.restart'}", "pair_style zero 3.0 nocoeff", "pair_coeff * *", *NVE]
+    )
+    dynamics = LammpsDynamics(lammps, calculator, TYPES)
+    assert dynamics.nsteps == 4
+    monitor = UncertaintyMonitor(dynamics, halt=1e9, patience=2, log=log)
+    monitor.restore(state)
+    dynamics.attach(monitor)
+    dynamics.run(3)
+    rows = [line.split(",") for line in log.read_text().splitlines()[1:]]
+    assert [int(row[0]) for row in rows] == list(range(8))
+    assert [float(row[1]) for row in rows] == pytest.approx([FS * step for step in range(8)])
+
+
 def test_a_barostat_feels_the_virial(lammps: Any, calculator: Any):
     dynamics = LammpsDynamics(
         given(lammps, methanol(TRICLINIC, kelvin=300), "fix move all npt temp 300 300 0.05 tri 0 0 0.2"),

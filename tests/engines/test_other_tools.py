@@ -342,11 +342,20 @@ def through_a_socket(folder: Path, driver: str, program: Path, monkeypatch: pyte
         server.kill()
 
 
+HALT = 0.035  # eV/Å, which a bead reaches at step 4
+
+
 def inside_ipi(folder: Path, driver: str, program: Path, _: pytest.MonkeyPatch) -> None:
-    (folder / "input.xml").write_text(
-        INPUT.replace("FORCEFIELD", DIRECT).replace("DRIVER", driver).replace("BEADS", "2")
-    )
+    """A run that its uncertainty is to end."""
+    watching = DIRECT.replace("uq: my", f"halt: {HALT}, frames: flagged.xyz, uq: my")
+    text = INPUT.replace("FORCEFIELD", watching).replace("DRIVER", driver).replace("BEADS", "2")
+    (folder / "input.xml").write_text(text.replace("<total_steps>4<", "<total_steps>4000<"))
     finished(start(folder, program))
+    (flagged,) = read_frames(folder / "flagged.xyz")
+    assert flagged.info["flag_step"] == 4
+    assert flagged.info["flag_reading"] >= HALT
+    assert (folder / "EXIT").read_text() == flagged.info["flag_reason"] + "\n"
+    assert (folder / "RESTART").stat().st_size
 
 
 def test_the_page_shows_what_is_run_here():
@@ -374,13 +383,16 @@ def test_an_ipi_run_has_our_forces_and_the_uncertainties_of_every_step_and_bead(
     for bead in range(n_beads):
         frames = read(folder / f"run.positions_{bead}.extxyz", ":")
         forces = read(folder / f"run.forces_{bead}.extxyz", ":")
-        assert len(frames) == 5
+        # i-PI looks for EXIT once a second, too; if it does so in the midst of a step, the step is taken back.
+        assert len(frames) == 5 or (go is inside_ipi and len(frames) == 4)
         assert np.abs(frames[-1].positions - frames[0].positions).max() > 0.001
         values = {}
         for key in ("forces_uncertainty", "energy_uncertainty"):
             text = (folder / f"run.{key}_{bead}").read_text()
-            assert re.findall(r"#EXTRAS\((\w+)\)# Step: +(\d+)", text) == [(key, str(step)) for step in range(5)]
-            values[key] = np.split(np.loadtxt(text.splitlines()), 5)
+            assert re.findall(r"#EXTRAS\((\w+)\)# Step: +(\d+)", text) == [
+                (key, str(step)) for step in range(len(frames))
+            ]
+            values[key] = np.split(np.loadtxt(text.splitlines()), len(frames))
         for step, atoms in enumerate(frames):
             expected = attached(Atoms(atoms.numbers, atoms.positions, cell=molecule_in().cell, pbc=True), calculator)
             # The files round positions to 1e-8 Å, the potential is in single precision.
@@ -550,20 +562,6 @@ def test_a_centroid_of_other_beads_is_refused(folder: Path, driver: Any, monkeyp
         of_four(*in_bohr(molecule_in()))
     with pytest.raises(ValueError, match="nothing to watch for"):
         UncertainDriver("start.xyz", driver.predictor.backend, "my.uq.safetensors", frames="flagged.xyz")
-
-
-@pytest.mark.slow
-def test_an_ipi_run_ends_at_its_uncertainty(folder: Path, driver_file: str, preloaded_bin: Path):
-    """After the step whose beads reached the level, or before it if i-PI looked for EXIT in its midst."""
-    watching = DIRECT.replace("uq: my", "halt: 1e-6, frames: flagged.xyz, centroid: 2, uq: my")
-    text = INPUT.replace("FORCEFIELD", watching).replace("DRIVER", driver_file).replace("BEADS", "2")
-    (folder / "input.xml").write_text(text.replace("<total_steps>4", "<total_steps>4000"))
-    finished(start(folder, preloaded_bin / "i-pi"))
-    assert len(read(folder / "run.positions_0.extxyz", ":")) <= 2
-    (flagged,) = read_frames(folder / "flagged.xyz")
-    assert "force uncertainty (max)" in (folder / "EXIT").read_text()
-    assert "forces_uncertainty" in flagged.arrays
-    assert (folder / "RESTART").stat().st_size
 
 
 def test_driver_refuses_another_number_of_atoms(driver: Any):

@@ -40,4 +40,4 @@ def _mpi_of_the_wheel() -> list[str]:
         found = files("mpich") or []
     except PackageNotFoundError:
         return []
-    return [str(file.locate()) for file in found if file.name.startswith("libmpi.so.12")][:1]
+    return [str(file.locate()) for file in found if file.name in ("libmpi.so.12", "libmpi.12.dylib")]
