@@ -298,11 +298,14 @@ def test_a_monitor_goes_on_in_another_process(lammps: Any, calculator: Any, tmp_
 
 
 def test_a_barostat_feels_the_virial(lammps: Any, calculator: Any):
-    dynamics = LammpsDynamics(
-        given(lammps, methanol(TRICLINIC, kelvin=300), "fix move all npt temp 300 300 0.05 tri 0 0 0.2"),
-        calculator,
-        TYPES,
-    )
+    barostat = "fix move all npt temp 300 300 0.05 tri 0 0 0.2"
+    atoms = methanol(TRICLINIC, kelvin=300)
+    with pytest.raises(InputError, match=r"fix move \(npt\) was made before the potential came in"):
+        LammpsDynamics(given(lammps, atoms, barostat), calculator, TYPES)
+    lammps.command("clear")
+    dynamics = LammpsDynamics(given(lammps, atoms), calculator, TYPES)
+    dynamics.execute(barostat)
+    dynamics = LammpsDynamics(lammps, calculator, TYPES)  # takes the place of the first
     dynamics.run(6)
     atoms = dynamics.atoms
     assert np.abs(atoms.cell.array - TRICLINIC).max() > 1e-6

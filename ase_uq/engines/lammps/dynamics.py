@@ -18,7 +18,9 @@ from ase_uq.engines.lammps.exchange import (
     Answer,
     answer_of,
     box_of,
+    check_barostats,
     check_masses,
+    fixes_of,
     has_virial,
     numbers_of_types,
 )
@@ -56,8 +58,8 @@ class LammpsDynamics(MolecularDynamics):
     `atoms` and calls observers; what is raised there is raised on all.
 
     Args:
-        lammps: An instance of LAMMPS in `units metal` that has its box. Its atoms may still be missing; `atoms` is
-            empty until the first step then.
+        lammps: An instance of LAMMPS in `units metal` that has its box, and no barostat yet: those that come later know
+            of the virial in time. Its atoms may still be missing; `atoms` is empty until the first step then.
         calculator: Calculator with uncertainties, such as an `UncertainCalculator`; None on ranks other than the first.
         elements: Chemical symbol of each atom type, in their order.
         info: Entries of `atoms.info` that the potential reads, such as its charge.
@@ -70,8 +72,8 @@ class LammpsDynamics(MolecularDynamics):
         dt: Time step, in ASE's unit.
 
     Raises:
-        InputError: LAMMPS has other units, no box, or several ranks without `comm`, or the elements do not fit its atom
-            types or the potential.
+        InputError: LAMMPS has other units, no box, a barostat already, or several ranks without `comm`, or the elements
+            do not fit its atom types or the potential.
         ValueError: The calculator gives no uncertainties.
     """
 
@@ -86,7 +88,8 @@ class LammpsDynamics(MolecularDynamics):
     ) -> None:
         self.lammps, self._comm = lammps, comm
         _check(lammps, comm)
-        n_types = lammps.extract_setting("ntypes")
+        fixes, n_types = fixes_of(lammps), lammps.extract_setting("ntypes")
+        self._by_first(lambda: check_barostats(fixes, _FIX))
         self._numbers = self._by_first(lambda: numbers_of_types(elements, n_types, checked(calculator)))
         # MolecularDynamics would ask for masses, which LAMMPS has.
         BaseDynamics.__init__(self, Atoms(info=dict(info or {}), calculator=calculator))

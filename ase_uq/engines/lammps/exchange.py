@@ -1,5 +1,7 @@
 """What goes to LAMMPS and comes from it: the box, elements by type, energy, forces, virial and uncertainties."""
 
+import re
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from ase_uq.errors import InputError, did_you_mean
 
 # Names that LAMMPS knows them by: `d_force_uq` of an atom, and where the values come from.
 PER_ATOM = {"d_energy_uq": "energies_uncertainty", "d_force_uq": "forces_uncertainty", "d_gamma": "gamma"}
+_BAROSTATS = re.compile(r"\b(np[th]|nphug|press|box/relax|tnpt)\b")
 # A type whose mass is that of its element may have an isotope's; one that is so far off has another element's.
 _SAME_MASS, _OTHER_MASS = 0.005, 0.05
 
@@ -83,6 +86,33 @@ def box_of(lammps: Any) -> tuple[np.ndarray, np.ndarray, list[bool]]:
     low, high, xy, yz, xz, periodic, _ = lammps.extract_box()
     x, y, z = np.subtract(high, low)
     return np.array([[x, 0, 0], [xy, y, 0], [xz, yz, z]]), np.array(low), [bool(each) for each in periodic]
+
+
+def fixes_of(lammps: Any) -> dict[str, str]:
+    """Styles of the fixes of LAMMPS by ID, in their order; on the first rank."""
+    with tempfile.NamedTemporaryFile("r", suffix=".txt") as file:
+        lammps.command(f"info fixes out overwrite {file.name}")
+        return dict(re.findall(r"^Fix\[ *\d+\]: *(\S+), *style = (\S+),", file.read(), re.MULTILINE))
+
+
+def check_barostats(fixes: Mapping[str, str], own: str) -> None:
+    """Refuses barostats that look at the pressure of the first step before the potential has told its virial.
+
+    Args:
+        fixes: Styles by ID, in the order in which LAMMPS asks them.
+        own: ID of the potential's, which may be there from before.
+
+    Raises:
+        InputError: One of them stands before it.
+    """
+    for name, style in fixes.items():
+        if name == own:
+            return
+        if _BAROSTATS.search(style):
+            raise InputError(
+                f"fix {name} ({style}) was made before the potential came in, so it would look at a pressure of its "
+                "first step that is not there yet. Give LAMMPS this fix after making LammpsDynamics."
+            )
 
 
 def numbers_of_types(elements: Sequence[str], n_types: int, calculator: BaseCalculator) -> np.ndarray:
