@@ -4,7 +4,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from ase import Atoms, units
@@ -290,8 +290,11 @@ class LammpsDynamics(MolecularDynamics):
         """
         if self._shown is None or self._shown[0] != self.nsteps:
             return False
-        pbc: Any = self.atoms.pbc
-        moves, _ = find_mic(self.atoms.positions - self._shown[1], self.atoms.cell, pbc)
+        moves, _ = find_mic(
+            self.atoms.positions - self._shown[1],
+            self.atoms.cell,
+            cast(Any, self.atoms.pbc),  # ASE's annotation allows only one bool
+        )
         return bool(np.abs(moves).max() < _ROUNDING)
 
     def _stop(self) -> None:
