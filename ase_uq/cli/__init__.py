@@ -17,6 +17,7 @@ from ase_uq.cli.verbs.demo import demo
 from ase_uq.cli.verbs.evaluate import evaluate
 from ase_uq.cli.verbs.fit import fit
 from ase_uq.cli.verbs.info import info
+from ase_uq.cli.verbs.lammps import lammps
 from ase_uq.cli.verbs.md import md
 from ase_uq.cli.verbs.merge import merge
 from ase_uq.cli.verbs.perturb_frames import perturb_frames
@@ -38,6 +39,7 @@ VERBS = (
     perturb_frames,
     reference,
     md,
+    lammps,
     relax,
     report,
     compare,
@@ -76,12 +78,12 @@ def _(
     """Calibrated uncertainties for MACE, orb and SevenNet potentials, from the same forward pass as the forces.
 
     First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
-    [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/] and [bold]relax[/] stop where the
-    potential no longer knows, [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins what
-    several machines scored), [bold]average[/] observables their error bars, and [bold]select[/] picks frames worth
-    labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/]
-    makes runs on which false alarms are counted. [bold]compare[/] shows what several potentials see of the same
-    frames.
+    [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/], [bold]lammps[/] and [bold]relax[/] stop
+    where the potential no longer knows, [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins
+    what several machines scored), [bold]average[/] observables their error bars, and [bold]select[/] picks frames
+    worth labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and
+    [bold]reference[/] makes runs on which false alarms are counted. [bold]compare[/] shows what several potentials see
+    of the same frames.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

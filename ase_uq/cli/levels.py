@@ -1,6 +1,7 @@
 """Thresholds and reductions as words of the command line, what is watched by them, and what is told of it."""
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -54,6 +55,16 @@ def check_levels(flag: "float | Criterion | None", halt: "float | Criterion | No
         check_order(flag, halt, quantity=QUANTITIES[quantity])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="'--flag'") from error
+
+
+def check_watches(flag: "float | Criterion | None", halt: "float | Criterion | None", log: Path | None) -> None:
+    """Refuses a run in which nobody would look at uncertainties."""
+    if flag is None and halt is None and log is None:
+        raise typer.BadParameter(
+            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames), or "
+            "--log alone to write down the uncertainties.",
+            param_hint="'--flag' / '--halt'",
+        )
 
 
 def per_element(level: "float | Criterion | None", option: str) -> "PerElement | None":

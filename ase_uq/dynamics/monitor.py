@@ -237,8 +237,8 @@ class UncertaintyMonitor:
         # FIRE and MDMin have a `dt` too, but it is not a simulated time.
         if not isinstance(self.dynamics, MolecularDynamics):
             return None
-        n_steps = self.dynamics.nsteps + self._own_steps
-        return float(n_steps * self.dynamics.dt / units.fs + self._time_offset)
+        time = self.dynamics.get_time() + self._own_steps * self.dynamics.dt
+        return float(time / units.fs + self._time_offset)
 
     def _positions(self) -> np.ndarray:
         return np.concatenate([structure.atoms.positions for structure in self._structures])

@@ -342,11 +342,20 @@ def through_a_socket(folder: Path, driver: str, program: Path, monkeypatch: pyte
         server.kill()
 
 
+HALT = 0.035  # eV/Å, which a bead reaches at step 4
+
+
 def inside_ipi(folder: Path, driver: str, program: Path, _: pytest.MonkeyPatch) -> None:
-    (folder / "input.xml").write_text(
-        INPUT.replace("FORCEFIELD", DIRECT).replace("DRIVER", driver).replace("BEADS", "2")
-    )
+    """A run that its uncertainty is to end."""
+    watching = DIRECT.replace("uq: my", f"halt: {HALT}, frames: flagged.xyz, uq: my")
+    text = INPUT.replace("FORCEFIELD", watching).replace("DRIVER", driver).replace("BEADS", "2")
+    (folder / "input.xml").write_text(text.replace("<total_steps>4<", "<total_steps>4000<"))
     finished(start(folder, program))
+    (flagged,) = read_frames(folder / "flagged.xyz")
+    assert flagged.info["flag_step"] == 4
+    assert flagged.info["flag_reading"] >= HALT
+    assert (folder / "EXIT").read_text() == flagged.info["flag_reason"] + "\n"
+    assert (folder / "RESTART").stat().st_size
 
 
 def test_the_page_shows_what_is_run_here():
@@ -374,13 +383,16 @@ def test_an_ipi_run_has_our_forces_and_the_uncertainties_of_every_step_and_bead(
     for bead in range(n_beads):
         frames = read(folder / f"run.positions_{bead}.extxyz", ":")
         forces = read(folder / f"run.forces_{bead}.extxyz", ":")
-        assert len(frames) == 5
+        # i-PI looks for EXIT once a second, too; if it does so in the midst of a step, the step is taken back.
+        assert len(frames) == 5 or (go is inside_ipi and len(frames) == 4)
         assert np.abs(frames[-1].positions - frames[0].positions).max() > 0.001
         values = {}
         for key in ("forces_uncertainty", "energy_uncertainty"):
             text = (folder / f"run.{key}_{bead}").read_text()
-            assert re.findall(r"#EXTRAS\((\w+)\)# Step: +(\d+)", text) == [(key, str(step)) for step in range(5)]
-            values[key] = np.split(np.loadtxt(text.splitlines()), 5)
+            assert re.findall(r"#EXTRAS\((\w+)\)# Step: +(\d+)", text) == [
+                (key, str(step)) for step in range(len(frames))
+            ]
+            values[key] = np.split(np.loadtxt(text.splitlines()), len(frames))
         for step, atoms in enumerate(frames):
             expected = attached(Atoms(atoms.numbers, atoms.positions, cell=molecule_in().cell, pbc=True), calculator)
             # The files round positions to 1e-8 Å, the potential is in single precision.
@@ -457,7 +469,7 @@ def test_beads_that_are_sent_together_are_one_forward_pass(driver: Any):
     for number, atoms in enumerate(beads):
         atoms.rattle(0.02, seed=number)
     cells, positions = zip(*(in_bohr(atoms) for atoms in beads), strict=True)
-    with count_forwards(driver._predictor.backend.calculator.models) as n_forwards:
+    with count_forwards(driver.predictor.backend.calculator.models) as n_forwards:
         together = driver(list(cells), list(positions))
     assert n_forwards() == 1
     for found, cell, at in zip(together, cells, positions, strict=True):
@@ -478,6 +490,78 @@ def test_a_bead_that_is_not_finite_is_named_and_changes_no_other(driver: Any):
     for number in (0, 2):
         np.testing.assert_allclose(together[number][1], alone[1], atol=1e-6)
     assert np.isnan(together[1][1]).any()
+
+
+def rattled(count: int, largest: float) -> list[Atoms]:
+    """Beads, each farther from the start than the one before."""
+    beads = [molecule_in() for _ in range(count)]
+    for number, atoms in enumerate(beads):
+        atoms.rattle(largest * (number + 1) / count, seed=number)
+    return beads
+
+
+def reading_of(atoms: Atoms, calculator: UncertainCalculator) -> float:
+    results = calculator.results_of([atoms])[0]
+    return float(np.linalg.norm(results["forces_uncertainty"], axis=1).max())
+
+
+@pytest.mark.parametrize("centroid", [0, 3])
+def test_driver_ends_ipi_at_the_bead_or_the_centroid_it_does_not_know(
+    centroid: int, folder: Path, driver: Any, calculator: UncertainCalculator, monkeypatch: pytest.MonkeyPatch
+):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    monkeypatch.chdir(folder)
+    quiet, loud = rattled(3, 0.01), rattled(3, 0.2)
+
+    def worst(beads: list[Atoms]) -> tuple[float, int | None]:
+        """The reading, and whose it is."""
+        if not centroid:
+            return max((reading_of(atoms, calculator), number) for number, atoms in enumerate(beads, 1))
+        middle = molecule_in()
+        middle.positions = np.mean([atoms.positions for atoms in beads], axis=0)
+        return reading_of(middle, calculator), None
+
+    (low, of_quiet), (high, of_loud) = worst(quiet), worst(loud)
+    watching = UncertainDriver(
+        "start.xyz",
+        driver.predictor.backend,
+        "my.uq.safetensors",
+        halt=high * 0.999,
+        flag=low * 0.999,
+        frames="flagged.xyz",
+        centroid=centroid,
+    )
+
+    def asked(beads: list[Atoms]) -> list[Any]:
+        cells, positions = zip(*(in_bohr(atoms) for atoms in beads), strict=True)
+        return watching(list(cells), list(positions))
+
+    assert len(asked(quiet)) == 3
+    assert not Path("EXIT").exists()
+    with pytest.warns(UQWarning, match="i-PI is ended at evaluation 1: .*force uncertainty"):
+        answers = asked(loud)
+    np.testing.assert_allclose(answers[2][1], driver(*in_bohr(loud[2]))[1], atol=1e-6)
+    assert asked(loud)  # beads that i-PI still asks for
+    flagged = read_frames("flagged.xyz")
+    assert [atoms.info["flag_level"] for atoms in flagged] == ["flag", "halt"]
+    assert [atoms.info["flag_step"] for atoms in flagged] == [0, 1]
+    assert [atoms.info.get("flag_image") for atoms in flagged] == [of_quiet, of_loud]
+    np.testing.assert_allclose([atoms.info["flag_reading"] for atoms in flagged], [low, high], rtol=1e-4)
+    assert Path("EXIT").read_text() == flagged[-1].info["flag_reason"] + "\n"
+    with pytest.raises(FileExistsError, match=r"EXIT is there, at which i-PI would end at once\. Remove it"):
+        UncertainDriver("start.xyz", driver.predictor.backend, "my.uq.safetensors", halt=1)
+
+
+def test_a_centroid_of_other_beads_is_refused(folder: Path, driver: Any, monkeypatch: pytest.MonkeyPatch):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    monkeypatch.chdir(folder)
+    of_four = UncertainDriver("start.xyz", driver.predictor.backend, "my.uq.safetensors", halt=1, centroid=4)
+    with pytest.raises(InputError, match=r"i-PI sent 1 bead together, and the centroid is one of 4\. .* batch_size"):
+        of_four(*in_bohr(molecule_in()))
+    with pytest.raises(ValueError, match="nothing to watch for"):
+        UncertainDriver("start.xyz", driver.predictor.backend, "my.uq.safetensors", frames="flagged.xyz")
 
 
 def test_driver_refuses_another_number_of_atoms(driver: Any):

@@ -1,17 +1,15 @@
 """`ase-uq md`: molecular dynamics that stops where the potential no longer knows."""
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ase_uq.cli._interrupt import ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
-from ase_uq.cli.levels import threshold, told, watch_policy
+from ase_uq.cli.levels import check_watches, threshold, told, watch_policy
 from ase_uq.cli.options import (
     UQ,
     Before,
@@ -32,18 +30,15 @@ from ase_uq.cli.options import (
     given_options,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
+from ase_uq.cli.running import HALTED, counted, flagged, halt_message, progress
 from ase_uq.io.files import check_distinct
 from ase_uq.sampling.ensembles import BAROSTAT_TIME, FRICTION, THERMOSTAT_TIME, MDEnsemble
 
 if TYPE_CHECKING:
     from ase import Atoms
-    from ase.md.md import MolecularDynamics
-    from tqdm import tqdm
 
-    from ase_uq.dynamics import UncertaintyMonitor
     from ase_uq.dynamics.restart import Restart
 
-HALTED = 3  # exit code
 # Options that only some ensembles have.
 _BELONG: dict[str, tuple[MDEnsemble, ...]] = {
     "--temperature-end": (MDEnsemble.langevin, MDEnsemble.bussi),
@@ -174,12 +169,7 @@ def md(
     numbers = {name: value for name, value in belonging.items() if name not in ("--temperature-end", "--pressure")}
     _check_positive(numbers | {"--timestep": timestep, "--max-temperature": max_temperature})
     _check_finite({"--temperature": temperature, "--temperature-end": temperature_end})
-    if flag is None and halt is None and log is None:
-        raise typer.BadParameter(
-            "give one of them or both, for example --halt 0.5 (eV/Å) or --flag q0.99 (of the calibration frames), or "
-            "--log alone to write down the uncertainties.",
-            param_hint="'--flag' / '--halt'",
-        )
+    check_watches(flag, halt, log)
     check_before(before, frames)
     policy = watch_policy(
         flag,
@@ -246,7 +236,7 @@ def md(
                 steps,
                 restart=restart,
                 interval=interval,
-                after_step=_progress(bar, dynamics, monitor, stopwatch),
+                after_step=progress(bar, dynamics, monitor, stopwatch),
             )
     leave_list(frames)
     if interruption.number is not None and not halted and dynamics.nsteps < steps:
@@ -256,12 +246,15 @@ def md(
     if every > 1:
         typer.echo(stopwatch.saved(every), err=halted)
     if halted:
-        typer.echo(_halt_message(monitor, frames, before, trajectory), err=True)
+        typer.echo(halt_message(monitor, frames, before), err=True)
+        if trajectory is not None:
+            typer.echo(
+                f"  {trajectory} ends with this step and its velocities; to go on from here, give --append and a "
+                "higher --halt or a lower --temperature",
+                err=True,
+            )
         raise typer.Exit(HALTED)
-    typer.echo(
-        f"done: {_counted(steps, 'step')}, {monitor.time_fs:.6g} fs; {_counted(monitor.n_flagged, 'frame')} flagged"
-        + (f", added to {frames}" if frames and monitor.n_flagged else "")
-    )
+    typer.echo(f"done: {counted(steps, 'step')}, {monitor.time_fs:.6g} fs; {flagged(monitor, frames)}")
 
 
 def _restart(
@@ -304,46 +297,3 @@ def _check_finite(temperatures: dict[str, float | None]) -> None:
     for name, value in temperatures.items():
         if value == math.inf:
             raise typer.BadParameter("inf is not a temperature.", param_hint=f"'{name}'")
-
-
-def _progress(
-    bar: "tqdm", dynamics: "MolecularDynamics", monitor: "UncertaintyMonitor", stopwatch: Stopwatch
-) -> Callable[[], None]:
-    """Shows each step in a bar; the stopwatch, which is started last, does not count that."""
-    from ase import units
-
-    unit = monitor.policy.watched.unit or monitor.policy.quantity
-    started, first = perf_counter(), dynamics.nsteps
-    reading = math.nan
-
-    def show() -> None:
-        nonlocal reading
-        days = (perf_counter() - started) / 86400
-        speed = (dynamics.nsteps - first) * dynamics.dt / (1000 * 1000 * units.fs) / days
-        if monitor.last and not math.isnan(monitor.last.reading):  # NaN at a step that --every skips
-            reading = monitor.last.reading
-        kelvin = dynamics.atoms.get_temperature()
-        bar.set_postfix_str(f"{reading:.3f} {unit}, {kelvin:.0f} K, {speed:.2g} ns/day", refresh=False)
-        bar.update(dynamics.nsteps - bar.n)
-        stopwatch.start()
-
-    return show
-
-
-def _halt_message(monitor: "UncertaintyMonitor", frames: Path | None, before: int, trajectory: Path | None) -> str:
-    last = monitor.last
-    assert last is not None
-    lines = [f"halted at step {last.step}, {last.time_fs:.6g} fs: {last.reason}"]
-    if frames is not None:
-        and_before = " (and those before them)" if before else ""
-        lines.append(f"  {_counted(monitor.n_flagged + monitor.n_halted, 'frame')} added to {frames}{and_before}")
-    if trajectory is not None:
-        lines.append(
-            f"  {trajectory} ends with this step and its velocities; to go on from here, give --append and a higher "
-            "--halt or a lower --temperature"
-        )
-    return "\n".join(lines)
-
-
-def _counted(number: int, what: str) -> str:
-    return f"{number} {what}" + "s" * (number != 1)

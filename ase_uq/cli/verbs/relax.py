@@ -26,9 +26,8 @@ from ase_uq.cli.options import (
     check_before,
 )
 from ase_uq.cli.outputs import check_outputs, check_xyz_names, leave_list
+from ase_uq.cli.running import HALTED
 from ase_uq.io.files import check_distinct
-
-HALTED = 3  # exit code
 
 
 class Optimizer(StrEnum):

@@ -1,0 +1,81 @@
+"""A script for LAMMPS, as it is: the potential comes in as soon as the box is there, and before it moves an atom."""
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ase_uq.errors import InputError
+
+# Before there is a box these would lead to lines that were given to LAMMPS already, or not yet.
+_LEAPS = re.compile(r"\s*(jump|label|next)\b")
+_CLEAR = re.compile(r"^\s*clear\b", re.MULTILINE)
+
+
+def make_box(lammps: Any, script: str | os.PathLike[str]) -> str:
+    """Gives LAMMPS the commands of a script up to the one that makes the box.
+
+    Args:
+        lammps: An instance of LAMMPS.
+        script: Its script.
+
+    Returns:
+        The rest of the script.
+
+    Raises:
+        InputError: No command makes a box, or a loop does, or the box would be cleared later.
+    """
+    text = Path(script).read_text(encoding="utf-8")
+    if _CLEAR.search(text):
+        raise InputError(f"{script} has the command `clear`, after which LAMMPS has no potential. Use two scripts.")
+    done = 0
+    for command in _commands(text):
+        if leap := _LEAPS.match(command):
+            raise InputError(
+                f"{script} has the command `{leap[1]}` before the one that makes the box. Put it after read_data, "
+                "create_box or read_restart."
+            )
+        lammps.commands_string(command)
+        done += len(command)
+        if lammps.extract_setting("box_exist"):
+            return text[done:]
+    raise InputError(f"{script} makes no box. It needs read_data, create_box or read_restart.")
+
+
+@contextmanager
+def its_own_errors() -> Iterator[None]:
+    """Turns what LAMMPS raises, for which it has no class, into an InputError."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is Exception or type(error).__module__.startswith("lammps."):
+            raise InputError(f"LAMMPS: {error}") from error
+        raise
+
+
+def execute_rest(execute_file: Callable[[str], None], rest: str) -> None:
+    """Executes the rest of a script from a file of its own, in which `jump SELF` works.
+
+    Args:
+        execute_file: Function of a path.
+        rest: As `make_box` returned it.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".lammps", encoding="utf-8") as file:
+        file.write(rest)
+        file.flush()
+        execute_file(file.name)
+
+
+def _commands(text: str) -> Iterator[str]:
+    """The lines of a script, those together that make one command: continued by & or inside triple quotes."""
+    command = ""
+    for line in text.splitlines(keepends=True):
+        command += line
+        if not (line.rstrip().endswith("&") or command.count('"""') % 2):
+            yield command
+            command = ""
+    if command:
+        yield command
