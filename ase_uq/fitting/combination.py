@@ -45,10 +45,12 @@ class Fitted:
     Args:
         combination: The fitted combination.
         variance: (n_atoms, n_components) force variances of the calibration atoms, (eV/Å)², networks out of fold.
+        of_folds: (n_folds,) negative log-likelihood of a component in each fold, with weights of the others.
     """
 
     combination: Combination
     variance: np.ndarray
+    of_folds: np.ndarray
 
 
 def fit_combination(
@@ -94,7 +96,7 @@ def fit_combination(
     kept = ensemble if RESIDUAL in weights else None
     combination = Combination(inputs, fade, floor, kept, constant if weights else 0.0, weights, likelihoods)
     corrected = rows.log_variance(list(weights), combination.constant, np.array(list(weights.values())))
-    return Fitted(combination, np.exp(rows.floored(corrected)))
+    return Fitted(combination, np.exp(rows.floored(corrected)), of_folds[best])
 
 
 def _fade(span: float, features: CombinationFeatures) -> Fade:
@@ -274,7 +276,7 @@ def inputs_of(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> C
             f"none of {', '.join(fitted)} measures a distance that grows towards frames that the potential knows "
             "nothing of, so they are not combined and the first is the primary estimator. Fit 'bll' with them.",
             UQWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     # Training frames are kept without gradients, so methods that need these cannot be evaluated on them.
