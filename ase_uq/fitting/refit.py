@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from ase.calculators.calculator import BaseCalculator
 from ase.data import chemical_symbols
@@ -40,7 +41,7 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 RECALIBRATED: Literal["recalibrated"] = "recalibrated"
 FITTED_AGAIN: Literal["fitted again"] = "fitted again"
 # Of the way to where nothing is known. In benchmarks/results/refit.md old heads that see calibration frames farther out
-# rank atoms worse than new ones.
+# than that are worse than new ones on frames of a kind that was not calibrated on: little of the way is left for them.
 FAR_WAY = 0.25
 
 
@@ -70,7 +71,7 @@ class Refit(Brief):
     @property
     def advised(self) -> bool:
         """Whether a new fit should be tried: without training frames none was, and features moved far."""
-        return len(self.likelihoods) == 1 and self.kept == RECALIBRATED and self.way is not None and self.way > FAR_WAY
+        return len(self.likelihoods) == 1 and self.kept == RECALIBRATED and _is_far(self.way)
 
     def describe(self) -> str:
         """What was kept and why, how far features moved, and what is left to do, in sentences."""
@@ -93,15 +94,17 @@ class Refit(Brief):
                 f"Fitted again: {left_out} is {of_each[FITTED_AGAIN]}, and {of_each[RECALIBRATED]} with old heads that "
                 "are calibrated again."
             )
+            if _is_far(self.way):
+                told.append("Old heads that see them so far out are kept only where they are clearly better.")
         else:
             told.append(
                 f"Recalibrated: {left_out} is {of_each[RECALIBRATED]}, and {of_each[FITTED_AGAIN]} after a new fit, "
-                "which is not clearly less."
+                f"which is {'clearly more' if _is_far(self.way) else 'not clearly less'}."
             )
         if self.advised:
             told.append(
-                "That is so far that atoms are probably ranked worse than by new heads: give training frames, with "
-                "labels or without, to try a new fit."
+                "That is so far that little is left to tell frames that are farther out: give training frames, to try "
+                "a new fit."
             )
         if self.lost:
             told.append(f"Not taken over, as they are of the old potential: {', '.join(self.lost)}.")
@@ -125,8 +128,9 @@ def refit(
 
     The heads of the old model are calibrated on the calibration frames of the new potential, as `fit` calibrates new
     ones: calibrators, the far field, the combination and the edges of `gamma` are made afresh. With training frames new
-    heads are fitted too, and what has the lower negative log-likelihood on left-out calibration frames is kept; where
-    the difference is within its standard error over the folds, the old heads are.
+    heads are fitted too, and what has the lower negative log-likelihood on left-out calibration frames is kept. Where
+    the difference is within its standard error over the folds, the old heads are, unless they see the calibration
+    frames beyond `FAR_WAY`.
 
     Args:
         old: The uncertainty model of the potential before, or the path of its file.
@@ -177,8 +181,10 @@ def refit(
     if new is not None:
         assert sets.train is not None
         tried[FITTED_AGAIN] = calibrated(new, described(sets.train), sets.calibration, work)
-    kept = _better(tried)
     way = None if unseen else _way(old, tried[RECALIBRATED].observed)
+    kept = RECALIBRATED if new is None else FITTED_AGAIN
+    if len(tried) == 2:
+        kept = better(tried[RECALIBRATED].of_folds - tried[FITTED_AGAIN].of_folds, way)
     likelihoods = {name: each.nll for name, each in tried.items()}
     model = _with_origin(tried[kept].model, old, kept, way, likelihoods)
     if sets.perturbed is not None:
@@ -268,11 +274,20 @@ def _shortest(old: UncertaintyModel, new: Trained | None, sets: Sets, work: Work
     return table[z[:, None], z]
 
 
-def _better(tried: Mapping[str, Calibrated]) -> Literal["recalibrated", "fitted again"]:
-    if len(tried) == 1:
-        return RECALIBRATED if RECALIBRATED in tried else FITTED_AGAIN
-    gains = tried[RECALIBRATED].of_folds - tried[FITTED_AGAIN].of_folds
+def better(gains: np.ndarray, way: float | None) -> Literal["recalibrated", "fitted again"]:
+    """What to keep.
+
+    Args:
+        gains: (n_folds,) by how much a new fit lowers the negative log-likelihood in each fold.
+        way: As in `Refit`.
+    """
+    if _is_far(way):
+        return RECALIBRATED if is_earned(-gains) else FITTED_AGAIN
     return FITTED_AGAIN if is_earned(gains) else RECALIBRATED
+
+
+def _is_far(way: float | None) -> bool:
+    return way is not None and way > FAR_WAY
 
 
 def _way(old: UncertaintyModel, observed: Observed) -> float | None:

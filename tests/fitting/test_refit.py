@@ -20,7 +20,7 @@ from ase_uq.communicator import Serial
 from ase_uq.errors import ArtefactError, InputError, LabelError, PotentialMismatch, UQWarning
 from ase_uq.fitting import combination
 from ase_uq.fitting.know_nothing import ShortestDistances, know_nothing
-from ase_uq.fitting.refit import FAR_WAY, FITTED_AGAIN, RECALIBRATED, Refit, refit
+from ase_uq.fitting.refit import FAR_WAY, FITTED_AGAIN, RECALIBRATED, Refit, better, refit
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.methods.bll import BLL
 from ase_uq.methods.mahalanobis import Mahalanobis
@@ -191,13 +191,33 @@ class TestFittedAgain:
         assert found.way > FAR_WAY
         assert found.advised
         assert f"To the old heads the calibration frames lie {found.way:.2f} of the way" in found.describe()
-        assert "give training frames, with labels or without, to try a new fit" in found.describe()
+        assert found.describe().endswith("give training frames, to try a new fit.")
 
     def test_is_not_advised_where_features_stayed(self, old: UncertaintyModel):
         found = quick(old, tuned())
         assert not found.advised
         assert "there were no training frames to fit on" in found.describe()
         assert "new fit" not in found.describe()
+
+
+@pytest.mark.parametrize(
+    ("gains", "way", "kept"),
+    [
+        ([0.1, 0.1, 0.2], 0.0, FITTED_AGAIN),
+        ([0.1, -0.2, 0.2], 0.0, RECALIBRATED),
+        ([0.0, 0.0, 0.0], None, RECALIBRATED),
+        ([0.1, -0.2, 0.2], 2 * FAR_WAY, FITTED_AGAIN),
+        ([-0.1, -0.1, -0.2], 2 * FAR_WAY, RECALIBRATED),
+    ],
+)
+def test_what_is_clearly_better_is_kept_and_else_what_reaches_farther(gains: list[float], way: float, kept: str):
+    assert better(np.array(gains), way) == kept
+    likelihoods = {RECALIBRATED: 1.0, FITTED_AGAIN: 1.0 - np.mean(gains)}
+    told = Refit(None, kept, way, likelihoods).describe()  # pyright: ignore
+    if way == 2 * FAR_WAY:
+        assert ("clearly more" if kept == RECALIBRATED else "kept only where they are clearly better") in told
+    else:
+        assert ("not clearly less" in told) == (kept == RECALIBRATED)
 
 
 class TestFile:
