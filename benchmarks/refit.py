@@ -1,6 +1,6 @@
 """What becomes of an uncertainty model when its potential is trained further: left, calibrated again, fitted again.
 
-    python benchmarks/refit.py [--combined 0 2 4] [--out benchmarks/results/refit]
+    python benchmarks/refit.py [--combined 1 3] [--out benchmarks/results/refit]
 
 The embedded MACE of malonaldehyde is trained further on frames of 900 K, as in benchmarks/compare.py, by several rates
 and numbers of epochs. An uncertainty model that was fitted before, on frames of 300 K, is then
@@ -39,7 +39,7 @@ HEAD = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--combined", type=int, nargs="*", default=[0, 2, 4], help="trainings to do with all methods")
+    parser.add_argument("--combined", type=int, nargs="*", default=[1, 3], help="trainings to do with all methods")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refit"))
     arguments = parser.parse_args()
     lines: dict[str, list[str]] = {}
