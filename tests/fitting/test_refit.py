@@ -34,7 +34,7 @@ pytestmark = [
 ]
 
 METHOD = BLL(ridge=1e-4)  # fewer digits are lost with a larger ridge
-OLD, TRAIN, HELD_OUT = ToyCalculator(ELEMENTS), labelled_frames(30, seed=1), labelled_frames(40, seed=2)
+OLD, TRAIN, HELD_OUT = ToyCalculator(ELEMENTS), labelled_frames(20, seed=1), labelled_frames(30, seed=2)
 
 
 def tuned() -> ToyCalculator:
@@ -288,7 +288,7 @@ class TestElements:
         return fit("toy:", TRAIN, HELD_OUT, methods=[METHOD], progress=False)
 
     def test_that_the_old_heads_do_not_know_need_a_new_fit(self, wide: UncertaintyModel):
-        frames = silicon(30, 1), silicon(40, 2)
+        frames = silicon(20, 1), silicon(30, 2)
         found = quick(wide, "toy:", frames[1], train=frames[0], methods=[METHOD])
         assert (found.kept, found.unseen, found.way) == (FITTED_AGAIN, ("Si",), None)
         assert found.describe() == "Fitted again, since the old heads do not know Si."
@@ -320,7 +320,7 @@ class TestRefused:
     def test_training_frames_of_the_old_model(self, old: UncertaintyModel):
         with pytest.raises(LabelError, match="the calibration frames are the training frames of the old uncertainty"):
             quick(old, tuned(), TRAIN)
-        with pytest.raises(LabelError, match="40 of 40 calibration frames are training frames"):
+        with pytest.raises(LabelError, match="30 of 30 calibration frames are training frames"):
             quick(old, tuned(), train=HELD_OUT)
 
     def test_methods_without_training_frames(self, old: UncertaintyModel):
