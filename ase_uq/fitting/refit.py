@@ -231,7 +231,8 @@ def _unseen(old: UncertaintyModel, sets: Sets) -> tuple[str, ...]:
 def _tell_other_options(old: UncertaintyModel, makers: Sequence[Method]) -> None:
     """Warns where a method of the old model had other options than the new fit takes."""
     for maker in makers:
-        assert is_dataclass(maker)
+        if not is_dataclass(maker):
+            continue
         settings = old.methods[maker.name].head.settings
         for field in fields(maker):
             before, now = settings.get(field.name), getattr(maker, field.name)
@@ -318,6 +319,5 @@ def _lost(old: UncertaintyModel, model: UncertaintyModel) -> tuple[str, ...]:
     parts = {
         "the perturbed frames (--perturbed)": (old.perturbed, model.perturbed),
         "the reference runs (`ase-uq reference`)": (old.reference, model.reference),
-        "the combination": (old.combination, model.combination),
     }
     return tuple(name for name, (had, has) in parts.items() if had is not None and has is None)
