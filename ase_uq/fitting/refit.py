@@ -74,7 +74,7 @@ class Refit(Brief):
         return len(self.likelihoods) == 1 and self.kept == RECALIBRATED and _is_far(self.way)
 
     def describe(self) -> str:
-        """What was kept and why, how far features moved, and what is left to do, in sentences."""
+        """What was kept and why, how far features moved, and what is left to do: a line for each."""
         told = []
         if self.way is not None:
             told.append(
@@ -107,8 +107,8 @@ class Refit(Brief):
                 "a new fit."
             )
         if self.lost:
-            told.append(f"Not taken over, as they are of the old potential: {', '.join(self.lost)}.")
-        return " ".join(told)
+            told.append(f"Not taken over, as they were made with the old one: {', '.join(self.lost)}.")
+        return "\n".join(told)
 
 
 def refit(
@@ -231,10 +231,8 @@ def _unseen(old: UncertaintyModel, sets: Sets) -> tuple[str, ...]:
 def _tell_other_options(old: UncertaintyModel, makers: Sequence[Method]) -> None:
     """Warns where a method of the old model had other options than the new fit takes."""
     for maker in makers:
-        if not is_dataclass(maker):
-            continue
         settings = old.methods[maker.name].head.settings
-        for field in fields(maker):
+        for field in fields(maker) if is_dataclass(maker) else ():
             before, now = settings.get(field.name), getattr(maker, field.name)
             now = list(now) if isinstance(now, tuple) else now
             if isinstance(before, int | float | str | list) and type(before) is type(now) and before != now:

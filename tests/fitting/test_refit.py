@@ -264,7 +264,7 @@ class TestFile:
         assert found.model.perturbed is None
         assert found.model.reference is None
         assert found.describe().endswith(
-            "of the old potential: the perturbed frames (--perturbed), the reference runs (`ase-uq reference`)."
+            "made with the old one: the perturbed frames (--perturbed), the reference runs (`ase-uq reference`)."
         )
         given = quick(full, tuned(), perturbed=labelled_frames(10, seed=5, spread=(0.3, 0.4)))
         assert given.model.perturbed is not None
