@@ -115,6 +115,11 @@ class Backend(ABC):
         return ()
 
     @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        """Settings that further training may change."""
+        return ()
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Device on which the potential runs."""
@@ -266,6 +271,31 @@ class Backend(ABC):
             f"features agree to {deviation:.0e}: taken as the same potential in another form"
             + (f"; {exact}" if without else "")
         )
+
+    @final
+    def check_architecture(self, fitted: Identity) -> None:
+        """Refuses a potential that no further training makes of the one an uncertainty model was fitted on.
+
+        Shapes of weights are not compared, which no uncertainty model knows.
+
+        Raises:
+            PotentialMismatch: They differ in more than weights; the message names in what.
+        """
+        here = self.identity
+        advice = "An uncertainty model reads the features of one architecture: fit a new one with `ase-uq fit`."
+        exempt = {"elements", *self._trained_settings, *self._exact_settings}
+        for key in sorted(fitted.settings.keys() | here.settings.keys(), key=lambda key: (key != "package", key)):
+            then, now = fitted.settings.get(key), here.settings.get(key)
+            if key not in exempt and json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
+                raise PotentialMismatch(
+                    f"the uncertainty model was fitted on a potential of another architecture: {key} was {then!r}, "
+                    f"here it is {now!r}. {advice}"
+                )
+        if (before := fitted.probe.shape[1]) != (width := here.probe.shape[1]):
+            raise PotentialMismatch(
+                f"the uncertainty model was fitted on a potential of another architecture: that gives {before} numbers "
+                f"of an atom, this one {width}. {advice}"
+            )
 
 
 def _symbols(elements: Sequence[int], others: Sequence[int]) -> str:

@@ -89,6 +89,10 @@ class SummedBackend(Backend):
         return ("weight_in_sum", "added") if self._weight == 1 else ()  # else σ of the potential alone is another
 
     @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        return self._inner._trained_settings
+
+    @property
     def _weight(self) -> float:
         return float(self.calculator.mixer.weights[self._known])
 

@@ -1,6 +1,6 @@
 """The choice of a calibrator: the form that predicts left-out calibration frames better is kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ class Choice:
     Args:
         calibrator: The calibrator of the best form, fitted on all rows.
         nll: Cross-validated mean negative log-likelihood per component, for each form.
+        of_folds: (n_folds,) the same in each fold, for the chosen form.
         constant_nll: The same likelihood for a constant variance; the difference shows what the scores are worth.
         n_rows: Number of rows it was fitted on.
         n_groups: Number of frames or blocks that the rows come from.
@@ -28,6 +29,7 @@ class Choice:
 
     calibrator: Calibrator
     nll: dict[str, float]
+    of_folds: np.ndarray
     constant_nll: float
     n_rows: int
     n_groups: int
@@ -46,9 +48,8 @@ def fit_calibrator(residuals: Residuals) -> Choice:
     forms: dict[str, Callable[[Residuals], Calibrator]] = {"power": fit_power}
     for column in range(residuals.scores.shape[1]):
         forms[f"affine[{column}]"] = lambda rows, column=column: fit_affine(rows, column)
-    nll = {name: _cross_validated(fit, residuals, fold) for name, fit in forms.items()}
-    best = min(nll, key=lambda name: nll[name])
-    return _choice(forms[best](residuals), nll, residuals, fold)
+    found = {name: _cross_validated(fit, residuals, fold) for name, fit in forms.items()}
+    return _choice(lambda best: forms[best](residuals), found, residuals, fold)
 
 
 def far_field_choice(residuals: Residuals, far: np.ndarray) -> Choice | None:
@@ -69,12 +70,19 @@ def far_field_choice(residuals: Residuals, far: np.ndarray) -> Choice | None:
     def fit(rows: Residuals) -> Calibrator:
         return fit_far_field(rows, far, like=calibrator) or calibrator
 
-    return _choice(calibrator, {"far field": _cross_validated(fit, residuals, fold)}, residuals, fold)
+    found = {"far field": _cross_validated(fit, residuals, fold)}
+    return _choice(lambda _: calibrator, found, residuals, fold)
 
 
-def _choice(calibrator: Calibrator, nll: dict[str, float], residuals: Residuals, fold: np.ndarray) -> Choice:
+def _choice(
+    made: Callable[[str], Calibrator], of_folds: Mapping[str, np.ndarray], residuals: Residuals, fold: np.ndarray
+) -> Choice:
+    """The best form, from the mean negative log-likelihood of each in each fold."""
+    nll = {name: float(np.average(values, weights=np.bincount(fold))) for name, values in of_folds.items()}
+    best = min(nll, key=lambda name: nll[name])
     n_groups = len(np.unique(residuals.groups))
-    return Choice(calibrator, nll, _constant_nll(residuals, fold), len(residuals.squares), n_groups)
+    constant = _constant_nll(residuals, fold)
+    return Choice(made(best), nll, of_folds[best], constant, len(residuals.squares), n_groups)
 
 
 def _folds(residuals: Residuals) -> np.ndarray:
@@ -85,8 +93,9 @@ def _folds(residuals: Residuals) -> np.ndarray:
     return (np.arange(len(groups)) * _FOLDS // len(groups))[np.searchsorted(groups, residuals.groups)]
 
 
-def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residuals, fold: np.ndarray) -> float:
-    total = 0.0
+def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residuals, fold: np.ndarray) -> np.ndarray:
+    """(n_folds,) mean negative log-likelihood of a component of each fold, by a calibrator of the others."""
+    found = []
     for k in range(_FOLDS):
         left_out = residuals.only(fold == k)
         limit, numbers = (
@@ -94,8 +103,8 @@ def _cross_validated(fit: Callable[[Residuals], Calibrator], residuals: Residual
         )
         calibrator = fit(residuals.only(fold != k))
         variance = calibrator.variance(torch.from_numpy(left_out.scores), limit, numbers).numpy()
-        total += mean_nll(variance, left_out) * len(left_out.squares)
-    return total / len(residuals.squares)
+        found.append(mean_nll(variance, left_out))
+    return np.array(found)
 
 
 def _constant_nll(residuals: Residuals, fold: np.ndarray) -> float:

@@ -22,6 +22,7 @@ from ase_uq.cli.verbs.md import md
 from ase_uq.cli.verbs.merge import merge
 from ase_uq.cli.verbs.perturb_frames import perturb_frames
 from ase_uq.cli.verbs.reference import reference
+from ase_uq.cli.verbs.refit import refit
 from ase_uq.cli.verbs.relax import relax
 from ase_uq.cli.verbs.report import report
 from ase_uq.cli.verbs.score import score
@@ -30,6 +31,7 @@ from ase_uq.cli.verbs.select import select
 app = typer.Typer(cls=ErrorsAsLines, no_args_is_help=True, add_completion=False, rich_markup_mode="rich")
 VERBS = (
     fit,
+    refit,
     info,
     evaluate,
     score,
@@ -77,13 +79,13 @@ def _(
 ) -> None:
     """Calibrated uncertainties for MACE, orb and SevenNet potentials, from the same forward pass as the forces.
 
-    First [bold]fit[/] an uncertainty model once, to frames with reference labels; [bold]info[/] shows its contents, and
-    [bold]evaluate[/] how good it is on labelled test frames. Then [bold]md[/], [bold]lammps[/] and [bold]relax[/] stop
-    where the potential no longer knows, [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins
-    what several machines scored), [bold]average[/] observables their error bars, and [bold]select[/] picks frames
-    worth labelling. For thresholds from criteria, [bold]perturb-frames[/] makes bad frames to label, and
-    [bold]reference[/] makes runs on which false alarms are counted. [bold]compare[/] shows what several potentials see
-    of the same frames.
+    First [bold]fit[/] an uncertainty model once, to frames with reference labels ([bold]refit[/] makes it into one of
+    a potential that was trained further); [bold]info[/] shows its contents, and [bold]evaluate[/] how good it is on
+    labelled test frames. Then [bold]md[/], [bold]lammps[/] and [bold]relax[/] stop where the potential no longer knows,
+    [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins what several machines scored),
+    [bold]average[/] observables their error bars, and [bold]select[/] picks frames worth labelling. For thresholds from
+    criteria, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] makes runs on which false alarms
+    are counted. [bold]compare[/] shows what several potentials see of the same frames.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

@@ -248,7 +248,9 @@ def without_shift(observed: Observed) -> Observed:
     return replace(observed, energy=left[:, None], energy_shift=shift)
 
 
-def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[str, np.ndarray] | None) -> FittedMethod:
+def calibrated_method(
+    name: str, head: Head, observed: Observed, far: Mapping[str, np.ndarray] | None
+) -> tuple[FittedMethod, np.ndarray]:
     """Calibrates a head, separately for forces, energy and stress.
 
     Args:
@@ -257,6 +259,10 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[st
         observed: Scores and residuals of the calibration frames.
         far: (n_scores,) logarithms of its scores of `forces`, `energy`, `energies` and `stress` where the potential
             knows nothing; None if its scores do not grow with the distance from the training frames.
+
+    Returns:
+        The calibrated method, and the (n_folds,) negative log-likelihood of a force component in each fold of the
+        calibration frames, by a calibrator of the others.
     """
     raw = observed.raw[name]
     forces = _force_residuals(raw.forces, observed)
@@ -275,7 +281,7 @@ def calibrated_method(name: str, head: Head, observed: Observed, far: Mapping[st
     for quantity, choice in choices.items():
         _warn_at_boundaries(name, quantity, choice)
     likelihoods = {q: {**choice.nll, "constant": choice.constant_nll} for q, choice in choices.items()}
-    return FittedMethod(head, calibrators, likelihoods)
+    return FittedMethod(head, calibrators, likelihoods), choices["forces"].of_folds
 
 
 def _choice(residuals: Residuals, far: np.ndarray | None) -> Choice:
@@ -330,12 +336,12 @@ def _warn_at_boundaries(name: str, quantity: str, choice: Choice) -> None:
             f"{name} tells nothing about the {quantity} errors of the calibration frames: a constant standard "
             "deviation does as well. Calibrate on frames whose errors differ more.",
             UQWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
     elif boundary == "bare":
         warnings.warn(
             f"{name}: the calibrated {quantity} variance has no floor (a = 0), so it vanishes as the distance from the "
             "training frames does. Calibrate on more, or more varied, frames to determine the floor.",
             UQWarning,
-            stacklevel=4,
+            stacklevel=5,
         )

@@ -1,8 +1,10 @@
 """Checks the frames of a fit before it begins."""
 
 import hashlib
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,13 +15,86 @@ from ase_uq.communicator import Communicator, gather
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.fitting.provenance import digest_of
 from ase_uq.forward_pass import ForwardPass, Targets
+from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import check_labels, labels_of, refuse_other_heads, refuse_own_forces
+from ase_uq.methods.base import Method
 from ase_uq.stream.labelled import predicted_forces
 
 FEWEST_FRAMES = 10
 # Residuals this many times as large as the forces mean other units, another potential or other atoms.
 _SUSPICIOUS_RATIO = 10.0
 _NO_FORCE = 0.01  # eV/Å; where symmetry forbids a force, that of the potential is smaller
+
+
+Files = Frames | Sequence[str | os.PathLike[str]]
+
+
+@dataclass(frozen=True)
+class Sets:
+    """The frames of a fit.
+
+    Args:
+        train: Training frames; None where heads are there already.
+        calibration: Calibration frames.
+        perturbed: Deliberately bad frames; None for none.
+    """
+
+    train: list[Atoms] | None
+    calibration: list[Atoms]
+    perturbed: list[Atoms] | None
+
+    @classmethod
+    def read(cls, train: Files | None, calibration: Files, perturbed: Files | None) -> "Sets":
+        """Those in files or lists, without isolated atoms.
+
+        Raises:
+            LabelError: A file is missing, empty or unreadable.
+        """
+        given = {"training": train, "calibration": calibration, "perturbed": perturbed}
+        found = [
+            None if frames is None else without_isolated_atoms(read_frames(frames, name=f"{name} frames"))
+            for name, frames in given.items()
+        ]
+        assert found[1] is not None
+        return cls(found[0], found[1], found[2])
+
+    def check(
+        self,
+        backend: Backend,
+        makers: Sequence[Method],
+        keys: tuple[str, str, str] | None,
+        batch_atoms: int | None,
+        communicator: Communicator,
+    ) -> None:
+        """Refuses what cannot be fitted on, before minutes are spent on it.
+
+        Args:
+            backend: The potential.
+            makers: Methods that are to be fitted on the training frames.
+            keys: Names of the labels.
+            batch_atoms: Largest number of atoms evaluated together.
+            communicator: The ranks.
+
+        Raises:
+            LabelError: There are too few frames, labels are missing or not finite, or the potential's own forces,
+                calibration frames are training frames, or ranks differ.
+            InputError: The potential cannot evaluate a frame.
+        """
+        sets = {"training": self.train, "calibration": self.calibration, "perturbed": self.perturbed}
+        given = {f"{name} frames": frames for name, frames in sets.items() if frames is not None}
+        check_ranks_agree(communicator, backend, given, keys)
+        if self.train is not None:
+            # Without labels in either set, their names are wrong.
+            calibrates = bool(self.calibration) and labels_of(self.calibration[0], keys).forces is not None
+            needed_by = [method.name for method in makers if method.labels] if calibrates else None
+            check_labelled(backend, "training", self.train, keys, forces=False, needed_by=needed_by)
+        check_labelled(backend, "calibration", self.calibration, keys, forces=True)
+        if self.train is not None:
+            refuse_overlap(self.train, self.calibration)
+        if self.perturbed is not None:
+            check_labelled(backend, "perturbed", self.perturbed, keys, forces=True)
+            backend.check(self.perturbed, name="perturbed structure")
+        check_first_frames(backend, self.train, self.calibration, keys, batch_atoms)
 
 
 def without_isolated_atoms(frames: list[Atoms]) -> list[Atoms]:
@@ -125,7 +200,7 @@ def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
 
 def check_first_frames(
     backend: Backend,
-    train: list[Atoms],
+    train: list[Atoms] | None,
     calibration: list[Atoms],
     keys: tuple[str, str, str] | None,
     batch_atoms: int | None,
@@ -136,10 +211,11 @@ def check_first_frames(
         InputError: The potential cannot evaluate a frame.
         LabelError: Forces that the potential needs are missing, or the labels are the potential's own forces.
     """
-    backend.check(train, name="training structure")
+    if train is not None:
+        backend.check(train, name="training structure")
     backend.check(calibration, name="calibration structure")
     first = calibration[:4]
-    if backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
+    if train is not None and backend.direct and all(labels_of(atoms, keys).forces is None for atoms in train):
         raise LabelError(
             "training frames have no forces, which the direct force head of this potential needs. Label them, or say "
             "under which names the labels are (label_keys, --forces-key)."
@@ -155,7 +231,7 @@ def check_first_frames(
             f"({smaller:.3g} eV/Å): the labels are probably in other units than eV and Å, or belong to another "
             "potential. Check their units and their source.",
             UQWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

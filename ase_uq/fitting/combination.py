@@ -44,10 +44,12 @@ class Fitted:
     Args:
         combination: The fitted combination.
         variance: (n_atoms, n_components) force variances of the calibration atoms, (eV/Å)², networks out of fold.
+        of_folds: (n_folds,) negative log-likelihood of a component in each fold, with weights of the others.
     """
 
     combination: Combination
     variance: np.ndarray
+    of_folds: np.ndarray
 
 
 def fit_combination(
@@ -82,7 +84,7 @@ def fit_combination(
     kept = ensemble if RESIDUAL in found.weights else None
     combination = Combination(inputs, fade, floor, kept, found.constant, found.weights, found.likelihoods)
     corrected = rows.log_variance(list(found.weights), found.constant, np.array(list(found.weights.values())))
-    return Fitted(combination, np.exp(rows.floored(corrected)))
+    return Fitted(combination, np.exp(rows.floored(corrected)), found.of_folds)
 
 
 @dataclass(frozen=True)
@@ -93,11 +95,13 @@ class Earned:
         constant: c; 0 without corrections.
         weights: s_k by name.
         likelihoods: Cross-validated mean negative log-likelihood of a component, of each variant that was tried.
+        of_folds: (n_folds,) that of the variant that was kept, in each fold.
     """
 
     constant: float
     weights: dict[str, float]
     likelihoods: dict[str, float]
+    of_folds: np.ndarray
 
 
 def earned(rows: "Likelihood", tried: Mapping[str, Sequence[str]], frames: np.ndarray) -> Earned:
@@ -120,7 +124,7 @@ def earned(rows: "Likelihood", tried: Mapping[str, Sequence[str]], frames: np.nd
     constant, fitted = share * constant, share * fitted
     # A correction with next to no weight would cost an evaluation without effect.
     weights = {name: weight for name, weight in zip(tried[best], fitted.tolist(), strict=True) if weight > 1e-3}
-    return Earned(constant if weights else 0.0, weights, likelihoods)
+    return Earned(constant if weights else 0.0, weights, likelihoods, of_folds[best])
 
 
 def _fade(span: float, features: CombinationFeatures) -> Fade:
@@ -304,7 +308,7 @@ def inputs_of(fitted: Mapping[str, FittedMethod], elements: frozenset[int]) -> C
             f"none of {', '.join(fitted)} measures a distance that grows towards frames that the potential knows "
             "nothing of, so they are not combined and the first is the primary estimator. Fit 'bll' with them.",
             UQWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     # Training frames are kept without gradients, so methods that need these cannot be evaluated on them.

@@ -30,18 +30,25 @@ def digest_of(atoms: Atoms) -> str:
     return hashlib.sha256(atoms.numbers.astype(np.int32).tobytes() + sums.tobytes()).hexdigest()
 
 
-def provenance_of(train: list[Atoms], calibration: list[Atoms], shift: EnergyShift | None) -> dict[str, Any]:
-    """A description of the frames and package versions that an uncertainty model is made from, as JSON values."""
+def described(frames: list[Atoms]) -> dict[str, Any]:
+    """Frames as an uncertainty model remembers them: how many, of what, and a digest; JSON values."""
+    numbers, counts = np.unique(np.concatenate([atoms.numbers for atoms in frames]), return_counts=True)
+    elements = {chemical_symbols[int(z)]: int(n) for z, n in zip(numbers, counts, strict=True)}
+    digest = hashlib.sha256("".join(sorted(digest_of(atoms) for atoms in frames)).encode()).hexdigest()
+    return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
 
-    def described(frames: list[Atoms]) -> dict[str, Any]:
-        numbers, counts = np.unique(np.concatenate([atoms.numbers for atoms in frames]), return_counts=True)
-        elements = {chemical_symbols[int(z)]: int(n) for z, n in zip(numbers, counts, strict=True)}
-        digest = hashlib.sha256("".join(sorted(digest_of(atoms) for atoms in frames)).encode()).hexdigest()
-        return {"frames": len(frames), "atoms": int(counts.sum()), "elements": elements, "digest": digest}
 
+def provenance_of(train: dict[str, Any], calibration: list[Atoms], shift: EnergyShift | None) -> dict[str, Any]:
+    """A description of the frames and package versions that an uncertainty model is made from, as JSON values.
+
+    Args:
+        train: Training frames, as `described`.
+        calibration: Calibration frames.
+        shift: What was taken out of their energies.
+    """
     versions = {}
     for package in ("ase-uq", "ase", "torch", "mace-torch", "orb-models", "sevenn"):
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
     told = {} if shift is None else {"energy_shift": shift.as_json()}
-    return {"train": described(train), "calibration": described(calibration), "versions": versions, **told}
+    return {"train": train, "calibration": described(calibration), "versions": versions, **told}

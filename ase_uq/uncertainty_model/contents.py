@@ -147,6 +147,13 @@ def _check_provenance(provenance: Entries) -> None:
         versions.text(package)
     if "energy_shift" in provenance:
         EnergyShift.check(provenance.under("energy_shift"))
+    if "refit" in provenance:
+        refit = provenance.under("refit")
+        for key in ("from", "heads", "kept"):
+            refit.text(key)
+        if refit["way"] is not None:
+            refit.number("way")
+        refit.under("likelihoods").any_numbers()
 
 
 def _check_record(tensors: StoredTensors, largest_uncertainty: float, *, with_run: bool) -> None:

@@ -40,6 +40,7 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
         f"  fitted on      {provenance['train']['frames']} frames, {provenance['train']['atoms']} atoms",
         f"  calibrated on  {provenance['calibration']['frames']} frames, {provenance['calibration']['atoms']} atoms",
         f"  methods        {', '.join(_methods(model))}",
+        *_refit(provenance),
     ]
     if details:
         lines += _formulas(model)
@@ -114,12 +115,22 @@ def numbers_of(model: "UncertaintyModel") -> dict[str, Any]:
         "elements": {chemical_symbols[z]: count for z, count in model.edges.counts.items()},
         "edge_inherited": [chemical_symbols[z] for z in model.edges.inherited],
         "versions": dict(model.provenance["versions"]),
+        "refit": model.provenance.get("refit"),
     }
 
 
 def _methods(model: "UncertaintyModel") -> list[str]:
     names = [*model.methods, *(["combined"] if model.combination is not None else [])]
     return [f"{name} (primary)" if name == model.primary and len(names) > 1 else name for name in names]
+
+
+def _refit(provenance: dict[str, Any]) -> list[str]:
+    """What an uncertainty model was made from, if it was one of another potential."""
+    if "refit" not in provenance:
+        return []
+    told = provenance["refit"]
+    heads = "" if told["kept"] == "fitted again" else f", heads fitted on potential {told['heads'][:12]}"
+    return [f"  refit          from that of potential {told['from'][:12]}: {told['kept']}{heads}"]
 
 
 def _formulas(model: "UncertaintyModel") -> list[str]:

@@ -102,7 +102,7 @@ def case_of(*methods: str | Method, direct: bool = False, n_frames: int = 10) ->
         warnings.simplefilter("ignore", UQWarning)
         patch.setattr(fitting, "_TRAINING", QUICK)
         if len(methods) == 1:  # quicker, and σ has no far end that hides what is wrong
-            patch.setattr("ase_uq.fitting.fit.know_nothing", lambda *_, **__: None)
+            patch.setattr("ase_uq.fitting.stages.know_nothing", lambda *_, **__: None)
         patch.setattr(fitting, "is_earned", lambda _: True)
         model = fit(
             calculator,

@@ -103,6 +103,10 @@ class MACEBackend(Backend):
             "features": "invariants of all layers, norms of equivariant channels; v1",
         }
 
+    @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        return ("heads", "head", "avg_num_neighbors", "scale", "shift", "isolated_atoms")
+
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         if len(frames) == 1:
             # The calculator's own method keeps its padding, hence a single compiled graph along a run.

@@ -102,6 +102,10 @@ class OrbBackend(Backend):
             settings["projection"] = [head.remove_mean, head.remove_torque_for_nonpbc_systems]
         return settings
 
+    @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        return ("normalizers",)
+
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         calculator = self.calculator
         options: dict[str, Any] = {

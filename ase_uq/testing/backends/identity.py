@@ -34,6 +34,16 @@ class IdentityLaws(BackendUnderTest):
         with pytest.raises(PotentialMismatch, match="fitted on other weights"):
             backend.check_identity(_with_larger(self.last_layer(spare), spare))
 
+    def test_further_training_changes_weights_and_few_settings(self, backend: Backend):
+        own = backend.identity
+        trained = dict.fromkeys(backend._trained_settings, "of another training")
+        assert trained.keys() <= own.settings.keys()
+        backend.check_architecture(replace(own, settings=own.settings | trained, weights="others"))
+        with pytest.raises(PotentialMismatch, match="another architecture: package was 'another'"):
+            backend.check_architecture(replace(own, settings=own.settings | {"package": "another"}))
+        with pytest.raises(PotentialMismatch, match=r"another architecture: that gives \d+ numbers of an atom"):
+            backend.check_architecture(replace(own, probe=own.probe[:, 1:]))
+
     def test_nothing_that_is_not_finite_is_the_same(self, backend: Backend, spare: BaseCalculator):
         own = backend.identity
         for value in (float("nan"), float("inf")):
