@@ -124,11 +124,13 @@ def load_potentials_quickly() -> None:
     from ase_uq.backends.orb import loading as orb
     from ase_uq.report.viewer import packed, plotly_script
 
-    leave_uncompiled()
     keep_tables()
+    # Compiled once for all: with this one, whole runs are made.
+    ready = once_ready(mace.load_potential, [(str(embedded.path("mace.safetensors")),)])
+    leave_uncompiled()
     for name in ("mace", "orb-direct", "orb-conservative"):
         load_backend(f"embedded:{name}", device="cpu")
-    mace.load_potential = once_ready(mace.load_potential, [(str(embedded.path("mace.safetensors")),)])
+    mace.load_potential = ready
     names = ("orb_direct.safetensors", "orb_conservative.safetensors")
     orb.load_potential = once_ready(orb.load_potential, [(str(embedded.path(name)), "cpu", "") for name in names])
     packed(plotly_script())  # and every page of a report holds this
