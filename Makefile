@@ -1,6 +1,6 @@
 # Everything is installed into .venv, from the versions in constraints.txt; nothing outside the checkout is touched.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-lowest test-torchsim lint format docs clean
+.PHONY: help demo test test-pages test-lowest test-torchsim lint format docs clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,9 +22,14 @@ INSTALL = if ! $(BIN)/uv pip install --compile-bytecode --python $(BIN)/python $
 WORKERS := $(shell $(PYTHON) -c 'import os; print(min((os.cpu_count() or 1) + 1, 4))')
 PARALLEL := --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
+# What readers run: every block of README.md and docs/, the examples, and the pages as a site.
+PAGES := tests/test_readme.py tests/test_examples.py tests/test_docs_site.py
+
 help:
 	@echo "make demo    install, then run the demo"
 	@echo "make test    install, then lint, type checks, import contracts and tests"
+	@echo "make test-pages"
+	@echo "             every command of README.md and docs/, the examples, and the pages as a site"
 	@echo "make test-lowest"
 	@echo "             the same tests in part, with the lowest versions that pyproject.toml allows, in $(LOWEST)"
 	@echo "make test-torchsim"
@@ -39,7 +44,10 @@ demo: $(VENV)/.installed
 
 # Each process would otherwise rewrite the assertions of all tests for itself.
 test: lint
-	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(PARALLEL) --cov --cov-report=term
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(PARALLEL) --cov --cov-report=term $(addprefix --ignore=,$(PAGES))
+
+test-pages: $(VENV)/.installed-dev
+	PYTHONDONTWRITEBYTECODE= $(BIN)/pytest $(PARALLEL) $(PAGES)
 
 # Old packages beside new ones that they need warn of what will be gone one day; that is no fault of ours.
 test-lowest: $(VENV)/.installed-dev
