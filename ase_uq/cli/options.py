@@ -117,6 +117,22 @@ Before = Annotated[
     int, typer.Option("--before", min=0, help="Number of frames before a flagged frame that are saved with it.")
 ]
 
+# Those of verbs that make steps in time.
+Every = Annotated[int, typer.Option("--every", min=1, help="Calculate uncertainties only every so many steps.")]
+Patience = Annotated[
+    float | None, typer.Option("--patience", help="Halt only after this long above --halt without a break, fs.")
+]
+AtOnce = Annotated[
+    Any, typer.Option("--at-once", help="Halt at this uncertainty without --patience; above --halt.", **_LEVEL)
+]
+Refractory = Annotated[
+    float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
+]
+StepLog = Annotated[
+    Path | None,
+    typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
+]
+
 
 def label_keys(energy: str | None, forces: str | None, stress: str | None) -> tuple[str, str, str] | None:
     """Keys of the labels; a key that was not given has its first default. None if no key was given."""

@@ -83,14 +83,13 @@ def evaluate(
         PotentialMismatch: The uncertainty model was fitted on another potential.
         ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
     """
-    _check_options(tolerance, block, n_bootstrap)
+    options = _options(tolerance, block, n_bootstrap, seed, progress)
     predictor = as_predictor(calculator, uncertainty_model)
     backend = predictor.backend
     labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys, backend.heads, backend.head)
     backend.check(labelled, name="labelled test frame")
     _refuse_own_labels(predictor, labelled, labels, batch_atoms)
     predictions = _predictions(predictor, labelled, batch_atoms, progress)
-    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed, "progress": progress}
     return _assessed(predictor.uncertainty_model, labelled, labels, predictions, options)
 
 
@@ -124,26 +123,27 @@ def evaluate_scored(
         InputError: A frame has not the results of this uncertainty model.
         ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
     """
-    _check_options(tolerance, block, n_bootstrap)
+    options = _options(tolerance, block, n_bootstrap, seed, progress)
     model = uncertainty_model
     model = model if isinstance(model, UncertaintyModel) else UncertaintyModel.load(model)
     labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys or LABEL_KEYS[0])
     keys = [key for (_, quantity), key in _keys(model).items() if quantity != "stress"]  # not in vacuum
-    for number, atoms in enumerate(labelled):
-        if lacking := [key for key in keys if key not in current_results(atoms)]:
+    for number, results in enumerate(map(current_results, labelled)):
+        if lacking := [key for key in keys if key not in results]:
             raise InputError(
                 f"labelled test frame {number} has no {lacking[0]}, which frames have that `score` wrote with this "
                 "uncertainty model, unless they were changed since. Score them, or name the potential as well."
             )
-    options = {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed, "progress": progress}
     return _assessed(model, labelled, labels, map(current_results, labelled), options)
 
 
-def _check_options(tolerance: float, block: int, n_bootstrap: int) -> None:
+def _options(tolerance: float, block: int, n_bootstrap: int, seed: int, progress: bool) -> dict[str, Any]:
+    """Those of `assess`, checked before minutes are spent on what is assessed."""
     if not tolerance > 0:
         raise ValueError(f"the tolerance is {tolerance!r} eV/Å; a positive force error was expected.")
     if block < 1 or n_bootstrap < 0:
         raise ValueError(f"block is {block}, at least 1 was expected; n_bootstrap is {n_bootstrap}, at least 0.")
+    return {"tolerance": tolerance, "block": block, "n_bootstrap": n_bootstrap, "seed": seed, "progress": progress}
 
 
 def _assessed(

@@ -1,27 +1,32 @@
 """`ase-uq lammps`: a user's own LAMMPS script, with a potential's forces and a halt where it no longer knows."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from ase_uq.cli._interrupt import ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
-from ase_uq.cli.levels import check_watches, threshold, told, watch_policy
+from ase_uq.cli.levels import check_watches, told, watch_policy
 from ase_uq.cli.options import (
     UQ,
+    AtOnce,
     Before,
     Bonds,
     Device,
     DType,
     EachElement,
+    Every,
     Flag,
     FlaggedFrames,
     ForceProbes,
     Halt,
     Model,
+    Patience,
     Quantity,
     Reduce,
+    Refractory,
+    StepLog,
     WatchedQuantity,
     check_before,
 )
@@ -42,24 +47,12 @@ def lammps(
         ),
     ],
     uq: UQ = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Calculate uncertainties only every so many steps.")] = 1,
+    every: Every = 1,
     flag: Flag = None,
     halt: Halt = None,
-    patience: Annotated[
-        float | None, typer.Option("--patience", help="Halt only after this long above --halt without a break, fs.")
-    ] = None,
-    at_once: Annotated[
-        Any,
-        typer.Option(
-            "--at-once",
-            metavar="LEVEL",
-            parser=threshold,
-            help="Halt at this uncertainty without --patience; above --halt.",
-        ),
-    ] = None,
-    refractory: Annotated[
-        float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
-    ] = None,
+    patience: Patience = None,
+    at_once: AtOnce = None,
+    refractory: Refractory = None,
     quantity: Quantity = WatchedQuantity.forces,
     element: EachElement = False,
     reduce: Reduce = "max",
@@ -69,10 +62,7 @@ def lammps(
     bonds: Bonds = False,
     frames: FlaggedFrames = None,
     before: Before = 0,
-    log: Annotated[
-        Path | None,
-        typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
-    ] = None,
+    log: StepLog = None,
     force_probes: ForceProbes = 0,
     device: Device = "",
     dtype: DType = "",

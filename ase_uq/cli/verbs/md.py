@@ -3,28 +3,33 @@
 import math
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ase_uq.cli._interrupt import ends_with_its_step
 from ase_uq.cli._stopwatch import Stopwatch
-from ase_uq.cli.levels import check_watches, threshold, told, watch_policy
+from ase_uq.cli.levels import check_watches, told, watch_policy
 from ase_uq.cli.options import (
     UQ,
+    AtOnce,
     Before,
     Bonds,
     Device,
     DType,
     EachElement,
+    Every,
     Flag,
     FlaggedFrames,
     ForceProbes,
     Halt,
     Model,
+    Patience,
     Quantity,
     Reduce,
+    Refractory,
     Seed,
+    StepLog,
     WatchedQuantity,
     check_before,
     given_options,
@@ -93,24 +98,12 @@ def md(
     pressure: Annotated[
         float | None, typer.Option("--pressure", show_default="0", help="Pressure of npt, GPa; 1 bar is 0.0001 GPa.")
     ] = None,
-    every: Annotated[int, typer.Option("--every", min=1, help="Calculate uncertainties only every so many steps.")] = 1,
+    every: Every = 1,
     flag: Flag = None,
     halt: Halt = None,
-    patience: Annotated[
-        float | None, typer.Option("--patience", help="Halt only after this long above --halt without a break, fs.")
-    ] = None,
-    at_once: Annotated[
-        Any,
-        typer.Option(
-            "--at-once",
-            metavar="LEVEL",
-            parser=threshold,
-            help="Halt at this uncertainty without --patience; above --halt.",
-        ),
-    ] = None,
-    refractory: Annotated[
-        float | None, typer.Option("--refractory", help="After a flagged frame, save no other for this long, fs.")
-    ] = None,
+    patience: Patience = None,
+    at_once: AtOnce = None,
+    refractory: Refractory = None,
     quantity: Quantity = WatchedQuantity.forces,
     element: EachElement = False,
     reduce: Reduce = "max",
@@ -125,10 +118,7 @@ def md(
         typer.Option("--trajectory", metavar="FILE", help="Extended XYZ file for the run, including its last frame."),
     ] = None,
     interval: Annotated[int, typer.Option("--interval", min=1, help="Steps between frames of --trajectory.")] = 100,
-    log: Annotated[
-        Path | None,
-        typer.Option("--log", metavar="FILE", help="CSV file for step, time, reading and level of each step."),
-    ] = None,
+    log: StepLog = None,
     append: Annotated[
         bool,
         typer.Option("--append", help="Go on with the run of --trajectory after a halt, or with other options."),
