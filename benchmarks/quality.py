@@ -63,6 +63,7 @@ SETS = {
     "acac": DataSet("acac", "mace_acac.model"),
     "acac, 64 epochs": DataSet("acac", "mace_acac_committee_2.model", "mace_acac_committee_*.model"),
     "si": DataSet("si_mlearn", "mace_si.model"),
+    "si, 60 epochs": DataSet("si_mlearn", "si_mlearn_2.model", "si_mlearn_*.model"),
     "ge": DataSet("ge_mlearn", "mace_ge.model", "mace_ge*.model"),
     "rmd17": DataSet("rmd17_crossmol", "rmd17_crossmol_1.model"),
     "MoNbTaW": DataSet("MoNbTaW", "MoNbTaW_1.model"),

@@ -193,7 +193,7 @@ class TestInTheProduct:
     def test_the_summary_says_what_was_kept(self, model: UncertaintyModel):
         said = model.summary(details=True)
         assert "    energy   log σ² = bll + f·(+0.30 + 0.80·mahalanobis), f from 1 to 0 at t = 1.00\n" in said
-        assert "             cross-validated NLL 0.000 of anchor 0.100, mahalanobis 0.000\n" in said
+        assert "             cross-validated NLL: anchor 0.100, mahalanobis 0.000\n" in said
 
     def test_members_deviate_by_it(self, model: UncertaintyModel, calculator: ToyCalculator):
         (prediction,) = Predictor(calculator, model, ensemble=16).predict(labelled_frames(1, seed=3))
