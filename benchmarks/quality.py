@@ -42,6 +42,7 @@ from ase_uq.diagnostics.samples import Sample, largest_of_frames
 TOLERANCE = 0.3  # eV/Å
 # (lowest, highest) mean z² of a calibrated cell, and the largest NLL above that of the truthful constant
 CALIBRATED, NEAR = (0.5, 2.0), 0.3
+EQUAL = 0.02  # nats, or of a correlation: estimators that differ by less are as good as each other
 
 
 @dataclass(frozen=True)
@@ -267,6 +268,8 @@ def markdown(cells: Sequence[Cell], left_out: Sequence[str], arguments: argparse
         texts = [text_of(row[e]) if e in row else "" for e in shown]
         lines.append(f"| {name} | {split} | {first.n_frames} | {1e3 * first.rmse:.0f} | {' | '.join(texts)} |")
     lines += ["", *summary(cells)]
+    if any_of(cells, "committee"):
+        lines += ["", *beside_committees(cells)]
     lines += [f"\nLeft out: {text}." for text in left_out]
     return "\n".join(lines) + "\n"
 
@@ -304,6 +307,31 @@ def summary(cells: Sequence[Cell]) -> list[str]:
             f"{mean('spearman', far):.2f} | {mean('spearman_frames', far):.2f} | {mean('auroc', far):.2f} | "
             f"{1e3 * mean('crps', far):.0f} | {mean('above_constant', near):+.2f} | {mean('spearman', near):.2f} |"
         )
+    return lines
+
+
+def beside_committees(cells: Sequence[Cell]) -> list[str]:
+    """One line an estimator: in how many of the cells with a committee it is better, or worse by a hair's breadth."""
+    committee = {(cell.set, cell.split): cell for cell in cells if cell.estimator == "committee"}
+    lines = [
+        f"Better than a committee, or worse by at most {EQUAL:g}, in cells in and out of distribution:",
+        "",
+        "| estimator | cells | NLL | Spearman, atoms | frames | z² in 0.5 to 2 | z² of the committee |",
+        "|---|" + "---:|" * 6,
+    ]
+    for estimator in dict.fromkeys(cell.estimator for cell in cells if cell.estimator != "committee"):
+        pairs = [
+            (cell, committee[cell.set, cell.split])
+            for cell in cells
+            if cell.estimator == estimator and (cell.set, cell.split) in committee
+        ]
+        likelier = sum(cell.above_constant <= other.above_constant + EQUAL for cell, other in pairs)
+        ranks = [
+            sum(getattr(cell, name) >= getattr(other, name) - EQUAL for cell, other in pairs)
+            for name in ("spearman", "spearman_frames")
+        ]
+        calibrated = [sum(pair[k].calibrated for pair in pairs) for k in (0, 1)]
+        lines.append(f"| {estimator} | {len(pairs)} | {' | '.join(map(str, [likelier, *ranks, *calibrated]))} |")
     return lines
 
 
