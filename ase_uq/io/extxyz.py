@@ -178,9 +178,12 @@ def _comment(frame: Atoms, properties: str) -> str:
 
 def _entry(key: Any, value: Any) -> str:
     """An entry of info, as ASE writes it; most are numbers."""
-    is_vector = isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype == np.float64
-    if _is_word(key) and (is_vector or type(value) is float):
-        text = " ".join(map(str, value.tolist())) if is_vector else str(value)
+    if not _is_word(key):
+        return key_val_dict_to_str({key: value})
+    if type(value) is float:
+        return f"{key}={value}"
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype == np.float64:
+        text = " ".join(map(str, value.tolist()))
         return f'{key}="{text}"' if " " in text else f"{key}={text}"
     return key_val_dict_to_str({key: value})
 

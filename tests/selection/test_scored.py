@@ -166,9 +166,7 @@ def test_fewer_than_asked_for_are_told(scored, model):
     with pytest.warns(UQWarning, match=f"99 frames were asked for and the pool has {N}: no more than these"):
         assert len(chosen_from(scored, model, 99).chosen) == N
     readings = np.sort(chosen_from(scored, model).uncertainties)
-    with pytest.warns(
-        UQWarning, match=r"2 of the 5 frames asked for were chosen: no more of the pool lie from -inf"
-    ):
+    with pytest.warns(UQWarning, match=r"2 of the 5 frames asked for were chosen: no more of the pool lie from -inf"):
         found = chosen_from(scored, model, halt=float(readings[2]))
     assert len(found.chosen) == 2
 
