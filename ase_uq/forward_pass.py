@@ -38,6 +38,11 @@ class Edges:
         """(n_edges,) length of each edge, Å."""
         return self.vector.norm(dim=1)
 
+    @cached_property
+    def weights(self) -> dict[tuple[float, ...], Tensor]:
+        """(n_edges, n_radii) weights by radii, as `numerics.sites` makes them once for all methods."""
+        return {}
+
 
 @dataclass(frozen=True)
 class EnergyLayer:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 from ase.io import read, write
 
-from ase_uq import UncertainCalculator, embedded
+from ase_uq import UncertainCalculator, embedded, score
+from ase_uq.scoring.shards import Shard
 from ase_uq.thresholds.reduction import atom_norms
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -47,6 +49,7 @@ def test_every_example_is_run_here():
         "04_relax_and_neb.py",
         "05_torchsim.py",
         "06_active_learning.py",
+        "07_dask.py",
     }
 
 
@@ -116,3 +119,20 @@ def test_active_learning(tmp_path: Path):
     atoms.get_forces()
     assert 0 < atom_norms(atoms.calc.results["forces_uncertainty"]).max() < 0.4
     assert (folder / "active_learning.png").exists()
+
+
+def test_dask(tmp_path: Path):
+    pytest.importorskip("distributed", reason="Dask is not installed; pip install distributed brings it")
+    text = run("07_dask.py", tmp_path, "--quick")
+    assert sorted(text.splitlines()[:2]) == ["scored part_1.xyz", "scored part_2.xyz"]
+    assert "70 frames, 630 atoms" in text
+    folder = tmp_path / "scored"
+    uq, options = embedded.path("mace.uq.safetensors"), {"csv": tmp_path / "alone.csv", "progress": False}
+    score(folder / "finished.xyz", "embedded:mace", uq, out=tmp_path / "alone.xyz", **options)
+    for kind in ("xyz", "csv"):
+        assert (folder / f"scored.{kind}").read_bytes() == (tmp_path / f"alone.{kind}").read_bytes()
+    # Shards that are there are not scored again.
+    before = (folder / "part_1.xyz").stat().st_mtime_ns
+    again = runpy.run_path(str(EXAMPLES / "07_dask.py"))["scored"]
+    assert again(folder / "finished.xyz", Shard(1, 2), folder) == folder / "part_1.xyz"
+    assert (folder / "part_1.xyz").stat().st_mtime_ns == before

@@ -110,9 +110,20 @@ class FarFieldCalibrator(Calibrator):
     def combines(self, n_scores: int) -> bool:
         return len(self.slopes) == n_scores
 
+    @cached_property
+    def _law(self) -> Tensor:
+        """(3, n_scores) slopes, near ends and floors."""
+        return torch.tensor([self.slopes, self.near, self.floors], dtype=torch.float64)
+
+    @cached_property
+    def _offset_of_number(self) -> Tensor:
+        """(119,) what the constant is more for an element."""
+        offsets = [self.elements.get(number, 0.0) for number in range(_LARGEST_NUMBER + 1)]
+        return torch.tensor(offsets, dtype=torch.float64)
+
     def way(self, scores: Tensor) -> Tensor:
         """(..., n_scores) → (...): t, at most 1; 0 at the calibration frames, 1 where nothing is known."""
-        slopes, near, floors = scores.new_tensor([self.slopes, self.near, self.floors])
+        slopes, near, floors = self._law.to(scores)
         return ((torch.maximum(scores, floors).log() - near) @ slopes).clamp(max=1)
 
     def variance(self, scores: Tensor, limit: Tensor | None = None, numbers: Tensor | None = None) -> Tensor:
@@ -120,8 +131,7 @@ class FarFieldCalibrator(Calibrator):
             raise ValueError("a far-field calibrator needs σ∞² of each row.")
         constant: Tensor | float = self.constant
         if self.elements and numbers is not None:
-            offsets = scores.new_tensor([self.elements.get(number, 0.0) for number in range(_LARGEST_NUMBER + 1)])
-            constant = constant + offsets[numbers]
+            constant = constant + self._offset_of_number.to(scores)[numbers]
         return torch.exp(_log_variance(constant, self.way(scores), limit.log(), self.limit))
 
     def describe(self) -> str:

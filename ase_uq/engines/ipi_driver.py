@@ -70,7 +70,9 @@ class UncertainDriver(Calibrated, Dummy_driver):
 
     Args:
         template: File with the elements in i-PI's order, and with the charge, spin and periodicity to use. Without
-            periodicity i-PI's cell is ignored and the virial is zero, as it also is for a potential without a stress.
+            periodicity i-PI's cell is ignored and the virial is zero, as it also is for a potential without a stress,
+            and with a warning where only some directions are periodic: potentials disagree on the volume that their
+            stress belongs to there.
         model: SPEC of the potential, such as `mace:my.model`.
         uq: File of its uncertainty model.
         ensemble: Number of samples of the energy, which are among the extras as `energy_ensemble` in eV and as i-PI's
@@ -108,6 +110,14 @@ class UncertainDriver(Calibrated, Dummy_driver):
         verbosity: Any = None,
     ) -> None:
         self._template = read_frames(template, name="template")[-1]
+        if self._template.pbc.any() and not self._template.pbc.all():
+            warnings.warn(
+                "the template is periodic in some directions only, where the volume that a stress belongs to is not "
+                "known: the virial that i-PI gets is zero, and so is the potential's part of its pressure. With a "
+                "barostat, give a template that is periodic in all directions, with vacuum in its cell.",
+                UQWarning,
+                stacklevel=2,
+            )
         self.predictor = Predictor(model, uq, ensemble=int(ensemble))
         watched = halt is not None or flag is not None or frames is not None or centroid
         self._centroid = int(centroid)
@@ -232,7 +242,7 @@ class _Watch:
 def _answer(atoms: Atoms, prediction: Prediction) -> Answer:
     results = prediction.results
     virial = np.zeros((3, 3))
-    if atoms.pbc.any() and "stress" in results:
+    if atoms.pbc.all() and "stress" in results:
         virial = -atoms.get_volume() * voigt_6_to_full_3x3_stress(np.asarray(results["stress"], float))
     extras = {key: np.asarray(results[key], float).tolist() for key in UNCERTAINTIES if key in results}
     if "energy_ensemble" in results:

@@ -7,7 +7,7 @@ import re
 import warnings
 from collections.abc import Collection, Mapping
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +153,44 @@ def _text(frame: Atoms) -> str:
     names = [name for name in frame.arrays if name not in ("numbers", "positions")]
     columns = {"symbols": np.array(list(frame.symbols)), "positions": frame.positions}
     columns |= {name: frame.arrays[name] for name in names}
-    comment, widths, _, row_format = output_column_format(frame, list(columns), columns, True)
+    properties, widths, row_format = _layout(tuple((name, c.dtype.str, c.shape[1:]) for name, c in columns.items()))
+    comment = _comment(frame, properties)
     cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
     flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
     return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
+
+
+@lru_cache(maxsize=64)
+def _layout(columns: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[str, list[int], str]:
+    """ASE's description of columns, their widths and the format of a row, from their names, dtypes and shapes."""
+    arrays = {name: np.empty((0, *shape), dtype) for name, dtype, shape in columns}
+    comment, widths, _, row_format = output_column_format(Atoms(), list(arrays), arrays, False)
+    return comment.removesuffix(' pbc="F F F"'), widths, row_format
+
+
+def _comment(frame: Atoms, properties: str) -> str:
+    """The second line of a frame."""
+    cell = frame.cell.array
+    lattice = [f'Lattice="{" ".join(map(str, cell.ravel().tolist()))}"'] if cell.any() else []
+    entries = [text for key, value in frame.info.items() if (text := _entry(key, value))]
+    return " ".join([*lattice, properties, *entries, key_val_dict_to_str({"pbc": frame.pbc})])
+
+
+def _entry(key: Any, value: Any) -> str:
+    """An entry of info, as ASE writes it; most are numbers."""
+    if not _is_word(key):
+        return key_val_dict_to_str({key: value})
+    if type(value) is float:
+        return f"{key}={value}"
+    if isinstance(value, np.ndarray) and value.ndim == 1 and value.dtype == np.float64:
+        text = " ".join(map(str, value.tolist()))
+        return f'{key}="{text}"' if " " in text else f"{key}={text}"
+    return key_val_dict_to_str({key: value})
+
+
+@cache
+def _is_word(key: Any) -> bool:
+    return isinstance(key, str) and _WORD.fullmatch(key) is not None
 
 
 def _unfit_info(atoms: Atoms) -> list[Any]:

@@ -73,12 +73,16 @@ def around(values: Tensor, edges: Edges, radii: Sequence[float]) -> Sites:
 
 
 def _weights(edges: Edges, radii: Sequence[float]) -> Tensor:
-    """(n_edges, n_radii) weights of the edges."""
+    """(n_edges, n_radii) weights of the edges; several methods ask for the same."""
+    known = edges.weights.get(tuple(radii))
+    if known is not None:
+        return known
     reach = torch.tensor(
         [min(radius, edges.cutoff) for radius in radii], dtype=torch.float64, device=edges.vector.device
     )
     share = edges.distance.double()[:, None] / reach
-    return 0.5 * (1 + torch.cos(torch.pi * share.clamp(max=1)))
+    edges.weights[tuple(radii)] = weights = 0.5 * (1 + torch.cos(torch.pi * share.clamp(max=1)))
+    return weights
 
 
 def _summed(values: Tensor, edges: Edges, weights: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """One pass over frames: the features that selections compare, and the readings of their force uncertainties."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ from torch import Tensor
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.io.frames import Frames
+from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.methods.base import Head
 from ase_uq.numerics.cumulants import cumulants
@@ -45,11 +47,13 @@ class Scan:
         self._batch_atoms = batch_atoms
         self._order = order
 
-    def pool(self, frames: Frames, title: str) -> tuple[Points, np.ndarray, list[int], dict[int, str]]:
+    def pool(
+        self, frames: Frames | Sequence[str | os.PathLike[str]], title: str
+    ) -> tuple[Points, np.ndarray, list[int], dict[int, str]]:
         """Points of candidates, and the readings and numbers that their choice needs.
 
         Args:
-            frames: Path or list.
+            frames: Path, paths or list.
             title: Title of the progress bar; empty for none.
 
         Returns:
@@ -59,7 +63,7 @@ class Scan:
         Raises:
             InputError: The file is missing or empty, or none of its frames can be evaluated.
         """
-        source = Source(frames)
+        source = source_of(frames)
         numbers: list[int] = []
         left_out: dict[int, str] = {}
         parts: list[_Part] = []

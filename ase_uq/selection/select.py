@@ -19,7 +19,7 @@ from ase_uq.dynamics.policy import check_order
 from ase_uq.errors import UQWarning
 from ase_uq.io.frames import Frames
 from ase_uq.io.results import annotated, drop_uncertainties
-from ase_uq.io.source import Source
+from ase_uq.io.several import source_of
 from ase_uq.methods.base import Head
 from ase_uq.numerics.cumulants import HIGHEST
 from ase_uq.predictor import Predictor, as_predictor
@@ -54,7 +54,7 @@ class Chosen:
         uncertainty: Its reading, the largest ε_i of its atoms, eV/Å.
         distance: Distance from the nearest training or previously chosen frame, in units of the typical distance
             between two frames of the pool; for environments that of its atom, among atoms of its element. Infinite if
-            there was nothing to compare it with.
+            there was nothing to compare it with, NaN if distances were not measured.
         score: What the strategy maximised; see `Pick` in `strategies`.
         reason: Why it was chosen, in words.
     """
@@ -106,7 +106,7 @@ class Selection(Brief):
             typical distance from training points or chosen ones.
         bands: Counts by readings; None without thresholds.
         strategy: Strategy of the choice.
-        method: Fitted method between whose features distances were measured.
+        method: Fitted method between whose features distances were measured; empty if they were not.
         uncertainties: (n_pool,) readings of all frames, eV/Å; NaN for those left out.
         left_out: Index of each frame that cannot be read or evaluated, and why.
     """
@@ -125,34 +125,31 @@ class Selection(Brief):
         """(n_chosen,) indices in the pool, in the order of choice; the first k are the choice of k frames."""
         return np.array([one.frame for one in self.chosen], int)
 
-    def frames(self, pool: Frames) -> list[Atoms]:
+    def frames(self, pool: Frames | Sequence[str | os.PathLike[str]]) -> list[Atoms]:
         """Copies of the chosen frames, in the order of choice, to be labelled.
 
-        They carry `selected_rank` (from 1), `source_index` in the pool, `selected_uncertainty`, `selected_distance`
-        and `selected_atom` in info. Results of a calculator are removed, because those of the potential would be taken
-        for labels. Labels such as `REF_energy` stay.
+        They carry `selected_rank` (from 1), `source_index` in the pool, `selected_uncertainty`, and, where they were
+        measured, `selected_distance` and `selected_atom` in info. Results of a calculator are removed, because those of
+        the potential would be taken for labels. Labels such as `REF_energy` stay.
 
         Args:
-            pool: The pool that was chosen from; a file is read again.
+            pool: The pool that was chosen from; files are read again.
         """
         wanted = {one.frame: (rank, one) for rank, one in enumerate(self.chosen, 1)}
         copies = {}
-        for index, atoms in Source(pool).read():
+        for index, atoms in source_of(pool).read():
             if index in wanted and isinstance(atoms, Atoms):
                 rank, one = wanted[index]
-                info = {
-                    "selected_rank": rank,
-                    "source_index": index,
-                    "selected_uncertainty": one.uncertainty,
-                    "selected_distance": one.distance,
-                }
-                copies[rank] = annotated(atoms, {}, **info, **({} if one.atom is None else {"selected_atom": one.atom}))
+                info = {"selected_rank": rank, "source_index": index, "selected_uncertainty": one.uncertainty}
+                info |= {"selected_distance": one.distance} if self.method else {}
+                info |= {} if one.atom is None else {"selected_atom": one.atom}
+                copies[rank] = annotated(atoms, {}, **info)
                 drop_uncertainties(copies[rank])
         return [copies[rank] for rank in sorted(copies)]
 
 
 def select(
-    pool: Frames,
+    pool: Frames | Sequence[str | os.PathLike[str]],
     n: int,
     *,
     calculator: BaseCalculator | Predictor | Backend | str,
@@ -184,7 +181,7 @@ def select(
     points of the pool: hours, if the environments of 10^5 frames are compared with those of 10^5 others.
 
     Args:
-        pool: Frames without labels: path or list.
+        pool: Frames without labels: path, paths or list.
         n: Number of frames to choose; the first k of them are the choice of k frames. If the pool has fewer, these are
             the candidates, with a warning.
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
@@ -213,23 +210,16 @@ def select(
         InputError: No frame of the pool can be read and evaluated, or a training frame cannot.
         TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
     """
-    _check_options(n, strategy, per, flag, halt, duplicates)
-    _check_cumulants(cumulants, per)
+    check_options(n, strategy, flag, halt)
+    _check_points(per, cumulants, duplicates)
     predictor = as_predictor(calculator, uncertainty_model)
     name, head = _measuring(predictor.uncertainty_model, method)
-    levels = _levels(predictor.uncertainty_model, flag, halt)
+    levels = levels_of(predictor.uncertainty_model, flag, halt)
     scan = Scan(predictor, head, per, batch_atoms, cumulants)
     points, readings, numbers, left_out = scan.pool(pool, "pool" if progress else "")
-    if len(numbers) < n:
-        which = " that can be evaluated" if left_out else ""
-        warnings.warn(
-            f"{n} frames were asked for and the pool has {len(numbers)}{which}: no more than these can be chosen.",
-            UQWarning,
-            stacklevel=2,
-        )
-        n = len(numbers)
+    n = capped(n, len(numbers), bool(left_out))
     known = None if train is None else scan.train(train, "train" if progress else "")
-    bands, allowed = _bands(readings, levels)
+    bands, allowed = bands_of(readings, levels)
     unit = typical_distance(points)
     floor = max(duplicates * unit, resolution(points))
     rule = _strategy(strategy, points, known, readings, noise, seed)
@@ -247,30 +237,46 @@ def select(
     return Selection(chosen, len(everywhere), near, bands, strategy, name, everywhere, left_out)
 
 
-def _check_cumulants(order: int, per: str) -> None:
+def check_options(
+    n: int, strategy: str, flag: float | str | Criterion | None, halt: float | str | Criterion | None
+) -> None:
+    """Refuses a number of frames below 1, an unknown strategy, and bands without thresholds.
+
+    Raises:
+        ValueError: One of them was given.
+    """
+    if not n >= 1:
+        raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
+    _check_choice("strategy", strategy, get_args(StrategyName))
+    if strategy == "bands" and (flag is None or halt is None):
+        raise ValueError("the strategy 'bands' chooses between two thresholds: give flag and halt.")
+
+
+def _check_choice(option: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
+
+
+def _check_points(per: str, order: int, duplicates: float) -> None:
+    _check_choice("per", per, get_args(Per))
+    if not 0 <= duplicates < 1:
+        raise ValueError(f"duplicates must be a share of the typical distance from 0 to below 1, not {duplicates!r}.")
     if not 1 <= order <= HIGHEST:
         raise ValueError(f"cumulants is {order}; the highest order of 1 (means alone) to {HIGHEST} was expected.")
     if order > 1 and per == "environment":
         raise ValueError(f"cumulants is {order}, but an environment is one atom: they are for structures.")
 
 
-def _check_options(
-    n: int,
-    strategy: str,
-    per: str,
-    flag: float | str | Criterion | None,
-    halt: float | str | Criterion | None,
-    duplicates: float,
-) -> None:
-    if not n >= 1:
-        raise ValueError(f"{n} frames were asked for; 1 or more was expected.")
-    for option, value, choices in (("strategy", strategy, get_args(StrategyName)), ("per", per, get_args(Per))):
-        if value not in choices:
-            raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, not {value!r}.")
-    if strategy == "bands" and (flag is None or halt is None):
-        raise ValueError("the strategy 'bands' chooses between two thresholds: give flag and halt.")
-    if not 0 <= duplicates < 1:
-        raise ValueError(f"duplicates must be a share of the typical distance from 0 to below 1, not {duplicates!r}.")
+def capped(n: int, n_candidates: int, some_left_out: bool) -> int:
+    """The number of frames that can be chosen, with a warning if it is smaller than `n`."""
+    if n_candidates < n:
+        which = " that can be evaluated" if some_left_out else ""
+        warnings.warn(
+            f"{n} frames were asked for and the pool has {n_candidates}{which}: no more than these can be chosen.",
+            UQWarning,
+            stacklevel=3,
+        )
+    return min(n, n_candidates)
 
 
 def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
@@ -290,9 +296,14 @@ def _measuring(model: UncertaintyModel, method: str | None) -> tuple[str, Head]:
     return name, model.methods[name].head
 
 
-def _levels(
+def levels_of(
     model: UncertaintyModel, flag: float | str | Criterion | None, halt: float | str | Criterion | None
 ) -> tuple[float, float] | None:
+    """The two thresholds, eV/Å; None if none was given.
+
+    Raises:
+        ValueError: They are in the wrong order, or the calibration data cannot support one.
+    """
     if flag is None and halt is None:
         return None
     low = -np.inf if flag is None else float(model.threshold(flag))
@@ -301,7 +312,8 @@ def _levels(
     return low, high
 
 
-def _bands(readings: np.ndarray, levels: tuple[float, float] | None) -> tuple[Bands | None, Tensor]:
+def bands_of(readings: np.ndarray, levels: tuple[float, float] | None) -> tuple[Bands | None, Tensor]:
+    """Counts by two thresholds, None without them, and the (n_frames,) candidates."""
     if levels is None:
         return None, torch.ones(len(readings), dtype=torch.bool)
     trusted, candidate = readings < levels[0], (levels[0] <= readings) & (readings < levels[1])
@@ -323,8 +335,17 @@ def _strategy(
         case "top":
             return Highest(torch.from_numpy(np.where(np.isnan(readings), np.inf, readings)))
         case _:
-            order = np.random.default_rng(seed).permutation(len(readings))
-            return Highest(torch.from_numpy(-order.astype(float)))
+            return Highest(torch.from_numpy(drawn(len(readings), seed)))
+
+
+def drawn(n: int, seed: int) -> np.ndarray:
+    """(n,) scores whose order is random."""
+    return -np.random.default_rng(seed).permutation(n).astype(float)
+
+
+def reason_of(strategy: StrategyName) -> str:
+    """Why a strategy that reads no features chooses a frame, in words."""
+    return "most uncertain" if strategy == "top" else "drawn at random"
 
 
 def _chosen(
@@ -346,10 +367,8 @@ def _chosen(
             where = f"frame {numbers[number]}"
     first = int((points.owner == pick.candidate).nonzero()[0])
     match strategy:
-        case "top":
-            reason = "most uncertain"
-        case "bands" | "random":
-            reason = "drawn at random"
+        case "top" | "bands" | "random":
+            reason = reason_of(strategy)
         case "maxdet":
             reason = "largest variance left"
         case _ if not where:

@@ -1,3 +1,4 @@
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from typer.testing import CliRunner, Result
 from ase_uq import Quantile
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.verbs.select import select as verb
+from ase_uq.errors import UQWarning
+from ase_uq.scoring.score import score
 from ase_uq.selection.select import select as choose
 
 
@@ -179,3 +182,68 @@ def test_bad_input(select, tmp_path, words, options, code, part):
     assert result.exit_code == code
     assert part in " ".join(result.stderr.replace("│", " ").split())
     assert {path.name for path in tmp_path.iterdir()} == {"empty.xyz", "gold.xyz"}
+
+
+class TestScored:
+    """Frames that `score` wrote are chosen from without the potential."""
+
+    @pytest.fixture
+    def scored(self, files, tmp_path: Path) -> Path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UQWarning)
+            score(files.test, "toy:", files.uq, out=tmp_path / "scored.xyz", progress=False)
+        return tmp_path / "scored.xyz"
+
+    @pytest.fixture
+    def from_scored(self, scored, files) -> Callable[..., Result]:
+        def from_scored(*words, uq=files.uq) -> Result:
+            app = typer.Typer(cls=ErrorsAsLines)
+            app.command()(verb)
+            app.callback()(lambda: None)
+            asked = [] if uq is None else ["--uq", uq]
+            arguments = [str(word) for word in ("select", scored, *asked, "--out", "chosen.xyz", *words)]
+            return CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+        return from_scored
+
+    def test_the_most_uncertain_are_taken(self, select, from_scored, files):
+        result = from_scored("--n", 4)
+        assert result.exit_code == 0, result.stderr
+        header, *rows, last = result.stdout.splitlines()
+        assert header.split() == ["rank", "frame", "uncertainty", "(eV/Å)", "reason"]
+        frames = read("chosen.xyz", ":")
+        for rank, (row, atoms) in enumerate(zip(rows, frames, strict=True), 1):
+            number, frame, uncertainty, *reason = row.split()
+            assert (int(number), int(frame), reason) == (rank, atoms.info["source_index"], ["most", "uncertain"])
+            assert float(uncertainty) == pytest.approx(atoms.info["selected_uncertainty"], rel=5e-3)
+        assert last == (
+            "4 of 25 frames written to chosen.xyz, chosen by top of the uncertainties in them; near-duplicates were "
+            "not looked for; next: label them with your reference (REF_energy, REF_forces)"
+        )
+        assert select("--n", 4, "--strategy", "top", "--overwrite").exit_code == 0
+        assert [atoms.info["source_index"] for atoms in read("chosen.xyz", ":")] == [
+            atoms.info["source_index"] for atoms in frames
+        ]
+
+    @pytest.mark.parametrize(
+        ("words", "uq", "code", "part"),
+        [
+            ([], None, 2, "'--model': give the potential, or only --uq for frames that `ase-uq score` wrote with it."),
+            (
+                ["--train", "TRAIN"],
+                ...,
+                2,
+                "'--train': it is about features, which scored frames do not hold:",
+            ),
+            (["--method", "bll"], ..., 2, "'--method': it is about features"),
+            (["--per", "environment"], ..., 2, "'--per': it is about features"),
+            (["--cumulants", 2], ..., 2, "'--cumulants': it is about features"),
+            (["--strategy", "lcmd"], ..., 1, "error: the strategy 'lcmd' compares features, and scored frames hold"),
+        ],
+    )
+    def test_what_needs_features_is_refused(self, select, from_scored, files, words, uq, code, part):
+        words = [files.train if word == "TRAIN" else word for word in words]
+        result = from_scored(*words, uq=files.uq if uq is ... else uq)
+        assert result.exit_code == code
+        assert part in " ".join(result.stderr.replace("│", " ").split())
+        assert not Path("chosen.xyz").exists()

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -462,6 +463,42 @@ def test_driver_leaves_a_molecule_in_vacuum(folder: Path, driver_file: str, calc
     assert energy * units.Ha == pytest.approx(atoms.get_potential_energy(), rel=1e-6)  # single precision
     np.testing.assert_allclose(forces * units.Ha / units.Bohr, atoms.get_forces(), atol=2e-5)
     np.testing.assert_array_equal(virial, 0)
+
+
+def test_driver_gives_a_slab_no_virial(folder: Path, driver_file: str, calculator: UncertainCalculator):
+    """MACE divides by the volume of a cell that it makes itself, so that i-PI's would give another virial."""
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    atoms = molecule_in()
+    atoms.pbc = (True, True, False)
+    write(folder / "slab.xyz", atoms, format="extxyz")
+    with pytest.warns(UQWarning, match=r"periodic in some directions only.* virial that i-PI gets is zero.* barostat"):
+        driver = UncertainDriver(str(folder / "slab.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
+    energy, forces, virial, _ = driver(*in_bohr(atoms))
+    attached(atoms, calculator)
+    assert energy * units.Ha == pytest.approx(atoms.get_potential_energy(), rel=1e-6)
+    np.testing.assert_allclose(forces * units.Ha / units.Bohr, atoms.get_forces(), atol=2e-5)
+    np.testing.assert_array_equal(virial, 0)
+    # Why: the work of a strain is not the stress times the volume of this cell.
+    work, strain = [], 1e-3
+    for sign in (-1, 1):
+        strained = atoms.copy()
+        strained.set_cell(atoms.cell.array @ np.diag([1 + sign * strain, 1, 1]), scale_atoms=True)
+        work.append(attached(strained, calculator).get_potential_energy())
+    slope = (work[1] - work[0]) / (2 * strain)
+    assert abs(slope) > 3 * abs(atoms.get_volume() * atoms.get_stress()[0])
+
+
+@pytest.mark.parametrize("pbc", [True, False])
+def test_driver_warns_of_slabs_only(folder: Path, driver_file: str, pbc: bool):
+    from ase_uq.engines.ipi_driver import UncertainDriver
+
+    atoms = molecule_in()
+    atoms.pbc = pbc
+    write(folder / "not_a_slab.xyz", atoms, format="extxyz")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UQWarning)
+        UncertainDriver(str(folder / "not_a_slab.xyz"), "embedded:mace", str(folder / "my.uq.safetensors"))
 
 
 def test_beads_that_are_sent_together_are_one_forward_pass(driver: Any):

@@ -51,6 +51,15 @@ def calculated(*, stress: bool = True) -> Atoms:
     return atoms
 
 
+def with_numbers() -> Atoms:
+    atoms = Atoms("H", cell=[[1e-5, 1 / 3, 0], [0, 1e16, -0.0], [0, 0, 1e22]], pbc=[True, False, True])
+    plain = {"a": 0.1, "b": 1e-5, "c": float("nan"), "d": -float("inf"), "e[0]": 0.5, "two words": 1.5, "é": 2.5}
+    scalars = {"f": np.float64(1 / 3), "g": np.float32(0.1), "h": np.int64(3), "i": np.array(0.25), "j": True}
+    vectors = {"k": np.array([1 / 3, 1e-9]), "l": np.array([0.1], np.float32), "m": np.array([1e20]), "n n": np.ones(2)}
+    atoms.info |= plain | scalars | vectors | {"o": np.array([1, 2]), "p": np.array([True]), "q": -np.zeros(3)}
+    return atoms
+
+
 def fixed(constraint) -> Atoms:
     atoms = calculated()
     atoms.set_constraint(constraint)
@@ -73,6 +82,7 @@ def stressed(stress: np.ndarray) -> Atoms:
         fixed(FixAtoms([0, 2])),
         fixed(FixCartesian([1], [True, False, True])),
         bulk("Cu"),
+        with_numbers(),
         Atoms(),
         Atoms("U"),
     ],

@@ -221,3 +221,20 @@ class TestMeanAround:
         edges = Edges(nothing, nothing, torch.zeros(0, 3, dtype=torch.float64))
         values = torch.tensor([[1.0, 2.0]], dtype=torch.float64)
         assert torch.equal(mean_around(values, edges, 3.5), values)
+
+
+def test_weights_are_made_once_for_each_set_of_radii(monkeypatch):
+    """Several methods ask for the same; part of the edges has weights of its own."""
+    edges, made = edges_of([molecule("CH3OH")]), []
+    cos = torch.cos
+    monkeypatch.setattr(torch, "cos", lambda share: made.append(share.shape) or cos(share))
+    values = values_of(6)
+    first = around(values, edges, RADII)
+    for name in FIELDS:
+        assert torch.equal(getattr(around(values, edges, RADII), name), getattr(first, name))
+    assert len(made) == 1
+    narrow = sum_over_sites(values, edges, RADII[:1])
+    torch.testing.assert_close(narrow[:, 0], first.sums[:, 1])
+    assert len(made) == 2
+    mean_around(values[:, None], edges, RADII[0])
+    assert len(made) == 3

@@ -108,7 +108,7 @@ class MACEBackend(Backend):
         return ("heads", "head", "avg_num_neighbors", "scale", "shift", "isolated_atoms")
 
     def _collate(self, frames: Sequence[Atoms]) -> Any:
-        if len(frames) == 1:
+        if len(frames) == 1 and self.calculator.use_compile:
             # The calculator's own method keeps its padding, hence a single compiled graph along a run.
             return self.calculator._atoms_to_batch(frames[0])
         return self._placed(self._graphs()(frames))
@@ -117,7 +117,8 @@ class MACEBackend(Backend):
         return None if self.calculator.use_compile else self._graphs()
 
     def _placed(self, data: Any) -> Any:
-        return data.to(self.calculator.device)
+        # `Batch.to` looks each key up in a list of all keys, made anew: a millisecond, also where nothing moves.
+        return data if self.device.type == "cpu" else data.to(self.calculator.device)
 
     def _graphs(self) -> Callable[[Sequence[Atoms]], Any]:
         calculator = self.calculator
@@ -231,12 +232,14 @@ class MACEBackend(Backend):
                 setattr(calculator, name, value)
 
     def _inputs(self, data: Any, model: torch.nn.Module) -> dict[str, Tensor]:
-        batch = self.calculator._clone_batch(data)
+        """Copies for one model: it turns the positions of its inputs into a leaf of its graph."""
+        calculator = self.calculator
+        inputs = calculator._clone_batch(data).to_dict() if calculator.use_compile else _cloned(data.to_dict())
         dtype = next(model.parameters()).dtype
-        for key in batch.keys:
-            if torch.is_tensor(batch[key]) and torch.is_floating_point(batch[key]):
-                batch[key] = batch[key].to(dtype=dtype)
-        return batch.to_dict()
+        return {
+            key: value.to(dtype=dtype) if torch.is_tensor(value) and torch.is_floating_point(value) else value
+            for key, value in inputs.items()
+        }
 
     def _model_outputs(
         self, model: torch.nn.Module, data: dict[str, Tensor], forces: bool, keep_graph: bool = False
@@ -344,6 +347,11 @@ def _graphs_of(
             for atoms in frames
         ]
     return torch_geometric.Batch.from_data_list(graphs)
+
+
+def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
+    """As `Batch.clone`, which takes as long as a layer of a small potential: see `MACEBackend._placed`."""
+    return {key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()}
 
 
 def _voigt(stress: Tensor) -> Tensor:
