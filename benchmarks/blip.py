@@ -1,7 +1,7 @@
 """Stochastic weights (BLIP) beside the default fit, a committee and dropout: accuracy, ranking, likelihood and cost.
 
-    python benchmarks/blip.py SET [--data ../shared/data] [--models ../shared/models] [--frames 60] [--epochs 6]
-                              [--train 120] [--members 8 32] [--work FOLDER] [--out benchmarks/results/blip_SET]
+    python benchmarks/blip.py SET [--data ../shared/data] [--models ../shared/models] [--train 120] [--epochs 12]
+                              [--batch 5] [--frames 40] [--members 8 32] [--work FOLDER] [--out FILE]
 
 SET is malonaldehyde (the embedded MACE and its frames), acac or si. BLIP is trained from the potential on the first
 `--train` of evenly spaced training frames, ten more being held out to stop; a training that was killed is taken up
@@ -12,7 +12,7 @@ in float32.
 Each row is judged on the errors of its own prediction: that of `combined` is the potential's, that of the committee the
 mean of its members, that of BLIP the potential with the trained mean weights. Cost is the CPU time of a pass with
 uncertainties over a plain one of the potential, in this run, on one frame of the test set as in molecular dynamics.
-Writes OUT.md.
+Writes OUT.md, by default benchmarks/results/blip_SET.md.
 """
 
 import argparse
@@ -63,9 +63,10 @@ def main() -> None:
     parser.add_argument("set", choices=("malonaldehyde", "acac", "si"))
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--models", type=Path, default=Path("../shared/models"))
-    parser.add_argument("--frames", type=int, default=60)
+    parser.add_argument("--frames", type=int, default=40)
     parser.add_argument("--train", type=int, default=120, help="frames that BLIP is trained on")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=5, help="structures in a step")
     parser.add_argument("--members", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--work", type=Path, default=Path("blip_trained"))
     parser.add_argument("--out", type=Path)
@@ -159,7 +160,7 @@ def trained(loss: str, plain: Backend, data: Set, arguments: argparse.Namespace)
     held_out = list(data.train[::step])[:HELD_OUT]
     train = [atoms for place, atoms in enumerate(data.train) if place % step or place // step >= HELD_OUT]
     if not path.exists():
-        how = BlipTraining(loss=loss, max_epochs=arguments.epochs, dropout=1e-4)
+        how = BlipTraining(loss=loss, max_epochs=arguments.epochs, batch=arguments.batch, dropout=1e-4)
         train_blip(plain, train, held_out, out=path, training=how, progress=False)
     blip = Blip.load(path)
     model = plain.stochastic()
@@ -216,7 +217,7 @@ def markdown(rows: Sequence[Row], told: Sequence[str], arguments: argparse.Names
         f"# Stochastic weights on {arguments.set}",
         "",
         f"`python benchmarks/blip.py {arguments.set} --frames {arguments.frames} --train {arguments.train} "
-        f"--epochs {arguments.epochs} --members {' '.join(map(str, arguments.members))}`",
+        f"--epochs {arguments.epochs} --batch {arguments.batch} --members {' '.join(map(str, arguments.members))}`",
         "",
         "Force RMSE of the row's own prediction in meV/Å; Spearman of σ with the force error, of atoms and of the",
         "largest of each frame; NLL of force components above that of the best constant told the truth, so below 0 is",

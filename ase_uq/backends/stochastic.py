@@ -3,12 +3,17 @@
     backend = load_backend("mace:my.model?blip=my.blip.safetensors")
 
 The prediction is that of the mean weights, from the plain forward pass. Beside it are the predictions of T members: a
-member is one fixed draw ε of the noise on the weights, ω = θ (1 + √α(G) ε), the same for all structures and calls.
-Each member is a potential of its own: smooth, equivariant, conservative, and as good as any in a comparison of two
-structures. So the spread over members is that of a committee, and `committee` calibrates it.
+member is one fixed draw ε of the noise on the weights, ω = θ (1 + √α(G) ε), the same for all structures and calls. All
+are moved together, so that their mean over the draws is the prediction:
+
+    E_t(R) = E(R; ω_t) - 1/T Σ_s E(R; ω_s) + E(R; θ)
+
+Each member is a potential of its own: smooth, equivariant, conservative, and the same for two structures that are
+compared. So the spread over members is that of a committee, and `committee` calibrates it.
 """
 
 import hashlib
+import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -185,7 +190,7 @@ class Blip(Brief):
         here, then = backend.identity, self.potential
         advice = "Load the potential that it was trained from, or train again with `ase-uq blip`."
         for key in sorted(then.settings.keys() | here.settings.keys()):
-            if then.settings.get(key) != here.settings.get(key):
+            if _as_json(then.settings.get(key)) != _as_json(here.settings.get(key)):
                 raise PotentialMismatch(
                     f"the stochastic weights were trained from another potential: {key} was "
                     f"{then.settings.get(key)!r}, here it is {here.settings.get(key)!r}. {advice}"
@@ -247,8 +252,15 @@ class MemberPasses:
 
         def joined(name: str) -> Tensor | None:
             found = [getattr(part, name) for part in parts]
-            return None if found[0] is None else torch.cat(found).detach()
+            if found[0] is None:
+                return None
+            drawn, predicted = torch.cat(found).detach(), getattr(forward_pass, name)
+            return drawn - drawn.mean(0) + predicted
 
         energy = joined("energy")
         assert energy is not None
         return replace(forward_pass, members=Members(energy, joined("forces"), joined("stress")))
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

@@ -17,7 +17,7 @@ from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.numerics.variational import Rates
-from ase_uq.testing.backends import standard_frames
+from ase_uq.testing.backends import PassLaws, standard_frames
 
 from .builders import make_mace, make_mh1_like, twin, water
 
@@ -57,12 +57,40 @@ def blip_of(backend: Backend, constant: float | None = None, n_members: int = 3)
 
 def drawn(backend: Backend, frames: list[Atoms], rates: Rates, n_members: int = 3) -> Drawn:
     model = backend.stochastic()
-    return model.draw(backend.collate(frames), rates, model.noise(n_members, 5))
+    found = model.draw(backend.collate(frames), rates, model.noise(n_members, 5))
+    return replace(found, energy=found.energy.detach(), rates=found.rates.detach())
 
 
 @pytest.fixture(scope="module", params=["mace", "toy"])
 def backend(request: pytest.FixtureRequest) -> Backend:
     return mace_backend() if request.param == "mace" else toy_backend()
+
+
+class TestLawsOfToy(PassLaws):
+    n_forwards = 2  # a plain pass, and one of all members
+
+    def make_calculator(self, dtype="float64"):
+        return ToyCalculator(dtype=dtype)
+
+    def last_layer(self, calculator):
+        return [calculator.potential.weights]
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def backend(cls) -> Backend:
+        own = load_backend(cls().make_calculator(cls.dtype))
+        return own.with_blip(blip_of(own))
+
+
+class TestLawsOfMACE(TestLawsOfToy):
+    n_forwards = 1  # members are those of shells around the model, whose own forward is called once
+
+    def make_calculator(self, dtype="float64"):
+        model = make_mace(order=0, correlation=1, channels=4)
+        return MACECalculator(models=model, device="cpu", default_dtype=dtype)
+
+    def last_layer(self, calculator):
+        return [calculator.models[0].readouts[0].linear.weight, calculator.models[0].readouts[-1].linear_2.weight]
 
 
 @pytest.mark.parametrize("kind", ["residual", "mh-1"])
@@ -216,14 +244,19 @@ def test_small_rates_spread_in_proportion_to_their_root(backend: Backend):
     torch.testing.assert_close(spreads[1], 2 * spreads[0], rtol=1e-3, atol=1e-9)
 
 
-def test_the_mean_over_many_members_of_a_linear_potential_is_the_prediction():
+def test_members_of_a_linear_potential_have_its_closed_moments():
+    """Those of Σ_k w_k (1 + √α ε_k) ψ_k; they are moved onto the prediction by no more than the error of their mean."""
     own = toy_backend()
     one = own.with_blip(blip_of(own, CONSTANT, n_members=1000))
-    found = one.forward(one.collate([water()]))
-    spread = found.members.energy.std(0)
-    assert float((found.members.energy.mean(0) - found.energy).abs()) < 4 * float(spread) / 1000**0.5
-    phi, weights = found.energy_layer.features.sum(0), found.energy_layer.weights
-    assert float(spread) == pytest.approx(CONSTANT**0.5 * float((phi * weights).norm()), rel=0.1)
+    batch = one.collate([water()])
+    found, model = one.forward(batch, forces=False), own.stochastic()
+    spread = CONSTANT**0.5 * float((found.energy_layer.features.sum(0) * found.energy_layer.weights).norm())
+    assert float(found.members.energy.std(0)) == pytest.approx(spread, rel=0.1)
+    drawn = model.draw(batch, rates_of(own, CONSTANT), model.noise(1000, 5), forces=False).energy.detach()
+    moved = found.members.energy - drawn
+    assert float(moved.std()) < 1e-10
+    assert 0 < float(moved.mean().abs()) < 4 * spread / 1000**0.5
+    assert float(found.members.energy.mean(0)) == pytest.approx(float(found.energy), abs=1e-9)
 
 
 def test_a_trained_model_as_mace_saves_it(trained_models: Path):

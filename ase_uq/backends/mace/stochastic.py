@@ -110,7 +110,8 @@ class StochasticMACEBackend(MACEBackend):
     def __init__(self, calculator: MACECalculator, blip: Blip) -> None:
         super().__init__(calculator)
         self._blip = blip
-        self._members = MemberPasses(StochasticMACE(self, calculator.models[0]), blip, self.device)
+        (model,) = self._modules()
+        self._members = MemberPasses(StochasticMACE(self, model), blip, self.device)
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), **self._blip.settings}
@@ -293,6 +294,7 @@ def _shell(module: Any, children: dict[str, Any]) -> Any:
     """The module with other children; all else is shared."""
     other = object.__new__(type(module))
     vars(other).update(vars(module), _modules=children)
+    vars(other).pop("forward", None)  # one that was set on the module is bound to it, and to its children
     return other
 
 
