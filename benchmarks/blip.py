@@ -182,13 +182,13 @@ def trained(loss: str, plain: Backend, data: Set, arguments: argparse.Namespace)
 
 
 def time_of(backend: Backend, atoms: Atoms, use: Callable[[Atoms], object] | None = None) -> float:
-    """Seconds of one call, the least of several."""
+    """Seconds of one call, the least of several; the first ones, in which torch compiles, do not count."""
     found = []
-    for _ in range(5):
+    for _ in range(10):
         start = time.process_time()
         use(atoms) if use else backend.forward(backend.collate([atoms]))
         found.append(time.process_time() - start)
-    return min(found)
+    return min(found[3:])
 
 
 def row(estimator: str, split: str, samples: dict, method: str, n_frames: int, cost: float) -> Row:

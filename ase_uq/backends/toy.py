@@ -343,6 +343,10 @@ class StochasticToyBackend(ToyBackend):
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), **self._blip.settings}
 
+    @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        return ("blip_rates",)
+
     def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         return self._members.beside(super()._forward(batch, forces, gradients), batch, forces)
 

@@ -295,7 +295,7 @@ class _Run:
             loss = self._loss(chosen, noise, self.how.draws, training=True)
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"the loss became {float(loss)} in epoch {self.epoch}. Train with a lower learning rate "
+                    f"the loss became {float(loss.detach())} in epoch {self.epoch}. Train with a lower learning rate "
                     f"({self.how.learning_rate:g} now) or dropout ({self.how.dropout:g} now)."
                 )
             slopes = torch.autograd.grad(loss, self.trained, allow_unused=True)

@@ -11,48 +11,16 @@ from ase import Atoms
 
 from ase_uq.backends import load_backend, stochastic
 from ase_uq.backends.base import Backend
-from ase_uq.backends.mace import loading  # before e3nn, which the mace package patches
-from ase_uq.backends.stochastic import Blip, Drawn
+from ase_uq.backends.stochastic import Drawn
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
-from ase_uq.errors import ArtefactError, InputError, PotentialMismatch
-from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
+from ase_uq.errors import InputError
 from ase_uq.numerics.variational import Rates
 from ase_uq.testing.backends import PassLaws, standard_frames
 
-from .builders import make_mace, make_mh1_like, twin, water
+from .builders import make_mace, twin, water
+from .drawn import MACECalculator, blip_of, mace_backend, rates_of, toy_backend
 
-MACECalculator = loading.MACECalculator
 CONSTANT = 0.01
-BUILDERS = {"residual": make_mace, "mh-1": make_mh1_like}
-
-
-def mace_backend(kind: str = "residual", **options: Any) -> Backend:
-    model = BUILDERS[kind](**options)
-    head = {"head": "omat"} if kind == "mh-1" else {}
-    return load_backend(MACECalculator(models=model, device="cpu", default_dtype="float64", **head))
-
-
-def toy_backend() -> Backend:
-    return load_backend(ToyCalculator())
-
-
-def rates_of(backend: Backend, constant: float | None = None) -> Rates:
-    """Those of a network whose answer depends on the structure, or constant ones."""
-    model = backend.stochastic()
-    if constant is not None:
-        return Rates.constant(list(model.groups), constant)
-    rows = model.invariants(backend.collate(standard_frames()))
-    made = Rates.network(list(model.groups), rows, 0.01, seed=0)
-    held = dict(made.named_buffers())
-    held["outer"] = 0.1 * torch.randn(
-        held["outer"].shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64
-    )
-    return Rates(made.settings, held)
-
-
-def blip_of(backend: Backend, constant: float | None = None, n_members: int = 3) -> Blip:
-    weights = {name: one.detach().clone() for name, one in backend.stochastic().parameters.items()}
-    return Blip(backend.identity, weights, rates_of(backend, constant), n_members, seed=5)
 
 
 def drawn(backend: Backend, frames: list[Atoms], rates: Rates, n_members: int = 3) -> Drawn:
@@ -133,6 +101,20 @@ def _perturbed_by_hand(own: Any, model: Any, noise: list, alpha: Any) -> Any:
     calculator = object.__new__(type(own.calculator))
     vars(calculator).update(vars(own.calculator), models=[changed])
     return load_backend(calculator)
+
+
+@pytest.mark.parametrize("outputs", ["2x0e + 3x1o", "3x0e + 1x1o + 2x2e"])  # no path leads to 2e
+def test_a_linear_map_applied_with_other_weights_is_that_of_e3nn(outputs: str):
+    from e3nn import o3
+
+    from ase_uq.backends.mace.stochastic import _applied
+
+    linear = o3.Linear("4x0e + 2x0e + 3x1o", outputs).double()
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(3, linear.weight_numel, generator=generator, dtype=torch.float64)
+    rows = torch.randn(3, 5, linear.irreps_in.dim, generator=generator, dtype=torch.float64)
+    expected = torch.stack([linear(one, own) for one, own in zip(rows, weights, strict=True)])
+    torch.testing.assert_close(_applied(linear, rows, weights), expected)
 
 
 def test_members_of_a_toy_have_weights_perturbed_by_hand():
@@ -270,107 +252,6 @@ def test_a_trained_model_as_mace_saves_it(trained_models: Path):
     assert float(members.forces.std(0).mean()) > 1e-4
     for weight, old in zip(own.calculator.models[0].parameters(), before, strict=True):
         assert torch.equal(weight, old)
-
-
-class TestFile:
-    def test_it_holds_all(self, backend: Backend, tmp_path: Path):
-        blip = replace(blip_of(backend), training={"loss": "elbo"})
-        blip.save(tmp_path / "a.st")
-        loaded = Blip.load(tmp_path / "a.st")
-        one, other = backend.with_blip(blip), backend.with_blip(loaded)
-        assert one.identity.fingerprint == other.identity.fingerprint
-        assert one.identity.fingerprint != backend.identity.fingerprint
-        batch = one.collate([water()])
-        assert torch.equal(one.forward(batch).members.forces, other.forward(batch).members.forces)
-        assert (loaded.n_members, loaded.seed, loaded.training) == (3, 5, {"loss": "elbo"})
-        assert "Blip(potential=Identity(" in repr(loaded)
-
-    def test_the_spec_loads_it(self, tmp_path: Path):
-        own = load_backend("embedded:mace", device="cpu", dtype="float64")
-        blip_of(own).save(tmp_path / "a.st")
-        found = load_backend(f"embedded:mace?blip={tmp_path / 'a.st'}", device="cpu", dtype="float64")
-        assert found.forward(found.collate([water()])).members.energy.shape == (3, 1)
-        assert found.name == "mace"
-        both = load_backend(f"embedded:mace?head=Default?blip={tmp_path / 'a.st'}", device="cpu", dtype="float64")
-        assert both.identity.fingerprint == found.identity.fingerprint
-
-    def test_a_spec_that_names_no_file(self):
-        with pytest.raises(ValueError, match=r"'toy:\?blip=' names no file after \?blip="):
-            load_backend("toy:?blip=")
-        with pytest.raises(ArtefactError, match=r"there is no file no\.st"):
-            load_backend("toy:?blip=no.st")
-
-    def test_members_and_seed_are_part_of_the_identity(self, backend: Backend):
-        one = backend.with_blip(blip_of(backend))
-        for change, message in (
-            ({"n_members": 4}, "blip_members was 3, here it is 4"),
-            ({"seed": 6}, "blip_seed was 5, here it is 6"),
-            ({"rates": rates_of(backend, 0.1)}, "blip_rates was"),
-        ):
-            other = backend.with_blip(replace(blip_of(backend), **change))
-            with pytest.raises(PotentialMismatch, match=message):
-                other.check_identity(one.identity)
-        with pytest.raises(PotentialMismatch, match="blip_members was None, here it is 3"):
-            one.check_identity(backend.identity)
-
-    def test_another_potential_is_refused(self, backend: Backend):
-        blip = blip_of(backend)
-        other = load_backend(ToyCalculator(seed=1)) if backend.name == "toy" else mace_backend(seed=1)
-        advice = r"Load the potential that it was trained from, or train again with `ase-uq blip`\."
-        with pytest.raises(PotentialMismatch, match=rf"of other weights: features .* differ by .* {advice}"):
-            other.with_blip(blip)
-        wrong = mace_backend() if backend.name == "toy" else toy_backend()
-        with pytest.raises(PotentialMismatch, match=rf"trained from another potential: .* was .*, here .*{advice}"):
-            wrong.with_blip(blip)
-
-    def test_the_same_potential_in_another_precision_is_accepted(self):
-        own, single = (load_backend("embedded:mace", device="cpu", dtype=dtype) for dtype in ("float64", "float32"))
-        members = [b.with_blip(blip_of(own)).forward(b.collate([water()])).members for b in (own, single)]
-        torch.testing.assert_close(members[1].forces.double(), members[0].forces, rtol=0, atol=1e-4)
-
-    @pytest.mark.parametrize(
-        ("change", "message"),
-        [
-            ({"n_members": 1}, r"header.n_members is 1, a whole number from 2 to 1000 was expected"),
-            ({"seed": "x"}, r"header.seed is 'x'"),
-            ({"rates": {"groups": ["energy"]}}, r"has no 'alpha'"),
-            ({"potential": []}, r"header.potential is \[\], an object was expected"),
-        ],
-    )
-    def test_wrong_contents(self, change: dict, message: str, tmp_path: Path):
-        own = toy_backend()
-        blip_of(own).save(tmp_path / "a.st")
-        header, tensors = read_tensor_file(tmp_path / "a.st", "stochastic weights", 1)
-        write_tensor_file(tmp_path / "a.st", "stochastic weights", 1, header | change, tensors)
-        with pytest.raises(
-            ArtefactError, match=rf"a\.st is not what training writes: .*{message}.*Make the file again"
-        ):
-            Blip.load(tmp_path / "a.st")
-
-    def test_another_kind_of_file(self, tmp_path: Path):
-        loading.save_potential(make_mace(), tmp_path / "a.st")
-        with pytest.raises(
-            ArtefactError, match=r"is an ase_uq MACE potential; an ase_uq stochastic weights was expected"
-        ):
-            Blip.load(tmp_path / "a.st")
-
-    def test_weights_of_another_architecture(self, backend: Backend):
-        blip = blip_of(backend)
-        name = next(iter(blip.weights))
-        for weights in ({**blip.weights, name: torch.zeros(3)}, {**blip.weights, "more": torch.zeros(1)}):
-            with pytest.raises(ArtefactError, match=r"the stochastic weights do not fit the potential: .* differs"):
-                backend.with_blip(replace(blip, weights=weights))
-
-    def test_a_full_disk(self, backend: Backend):
-        if not Path("/dev/full").exists():
-            pytest.skip("no /dev/full here")
-        with pytest.raises(ArtefactError, match=r"cannot write /dev/full/a\.st"):
-            blip_of(backend).save("/dev/full/a.st")
-
-
-def test_too_few_members(backend: Backend):
-    with pytest.raises(ValueError, match="n_members is 1; a number from 2 to 1000 was expected"):
-        replace(blip_of(backend), n_members=1)
 
 
 def test_potentials_whose_weights_cannot_be_drawn():

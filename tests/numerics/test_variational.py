@@ -83,8 +83,8 @@ def test_drawn_weights_have_the_moments_of_their_distribution():
     """ω = θ(1 + √α ε): the output Wx has mean θx and variance α θ²x², as in the local reparametrisation."""
     weights, inputs = torch.tensor([0.5, -2.0, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.3, -0.7]).double()
     alpha = 0.04
-    (noise,) = noise_of([3], 40_000, seed=1)
-    outputs = (weights * (1 + math.sqrt(alpha) * noise)) @ inputs
+    (noise,) = noise_of([30_000], 4, seed=1)
+    outputs = (weights * (1 + math.sqrt(alpha) * noise.reshape(40_000, 3))) @ inputs
     variance = alpha * float((weights**2 * inputs**2).sum())
     assert float(outputs.mean()) == pytest.approx(float(weights @ inputs), abs=5 * (variance / 40_000) ** 0.5)
     assert float(outputs.var()) == pytest.approx(variance, rel=0.04)

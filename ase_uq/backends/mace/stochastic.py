@@ -14,7 +14,7 @@ member's energy.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -154,9 +154,7 @@ def copied_model(backend: MACEBackend) -> Any:
         )
     copies: dict[int, torch.nn.Parameter] = {}
 
-    def own(weight: torch.nn.Parameter | None) -> torch.nn.Parameter | None:
-        if weight is None:
-            return None
+    def own(weight: torch.nn.Parameter) -> torch.nn.Parameter:
         if id(weight) not in copies:
             copies[id(weight)] = torch.nn.Parameter(weight.detach().clone(), weight.requires_grad)
         return copies[id(weight)]
@@ -165,7 +163,9 @@ def copied_model(backend: MACEBackend) -> Any:
         if module is None or not any(True for _ in module.parameters()):
             return module
         other = _shell(module, {name: copied(child) for name, child in module._modules.items()})
-        vars(other)["_parameters"] = {name: own(weight) for name, weight in module._parameters.items()}
+        vars(other)["_parameters"] = {
+            name: weight if weight is None else own(weight) for name, weight in module._parameters.items()
+        }
         return other
 
     return copied(model)
@@ -300,17 +300,17 @@ def _shell(module: Any, children: dict[str, Any]) -> Any:
 
 def _copies(data: dict[str, Any], n_copies: int, n_atoms: int, n_frames: int) -> dict[str, Any]:
     """The data of several copies of a batch, one after the other."""
-    numbers: Callable[[int], Tensor] = lambda step: step * torch.arange(n_copies, device=data["batch"].device)  # noqa: E731
+    copies = torch.arange(n_copies, device=data["batch"].device)
     found = {}
     for key, value in data.items():
         if not torch.is_tensor(value) or not value.dim():
             found[key] = value
         elif key == "edge_index":
-            found[key] = (value[:, None] + numbers(n_atoms)[None, :, None]).flatten(1)
+            found[key] = (value[:, None] + n_atoms * copies[None, :, None]).flatten(1)
         elif key == "batch":
-            found[key] = (value + numbers(n_frames)[:, None]).flatten()
+            found[key] = (value + n_frames * copies[:, None]).flatten()
         elif key == "ptr":
-            found[key] = torch.cat([value[:1], (value[1:] + numbers(n_atoms)[:, None]).flatten()])
+            found[key] = torch.cat([value[:1], (value[1:] + n_atoms * copies[:, None]).flatten()])
         else:
             found[key] = value.detach().repeat(n_copies, *[1] * (value.dim() - 1))
     return found
