@@ -14,7 +14,7 @@ from ase_uq.backends.base import Backend
 from ase_uq.backends.stochastic import Drawn
 from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.errors import InputError
-from ase_uq.numerics.variational import Rates
+from ase_uq.numerics.variational import Rates, noise_of
 from ase_uq.testing.backends import PassLaws, standard_frames
 
 from .builders import make_mace, twin, water
@@ -115,6 +115,24 @@ def test_a_linear_map_applied_with_other_weights_is_that_of_e3nn(outputs: str):
     rows = torch.randn(3, 5, linear.irreps_in.dim, generator=generator, dtype=torch.float64)
     expected = torch.stack([linear(one, own) for one, own in zip(rows, weights, strict=True)])
     torch.testing.assert_close(_applied(linear, rows, weights), expected)
+
+
+def test_noise_on_the_weights_of_a_vector_map_has_the_full_covariance_of_its_channels():
+    """That of the local reparametrisation, Σ_c θ_c² v_c v_cᵀ for α = 1: it turns with the vectors."""
+    from e3nn import o3
+
+    from ase_uq.backends.mace.stochastic import _applied
+
+    linear = o3.Linear("3x1o", "1x1o").double()
+    vectors = torch.randn(3, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    (noise,) = noise_of([3 * 5000], 4, seed=2)
+    weights = linear.weight.detach() * noise.reshape(-1, 3)
+    drawn = _applied(linear, vectors.flatten().expand(len(weights), 1, 9), weights)[:, 0]
+    theta = linear.weight.detach() * linear.instructions[0].path_weight
+    expected = torch.einsum("c,ca,cb->ab", theta**2, vectors, vectors)
+    scale = float(expected.diagonal().max())
+    torch.testing.assert_close(torch.cov(drawn.T), expected, rtol=0, atol=0.05 * scale)
+    assert float((expected - torch.diag(expected.diagonal())).abs().max()) > 0.2 * scale
 
 
 def test_members_of_a_toy_have_weights_perturbed_by_hand():
