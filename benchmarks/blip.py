@@ -127,7 +127,8 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
     seconds = time_of(plain, one)
     rows, told = [], []
 
-    def judge(estimator: str, backend: Backend, methods: Sequence[str], method: str) -> None:
+    def judge(backend: Backend, methods: Sequence[str], **estimators: str) -> None:
+        """Rows of methods of one fit, by what they are called."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UQWarning)
             model = fit(backend, spaced, data.calibration, methods=list(methods), progress=False)
@@ -135,20 +136,24 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
             cost = time_of(backend, one, lambda atoms: predictor.predict([atoms])) / seconds
             for split, frames in data.tests.items():
                 samples = evaluate(predictor, list(frames), n_bootstrap=0, progress=False).samples
-                rows.append(row(estimator, split, samples, method, len(frames), cost))
-                print(rows[-1], flush=True)
+                for method, estimator in estimators.items():
+                    rows.append(row(estimator, split, samples, method, len(frames), cost))
+                    print(rows[-1], flush=True)
 
-    judge("combined", plain, ("bll", "pdrum", "kernel"), "combined")
+    judge(plain, ("bll", "pdrum", "kernel"), combined="combined")
     if data.committee:
-        judge("committee of 3", load_backend(data.committee, device="cpu", dtype="float32"), ["committee"], "committee")
+        judge(load_backend(data.committee, device="cpu", dtype="float32"), ["committee"], committee="committee of 3")
     for dropout in DROPOUTS:
-        judge(f"dropout {dropout:g}, T = 8", plain.with_blip(mc_dropout(plain, dropout)), ["committee"], "committee")
+        judge(plain.with_blip(mc_dropout(plain, dropout)), ["committee"], committee=f"dropout {dropout:g}, T = 8")
     for loss in ("elbo", "crps"):
         blip, line = trained(loss, plain, data, arguments)
         told.append(line)
         for count in arguments.members:
-            backend = plain.with_blip(replace(blip, n_members=count))
-            judge(f"BLIP, {loss}, T = {count}", backend, ["committee"], "committee")
+            backend, name = plain.with_blip(replace(blip, n_members=count)), f"BLIP, {loss}, T = {count}"
+            if count == arguments.members[0]:
+                judge(backend, ["bll", "committee"], committee=name, combined=f"{name}, with `bll`")
+            else:
+                judge(backend, ["committee"], committee=name)
     return rows, told
 
 

@@ -16,7 +16,7 @@ forces with weights 1/2σ². Sources: BLIP (Coscia, de Haan and Welling 2025); f
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -29,10 +29,11 @@ from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.stochastic import Blip, Drawn, StochasticModel
+from ase_uq.backends.stochastic import Blip, StochasticModel
 from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import ArtefactError, LabelError
+from ase_uq.fitting.blip_loss import losses
 from ase_uq.fitting.checks import Files, check_labelled, refuse_overlap, without_isolated_atoms
 from ase_uq.fitting.provenance import digest_of
 from ase_uq.forward_pass import Targets, residuals_of
@@ -41,7 +42,13 @@ from ase_uq.io.frames import read_frames
 from ase_uq.io.labels import labels_of
 from ase_uq.io.tensor_file import read_tensor_file, write_tensor_file
 from ase_uq.numerics.hashing import substream
-from ase_uq.numerics.variational import Rates, fair_crps, gaussian_nll, prior_rate, relative_entropy
+from ase_uq.numerics.variational import (
+    LARGEST_RATE,
+    SMALLEST_RATE,
+    Rates,
+    prior_rate,
+    relative_entropy,
+)
 from ase_uq.stream.labelled import LabelledStream
 
 _KIND, _SCHEMA = "training of stochastic weights", 1
@@ -79,7 +86,10 @@ class BlipTraining:
     def __post_init__(self) -> None:
         if self.loss not in ("elbo", "crps"):
             raise ValueError(f"loss is {self.loss!r}; elbo or crps was expected.")
-        prior_rate(self.dropout)
+        if not SMALLEST_RATE < prior_rate(self.dropout) < LARGEST_RATE:
+            raise ValueError(
+                f"dropout is {self.dropout!r}; a number above {SMALLEST_RATE:g} and below 0.5 was expected."
+            )
         counts = {"draws": self.draws, "batch": self.batch, "max_epochs": self.max_epochs, "patience": self.patience}
         if wrong := [name for name, count in counts.items() if count < 1]:
             raise ValueError(f"{wrong[0]} is {counts[wrong[0]]}; 1 or more was expected.")
@@ -178,44 +188,6 @@ def mc_dropout(
     return Blip(backend.identity, weights, rates, n_members, seed, {"dropout": dropout})
 
 
-def losses(
-    drawn: Drawn,
-    targets: Targets,
-    counts: Tensor,
-    log_std: Tensor,
-    loss: str,
-    relative: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """(n_frames,) losses of the structures of a batch.
-
-    Args:
-        drawn: Predictions of the draws.
-        targets: Reference values; NaN where there is none.
-        counts: (n_frames,) number of atoms of each structure.
-        log_std: (2,) ln σ of a force component, eV/Å, and of the energy per atom, eV.
-        loss: `elbo` or `crps`.
-        relative: (n_frames, n_groups) α → (n_frames,) the part of the KL divergence that belongs to a structure.
-    """
-    assert drawn.forces is not None
-    frame_of_atom = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-    assert targets.forces is not None
-    assert targets.energy is not None
-    reference = [targets.forces, targets.energy / counts]
-    predicted = [drawn.forces.double(), (drawn.energy / counts).double()]
-    total = torch.zeros(len(counts), dtype=torch.float64, device=counts.device)
-    for truth, found, level in zip(reference, predicted, log_std, strict=True):
-        known = torch.isfinite(truth)
-        # Not a number times zero would be one in the gradient: what is unknown is replaced before it is used.
-        truth = torch.where(known, truth, found[0].detach())
-        if loss == "elbo":
-            values = gaussian_nll(residuals_of(truth, found), level).mean(0)
-        else:
-            values = fair_crps(found, truth) / level.exp()
-        values = torch.where(known, values, 0.0)
-        total = total + values if values.dim() == 1 else total.index_add(0, frame_of_atom, values.sum(1))
-    return total + relative(drawn.rates) if loss == "elbo" else total
-
-
 class _Run:
     """A training: all that changes, and what is needed to go on.
 
@@ -255,7 +227,7 @@ class _Run:
         frames: dict[str, list[Atoms]],
         keys: tuple[str, str, str] | None,
     ) -> "_Run":
-        """A training before its first epoch."""
+        """A training before its first epoch, with the errors of the potential as noise levels."""
         rows, squares = [], np.zeros((2, 2))
         stream = LabelledStream(
             backend, frames["training"], Serial(), batch_atoms=None, forces=True, keys=keys, name="training frame"

@@ -17,7 +17,8 @@ from ase_uq.backends.stochastic import Blip, Drawn
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.errors import ArtefactError, InputError, LabelError
 from ase_uq.fitting import blip as module
-from ase_uq.fitting.blip import BlipTraining, losses, mc_dropout, train_blip
+from ase_uq.fitting.blip import BlipTraining, mc_dropout, train_blip
+from ase_uq.fitting.blip_loss import losses
 from ase_uq.forward_pass import Targets
 from ase_uq.testing.methods import ELEMENTS, labelled_frames
 
@@ -92,9 +93,11 @@ class TestLoss:
         without, with_it = (one.detach() for one in found)
         assert float(without[0]) == float(with_it[0])
         assert float(without[1]) != float(with_it[1])
-        slopes = torch.autograd.grad(found[0].sum(), (energy, levels))
-        assert all(bool(slope.isfinite().all()) for slope in slopes)
-        assert slopes[0][:, 1].tolist() == [0, 0, 0]
+        slope, of_levels = torch.autograd.grad(found[0].sum(), (energy, levels), allow_unused=True)
+        assert bool(slope.isfinite().all())
+        assert slope[:, 1].tolist() == [0, 0, 0]
+        # Units of the CRPS are not trained: larger ones would be a smaller loss.
+        assert of_levels is None if loss == "crps" else bool(of_levels.isfinite().all())
         # The first frame written out.
         if loss == "elbo":
             values = ((truth[:2] - forces[:, :2]) / math.exp(-1)).square() / 2 - 1 + 0.5 * math.log(2 * math.pi)
@@ -309,6 +312,7 @@ class TestRefusals:
         [
             ({"loss": "mse"}, "loss is 'mse'; elbo or crps was expected"),
             ({"dropout": 1.0}, "dropout is 1.0; a number from 0 to below 1"),
+            ({"dropout": 0.0}, "dropout is 0.0; a number above 1e-08 and below 0.5 was expected"),
             ({"batch": 0}, "batch is 0; 1 or more was expected"),
             ({"loss": "crps", "draws": 1}, "draws is 1, which has no spread; the CRPS needs 2 or more"),
             ({"learning_rate": 0.0}, "learning_rate is 0.0 and kl_weight 1.0; a positive number"),
