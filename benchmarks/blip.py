@@ -18,7 +18,7 @@ Writes OUT.md, by default benchmarks/results/blip_SET.md.
 import argparse
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -124,7 +124,6 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
     plain = load_backend(data.potential, device="cpu", dtype="float32")
     spaced = data.train[:: max(1, len(data.train) // arguments.frames)][: arguments.frames]
     one = next(iter(data.tests.values()))[0]
-    seconds = time_of(plain, one)
     rows, told = [], []
 
     def judge(backend: Backend, methods: Sequence[str], **estimators: str) -> None:
@@ -133,7 +132,7 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
             warnings.simplefilter("ignore", UQWarning)
             model = fit(backend, spaced, data.calibration, methods=list(methods), progress=False)
             predictor = Predictor(backend, model)
-            cost = time_of(backend, one, lambda atoms: predictor.predict([atoms])) / seconds
+            cost = cost_of(predictor, plain, one)
             for split, frames in data.tests.items():
                 samples = evaluate(predictor, list(frames), n_bootstrap=0, progress=False).samples
                 for method, estimator in estimators.items():
@@ -186,14 +185,20 @@ def trained(loss: str, plain: Backend, data: Set, arguments: argparse.Namespace)
     )
 
 
-def time_of(backend: Backend, atoms: Atoms, use: Callable[[Atoms], object] | None = None) -> float:
-    """Seconds of one call, the least of several; the first ones, in which torch compiles, do not count."""
+def cost_of(predictor: Predictor, plain: Backend, atoms: Atoms) -> float:
+    """CPU time of a prediction over that of a plain pass, the least of several, taken in turns.
+
+    The first ones, in which torch compiles, do not count.
+    """
     found = []
-    for _ in range(10):
+    for _ in range(12):
         start = time.process_time()
-        use(atoms) if use else backend.forward(backend.collate([atoms]))
-        found.append(time.process_time() - start)
-    return min(found[3:])
+        plain.forward(plain.collate([atoms]))
+        middle = time.process_time()
+        predictor.predict([atoms])
+        found.append((middle - start, time.process_time() - middle))
+    least, own = np.min(found[3:], axis=0)
+    return float(own / least)
 
 
 def row(estimator: str, split: str, samples: dict, method: str, n_frames: int, cost: float) -> Row:
