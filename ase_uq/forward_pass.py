@@ -185,7 +185,7 @@ class ForwardPass:
         force_layer: Last layer of a direct force head, or None for conservative forces.
         vectors: (n_atoms, 3, n_vectors) polar vectors among the channels of the first layer, components x, y, z;
             None if there are none.
-        members: Predictions of the members, if the potential is a committee.
+        members: Predictions of the members, if the potential is a committee or its weights are drawn.
         confidence: Predictions of the confidence head of the potential, if it has one.
         gradients: Further derivatives, if they were asked for.
         extras: Per-atom results that the wrapped calculator has in addition to the standard ones.

@@ -71,6 +71,7 @@ SHORTER = {
     "n_runs=20, ps=1)": "n_runs=20, ps=0.002, equilibration=0.001)",
     "per_run=0.05, ps=1)": "per_run=0.05, ps=0.002)",
     "ensemble_forces=16": "ensemble_forces=4",
+    "--epochs 30": "--epochs 1",
 }
 
 

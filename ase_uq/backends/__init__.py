@@ -27,7 +27,8 @@ def load_backend(
     Args:
         calculator: An ASE calculator (`MACECalculator`, `ORBCalculator`, `SevenNetCalculator`, a `SumCalculator` of one
             of them and corrections, or one that an installed plugin knows), a SPEC, the path of a `.model` file, or a
-            backend, which is returned unchanged.
+            backend, which is returned unchanged. `?blip=FILE` at the end of a SPEC loads stochastic weights that were
+            trained from its potential.
         device: Device for a SPEC, for example `cpu` or `cuda:1`; if empty, a GPU if there is one.
         dtype: Precision for a SPEC, `float32` or `float64`; if empty, the default of the package.
 
@@ -35,12 +36,20 @@ def load_backend(
         TypeError: No backend knows the calculator.
         ValueError: The SPEC, device or dtype cannot be used, or device or dtype were given with a calculator.
         MissingDependency: The package of the potential is not installed.
+        ArtefactError: The file of stochastic weights cannot be read.
+        PotentialMismatch: Its weights were trained from another potential.
     """
     from ase_uq.backends.base import Backend
-    from ase_uq.backends.specs import calculator_from_spec
+    from ase_uq.backends.specs import calculator_from_spec, without_blip
 
     if isinstance(calculator, str | os.PathLike):
-        calculator = calculator_from_spec(os.fspath(calculator), device=device, dtype=dtype)
+        spec, blip = without_blip(os.fspath(calculator))
+        if blip:
+            from ase_uq.backends.stochastic import Blip
+
+            loaded = Blip.load(blip)
+            return load_backend(spec, device=device, dtype=dtype).with_blip(loaded)
+        calculator = calculator_from_spec(spec, device=device, dtype=dtype)
     elif device or dtype:
         raise ValueError(
             f"device={device!r} and dtype={dtype!r} go with a SPEC; {type(calculator).__name__} already has its own. "

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
 import torch
@@ -14,8 +14,11 @@ from ase.data import chemical_symbols
 
 from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, probe_structure, relative_deviation, weights_hash
 from ase_uq.backends.structures import check_structures
-from ase_uq.errors import PotentialMismatch
+from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
+
+if TYPE_CHECKING:
+    from ase_uq.backends.stochastic import Blip, StochasticModel
 
 _NAMED = 8  # elements that a message names
 
@@ -187,6 +190,31 @@ class Backend(ABC):
             return forward_pass
         volumes = torch.tensor([abs(np.linalg.det(atoms.cell.array)) for atoms in batch.frames], dtype=torch.float64)
         return replace(forward_pass, volumes=volumes.to(forward_pass.stress.device))
+
+    def stochastic(self) -> "StochasticModel":
+        """A copy of the potential whose weights can be drawn and trained.
+
+        Raises:
+            InputError: Weights of this potential cannot be drawn.
+        """
+        raise InputError(f"weights of {self.name} potentials cannot be drawn; those of mace and toy can.")
+
+    @final
+    def with_blip(self, blip: "Blip") -> "Backend":
+        """The potential with trained weights, and the predictions of members with drawn weights beside its own.
+
+        Raises:
+            PotentialMismatch: The weights were trained from another potential.
+            ArtefactError: The weights do not fit the potential.
+            InputError: Weights of this potential cannot be drawn.
+        """
+        self.stochastic()
+        blip.check(self)
+        return self._with_blip(blip)
+
+    def _with_blip(self, blip: "Blip") -> "Backend":
+        """The potential with trained weights; `blip` was made from this one, whose weights can be drawn."""
+        raise NotImplementedError("a backend that has stochastic says in _with_blip how trained weights are put in")
 
     @property
     def architecture(self) -> dict[str, tuple[int, ...]]:

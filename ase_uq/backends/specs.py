@@ -62,6 +62,18 @@ def calculator_from_spec(spec: str, *, device: str = "", dtype: str = "") -> Bas
     )
 
 
+def without_blip(spec: str) -> tuple[str, str]:
+    """The SPEC without the file of stochastic weights that its end names, and that file; empty if it names none.
+
+    Raises:
+        ValueError: It ends where the name of the file should be.
+    """
+    rest, found, file = spec.rpartition("?blip=")
+    if found and not file:
+        raise ValueError(f"{spec!r} names no file after ?blip=. Write its name there, or leave ?blip= out.")
+    return (rest, file) if found else (spec, "")
+
+
 def _without_head(spec: str) -> tuple[str, str]:
     """The SPEC without the head that its end names, and that head; empty if it names none."""
     rest, found, head = spec.rpartition("?head=")

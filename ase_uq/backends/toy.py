@@ -9,6 +9,7 @@ The direct variant has a force head like orb's: F = P(φ^F B), with φ^F_i[p, k]
 the net force and, without a cell, the net torque.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -23,7 +24,10 @@ from ase.neighborlist import neighbor_list
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
+from ase_uq.backends._stochastic_toy import StochasticToy
 from ase_uq.backends.base import Backend, Batch
+from ase_uq.backends.stochastic import Blip, MemberPasses
+from ase_uq.errors import InputError
 from ase_uq.forward_pass import Edges, EnergyLayer, ForceLayer, ForwardPass, Gradients
 
 _CENTRES = torch.arange(0.6, 4.0, 0.4, dtype=torch.float64)  # μ_k, Å
@@ -263,6 +267,16 @@ class ToyBackend(Backend):
             "features": "Gaussians, norm of the directions; v1",
         }
 
+    def stochastic(self) -> StochasticToy:
+        if self.direct:
+            raise InputError("weights of a direct force head cannot be drawn. Use a conservative potential.")
+        return StochasticToy(copy.deepcopy(self._potential))
+
+    def _with_blip(self, blip: Blip) -> "ToyBackend":
+        calculator = copy.deepcopy(self.calculator)
+        blip.put(calculator.potential)
+        return StochasticToyBackend(calculator, blip)
+
     def _collate(self, frames: Sequence[Atoms]) -> Graph:
         return self._potential.collate(frames)
 
@@ -316,6 +330,25 @@ class ToyBackend(Backend):
             force_free=True,
             torque_free=_without_cell(graph),
         )
+
+
+class StochasticToyBackend(ToyBackend):
+    """A `ToyCalculator` with the predictions of members beside its own."""
+
+    def __init__(self, calculator: ToyCalculator, blip: Blip) -> None:
+        super().__init__(calculator)
+        self._blip = blip
+        self._members = MemberPasses(StochasticToy(self._potential), blip, self.device)
+
+    def _settings(self) -> dict[str, Any]:
+        return {**super()._settings(), **self._blip.settings}
+
+    @property
+    def _trained_settings(self) -> tuple[str, ...]:
+        return ("blip_rates",)
+
+    def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
+        return self._members.beside(super()._forward(batch, forces, gradients), batch, forces)
 
 
 def accepts(calculator: BaseCalculator) -> bool:

@@ -12,6 +12,7 @@ import typer
 from ase_uq.cli.console import ErrorsAsLines
 from ase_uq.cli.options import Verb
 from ase_uq.cli.verbs.average import average
+from ase_uq.cli.verbs.blip import blip
 from ase_uq.cli.verbs.compare import compare
 from ase_uq.cli.verbs.demo import demo
 from ase_uq.cli.verbs.evaluate import evaluate
@@ -45,6 +46,7 @@ VERBS = (
     relax,
     report,
     compare,
+    blip,
     demo,
 )
 for verb in VERBS:
@@ -85,7 +87,8 @@ def _(
     [bold]score[/] gives finished frames their uncertainties ([bold]merge[/] joins what several machines scored),
     [bold]average[/] observables their error bars, and [bold]select[/] picks frames worth labelling. For thresholds from
     criteria, [bold]perturb-frames[/] makes bad frames to label, and [bold]reference[/] makes runs on which false alarms
-    are counted. [bold]compare[/] shows what several potentials see of the same frames.
+    are counted. [bold]compare[/] shows what several potentials see of the same frames. [bold]blip[/] trains noise on
+    the weights of a potential, as a committee that is made of one.
 
     New here? [bold]ase-uq demo[/] shows everything on a small molecule in under a minute.
     """

@@ -19,7 +19,8 @@ Model = Annotated[
         "--model",
         metavar="SPEC",
         help=f"The potential: {_SPECS}, or FILE.py:FUNCTION or package.module:FUNCTION that returns an ASE calculator; "
-        "?head=NAME at its end chooses one head of a MACE that has several. The embedded ones are to try things on.",
+        "?head=NAME at its end chooses one head of a MACE that has several, ?blip=FILE what `ase-uq blip` trained. "
+        "The embedded ones are to try things on.",
     ),
 ]
 Methods = Annotated[

@@ -53,7 +53,7 @@ def load_potential(model: str, device: str, dtype: str) -> "Backend":
     """
     from ase_uq.backends import load_backend
 
-    import_silently(model.removeprefix("embedded:").partition("?head=")[0])
+    import_silently(model.removeprefix("embedded:").partition("?")[0])
     try:
         return load_backend(model, device=device, dtype=dtype)
     except TypeError as error:
@@ -67,7 +67,7 @@ def load_calculator(
     from ase_uq.engines.ase.calculator import UncertainCalculator
     from ase_uq.uncertainty_model.model import UncertaintyModel
 
-    embedded_name = model.removeprefix("embedded:").partition("?head=")[0] if model.startswith("embedded:") else ""
+    embedded_name = model.removeprefix("embedded:").partition("?")[0] if model.startswith("embedded:") else ""
     if uq is None and not embedded_name:
         raise typer.BadParameter("give the file that `ase-uq fit` made for this potential.", param_hint="'--uq'")
     # Loaded before the potential, which takes seconds, so that a wrong file name is reported at once.

@@ -183,8 +183,13 @@ def check_labelled(
     refuse_other_heads(what, dict(enumerate(frames)), backend.heads, backend.head)
 
 
-def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
+def refuse_overlap(train: list[Atoms], calibration: list[Atoms], what: str = "calibration") -> None:
     """Refuses calibration frames that are also training frames.
+
+    Args:
+        train: Training frames.
+        calibration: Frames held out of them.
+        what: Name of the latter in error texts.
 
     Raises:
         LabelError: A frame is in both.
@@ -193,7 +198,7 @@ def refuse_overlap(train: list[Atoms], calibration: list[Atoms]) -> None:
     shared = [index for index, atoms in enumerate(calibration) if digest_of(atoms) in seen]
     if shared:
         raise LabelError(
-            f"{len(shared)} of {len(calibration)} calibration frames are training frames (the first is frame "
+            f"{len(shared)} of {len(calibration)} {what} frames are training frames (the first is frame "
             f"{shared[0]}). Errors on training frames are too small to calibrate on: hold frames out."
         )
 

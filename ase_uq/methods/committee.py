@@ -3,10 +3,11 @@
     σ_i² = Σ_m ‖F_i^(m) - F̄_i‖² / (3 (M - 1))        of a force component
     σ_E² = Σ_m (E^(m) - Ē)² / (M - 1) / N²            of the energy per atom; a stress has the same form
 
-The members are those of the calculator, and each costs a forward pass. The only thing fitted is the mean of σ_i², the
-unit of the distance; the calibrator adds the scale and the floor that a committee of few members needs (its spread
-reflects the training, not the error). Source: Seung, Opper and Sompolinsky 1992; for forces, DP-GEN (Zhang et al.
-2020), whose model deviation is the same sum over M instead of M - 1.
+The members are those of the calculator, or those of one potential whose weights are drawn (`backends/stochastic.py`),
+and each costs a forward pass. The only thing fitted is the mean of σ_i², the unit of the distance; the calibrator adds
+the scale and the floor that a committee of few members needs (its spread reflects the training, not the error). Source:
+Seung, Opper and Sompolinsky 1992; for forces, DP-GEN (Zhang et al. 2020), whose model deviation is the same sum over M
+instead of M - 1.
 """
 
 from dataclasses import dataclass
@@ -123,6 +124,7 @@ def _members_of(forward_pass: ForwardPass) -> Members:
     if forward_pass.members is None or len(forward_pass.members.energy) < 2:
         raise InputError(
             "the committee method needs a potential with several members, and this one has one. Load several: "
-            'MACECalculator(model_paths=["a.model", "b.model", ...]) or the SPEC "mace:committee_*.model".'
+            'MACECalculator(model_paths=["a.model", "b.model", ...]) or the SPEC "mace:committee_*.model"; or make '
+            "members of one with `ase-uq blip`."
         )
     return forward_pass.members

@@ -13,7 +13,7 @@ is checked numerically for every model that is wrapped.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,8 +29,12 @@ from ase_uq.backends._process import preserved_process
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
 from ase_uq.backends.mace.readout import hidden_activations, plain_module, resolve_readout, rounded
+from ase_uq.backends.stochastic import Blip
 from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import Edges, EnergyLayer, ForwardPass, Gradients, Members
+
+if TYPE_CHECKING:
+    from ase_uq.backends.mace.stochastic import StochasticMACE
 
 # eV, for float32 node energies of a probe with a few atoms; a wrong readout is off by tenths of an eV.
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
@@ -107,6 +111,17 @@ class MACEBackend(Backend):
     def _trained_settings(self) -> tuple[str, ...]:
         return ("heads", "head", "avg_num_neighbors", "scale", "shift", "isolated_atoms")
 
+    def stochastic(self) -> "StochasticMACE":
+        from ase_uq.backends.mace.stochastic import StochasticMACE, copied_model
+
+        return StochasticMACE(self, copied_model(self))
+
+    def _with_blip(self, blip: Blip) -> "MACEBackend":
+        from ase_uq.backends.mace.stochastic import with_blip
+
+        with preserved_process():
+            return with_blip(self, blip)
+
     def _collate(self, frames: Sequence[Atoms]) -> Any:
         if len(frames) == 1 and self.calculator.use_compile:
             # The calculator's own method keeps its padding, hence a single compiled graph along a run.
@@ -167,7 +182,7 @@ class MACEBackend(Backend):
             members = Members(
                 energy=every("energy", n_frames) * energy_unit,
                 forces=every("forces", n_atoms) * (energy_unit / length_unit) if forces else None,
-                stress=_voigt(every("stress", n_frames)) * (energy_unit / length_unit**3) if forces else None,
+                stress=voigt(every("stress", n_frames)) * (energy_unit / length_unit**3) if forces else None,
             )
         features = outputs[0]["node_feats"].detach()[:n_atoms]
         frame_of_atom = data["batch"][:n_atoms]
@@ -185,7 +200,7 @@ class MACEBackend(Backend):
             energy=energy,
             energies=mean("node_energy", n_atoms, energy_unit),
             forces=mean("forces", n_atoms, energy_unit / length_unit) if forces else None,
-            stress=_voigt(mean("stress", n_frames, energy_unit / length_unit**3)) if forces else None,
+            stress=voigt(mean("stress", n_frames, energy_unit / length_unit**3)) if forces else None,
             features=self._latent(features),
             energy_layer=EnergyLayer(phi, weights, energy.double() - summed),
             edges=_edges(data, n_atoms, float(self.calculator.r_max), length_unit),
@@ -354,7 +369,7 @@ def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
     return {key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()}
 
 
-def _voigt(stress: Tensor) -> Tensor:
+def voigt(stress: Tensor) -> Tensor:
     """(..., 3, 3) → (..., 6), in ASE's order, on the device."""
     xx, yy, zz = stress.diagonal(dim1=-2, dim2=-1).unbind(-1)
     twice = stress + stress.mT
