@@ -1,15 +1,15 @@
 """The claim of latent kernels: fewer labels to an error, for a pretrained potential on chemistry that is new to it.
 
-    python -m benchmarks.selection.reactive [--data ../shared/data] [--folder reactive] [--seeds 8] [--tuned 1]
+    python -m benchmarks.selection.reactive [--data ../shared/data] [--folder reactive] [--seeds 16] [--tuned 1]
                                             [--out benchmarks/results/selection_reactive]
 
 A MACE is trained on other molecules. The pool is malonaldehyde that is heated and whose proton is carried over, the
-test frames are like it (`reactive_frames` has both; all labels are GFN2-xTB). From a few random labels on, a round
-chooses as many frames as are labelled already and trains the pretrained MACE on with all labelled frames and with
-frames of the other molecules, so that these are not forgotten. What chooses:
+test frames are like it (`reactive_frames` has both; all labels are GFN2-xTB). From 10 random labels on, a round chooses
+more, up to the next of SIZES, and trains the pretrained MACE on with all labelled frames and with frames of the other
+molecules, so that these are not forgotten. What chooses:
 
     random              the next frames of a random order
-    default             `ase_uq.select` as it is: LCMD on the features of the Bayesian last layer
+    default             as `ase_uq.select` by default: LCMD on the features of the Bayesian last layer
     kernel, lcmd        LCMD on the latent features, averaged over atoms (activation kernel)
     kernel, maxdet      the largest determinant of the posterior covariance of this kernel
     ntk, lcmd           LCMD on the gradients of energies and forces by all weights, sketched (tangent kernel)
@@ -43,19 +43,20 @@ import torch
 from ase import Atoms
 from tqdm import tqdm
 
-from ase_uq import Predictor, fit, load_backend, select
+from ase_uq import Predictor, fit, load_backend
 from ase_uq.methods.kernel import Kernel
+from ase_uq.selection.points import Scan
 from ase_uq.selection.strategies import Determinant, Farthest, LargestCluster, Points, Space, Strategy, choose
 from benchmarks.selection.fine_tuning import judged, trained_on
 from benchmarks.selection.reactive_frames import others, others_held_out, pretrained, reactive
 from benchmarks.selection.reactive_learner import Equations, equations, force_errors, trained
 from benchmarks.selection.reactive_tables import CLOSED, FORCES, NEW, OLD, TUNED, draw, markdown
-from benchmarks.selection.regressions import Remembered
 from benchmarks.selection.rows import Row, read_csv, write_csv
+from benchmarks.selection.tables import points_of
 
 POOL_NAME = "malonaldehyde, reactive"
 EVERY = 2  # one frame in as many, of the pool, as neighbours in time are alike, and of the other molecules' tests
-SIZES = (10, 20, 40, 80)  # labels: what is drawn at random first, and after each round
+SIZES = (10, 20, 40, 80, 120)  # labels: what is drawn at random first, and after each round
 REPLAYED, FITTED = 30, 60  # pretraining frames: trained on again, and for uncertainties
 MEMBERS = 4
 NOISE = 1e-6  # of maxdet, in units of the mean square, as in `select`
@@ -73,7 +74,8 @@ class Choice:
         open: Numbers of the others, in the random order of this seed.
         n: Frames to choose.
         seed: Of what is random.
-        predictor: The pretrained potential and its uncertainties.
+        features: (n_frames, width) rows of each method to compare: means over atoms, as in `select`, or gradients.
+        readings: (n_frames,) largest uncertainties, eV/Å.
         of_pool: Equations of the pool.
         of_old: Equations of the frames that are trained on again.
     """
@@ -83,7 +85,8 @@ class Choice:
     open: list[int]
     n: int
     seed: int
-    predictor: Predictor
+    features: dict[str, torch.Tensor]
+    readings: torch.Tensor
     of_pool: Equations
     of_old: Equations
 
@@ -92,25 +95,21 @@ def at_random(choice: Choice) -> list[int]:
     return choice.open[: choice.n]
 
 
-def selected(choice: Choice, strategy: str = "lcmd", method: str | None = None) -> list[int]:
-    """As `ase-uq select` does it."""
-    found = select(
-        [choice.pool[i] for i in choice.open],
-        choice.n,
-        calculator=choice.predictor,
-        train=[choice.pool[i] for i in choice.labelled],
-        strategy=strategy,  # pyright: ignore[reportArgumentType]
-        method=method,
-        batch_atoms=1,
-        seed=choice.seed,
-        progress=False,
-    )
-    return [choice.open[i] for i in found.indices]
+def by_kernel(choice: Choice, method: str, strategy: str = "lcmd") -> list[int]:
+    return by_rows(choice, choice.features[method], strategy)
 
 
-def by_tangents(choice: Choice, strategy: str = "lcmd") -> list[int]:
-    energy, forces = choice.of_pool.common.chunk(2, dim=1)
-    return by_rows(choice, torch.cat([of_unit_length(energy), of_unit_length(forces)], 1), strategy)
+def by_uncertainty(choice: Choice) -> list[int]:
+    order = choice.readings[choice.open].argsort(descending=True)
+    return [choice.open[i] for i in order[: choice.n].tolist()]
+
+
+def of_tangents(of_pool: Equations) -> torch.Tensor:
+    """(n_frames, n_frames) rows with the inner products of the gradients, which are much longer."""
+    energy, forces = of_pool.common.chunk(2, dim=1)
+    rows = torch.cat([of_unit_length(energy), of_unit_length(forces)], 1)
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    return vectors * values.clamp(min=0).sqrt()
 
 
 def of_unit_length(rows: torch.Tensor) -> torch.Tensor:
@@ -153,12 +152,12 @@ def by_committee(choice: Choice) -> list[int]:
 
 CHOICES: dict[str, Callable[[Choice], list[int]]] = {
     "random": at_random,
-    "default": selected,
-    "kernel, lcmd": partial(selected, method="kernel"),
-    "kernel, maxdet": partial(selected, strategy="maxdet", method="kernel"),
-    "ntk, lcmd": by_tangents,
-    "ntk, maxdet": partial(by_tangents, strategy="maxdet"),
-    "combined": partial(selected, strategy="top"),
+    "default": partial(by_kernel, method="bll"),
+    "kernel, lcmd": partial(by_kernel, method="kernel"),
+    "kernel, maxdet": partial(by_kernel, method="kernel", strategy="maxdet"),
+    "ntk, lcmd": partial(by_kernel, method="ntk"),
+    "ntk, maxdet": partial(by_kernel, method="ntk", strategy="maxdet"),
+    "combined": by_uncertainty,
     "committee": by_committee,
     "soap": by_soap,
 }
@@ -195,7 +194,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--folder", type=Path, default=Path("reactive"), help="keeps what was made and finished")
-    parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--seeds", type=int, default=16)
     parser.add_argument("--tuned", type=int, default=1, help="seeds with a real fine-tuning as well")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/selection_reactive"))
     arguments = parser.parse_args()
@@ -209,11 +208,14 @@ def main() -> None:
     of_pool = equations(backend, pool, folder / "pool.pt")
     of_old = equations(backend, again, folder / "old.pt")
     of_tests = {name: equations(backend, frames, folder / f"test_{name}.pt") for name, frames in tests.items()}
-    backend = Remembered(backend)
     held_out = others_held_out(data, folder, "calibration")
     methods = ["bll", "pdrum", Kernel(kernel="linear")]
-    model = fit(backend, old[:: len(old) // FITTED], held_out, methods=methods, batch_atoms=1, progress=False)
-    predictor = Predictor(backend, model)
+    predictor = Predictor(backend, fit(backend, old[:: len(old) // FITTED], held_out, methods=methods))
+    features, readings = {"ntk": of_tangents(of_pool)}, np.zeros(0)
+    for method in ("bll", "kernel"):  # all features stay as they are: one pass is enough for every choice
+        head = predictor.uncertainty_model.methods[method].head
+        points, readings, _, _ = Scan(predictor, head, "structure", None).pool(pool, method)
+        features[method] = points.rows
     names = [name for name in CHOICES if name != "soap" or importlib.util.find_spec("dscribe")]
     if len(names) < len(CHOICES):
         print("soap is left out: dscribe is not installed.", file=sys.stderr)
@@ -221,7 +223,9 @@ def main() -> None:
     chosen = {}
     for seed in tqdm(range(arguments.seeds), desc="closed form", unit="seed"):
         order = np.random.default_rng(seed).permutation(len(pool)).tolist()
-        first = Choice(pool, order[: SIZES[0]], order[SIZES[0] :], 0, seed, predictor, of_pool, of_old)
+        first = Choice(
+            pool, order[: SIZES[0]], order[SIZES[0] :], 0, seed, features, torch.from_numpy(readings), of_pool, of_old
+        )
         for name in names:
             found, chosen[name, seed] = learning_curve(name, first, of_tests)
             rows += found
@@ -243,7 +247,8 @@ def main() -> None:
 
 
 def publish(rows: list[Row], arguments: argparse.Namespace) -> None:
-    write_csv(arguments.out.with_suffix(".csv"), rows)
+    points = [point for kind in (CLOSED, TUNED) for point in points_of([row for row in rows if row.learner == kind])]
+    write_csv(arguments.out.with_suffix(".csv"), points)
     draw(rows).savefig(arguments.out.with_suffix(".png"), dpi=120)
     arguments.out.with_suffix(".md").write_text(markdown(rows, arguments))
 

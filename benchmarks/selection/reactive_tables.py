@@ -41,9 +41,8 @@ def labels_to(found: Sequence[tuple[int, float]], target: float) -> float:
         if high <= target:
             return few
         if low <= target:
-            share = np.log(high / target) / np.log(high / low)
-            return float(few * (many / few) ** share)
-    return found[-1][0] if found[-1][1] <= target else np.inf
+            return float(few * (many / few) ** (np.log(high / target) / np.log(high / low)))
+    return np.inf
 
 
 def needed(rows: Sequence[Row], name: str, target: float, measure: str) -> str:
@@ -75,10 +74,10 @@ def markdown(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
         f"Trained on in closed form, means over {arguments.seeds} seeds; in brackets the change from random choice in "
         "%, paired by seed, ± its standard error. Labels to an error are of the mean curve, in brackets the interval "
         "of two thirds of resamples of the seeds; the errors are those that random choice has with "
-        f"{sizes[-2]} and {sizes[-1]} labels.",
+        f"{sizes[-3]} and {sizes[-2]} labels.",
     ]
     for measure in FORCES.values():
-        targets = [error for _, error in curve(closed, "random", measure=measure)[-2:]]
+        targets = [error for _, error in curve(closed, "random", measure=measure)[-3:-1]]
         for test in (NEW, OLD):
             own = [p for p in points if (p.measure, p.test) == (measure, test)]
             before = next(p.mean for p in own if p.strategy == "nothing")
