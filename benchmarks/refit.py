@@ -1,17 +1,20 @@
 """What becomes of an uncertainty model when its potential is trained further: left, calibrated again, fitted again.
 
     python benchmarks/refit.py [--combined 1 3] [--out benchmarks/results/refit]
+    python benchmarks/refit.py --acac ../shared --combined --out benchmarks/results/refit_acac
 
 The embedded MACE of malonaldehyde is trained further on frames of 900 K, as in benchmarks/compare.py, by several rates
-and numbers of epochs. An uncertainty model that was fitted before, on frames of 300 K, is then
+and numbers of epochs; with --acac, the MACE of acetylacetone of a folder with models/mace_acac.model and data/acac, on
+frames of 600 K. An uncertainty model that was fitted before, on frames of 300 K, is then
 
     left          used as it was, which ase_uq refuses otherwise
     recalibrated  what `ase_uq.fitting.refit.refit` makes of it without training frames
     again         what `fit` makes, on the old training frames and those of 900 K that the potential was trained on
 
-and judged on frames that nothing was trained or calibrated on, of 300 K and of 900 K: negative log-likelihood of a
-force component (forces in eV/Å), mean z², Spearman's correlation of uncertainty and force error. Calibration frames are
-of 300 K, or of both temperatures. Which one `refit` keeps with training frames is marked. Writes OUT.md.
+and judged on frames that nothing was trained or calibrated on, of 300 K and of the hotter kind: negative
+log-likelihood of a force component (forces in eV/Å), mean z², Spearman's correlation of uncertainty and force error.
+Calibration frames are of 300 K, or of both temperatures. Which one `refit` keeps with training frames is marked. Writes
+OUT.md.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import copy
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -32,34 +36,106 @@ from ase_uq.fitting.refit import FITTED_AGAIN, RECALIBRATED, refit
 from ase_uq.uncertainty_model.model import UncertaintyModel
 
 HEAD = (
-    "| training | calibrated on | moved within elements | way | uncertainties | NLL 300 K | NLL 900 K | z² 300 K "
-    "| z² 900 K | Spearman 300 K | Spearman 900 K |\n|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
+    "| training | calibrated on | moved within elements | way | uncertainties | NLL 300 K | NLL {0} K | z² 300 K "
+    "| z² {0} K | Spearman 300 K | Spearman {0} K |\n|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
 )
+# Rate, epochs, old frames: as in benchmarks/compare.py, and one between.
+OF_ACETYLACETONE = ((1e-3, 1, 0), (1e-3, 2, 0), (1e-3, 4, 0), (1e-2, 4, 0))
+
+
+@dataclass(frozen=True)
+class System:
+    """A potential, and its frames.
+
+    Args:
+        name: Of the potential, in a sentence.
+        spec: The potential before it is trained further.
+        kelvin: Of the hot frames; the cold ones are of 300 K.
+        trainings: Rate, epochs and number of old frames of each.
+        train: Frames of 300 K that it was trained on; every third one is fitted on.
+        hot: Frames that it is trained further on.
+        calibration: Frames of 300 K.
+        hot_calibration: Hot frames.
+        held_out: Test frames by their kind.
+    """
+
+    name: str
+    spec: str
+    kelvin: int
+    trainings: tuple[tuple[float, int, int], ...]
+    train: list[Atoms]
+    hot: list[Atoms]
+    calibration: list[Atoms]
+    hot_calibration: list[Atoms]
+    held_out: dict[str, list[Atoms]]
+
+
+def malonaldehyde() -> System:
+    cold, calibration, test, hot = (
+        read_frames(embedded.path(f"{name}.xyz"))
+        for name in ("train_300K", "calibration_300K", "test_300K", "test_900K")
+    )
+    return System(
+        name="the embedded MACE",
+        spec="embedded:mace",
+        kelvin=900,
+        trainings=TRAININGS,
+        train=cold,
+        hot=hot[:N_NEW],
+        calibration=calibration[::2],
+        hot_calibration=hot[N_NEW:-120],
+        held_out={"300 K": test[::3], "900 K": hot[-120:]},
+    )
+
+
+def acetylacetone(shared: Path) -> System:
+    cold, calibration, test, extra, hot = (
+        read_frames(shared / "data" / "acac" / f"{name}.xyz")
+        for name in ("train_300K", "calib_300K", "test_id_300K", "extra_train_600K", "ood_md_600K")
+    )
+    return System(
+        name="the MACE of acetylacetone",
+        spec=f"mace:{shared / 'models' / 'mace_acac.model'}",
+        kelvin=600,
+        trainings=OF_ACETYLACETONE,
+        train=cold[::2],
+        hot=extra[:N_NEW],
+        calibration=calibration[::3],
+        hot_calibration=extra[-40:],
+        held_out={"300 K": test[::5], "600 K": hot[::8]},
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--combined", type=int, nargs="*", default=[1, 3], help="trainings to do with all methods")
+    parser.add_argument("--acac", type=Path, metavar="FOLDER", help="acetylacetone instead, from this folder")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/refit"))
     arguments = parser.parse_args()
+    system = malonaldehyde() if arguments.acac is None else acetylacetone(arguments.acac)
     lines: dict[str, list[str]] = {}
-    every = {"bll": range(len(TRAININGS)), "bll, pdrum and kernel, combined": arguments.combined}
+    every = {"bll": range(len(system.trainings)), "bll, pdrum and kernel, combined": arguments.combined}
     for title, chosen in every.items():
         methods = ["bll"] if title == "bll" else ["bll", "pdrum", "kernel"]
-        lines[title] = [HEAD]
+        if not chosen:
+            continue
+        lines[title] = [HEAD.format(system.kelvin)]
+        old = load_backend(system.spec)
+        left = fit(old, system.train[::3], system.calibration, methods=methods, progress=False)
         for number in chosen:
-            for row in rows(number, methods):
+            for row in rows(system, number, old, left):
                 lines[title].append(row)
                 print(row, file=sys.stderr)
-            write(arguments.out, lines)
+            write(arguments.out, system, lines, arguments.acac)
     print(arguments.out.with_suffix(".md").read_text())
 
 
-def write(out: Path, lines: Mapping[str, Sequence[str]]) -> None:
+def write(out: Path, system: System, lines: Mapping[str, Sequence[str]], shared: Path | None) -> None:
+    command = "python benchmarks/refit.py" + ("" if shared is None else f" --acac {shared} --combined")
     text = [
         "# Uncertainty models of a potential that was trained further",
         "",
-        "`python benchmarks/refit.py`: the embedded MACE, trained further on 120 frames of 900 K. *Moved within "
+        f"`{command}`: {system.name}, trained further on {len(system.hot)} frames of {system.kelvin} K. *Moved within "
         "elements*, and *way*, how far to where nothing is known the old heads see them, are of the calibration "
         "frames. Bold: what `refit` keeps if it has the training frames; the likelihoods that it decides by, in "
         "brackets, are of left-out calibration frames.",
@@ -69,24 +145,21 @@ def write(out: Path, lines: Mapping[str, Sequence[str]]) -> None:
     out.with_suffix(".md").write_text("\n".join(text) + "\n")
 
 
-def rows(number: int, methods: list[str]) -> list[str]:
-    """The rows of one training."""
+def rows(system: System, number: int, old: Backend, left: UncertaintyModel) -> list[str]:
+    """The rows of one training: of a potential and its uncertainty model."""
     from mace.calculators import MACECalculator
 
-    rate, epochs, n_old = TRAININGS[number]
+    rate, epochs, n_old = system.trainings[number]
     name = f"rate {rate:g}, {epochs} epoch{'s' * (epochs > 1)}{', half old frames' if n_old else ''}"
-    cold, hot = (read_frames(embedded.path(file)) for file in ("train_300K.xyz", "test_900K.xyz"))
-    calibration = read_frames(embedded.path("calibration_300K.xyz"))[::2]
-    sets = {"300 K": calibration, "300 and 900 K": calibration + hot[N_NEW:-120]}
-    held_out = {"300 K": read_frames(embedded.path("test_300K.xyz"))[::3], "900 K": hot[-120:]}
-    old = load_backend("embedded:mace")
-    left = fit(old, cold[::3], calibration, methods=methods, progress=False)
+    sets = {"300 K": system.calibration}
+    sets[f"300 and {system.kelvin} K"] = system.calibration + system.hot_calibration
+    methods = list(left.methods)
     model = copy.deepcopy(old.calculator.models[0])
-    fine_tune(model, hot[:N_NEW] + (some(cold, n_old) if n_old else []), rate, epochs)
+    fine_tune(model, system.hot + (some(system.train, n_old) if n_old else []), rate, epochs)
     new = load_backend(MACECalculator(models=[model], device="cpu", default_dtype="float64"))
     found = []
     for kind, frames in sets.items():
-        train = cold[::3] + hot[:N_NEW]
+        train = system.train[::3] + system.hot
         moved = drift(old, new, frames, progress=False)
         recalibrated = refit(left, new, frames, progress=False)
         both = refit(left, new, frames, train=train, methods=methods, progress=False)
@@ -98,7 +171,7 @@ def rows(number: int, methods: list[str]) -> list[str]:
             word = f"**{what}**" if what == both.kept else what
             if what in both.likelihoods:
                 word += f" ({both.likelihoods[what]:.3f})"
-            found.append(f"| {' | '.join([*told, word, *worth(new, each, held_out)])} |")
+            found.append(f"| {' | '.join([*told, word, *worth(new, each, system.held_out)])} |")
             told = [""] * len(told)
     return found
 

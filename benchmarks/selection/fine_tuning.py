@@ -78,19 +78,32 @@ def reference_pool(folder: Path) -> list[Atoms]:
 
 
 def fine_tuned(new: Sequence[Atoms], old: Sequence[Atoms], seed: int) -> torch.nn.Module:
-    """The embedded MACE, trained on with new and old frames: Adam on the norms of force errors and on energies.
+    """The embedded MACE, trained on with new and old frames."""
+    model = load_backend("embedded:mace", device="cpu", dtype="float32").calculator.models[0]
+    return trained_on(model, [(new, N_NEW), (old, N_OLD)], seed, STEPS)
+
+
+def trained_on(
+    model: torch.nn.Module, mixture: Sequence[tuple[Sequence[Atoms], int]], seed: int, steps: int
+) -> torch.nn.Module:
+    """The model itself, trained on with Adam on the norms of force errors and on energies.
 
     Norms and not their squares, which hot frames would rule. The rate rises and falls to zero, and an average over
     the last steps is what is returned.
+
+    Args:
+        model: Changed in place.
+        mixture: Frames, and how many of them are in each batch.
+        seed: Of the batches.
+        steps: Number of batches.
     """
-    model = load_backend("embedded:mace", device="cpu", dtype="float32").calculator.models[0]
     parameters = [parameter.requires_grad_(True) for parameter in model.parameters()]
     average = [parameter.detach().clone() for parameter in parameters]
-    sources = [(mace_data(model, new), N_NEW), (mace_data(model, old), N_OLD)]
+    sources = [(mace_data(model, frames), count) for frames, count in mixture]
     rng = np.random.default_rng(seed)
     optimizer = torch.optim.Adam(parameters, lr=RATE, amsgrad=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.05)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps, pct_start=0.05)
+    for _ in range(steps):
         drawn = [data[i] for data, count in sources for i in rng.choice(len(data), count, replace=False)]
         batch = Batches.from_data_list(drawn)
         found = model(batch.to_dict(), training=True)
@@ -129,7 +142,8 @@ def judged(model: torch.nn.Module, tests: dict[str, list[Atoms]], strategy: str,
         batches = DataLoader(mace_data(model, frames), batch_size=50, shuffle=False)
         forces = [model(batch.to_dict(), training=False)["forces"].detach().double().numpy() for batch in batches]
         errors = 1e3 * (np.concatenate(forces) - np.concatenate([atoms.arrays["REF_forces"] for atoms in frames]))
-        of_frames = np.sqrt((errors**2).reshape(len(frames), -1).mean(1))
+        ends = np.cumsum([len(atoms) for atoms in frames])[:-1]
+        of_frames = np.sqrt([(part**2).mean() for part in np.split(errors, ends)])
         values = {"MAE": np.abs(errors).mean(), "RMSE": np.sqrt((errors**2).mean()), "median": np.median(of_frames)}
         for measure, value in values.items():
             rows.append(Row(TUNED_NAME, "fine-tuned", f"force {measure}, meV/Å", name, strategy, n, seed, float(value)))

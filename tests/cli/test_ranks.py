@@ -12,8 +12,10 @@ import pytest
 import torch
 from ase.io import read, write
 
+import ase_uq
 from ase_uq import UncertaintyModel
 from ase_uq.backends import load_backend
+from ase_uq.backends.toy import ToyCalculator
 from ase_uq.cli.ranks import first_host, is_launched, ranks
 from ase_uq.errors import InputError
 from ase_uq.testing.methods import forward_pass_of
@@ -133,6 +135,45 @@ def test_two_processes_write_the_file_of_one_and_one_of_them_speaks(launched, wo
     forward_pass = forward_pass_of(load_backend("toy:"), read(files.test, ":5"))
     for key, value in one.apply(forward_pass).items():
         torch.testing.assert_close(two.apply(forward_pass)[key], value, rtol=1e-10, atol=0, equal_nan=True)
+    assert two.provenance["calibration"] == one.provenance["calibration"]
+
+
+TUNED = """
+from ase_uq.backends.toy import ToyCalculator
+def tuned(device="cpu"):
+    new = ToyCalculator(device=device)
+    new.potential.weights.data *= 0.9
+    return new
+"""
+
+
+def test_torchrun_starts_a_refit_whose_file_is_that_of_one_process(words, run, files, tmp_path):
+    """With the launcher itself, in fresh interpreters."""
+    (tmp_path / "own.py").write_text(TUNED)
+    first = words.index("--methods")  # a refit takes those of the old model
+    words = ["refit", files.uq, *words[:first], *words[first + 2 :]]
+    words[words.index("toy:")] = "own.py:tuned"
+    assert run(*words, "--out", "one.uq.safetensors").exit_code == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "ase_uq.cli"]
+    done = subprocess.run(
+        list(map(str, [sys.executable, *launcher, *words, "--out", "two.uq.safetensors"])),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(ase_uq.__file__).parents[1]), "GLOO_SOCKET_IFNAME": "lo"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("written to two.uq.safetensors") == 1
+    one, two = (UncertaintyModel.load(tmp_path / f"{name}.uq.safetensors") for name in ("one", "two"))
+    tuned_potential = ToyCalculator()
+    tuned_potential.potential.weights.data *= 0.9
+    forward_pass = forward_pass_of(load_backend(tuned_potential), read(files.test, ":5"))
+    for key, value in one.apply(forward_pass).items():
+        torch.testing.assert_close(two.apply(forward_pass)[key], value, rtol=1e-8, atol=0, equal_nan=True)
+    told = [model.provenance["refit"] for model in (one, two)]
+    assert told[1]["kept"] == told[0]["kept"]
+    assert told[1]["likelihoods"] == pytest.approx(told[0]["likelihoods"], rel=1e-8)
     assert two.provenance["calibration"] == one.provenance["calibration"]
 
 
