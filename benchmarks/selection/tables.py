@@ -108,8 +108,10 @@ def cell(points: Sequence[Point], strategy: str, n: int) -> str:
     if not found:
         return "-"
     (point,) = found
-    change = "" if strategy == "random" else f" ({point.change:+.0f} ± {point.change_error:.0f})"
-    return f"{point.mean:.3g}{change}"
+    if strategy == "random":
+        return f"{point.mean:.3g}"
+    error = "" if np.isnan(point.change_error) else f" ± {point.change_error:.0f}"  # one seed has none
+    return f"{point.mean:.3g} ({point.change:+.0f}{error})"
 
 
 def labels_needed(points: Sequence[Point], strategy: str, n: int) -> str:
