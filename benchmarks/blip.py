@@ -18,7 +18,7 @@ Writes OUT.md, by default benchmarks/results/blip_SET.md.
 import argparse
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,9 +74,13 @@ def main() -> None:
     arguments.work.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     out = arguments.out or Path("benchmarks/results") / f"blip_{arguments.set}"
-    text = markdown(*rows_of(set_of(arguments), arguments), arguments)
-    out.with_suffix(".md").write_text(text)
-    print(text)
+
+    def write(rows: Sequence[Row], told: Sequence[str]) -> None:
+        """After each estimator, so that a run that is cut off leaves what it has found."""
+        out.with_suffix(".md").write_text(markdown(rows, told, arguments))
+
+    judge_all(set_of(arguments), arguments, write)
+    print(out.with_suffix(".md").read_text())
 
 
 def set_of(arguments: argparse.Namespace) -> Set:
@@ -120,11 +124,12 @@ def set_of(arguments: argparse.Namespace) -> Set:
     return Set(f"mace:{models / 'mace_si.model'}", train, some(folder / "calib.xyz"), tests)
 
 
-def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[str]]:
+def judge_all(data: Set, arguments: argparse.Namespace, write: Callable[[list[Row], list[str]], None]) -> None:
     plain = load_backend(data.potential, device="cpu", dtype="float32")
     spaced = data.train[:: max(1, len(data.train) // arguments.frames)][: arguments.frames]
     one = next(iter(data.tests.values()))[0]
-    rows, told = [], []
+    rows: list[Row] = []
+    told: list[str] = []
 
     def judge(backend: Backend, methods: Sequence[str], **estimators: str) -> None:
         """Rows of methods of one fit, by what they are called."""
@@ -138,6 +143,7 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
                 for method, estimator in estimators.items():
                     rows.append(row(estimator, split, samples, method, len(frames), cost))
                     print(rows[-1], flush=True)
+        write(rows, told)
 
     judge(plain, ("bll", "pdrum", "kernel"), combined="combined")
     if data.committee:
@@ -153,7 +159,6 @@ def rows_of(data: Set, arguments: argparse.Namespace) -> tuple[list[Row], list[s
                 judge(backend, ["bll", "committee"], committee=name, combined=f"{name}, with `bll`")
             else:
                 judge(backend, ["committee"], committee=name)
-    return rows, told
 
 
 def trained(loss: str, plain: Backend, data: Set, arguments: argparse.Namespace) -> tuple[Blip, str]:
