@@ -40,8 +40,9 @@ from ase_uq.uncertainty_model.model import UncertaintyModel
 
 RECALIBRATED: Literal["recalibrated"] = "recalibrated"
 FITTED_AGAIN: Literal["fitted again"] = "fitted again"
-# Of the way to where nothing is known. In benchmarks/results/refit.md old heads that see calibration frames farther out
-# than that are worse than new ones on frames of a kind that was not calibrated on: little of the way is left for them.
+# Of the way to where nothing is known. In benchmarks/results/refit.md and refit_acac.md (at 0.35) old heads that see
+# calibration frames farther out than that are worse than new ones on frames of a kind that was not calibrated on:
+# little of the way is left for them.
 FAR_WAY = 0.25
 
 
