@@ -1,6 +1,6 @@
 """What scoring costs beside the potential, and how much memory it takes, as trajectories become longer.
 
-    python benchmarks/scoring_scale.py [--frames 10000 100000 1000000] [--shards N] [--out NAME]
+    python benchmarks/scoring_scale.py [--frames 10000 100000 1000000] [--shards N | --journal] [--out NAME]
 
 Water of the toy potential, which takes less time than anything around it: what is measured is reading, batching,
 results, text and the journal. Each number of frames is a process of its own, which reports its processor time and, from
@@ -13,11 +13,15 @@ the operating system, its largest memory. With --shards the trajectory is scored
     shards      as `score`, of all of them together: each reads through the whole trajectory
     same bytes  whether the merged file is that of the run without shards
 
-Prints a table; with --out also writes NAME.md.
+With --journal only the journal is measured, which gets the same hundred results again and again under other numbers:
+
+    journal     processor time, ms a frame, of putting frames and rows on the disk
+    resume      processor time, s, of taking up all of it, as after a kill
 """
 
 import argparse
 import json
+import re
 import resource
 import shlex
 import subprocess
@@ -27,6 +31,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,8 @@ from overhead import machine
 
 from ase_uq import UncertaintyModel, fit, score
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.scoring.journal import Journal
+from ase_uq.scoring.frame_score import rows_in
+from ase_uq.scoring.journal import Journal, frames_in
 from ase_uq.scoring.shards import merge_shards
 
 LABELLED = 60
@@ -94,8 +100,47 @@ def watched(times: list[tuple[int, float]]) -> Iterator[None]:
         Journal.append = append
 
 
+def last_tenth(times: list[tuple[int, float]]) -> float:
+    """Time of the last tenth of the frames over that of the second one."""
+    at, spent = np.array(times).T
+    tenths = np.interp(np.array([0.1, 0.2, 0.9, 1.0]) * at[-1], at, spent)
+    return float((tenths[3] - tenths[2]) / (tenths[1] - tenths[0]))
+
+
+def largest_memory() -> float:
+    """Of this process, MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def journal_of(folder: Path, count: int) -> dict[str, float]:
+    """Writes results that are there, again and again, and takes all of them up."""
+    model = UncertaintyModel.load(folder / "toy.uq.safetensors")
+    some = {kind: folder / f"some.{kind}" for kind in ("xyz", "csv")}
+    score(list(frames_of(100, 3)), ToyCalculator(), model, out=some["xyz"], csv=some["csv"], progress=False)
+    rows, texts = list(rows_in(some["csv"])), [text.decode() for _, text in frames_in(some["xyz"])]
+    times: list[tuple[int, float]] = []
+    seconds = 0.0
+    with Journal(folder / "out.xyz", None, {}) as journal:
+        for first in range(0, count, len(rows)):
+            numbered = [replace(row, frame=first + row.frame) for row in rows]
+            told = [re.sub(r"source_frame=\d+", f"source_frame={first + i}", text) for i, text in enumerate(texts)]
+            begin = time.process_time()
+            journal.append(numbered, told)
+            seconds += time.process_time() - begin
+            times.append((first, seconds))
+    begin = time.process_time()
+    with Journal(folder / "out.xyz", None, {}) as journal:
+        assert journal.n_resumed == journal.next_frame == times[-1][0] + len(rows)
+        found = {"resume": time.process_time() - begin, "ms": 1e3 * seconds / journal.n_resumed}
+        size = (folder / "out.xyz.part").stat().st_size / 1e6
+        journal.finish()
+    return found | {"last tenth": last_tenth(times), "mib": largest_memory(), "size": size}
+
+
 def one(folder: Path, what: str, count: int) -> dict[str, float]:
-    """Scores in this process, or one shard, or merges shards."""
+    """Scores in this process, or one shard, or merges shards, or fills a journal."""
+    if what == "journal":
+        return journal_of(folder, count)
     times: list[tuple[int, float]] = []
     model = UncertaintyModel.load(folder / "toy.uq.safetensors")
     begin = time.process_time()
@@ -106,12 +151,8 @@ def one(folder: Path, what: str, count: int) -> dict[str, float]:
         with watched(times):
             score(folder / "in.xyz", ToyCalculator(), model, out=folder / out, shard=shard, progress=False)
     seconds = time.process_time() - begin
-    found = {"ms": 1e3 * seconds / count, "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
-    if what == "score":
-        at, spent = np.array(times).T
-        tenths = np.interp(np.array([0.1, 0.2, 0.9, 1.0]) * at[-1], at, spent)
-        found["last tenth"] = float((tenths[3] - tenths[2]) / (tenths[1] - tenths[0]))
-    return found
+    found = {"ms": 1e3 * seconds / count, "mib": largest_memory()}
+    return found | ({"last tenth": last_tenth(times)} if what == "score" else {})
 
 
 def in_a_process(folder: Path, what: str, count: int) -> dict[str, float]:
@@ -119,10 +160,14 @@ def in_a_process(folder: Path, what: str, count: int) -> dict[str, float]:
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def row(count: int, n_shards: int) -> str:
+def row(count: int, n_shards: int, journal: bool) -> str:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         fitted(folder / "toy.uq.safetensors")
+        if journal:
+            alone = in_a_process(folder, "journal", count)
+            cells = [f"{alone['ms']:.4f}", f"{alone['last tenth']:.2f}", f"{alone['mib']:.0f}", f"{alone['size']:.0f}"]
+            return f"| {count} | {' | '.join(cells)} | {alone['resume']:.2f} |"
         trajectory(folder / "in.xyz", count)
         whole = in_a_process(folder, "score", count)
         size = (folder / "scored.xyz").stat().st_size / 1e6
@@ -145,6 +190,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--frames", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--shards", type=int, default=0, help="number of shards; 0 for none")
+    parser.add_argument("--journal", action="store_true", help="the journal alone")
     parser.add_argument("--out", type=Path, default=None)
     parser.add_argument("--folder", type=Path, default=None, help=argparse.SUPPRESS)
     parser.add_argument("--what", default="", help=argparse.SUPPRESS)
@@ -154,12 +200,14 @@ def main() -> None:
         print(json.dumps(one(arguments.folder, arguments.what, arguments.frames[0])))
         return
     titles = ["frames", "score (ms a frame)", "last tenth", "MiB", "file (MB)"]
-    if arguments.shards:
+    if arguments.journal:
+        titles = ["frames", "journal (ms a frame)", "last tenth", "MiB", "file (MB)", "resume (s)"]
+    elif arguments.shards:
         titles += ["shards (ms a frame)", "MiB", "merge (ms a frame)", "MiB", "same bytes"]
     head = f"# Scoring as trajectories become longer\n\n{machine('cpu')}; `python {shlex.join(sys.argv)}`\n"
     lines = [head, f"| {' | '.join(titles)} |", "|" + "---:|" * len(titles)]
     for count in arguments.frames:
-        lines.append(row(count, arguments.shards))
+        lines.append(row(count, arguments.shards, arguments.journal))
         print(lines[-1], flush=True)
         if arguments.out is not None:
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
