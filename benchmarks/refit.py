@@ -40,7 +40,7 @@ HEAD = (
     "| z² {0} K | Spearman 300 K | Spearman {0} K |\n|---|---|---:|---:|---|---:|---:|---:|---:|---:|---:|"
 )
 # Rate, epochs, old frames, as in benchmarks/compare.py; its potential costs several times as much an epoch.
-OF_ACETYLACETONE = ((1e-3, 1, 0),)
+OF_ACETYLACETONE = ((1e-3, 1, 0), (1e-3, 2, 0))
 
 
 @dataclass(frozen=True)
