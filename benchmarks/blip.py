@@ -3,7 +3,8 @@
     python benchmarks/blip.py SET [--data ../shared/data] [--models ../shared/models] [--train 120] [--epochs 12]
                               [--batch 5] [--frames 40] [--members 8 32] [--work FOLDER] [--out FILE]
 
-SET is malonaldehyde (the embedded MACE and its frames), acac or si. BLIP is trained from the potential on the first
+SET is malonaldehyde (the embedded MACE and its frames), acac, or si, whose potentials are those that
+`benchmarks/train_committee.py si_mlearn FOLDER --seeds 2 3 4` trains. BLIP is trained from the potential on the first
 `--train` of evenly spaced training frames, ten more being held out to stop; a training that was killed is taken up
 from `--work`, and one that has ended is not repeated. Everything is fitted on at most `--frames` training frames,
 calibrated on as many calibration frames and judged on as many test frames of each split, evenly spaced. All passes are
@@ -19,7 +20,7 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -120,8 +121,13 @@ def set_of(arguments: argparse.Namespace) -> Set:
             ("melt", "ood_melt"),
         )
     }
-    train = some(folder / "train.xyz", most)
-    return Set(f"mace:{models / 'mace_si.model'}", train, some(folder / "calib.xyz"), tests)
+    return Set(
+        f"mace:{models / 'si_mlearn_2.model'}",
+        some(folder / "train.xyz", most),
+        some(folder / "calib.xyz"),
+        tests,
+        f"mace:{models / 'si_mlearn_[234].model'}",
+    )
 
 
 def judge_all(data: Set, arguments: argparse.Namespace, write: Callable[[list[Row], list[str]], None]) -> None:
@@ -168,10 +174,12 @@ def trained(loss: str, plain: Backend, data: Set, arguments: argparse.Namespace)
     step = len(data.train) // HELD_OUT
     held_out = list(data.train[::step])[:HELD_OUT]
     train = [atoms for place, atoms in enumerate(data.train) if place % step or place // step >= HELD_OUT]
+    how = BlipTraining(loss=loss, max_epochs=arguments.epochs, batch=arguments.batch, dropout=1e-4)
     if not path.exists():
-        how = BlipTraining(loss=loss, max_epochs=arguments.epochs, batch=arguments.batch, dropout=1e-4)
         train_blip(plain, train, held_out, out=path, training=how, progress=False)
     blip = Blip.load(path)
+    if any((blip.training or {}).get(name) != value for name, value in asdict(how).items()):
+        raise SystemExit(f"{path} was trained with other settings: remove it, or give another --work.")
     model = plain.stochastic()
     calm, wild = (
         blip.rates(model.invariants(plain.collate(list(frames)[:10]))).mean(0)

@@ -66,11 +66,13 @@ def without_blip(spec: str) -> tuple[str, str]:
     """The SPEC without the file of stochastic weights that its end names, and that file; empty if it names none.
 
     Raises:
-        ValueError: It ends where the name of the file should be.
+        ValueError: It ends where the name of the file should be, or a head comes after it.
     """
     rest, found, file = spec.rpartition("?blip=")
     if found and not file:
         raise ValueError(f"{spec!r} names no file after ?blip=. Write its name there, or leave ?blip= out.")
+    if found and "?head=" in file:
+        raise ValueError(f"{spec!r} has a ?head= after ?blip=. Write the head first, and ?blip=FILE at the end.")
     return (rest, file) if found else (spec, "")
 
 

@@ -36,8 +36,8 @@ from ase_uq.numerics.variational import Rates, noise_of
 if TYPE_CHECKING:
     from ase_uq.backends.base import Backend, Batch
 
-_KIND, _SCHEMA = "stochastic weights", 1
-_MOST_MEMBERS = 1000
+_KIND, _SCHEMA = "stochastic weights file", 1
+_MOST_MEMBERS, LARGEST_SEED = 1000, 2**62
 # Atoms of all copies that are evaluated together, for the memory that neighbour lists of a dense solid need.
 _ATOMS_TOGETHER = {"cpu": 1200}
 _ATOMS_TOGETHER_ON_GPU = 32_000
@@ -58,6 +58,16 @@ class Drawn:
     forces: Tensor | None
     stress: Tensor | None
     rates: Tensor
+
+
+def check_members(n_members: int) -> None:
+    """Refuses a number of members that have no spread, or that nobody can evaluate.
+
+    Raises:
+        ValueError: It is not from 2 to a thousand.
+    """
+    if not (isinstance(n_members, int) and 2 <= n_members <= _MOST_MEMBERS):
+        raise ValueError(f"n_members is {n_members}; a whole number from 2 to {_MOST_MEMBERS} was expected.")
 
 
 class StochasticModel(ABC):
@@ -129,8 +139,7 @@ class Blip(Brief):
     training: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not 2 <= self.n_members <= _MOST_MEMBERS:
-            raise ValueError(f"n_members is {self.n_members}; a number from 2 to {_MOST_MEMBERS} was expected.")
+        check_members(self.n_members)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file; it appears whole or not at all.
@@ -175,7 +184,7 @@ class Blip(Brief):
                 weights=weights.tensors,
                 rates=Rates(header["rates"], tensors_of("rates", tensors)),
                 n_members=entries.whole("n_members", 2, _MOST_MEMBERS),
-                seed=entries.whole("seed", -(2**62), 2**62),
+                seed=entries.whole("seed", -LARGEST_SEED, LARGEST_SEED),
                 training=entries.under("training").value,
             )
         except WrongEntry as error:

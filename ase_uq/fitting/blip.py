@@ -15,6 +15,7 @@ forces with weights 1/2σ². Sources: BLIP (Coscia, de Haan and Welling 2025); f
 """
 
 import hashlib
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
-from ase_uq.backends.stochastic import Blip, StochasticModel
+from ase_uq.backends.stochastic import LARGEST_SEED, Blip, StochasticModel, check_members
 from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import ArtefactError, LabelError
@@ -54,7 +55,7 @@ from ase_uq.stream.labelled import LabelledStream
 _KIND, _SCHEMA = "training of stochastic weights", 1
 _RATE_OF_RATES = 100.0  # learning rate of α and σ, which start far from where they end, beside that of the weights
 _VALIDATION_DRAWS = 4
-_VALIDATION_SEED = 1
+_VALIDATION_SEED = LARGEST_SEED + 1  # nobody's, so that no member is drawn with the noise that picked the epoch
 
 
 @dataclass(frozen=True)
@@ -86,16 +87,18 @@ class BlipTraining:
     def __post_init__(self) -> None:
         if self.loss not in ("elbo", "crps"):
             raise ValueError(f"loss is {self.loss!r}; elbo or crps was expected.")
-        if not SMALLEST_RATE < prior_rate(self.dropout) < LARGEST_RATE:
+        if not (0 <= self.dropout < 1 and SMALLEST_RATE < prior_rate(self.dropout) < LARGEST_RATE):
             raise ValueError(
                 f"dropout is {self.dropout!r}; a number above {SMALLEST_RATE:g} and below 0.5 was expected."
             )
         counts = {"draws": self.draws, "batch": self.batch, "max_epochs": self.max_epochs, "patience": self.patience}
-        if wrong := [name for name, count in counts.items() if count < 1]:
-            raise ValueError(f"{wrong[0]} is {counts[wrong[0]]}; 1 or more was expected.")
+        if wrong := [name for name, count in counts.items() if not (isinstance(count, int) and count >= 1)]:
+            raise ValueError(f"{wrong[0]} is {counts[wrong[0]]}; a whole number, 1 or more, was expected.")
+        if not (isinstance(self.seed, int) and abs(self.seed) <= LARGEST_SEED):
+            raise ValueError(f"seed is {self.seed!r}; a whole number of at most {LARGEST_SEED} was expected.")
         if self.loss == "crps" and self.draws < 2:
             raise ValueError("draws is 1, which has no spread; the CRPS needs 2 or more.")
-        if not self.learning_rate > 0 or not self.kl_weight >= 0:
+        if not 0 < self.learning_rate < np.inf or not 0 <= self.kl_weight < np.inf:
             raise ValueError(
                 f"learning_rate is {self.learning_rate!r} and kl_weight {self.kl_weight!r}; a positive number, and one "
                 "that is not negative, were expected."
@@ -140,6 +143,7 @@ def train_blip(
         InputError: Weights of this potential cannot be drawn, or it cannot evaluate a frame.
         ValueError: The loss became infinite or not a number.
     """
+    check_members(n_members)
     check_distinct([*paths_of(train), *paths_of(validation)], out)
     check_replaceable(out, overwrite)
     backend = load_backend(potential)
@@ -157,6 +161,8 @@ def train_blip(
     path = Path(f"{os.fspath(out)}.training")
     if path.exists():
         run.resume(path)
+    else:
+        run.best_loss = run.validated()
     with progress_bar(total=how.max_epochs, desc="training", unit="epoch", show=progress, leave=False) as bar:
         bar.update(run.epoch)
         while run.epoch < how.max_epochs and run.waited < how.patience:
@@ -194,7 +200,7 @@ class _Run:
     Attributes:
         epoch: Number of finished epochs.
         waited: Number of epochs since the best one.
-        best_loss: Validation loss of the best epoch, per label.
+        best_loss: Validation loss of the best epoch, or of the beginning if none was better, per label.
         history: Training and validation loss of each epoch.
     """
 
@@ -247,7 +253,8 @@ class _Run:
             raise LabelError("the training labels are the potential's own forces: there are no errors to learn from.")
         log_std = torch.from_numpy(np.log(np.where(rmse > 0, rmse, rmse[0])))
         rates = Rates.network(list(model.groups), torch.cat(rows), prior_rate(how.dropout), substream(how.seed, 0))
-        digest = hashlib.sha256(repr((backend.identity.fingerprint, asdict(how))).encode())
+        told = asdict(replace(how, max_epochs=1, patience=1))  # how long may be said anew: nothing before depends on it
+        digest = hashlib.sha256(repr((backend.identity.fingerprint, told)).encode())
         for atoms in (*frames["training"], *frames["validation"]):
             labels = labels_of(atoms, keys)
             digest.update(f"{digest_of(atoms)}{labels.energy}".encode() + np.asarray(labels.forces, float).tobytes())
@@ -265,23 +272,27 @@ class _Run:
             chosen = [frames[place] for place in order[first : first + self.how.batch]]
             noise = substream(substream(self.how.seed, self.epoch + 1), step)
             loss = self._loss(chosen, noise, self.how.draws, training=True)
-            if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss became {float(loss.detach())} in epoch {self.epoch}. Train with a lower learning rate "
-                    f"({self.how.learning_rate:g} now) or dropout ({self.how.dropout:g} now)."
-                )
+            self._check(float(loss.detach()), "loss")
             slopes = torch.autograd.grad(loss, self.trained, allow_unused=True)
             for tensor, slope in zip(self.trained, slopes, strict=True):
                 tensor.grad = slope
             self.descent.step()
             total.append(float(loss.detach()))
+        held_out = self.validated()
+        self._check(held_out, "validation loss")
         self.epoch += 1
         self.waited += 1
-        held_out = self.validated()
         self.history.append([float(np.mean(total)), held_out])
         if held_out < self.best_loss:
             self.best_loss, self.waited = held_out, 0
             self.best = [tensor.detach().clone() for tensor in self.trained]
+
+    def _check(self, loss: float, what: str) -> None:
+        if not math.isfinite(loss):
+            raise ValueError(
+                f"the {what} became {loss} in epoch {self.epoch}. Train with a lower learning rate "
+                f"({self.how.learning_rate:g} now) or dropout ({self.how.dropout:g} now)."
+            )
 
     def validated(self) -> float:
         """Loss of the validation frames, per label, with the same noise in all epochs."""
@@ -321,7 +332,7 @@ class _Run:
             ArtefactError: It is of another training.
         """
         header, tensors = read_tensor_file(path, _KIND, _SCHEMA)
-        if header["digest"] != self.digest:
+        if header.get("digest") != self.digest:
             raise ArtefactError(
                 f"{path} is what another training left, of other frames, settings or another potential. Remove it to "
                 "begin anew, or give another name for the output."

@@ -188,7 +188,7 @@ def _entry(key: Any, value: Any) -> str:
     return key_val_dict_to_str({key: value})
 
 
-@cache
+@lru_cache(maxsize=1024)
 def _is_word(key: Any) -> bool:
     return isinstance(key, str) and _WORD.fullmatch(key) is not None
 

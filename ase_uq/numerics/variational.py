@@ -66,8 +66,10 @@ class Rates(Fitted):
         rows = invariants.detach().double()
         n_inputs = rows.shape[1]
         spread = rows.std(0, correction=0)
-        # An invariant that never varied gets the largest spread, so that a change in it does not explode.
-        largest = spread.max().clamp(min=1e-12)
+        # An invariant that never varied gets the largest spread, so that a change in it does not explode; if none did,
+        # as with copies of one structure, their size.
+        size = rows.abs().max().clamp(min=1e-12)
+        largest = spread.max() if spread.max() > 1e-9 * size else size
         inner = random_normal(n_inputs * HIDDEN, seed).reshape(n_inputs, HIDDEN).to(rows) / n_inputs**0.5
         share = math.log(alpha / SMALLEST_RATE) / math.log(LARGEST_RATE / SMALLEST_RATE)
         tensors = {

@@ -66,7 +66,8 @@ def select_scored(
 
     Raises:
         ValueError: The strategy compares features, or an option is out of range.
-        InputError: A file is missing, no frame can be read, or one has not the results of this uncertainty model.
+        InputError: A file is missing, no frame can be read, or one lacks results that this uncertainty model gives.
+            Numbers of another uncertainty model under the same keys are not recognised.
     """
     check_options(n, strategy, flag, halt)
     if strategy not in BY_READINGS:

@@ -24,7 +24,7 @@ def backend(request: pytest.FixtureRequest) -> Backend:
 
 
 def test_too_few_members(backend: Backend):
-    with pytest.raises(ValueError, match="n_members is 1; a number from 2 to 1000 was expected"):
+    with pytest.raises(ValueError, match="n_members is 1; a whole number from 2 to 1000 was expected"):
         replace(blip_of(backend), n_members=1)
 
 
@@ -106,15 +106,15 @@ def test_the_same_potential_in_another_precision_is_accepted():
 def test_wrong_contents(change: dict, message: str, tmp_path: Path):
     own = toy_backend()
     blip_of(own).save(tmp_path / "a.st")
-    header, tensors = read_tensor_file(tmp_path / "a.st", "stochastic weights", 1)
-    write_tensor_file(tmp_path / "a.st", "stochastic weights", 1, header | change, tensors)
+    header, tensors = read_tensor_file(tmp_path / "a.st", "stochastic weights file", 1)
+    write_tensor_file(tmp_path / "a.st", "stochastic weights file", 1, header | change, tensors)
     with pytest.raises(ArtefactError, match=rf"a\.st is not what training writes: .*{message}.*Make the file again"):
         Blip.load(tmp_path / "a.st")
 
 
 def test_another_kind_of_file(tmp_path: Path):
     save_potential(make_mace(), tmp_path / "a.st")
-    with pytest.raises(ArtefactError, match=r"is an ase_uq MACE potential; an ase_uq stochastic weights was expected"):
+    with pytest.raises(ArtefactError, match=r"is an ase_uq MACE potential; an ase_uq stochastic weights file was expected"):
         Blip.load(tmp_path / "a.st")
 
 

@@ -7,6 +7,7 @@ import torch
 
 from ase_uq.backends.stochastic import Blip
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.fitting import blip as module
 from ase_uq.fitting.blip import BlipTraining, train_blip
 
 WORDS = ("blip", "--model", "toy:", "--epochs", 2, "--dropout", 1e-3)
@@ -58,11 +59,12 @@ def test_it_writes_what_the_library_makes(run, files, tmp_path):
         (("--out", "there.st"), 1, "there.st exists. Give another name, or --overwrite to replace it"),
         (("--model", "toy:direct"), 1, "weights of a direct force head cannot be drawn"),
         (("--model", "toy:?blip=no.st"), 1, "there is no file no.st"),
+        (("--model", "toy:?blip=no.st?head=a"), 1, "has a ?head= after ?blip=. Write the head first"),
         (("--validation", "{train}"), 1, "60 of 60 validation frames are training frames"),
         (("--train", "no.xyz"), 1, "no.xyz"),
         (("--loss", "mse"), 2, "'mse' is not one of"),
         (("--members", "1"), 2, "greater than or equal to 2"),
-        (("--dropout", "1"), 1, "dropout is 1.0; a number from 0 to below 1 was expected"),
+        (("--dropout", "1"), 1, "dropout is 1.0; a number above 1e-08 and below 0.5 was expected"),
         (("--forces-key", "f"), 1, "training frame 0 has no reference forces. Looked for REF_energy, f, REF_stress"),
     ],
 )
@@ -74,3 +76,26 @@ def test_what_is_refused(run, files, tmp_path, words, code, message):
     assert result.exit_code == code
     assert message in " ".join(result.stderr.replace("│", " ").split())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there.st"]
+
+
+def test_ctrl_c_says_where_the_training_goes_on(run, files, tmp_path, monkeypatch):
+    own = module._Run.next_epoch
+
+    def stopped(training):
+        if training.epoch == 1:
+            raise KeyboardInterrupt
+        own(training)
+
+    monkeypatch.setattr(module._Run, "next_epoch", stopped)
+    result = run(*WORDS, "--train", files.train, "--validation", files.test, "--out", "a.st")
+    assert result.exit_code == 130
+    assert "what was trained so far is in a.st.training; the same command goes on" in " ".join(result.stderr.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["a.st.training"]
+
+
+def test_where_no_epoch_was_better_it_says_so(run, files, monkeypatch):
+    losses = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(module._Run, "validated", lambda training: next(losses))
+    result = run(*WORDS, "--train", files.train, "--validation", files.test, "--out", "a.st")
+    assert result.exit_code == 0
+    assert "validation loss 3.0000 after the first, 1.0000 before it: no epoch was better" in result.stdout

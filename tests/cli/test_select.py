@@ -217,7 +217,7 @@ class TestScored:
             assert (int(number), int(frame), reason) == (rank, atoms.info["source_index"], ["most", "uncertain"])
             assert float(uncertainty) == pytest.approx(atoms.info["selected_uncertainty"], rel=5e-3)
         assert last == (
-            "4 of 25 frames written to chosen.xyz, chosen by top of the uncertainties in them; near-duplicates were "
+            "4 of 25 frames written to chosen.xyz, chosen by top from their own uncertainties; near-duplicates were "
             "not looked for; next: label them with your reference (REF_energy, REF_forces)"
         )
         assert select("--n", 4, "--strategy", "top", "--overwrite").exit_code == 0
@@ -238,6 +238,7 @@ class TestScored:
             (["--method", "bll"], ..., 2, "'--method': it is about features"),
             (["--per", "environment"], ..., 2, "'--per': it is about features"),
             (["--cumulants", 2], ..., 2, "'--cumulants': it is about features"),
+            (["--duplicates", 0.1], ..., 2, "'--duplicates': it is about features"),
             (["--strategy", "lcmd"], ..., 1, "error: the strategy 'lcmd' compares features, and scored frames hold"),
         ],
     )

@@ -453,7 +453,9 @@ def test_a_csv_that_cannot_be_written_leaves_nothing(assessment, tmp_path, monke
 
 def test_samples_are_what_was_scored(assessment):
     sample = assessment.samples["bll", "forces"]
-    assert metrics.rmse(sample.residuals, np.zeros_like(sample.residuals)) == value(assessment, "rmse")
+    # Summed in another order: equal up to rounding, which depends on the processor.
+    rmse = metrics.rmse(sample.residuals, np.zeros_like(sample.residuals))
+    assert rmse == pytest.approx(value(assessment, "rmse"), rel=1e-14)
     np.testing.assert_allclose(sample.uncertainties, np.sqrt((sample.std**2).sum(1)))
     assert all(a <= b for a, b in pairwise(sample.frame))
 

@@ -120,14 +120,17 @@ def test_training_lowers_the_loss_and_learns_how_much_noise_there_may_be(
     toy: Backend, train: list[Atoms], validation: list[Atoms], loss: str, tmp_path: Path
 ):
     before = toy.identity.fingerprint
-    how = replace(SHORT, loss=loss)
+    # The lower bound begins with more noise than the toy bears, the score with less than its errors.
+    how = replace(SHORT, loss=loss, **({"dropout": 0.1, "learning_rate": 3e-4} if loss == "elbo" else {}))
+    frames = {"training": train, "validation": validation}
+    at_first = module._Run.started(toy, toy.stochastic(), how, frames, None).validated()
     made = train_blip(toy, train, validation, out=tmp_path / "a.st", training=how, progress=False)
     assert made.training is not None
     history = [held_out for _, held_out in made.training["history"]]
-    assert min(history) < history[0]
-    assert made.training["best_loss"] == min(history)
+    assert made.training["best_loss"] == min(history) < at_first
     rates = made.rates(toy.stochastic().invariants(toy.collate(validation)))
-    assert float((rates.log() - math.log(1e-3)).abs().max()) > 0.1
+    change = rates.log() - math.log(how.dropout / (1 - how.dropout))
+    assert float(-change.max() if loss == "elbo" else change.max()) > 0.1
     assert toy.identity.fingerprint == before
     assert load_backend(ToyCalculator(ELEMENTS)).with_blip(made).identity.fingerprint != before
 
@@ -197,12 +200,49 @@ def test_what_another_training_left_is_refused(
 def test_it_ends_when_the_validation_loss_has_not_fallen_for_long(
     toy: Backend, train: list[Atoms], validation: list[Atoms], tmp_path: Path, monkeypatch
 ):
-    found = iter([3.0, 2.0, 2.5, 2.0, 1.0])
+    found = iter([4.0, 3.0, 2.0, 2.5, 2.0, 1.0])
     monkeypatch.setattr(module._Run, "validated", lambda run: next(found))
     how = replace(SHORT, max_epochs=5, patience=2)
     made = train_blip(toy, train, validation, out=tmp_path / "a.st", training=how, progress=False)
     assert made.training["epochs"] == 4
     assert made.training["best_loss"] == 2.0
+
+
+def test_if_no_epoch_is_better_the_weights_are_those_of_the_potential(
+    toy: Backend, train: list[Atoms], validation: list[Atoms], tmp_path: Path, monkeypatch
+):
+    found = iter([1.0, 3.0, 2.0])
+    monkeypatch.setattr(module._Run, "validated", lambda run: next(found))
+    made = train_blip(
+        toy, train, validation, out=tmp_path / "a.st", training=replace(SHORT, max_epochs=2), progress=False
+    )
+    assert made.training["best_loss"] == 1.0
+    for name, weight in toy.stochastic().parameters.items():
+        assert torch.equal(made.weights[name], weight)
+    rates = made.rates(toy.stochastic().invariants(toy.collate(validation)))
+    torch.testing.assert_close(rates, torch.full_like(rates, 1e-3 / (1 - 1e-3)))
+
+
+def test_a_training_that_was_stopped_may_go_on_for_longer(
+    toy: Backend, train: list[Atoms], validation: list[Atoms], finished: Path, tmp_path: Path, monkeypatch
+):
+    own = module._Run.next_epoch
+
+    def killed(run: Any) -> None:
+        if run.epoch == 1:
+            raise KeyboardInterrupt
+        own(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "next_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            short = replace(SHORT, max_epochs=2)
+            train_blip(toy, train, validation, out=tmp_path / "a.st", training=short, progress=False)
+    made = train_blip(toy, train, validation, out=tmp_path / "a.st", training=SHORT, progress=False)
+    expected = Blip.load(finished)
+    assert made.training == expected.training
+    for name, weight in expected.weights.items():
+        assert torch.equal(made.weights[name], weight)
 
 
 @pytest.mark.filterwarnings("ignore:committee tells nothing about:ase_uq.errors.UQWarning")
@@ -221,7 +261,9 @@ def test_members_are_calibrated_as_those_of_a_committee_and_watched_as_such(
     np.testing.assert_allclose(atoms.calc.results["forces_uncertainty"], found["forces_uncertainty"], rtol=1e-9)
 
 
-def test_a_mace_is_trained(tmp_path: Path):
+def test_a_mace_is_trained(tmp_path: Path, monkeypatch):
+    losses = iter([2.0, 1.0])  # so that the epoch is kept, whatever one step is worth
+    monkeypatch.setattr(module._Run, "validated", lambda run: next(losses))
     own = load_backend("embedded:mace", device="cpu", dtype="float32")
     frames = read_frames(embedded.path("train_300K.xyz"))[:20]
     how = BlipTraining(max_epochs=1, batch=10, draws=1, loss="elbo")
@@ -307,13 +349,29 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"the loss became .* in epoch 0\. Train with a lower learning rate"):
             train_blip(toy, train, validation, out=tmp_path / "a.st", training=how, progress=False)
 
+    def test_a_validation_loss_that_is_no_number(
+        self, toy: Backend, train: list[Atoms], validation: list[Atoms], tmp_path: Path, monkeypatch
+    ):
+        monkeypatch.setattr(module._Run, "validated", lambda run: math.nan)
+        with pytest.raises(ValueError, match=r"the validation loss became nan in epoch 0\. Train with a lower"):
+            train_blip(toy, train, validation, out=tmp_path / "a.st", training=SHORT, progress=False)
+        assert not (tmp_path / "a.st").exists()
+
+    def test_a_number_of_members_before_anything_is_trained(self, toy: Backend, tmp_path: Path):
+        with pytest.raises(ValueError, match="n_members is 1; a whole number from 2 to 1000 was expected"):
+            train_blip(toy, [], [], out=tmp_path / "a.st", n_members=1, progress=False)
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             ({"loss": "mse"}, "loss is 'mse'; elbo or crps was expected"),
-            ({"dropout": 1.0}, "dropout is 1.0; a number from 0 to below 1"),
+            ({"dropout": 1.0}, "dropout is 1.0; a number above 1e-08 and below 0.5 was expected"),
+            ({"dropout": -1.0}, "dropout is -1.0; a number above 1e-08 and below 0.5 was expected"),
             ({"dropout": 0.0}, "dropout is 0.0; a number above 1e-08 and below 0.5 was expected"),
-            ({"batch": 0}, "batch is 0; 1 or more was expected"),
+            ({"batch": 0}, "batch is 0; a whole number, 1 or more, was expected"),
+            ({"max_epochs": 1.5}, "max_epochs is 1.5; a whole number, 1 or more, was expected"),
+            ({"seed": 2**63}, "seed is 9223372036854775808; a whole number of at most 4611686018427387904"),
+            ({"learning_rate": math.inf}, "learning_rate is inf"),
             ({"loss": "crps", "draws": 1}, "draws is 1, which has no spread; the CRPS needs 2 or more"),
             ({"learning_rate": 0.0}, "learning_rate is 0.0 and kl_weight 1.0; a positive number"),
             ({"kl_weight": -1.0}, "kl_weight -1.0"),

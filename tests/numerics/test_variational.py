@@ -139,6 +139,9 @@ def test_an_invariant_that_never_varied_does_not_explode():
     rows = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
     held = dict(Rates.network(GROUPS, rows, 1e-3, seed=0).named_buffers())
     assert held["spread"].tolist() == [1.0, 1.0]
+    copies = torch.tensor([[0.3, -5.0]], dtype=torch.float64).repeat(7, 1)
+    held = dict(Rates.network(GROUPS, copies, 1e-3, seed=0).named_buffers())
+    assert held["spread"].tolist() == [5.0, 5.0]
 
 
 def test_constant_rates():

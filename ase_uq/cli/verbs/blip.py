@@ -2,6 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -70,20 +71,30 @@ def blip(
     from ase_uq.fitting.blip import BlipTraining, train_blip
 
     seed_all(seed)
-    made = train_blip(
-        load_potential(model, device, dtype),
-        train,
-        validation,
-        out=out,
-        training=BlipTraining(loss=loss.value, dropout=dropout, max_epochs=epochs, seed=seed),
-        n_members=members,
-        label_keys=label_keys(energy_key, forces_key, stress_key),
-        overwrite=overwrite,
-    )
+    try:
+        made = train_blip(
+            load_potential(model, device, dtype),
+            train,
+            validation,
+            out=out,
+            training=BlipTraining(loss=loss.value, dropout=dropout, max_epochs=epochs, seed=seed),
+            n_members=members,
+            label_keys=label_keys(energy_key, forces_key, stress_key),
+            overwrite=overwrite,
+        )
+    except KeyboardInterrupt:
+        if Path(part := f"{out}.training").exists():
+            typer.echo(
+                f"stopped early: what was trained so far is in {part}; the same command goes on from there.", err=True
+            )
+        raise
     told = made.training or {}
     history = [held_out for _, held_out in told["history"]]
-    typer.echo(
-        f"{told['epochs']} epochs; validation loss {history[0]:.4f} after the first, {min(history):.4f} after the best "
-        f"(epoch {history.index(min(history)) + 1})."
+    best = min(history)
+    kept = (
+        f"{best:.4f} after the best (epoch {history.index(best) + 1})"
+        if best == told["best_loss"]
+        else f"{told['best_loss']:.4f} before it: no epoch was better, and the weights are the potential's own"
     )
-    typer.echo(f"written to {out}; next: ase-uq fit --methods committee with --model '{model}?blip={out}'")
+    typer.echo(f"{told['epochs']} epochs; validation loss {history[0]:.4f} after the first, {kept}.")
+    typer.echo(f"written to {out}; next: ase-uq fit --methods committee with --model {quote(f'{model}?blip={out}')}")

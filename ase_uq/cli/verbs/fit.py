@@ -1,6 +1,7 @@
 """`ase-uq fit`: takes labelled frames and writes an uncertainty model."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -108,4 +109,4 @@ def fit(
         if communicator is None or communicator.rank == 0:
             fitted.save(out)
             typer.echo(fitted.summary())
-            typer.echo(f"written to {out}; next: ase-uq score or ase-uq md with --model {model} --uq {out}")
+            typer.echo(f"written to {out}; next: ase-uq score or ase-uq md with --model {quote(model)} --uq {out}")

@@ -1,6 +1,7 @@
 """`ase-uq refit`: takes an uncertainty model and writes one for the potential that was trained further."""
 
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -127,4 +128,4 @@ def refit(
             typer.echo(f"{found.model.summary()}\n\n{found.describe()}")
             if moved is not None:
                 typer.echo(f"From {old} to {model}: {moved.describe()}")
-            typer.echo(f"written to {out}; next: ase-uq evaluate with --model {model} --uq {out}")
+            typer.echo(f"written to {out}; next: ase-uq evaluate with --model {quote(model)} --uq {out}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ase_uq.selection.select import Selection
 
 _SHOWN = 20  # rows of the table
+_DUPLICATES = 1e-3
 
 
 def select(
@@ -90,7 +91,7 @@ def select(
     duplicates: Annotated[
         float,
         typer.Option("--duplicates", help="Share of the typical distance in POOL below which two frames are the same."),
-    ] = 1e-3,
+    ] = _DUPLICATES,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT if it exists.")] = False,
     device: Device = "",
     dtype: DType = "",
@@ -120,6 +121,7 @@ def select(
             "--method": method is not None,
             "--per": per != "structure",
             "--cumulants": cumulants != 1,
+            "--duplicates": duplicates != _DUPLICATES,
         }
         _check_without_model(uq, [option for option, is_given in of_features.items() if is_given])
     from ase_uq.cli.potential import load_calculator, seed_all
@@ -156,7 +158,7 @@ def select(
     how = (
         f"in the features of {selection.method}; {selection.near_duplicates} near-duplicates left out"
         if selection.method
-        else "of the uncertainties in them; near-duplicates were not looked for"
+        else "from their own uncertainties; near-duplicates were not looked for"
     )
     typer.echo(
         f"{len(selection.chosen)} of {selection.n_pool} frames written to {out}, chosen by {selection.strategy} {how}; "
