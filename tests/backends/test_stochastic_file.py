@@ -114,7 +114,9 @@ def test_wrong_contents(change: dict, message: str, tmp_path: Path):
 
 def test_another_kind_of_file(tmp_path: Path):
     save_potential(make_mace(), tmp_path / "a.st")
-    with pytest.raises(ArtefactError, match=r"is an ase_uq MACE potential; an ase_uq stochastic weights file was expected"):
+    with pytest.raises(
+        ArtefactError, match=r"an ase_uq MACE potential; an ase_uq stochastic weights file was expected"
+    ):
         Blip.load(tmp_path / "a.st")
 
 

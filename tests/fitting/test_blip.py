@@ -235,8 +235,8 @@ def test_a_training_that_was_stopped_may_go_on_for_longer(
 
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "next_epoch", killed)
+        short = replace(SHORT, max_epochs=2)
         with pytest.raises(KeyboardInterrupt):
-            short = replace(SHORT, max_epochs=2)
             train_blip(toy, train, validation, out=tmp_path / "a.st", training=short, progress=False)
     made = train_blip(toy, train, validation, out=tmp_path / "a.st", training=SHORT, progress=False)
     expected = Blip.load(finished)
