@@ -1,6 +1,8 @@
 """Training of stochastic weights: the loss against MACE's own, what it learns, how it goes on, and what it refuses."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,22 @@ def finished(toy: Backend, train: list[Atoms], validation: list[Atoms], tmp_path
     out = tmp_path_factory.mktemp("blip") / "toy.st"
     train_blip(toy, train, validation, out=out, training=SHORT, progress=False)
     return out
+
+
+@contextmanager
+def killed_before(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A training in here ends as by Ctrl-C when this many epochs are done."""
+    own = module._Run.next_epoch
+
+    def killed(run: Any) -> None:
+        if run.epoch == epoch:
+            raise KeyboardInterrupt
+        own(run)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "next_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            yield
 
 
 def nothing(rates: torch.Tensor) -> torch.Tensor:
@@ -147,18 +165,9 @@ def test_the_file_is_what_is_returned_and_nothing_else_is_left(toy: Backend, fin
 def test_a_training_that_was_killed_ends_with_the_same_weights(
     toy: Backend, train: list[Atoms], validation: list[Atoms], finished: Path, tmp_path: Path, monkeypatch
 ):
-    out = tmp_path / "a.st"
-    own = module._Run.next_epoch
-
-    def killed(run: Any) -> None:
-        if run.epoch == 2:
-            raise KeyboardInterrupt
-        own(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "next_epoch", killed)
-        with pytest.raises(KeyboardInterrupt):
-            train_blip(toy, train, validation, out=out, training=SHORT, progress=False)
+    out, own = tmp_path / "a.st", module._Run.next_epoch
+    with killed_before(2, monkeypatch):
+        train_blip(toy, train, validation, out=out, training=SHORT, progress=False)
     assert [path.name for path in tmp_path.iterdir()] == ["a.st.training"]
     epochs = []
     monkeypatch.setattr(module._Run, "next_epoch", lambda run: (epochs.append(run.epoch), own(run)))
@@ -226,18 +235,9 @@ def test_if_no_epoch_is_better_the_weights_are_those_of_the_potential(
 def test_a_training_that_was_stopped_may_go_on_for_longer(
     toy: Backend, train: list[Atoms], validation: list[Atoms], finished: Path, tmp_path: Path, monkeypatch
 ):
-    own = module._Run.next_epoch
-
-    def killed(run: Any) -> None:
-        if run.epoch == 1:
-            raise KeyboardInterrupt
-        own(run)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "next_epoch", killed)
+    with killed_before(1, monkeypatch):
         short = replace(SHORT, max_epochs=2)
-        with pytest.raises(KeyboardInterrupt):
-            train_blip(toy, train, validation, out=tmp_path / "a.st", training=short, progress=False)
+        train_blip(toy, train, validation, out=tmp_path / "a.st", training=short, progress=False)
     made = train_blip(toy, train, validation, out=tmp_path / "a.st", training=SHORT, progress=False)
     expected = Blip.load(finished)
     assert made.training == expected.training
