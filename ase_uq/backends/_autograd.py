@@ -13,7 +13,7 @@ from ase_uq.forward_pass import NO_LAST_LAYER, Gradients, Slopes
 
 # Threads may share a potential: flags that one thread has set must not be restored by another.
 _FLAGS = threading.RLock()
-_VOIGT = [0, 4, 8, 5, 2, 1]  # xx, yy, zz, yz, xz, xy of a flat symmetric matrix
+VOIGT = [0, 4, 8, 5, 2, 1]  # xx, yy, zz, yz, xz, xy of a flat symmetric matrix
 
 
 @contextmanager
@@ -93,7 +93,7 @@ class GraphGradients(Gradients):
         by_position, *by_strain = (torch.stack(found, -1) for found in zip(*columns, strict=True))
         virials = None
         if by_strain:
-            virials = by_strain[0].flatten(1, 2)[:, _VOIGT]
+            virials = by_strain[0].flatten(1, 2)[:, VOIGT]
         return Slopes(-by_position[: len(layer)] / self._length_unit, virials)
 
     def of_energies(self) -> Iterator[Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ase_uq.backends._autograd import VOIGT
 from ase_uq.backends.base import Batch
 from ase_uq.backends.stochastic import Drawn, StochasticModel
 from ase_uq.numerics.variational import Rates
@@ -53,7 +54,7 @@ class StochasticToy(StochasticModel):
         return Drawn(
             energy=energy,
             forces=-torch.stack([positions for positions, _ in slopes]),
-            stress=stress.reshape(len(energy), n_frames, 9)[..., [0, 4, 8, 5, 2, 1]],
+            stress=stress.reshape(len(energy), n_frames, 9)[..., VOIGT],
             rates=alpha,
         )
 

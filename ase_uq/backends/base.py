@@ -1,6 +1,5 @@
 """The protocol of a backend: one forward pass turns structures into mean, features and exact last-layer features."""
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,14 @@ import torch
 from ase import Atoms
 from ase.data import chemical_symbols
 
-from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, probe_structure, relative_deviation, weights_hash
+from ase_uq.backends.identity import (
+    PROBE_TOLERANCE,
+    Identity,
+    differing,
+    probe_structure,
+    relative_deviation,
+    weights_hash,
+)
 from ase_uq.backends.structures import check_structures
 from ase_uq.errors import InputError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass
@@ -259,7 +265,7 @@ class Backend(ABC):
             PotentialMismatch: The potentials differ; the message names the setting, or the deviation of the probe. Or
                 the probe of one of them is not finite.
         """
-        here, without = self.identity, []
+        here = self.identity
         advice = "Load the potential it was fitted on, or fit again with `ase-uq fit`."
         then, now = (settings.get("elements") for settings in (fitted.settings, here.settings))
         if then is not None and now is not None and set(then) != set(now):
@@ -267,14 +273,13 @@ class Backend(ABC):
                 f"the uncertainty model was fitted for {_symbols(then, now)}, this potential is for "
                 f"{_symbols(now, then)}: another potential. {advice}"
             )
-        for key in sorted(fitted.settings.keys() | here.settings.keys()):
-            then, now = fitted.settings.get(key), here.settings.get(key)
-            if key not in fitted.settings and key in self._exact_settings:
-                without.append(f"{key}: {now!r}")
-            elif json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
+        added = [key for key in sorted(here.settings.keys() - fitted.settings.keys()) if key in self._exact_settings]
+        without = [f"{key}: {here.settings[key]!r}" for key in added]
+        for key in differing(fitted, here):
+            if key not in added:
                 raise PotentialMismatch(
-                    f"the uncertainty model was fitted on another potential: {key} was {then!r}, here it is "
-                    f"{now!r}. {advice}"
+                    f"the uncertainty model was fitted on another potential: {key} was {fitted.settings.get(key)!r}, "
+                    f"here it is {here.settings.get(key)!r}. {advice}"
                 )
         for probe, whose in ((here.probe, "this potential"), (fitted.probe, "the uncertainty model")):
             if not torch.isfinite(probe).all():
@@ -312,12 +317,11 @@ class Backend(ABC):
         here = self.identity
         advice = "An uncertainty model reads the features of one architecture: fit a new one with `ase-uq fit`."
         exempt = {"elements", *self._trained_settings, *self._exact_settings}
-        for key in sorted(fitted.settings.keys() | here.settings.keys(), key=lambda key: (key != "package", key)):
-            then, now = fitted.settings.get(key), here.settings.get(key)
-            if key not in exempt and json.dumps(then, sort_keys=True) != json.dumps(now, sort_keys=True):
+        for key in sorted(differing(fitted, here), key=lambda key: key != "package"):
+            if key not in exempt:
                 raise PotentialMismatch(
-                    f"the uncertainty model was fitted on a potential of another architecture: {key} was {then!r}, "
-                    f"here it is {now!r}. {advice}"
+                    f"the uncertainty model was fitted on a potential of another architecture: {key} was "
+                    f"{fitted.settings.get(key)!r}, here it is {here.settings.get(key)!r}. {advice}"
                 )
         if (before := fitted.probe.shape[1]) != (width := here.probe.shape[1]):
             raise PotentialMismatch(

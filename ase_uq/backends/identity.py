@@ -60,6 +60,16 @@ def weights_hash(modules: Sequence[torch.nn.Module]) -> str:
     return digest.hexdigest()
 
 
+def differing(fitted: Identity, here: Identity) -> list[str]:
+    """Keys of the settings that are not the same, as JSON, in order; one that is missing is None."""
+
+    def text(identity: Identity, key: str) -> str:
+        return json.dumps(identity.settings.get(key), sort_keys=True)
+
+    keys = fitted.settings.keys() | here.settings.keys()
+    return [key for key in sorted(keys) if text(fitted, key) != text(here, key)]
+
+
 def relative_deviation(a: torch.Tensor, b: torch.Tensor) -> float:
     """‖a - b‖ / ‖b‖; infinite where the shapes differ."""
     if a.shape != b.shape:

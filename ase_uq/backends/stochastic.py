@@ -13,7 +13,6 @@ compared. So the spread over members is that of a committee, and `committee` cal
 """
 
 import hashlib
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, relative_deviation
+from ase_uq.backends.identity import PROBE_TOLERANCE, Identity, differing, relative_deviation
 from ase_uq.display.representation import Brief
 from ase_uq.errors import ArtefactError, PotentialMismatch
 from ase_uq.forward_pass import ForwardPass, Members
@@ -198,12 +197,11 @@ class Blip(Brief):
         """
         here, then = backend.identity, self.potential
         advice = "Load the potential that it was trained from, or train again with `ase-uq blip`."
-        for key in sorted(then.settings.keys() | here.settings.keys()):
-            if _as_json(then.settings.get(key)) != _as_json(here.settings.get(key)):
-                raise PotentialMismatch(
-                    f"the stochastic weights were trained from another potential: {key} was "
-                    f"{then.settings.get(key)!r}, here it is {here.settings.get(key)!r}. {advice}"
-                )
+        if keys := differing(then, here):
+            raise PotentialMismatch(
+                f"the stochastic weights were trained from another potential: {keys[0]} was "
+                f"{then.settings.get(keys[0])!r}, here it is {here.settings.get(keys[0])!r}. {advice}"
+            )
         if then.weights != here.weights:
             deviation = relative_deviation(here.probe, then.probe)
             if not deviation <= PROBE_TOLERANCE:
@@ -269,7 +267,3 @@ class MemberPasses:
         energy = joined("energy")
         assert energy is not None
         return replace(forward_pass, members=Members(energy, joined("forces"), joined("stress")))
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, sort_keys=True)

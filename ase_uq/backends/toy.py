@@ -23,7 +23,7 @@ from ase.data import atomic_numbers, covalent_radii
 from ase.neighborlist import neighbor_list
 from torch import Tensor
 
-from ase_uq.backends._autograd import GraphGradients, in_the_graph
+from ase_uq.backends._autograd import VOIGT, GraphGradients, in_the_graph
 from ase_uq.backends._stochastic_toy import StochasticToy
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.stochastic import Blip, MemberPasses
@@ -176,7 +176,7 @@ class ToyPotential(torch.nn.Module):
             volume = torch.linalg.det(graph.cell).abs()
             # Structures without a volume have no stress.
             stress = virial / torch.where(volume > 0, volume, torch.inf)[:, None, None]
-            voigt = stress.reshape(n_frames, 9)[:, [0, 4, 8, 5, 2, 1]]
+            voigt = stress.reshape(n_frames, 9)[:, VOIGT]
             out |= {"forces": -slope, "stress": voigt}
         return out if keep_graph else {name: value.detach() for name, value in out.items()}
 

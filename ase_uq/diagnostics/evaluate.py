@@ -17,10 +17,10 @@ from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.diagnostics.samples import Sample, largest_of_frames, without_energy_shift
 from ase_uq.diagnostics.table import UNITS, MetricValue
 from ase_uq.display.progress import progress_bar
-from ase_uq.errors import InputError, LabelError, UQWarning
+from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
-from ase_uq.io.results import current_results
+from ase_uq.io.results import check_scored, current_results
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -129,11 +129,7 @@ def evaluate_scored(
     labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys or LABEL_KEYS[0])
     keys = [key for (_, quantity), key in _keys(model).items() if quantity != "stress"]  # not in vacuum
     for number, results in enumerate(map(current_results, labelled)):
-        if lacking := [key for key in keys if key not in results]:
-            raise InputError(
-                f"labelled test frame {number} has no {lacking[0]}, which frames have that `score` wrote with this "
-                "uncertainty model, unless they were changed since. Score them, or name the potential as well."
-            )
+        check_scored(results, keys, f"labelled test frame {number}")
     return _assessed(model, labelled, labels, map(current_results, labelled), options)
 
 

@@ -1,6 +1,6 @@
 """Results of a calculator on a frame: stored where files keep them, and restored from there."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any
@@ -10,6 +10,7 @@ from ase import Atoms
 from ase.calculators.calculator import Calculator
 from ase.calculators.singlepoint import SinglePointCalculator
 
+from ase_uq.errors import InputError
 from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
 
 # Entry of info: sums over the structure that uncertainties in info and arrays belong to. A copy keeps all of them, and
@@ -188,3 +189,21 @@ def _is_stale(atoms: Atoms) -> bool:
 def current_results(atoms: Atoms) -> Mapping[str, Any]:
     """The results of the calculator of a structure if they are of this structure, else none."""
     return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
+
+
+def check_scored(results: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
+    """Refuses a frame without results that an uncertainty model gives.
+
+    Args:
+        results: Current results of the frame.
+        keys: Those of the uncertainty model.
+        name: What the message calls the frame.
+
+    Raises:
+        InputError: One is missing.
+    """
+    if lacking := [key for key in keys if key not in results]:
+        raise InputError(
+            f"{name} has no {lacking[0]}, which frames have that `score` wrote with this uncertainty model, unless "
+            "they were changed since. Score them, or name the potential as well."
+        )

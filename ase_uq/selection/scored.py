@@ -10,7 +10,7 @@ from ase import Atoms
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
-from ase_uq.io.results import current_results, with_results
+from ase_uq.io.results import check_scored, current_results, with_results
 from ase_uq.io.several import source_of
 from ase_uq.io.source import Unreadable, warn_of_left_out
 from ase_uq.properties import find_property
@@ -21,9 +21,9 @@ from ase_uq.selection.select import (
     bands_of,
     capped,
     check_options,
-    drawn,
     levels_of,
     reason_of,
+    scores_of,
 )
 from ase_uq.thresholds.criteria import Criterion
 from ase_uq.thresholds.reduction import Reduction, atom_norms
@@ -82,7 +82,7 @@ def select_scored(
     bands, allowed = bands_of(readings, levels)
     n = capped(n, len(readings), bool(left_out))
     numbers = np.setdiff1d(np.arange(len(readings) + len(left_out)), list(left_out))
-    scores = np.where(np.isnan(readings), np.inf, readings) if strategy == "top" else drawn(len(readings), seed)
+    scores = scores_of(strategy, readings, seed)
     open_ones = np.flatnonzero(allowed.numpy())
     order = open_ones[np.argsort(-scores[open_ones], kind="stable")][:n]
     if len(order) < n:
@@ -129,9 +129,5 @@ def _readings(
 
 def _reading(number: int, atoms: Atoms, keys: Sequence[str], reduction: Reduction) -> float:
     results = current_results(with_results(atoms))
-    if lacking := [key for key in keys if key not in results]:
-        raise InputError(
-            f"frame {number} of the pool has no {lacking[0]}, which frames have that `score` wrote with this "
-            "uncertainty model, unless they were changed since. Score them, or name the potential as well."
-        )
+    check_scored(results, keys, f"frame {number} of the pool")
     return reduction(atom_norms(results["forces_uncertainty"]), atoms.numbers)

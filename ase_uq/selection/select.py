@@ -332,15 +332,15 @@ def _strategy(
             return Farthest()
         case "maxdet":
             return Determinant(points, train, noise=noise)
-        case "top":
-            return Highest(torch.from_numpy(np.where(np.isnan(readings), np.inf, readings)))
         case _:
-            return Highest(torch.from_numpy(drawn(len(readings), seed)))
+            return Highest(torch.from_numpy(scores_of(strategy, readings, seed)))
 
 
-def drawn(n: int, seed: int) -> np.ndarray:
-    """(n,) scores whose order is random."""
-    return -np.random.default_rng(seed).permutation(n).astype(float)
+def scores_of(strategy: StrategyName, readings: np.ndarray, seed: int) -> np.ndarray:
+    """(n_frames,) what a strategy that reads no features goes by, the highest first: readings, or a random order."""
+    if strategy == "top":
+        return np.where(np.isnan(readings), np.inf, readings)
+    return -np.random.default_rng(seed).permutation(len(readings)).astype(float)
 
 
 def reason_of(strategy: StrategyName) -> str:
