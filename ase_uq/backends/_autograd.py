@@ -1,6 +1,7 @@
 """Derivatives of a forward pass whose graph is kept, for every potential that torch can differentiate."""
 
 import threading
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,15 +12,64 @@ from torch import Tensor
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import NO_LAST_LAYER, Gradients, Slopes
 
-# Threads may share a potential: flags that one thread has set must not be restored by another.
-_FLAGS = threading.RLock()
 VOIGT = [0, 4, 8, 5, 2, 1]  # xx, yy, zz, yz, xz, xy of a flat symmetric matrix
+
+
+class _Flags:
+    """Flags of parameters, which threads share: passes that leave them alone may overlap, others have them alone."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._sharing = Counter[int]()  # passes in each thread
+        self._owner: int | None = None
+        self._depth = 0
+
+    @contextmanager
+    def left_alone(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner in (None, thread))
+            self._sharing[thread] += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._sharing[thread] -= 1
+                self._sharing += Counter()  # without threads that have ended
+                self._changed.notify_all()
+
+    @contextmanager
+    def owned(self) -> Iterator[None]:
+        thread = threading.get_ident()
+        with self._changed:
+            self._changed.wait_for(lambda: self._owner in (None, thread) and not self._sharing.keys() - {thread})
+            self._owner = thread
+            self._depth += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._depth -= 1
+                if not self._depth:
+                    self._owner = None
+                self._changed.notify_all()
+
+
+# Threads may share a potential: flags that one thread has set must not be restored by another.
+_FLAGS = _Flags()
 
 
 @contextmanager
 def in_the_graph(parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
-    """Includes parameters in the graph of everything computed inside; their flags are restored on leaving."""
-    with _FLAGS:
+    """Includes parameters in the graph of everything computed inside; their flags are restored on leaving.
+
+    Without parameters nothing is changed, but no other thread changes them meanwhile.
+    """
+    if not parameters:
+        with _FLAGS.left_alone():
+            yield
+        return
+    with _FLAGS.owned():
         flags = [parameter.requires_grad for parameter in parameters]
         try:
             for parameter in parameters:

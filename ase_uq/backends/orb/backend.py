@@ -11,6 +11,7 @@ per-atom features here are its exact tangent decomposition at x̄,
 a linearised attribution, not a physical energy of an atom. Heads that sum over atoms (orbmol-v2) do not need it.
 """
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -37,6 +38,7 @@ from ase_uq.forward_pass import ConfidenceBins, Edges, EnergyLayer, ForceLayer, 
 _IDENTITY_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-8}
 # The one-hot code has 118 places, the first for no element; orb accepts every number that fits in.
 _ALL_ELEMENTS = frozenset(range(1, 118))
+_DEFAULT_DTYPE = threading.RLock()
 
 
 class OrbBackend(Backend):
@@ -355,13 +357,17 @@ def _forces_with_a_graph(model: torch.nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Sets torch's default dtype, which orb uses for some constants, to the model's, as orb's loaders leave it."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+    """Sets torch's default dtype, which orb uses for some constants, to the model's, as orb's loaders leave it.
+
+    The whole process has one, so orb models are evaluated by one thread at a time.
+    """
+    with _DEFAULT_DTYPE:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(before)
 
 
 def accepts(calculator: BaseCalculator) -> bool:
