@@ -12,22 +12,21 @@ is checked numerically for every model that is wrapped.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
-from mace import data as mace_data
 from mace.calculators import MACECalculator
-from mace.tools import torch_geometric, torch_tools
+from mace.tools import torch_tools
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
 from ase_uq.backends._process import preserved_process
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
+from ase_uq.backends.mace.graphs import Graphs
 from ase_uq.backends.mace.readout import hidden_activations, plain_module, resolve_readout, rounded
 from ase_uq.backends.stochastic import Blip
 from ase_uq.errors import InputError, PotentialMismatch
@@ -78,6 +77,10 @@ class MACEBackend(Backend):
                 _ = self.identity  # cached from here on
         else:
             self._check_last_layer()
+
+    @property
+    def is_concurrent(self) -> bool:
+        return not self.calculator.use_compile
 
     @property
     def device(self) -> torch.device:
@@ -131,21 +134,17 @@ class MACEBackend(Backend):
     def _build(self) -> Callable[[Sequence[Atoms]], Any] | None:
         return None if self.calculator.use_compile else self._graphs()
 
-    def _placed(self, data: Any) -> Any:
-        # `Batch.to` looks each key up in a list of all keys, made anew: a millisecond, also where nothing moves.
-        return data if self.device.type == "cpu" else data.to(self.calculator.device)
+    def _placed(self, data: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value.to(self.device) for key, value in data.items()}
 
-    def _graphs(self) -> Callable[[Sequence[Atoms]], Any]:
+    def _graphs(self) -> Graphs:
         calculator = self.calculator
-        return partial(
-            _graphs_of,
-            keys=mace_data.KeySpecification(
-                info_keys=calculator.info_keys,
-                arrays_keys={**calculator.arrays_keys, calculator.charges_key: "charges"},
-            ),
-            z_table=calculator.z_table,
-            cutoff=calculator.r_max,
-            heads=calculator.available_heads,
+        return Graphs(
+            info_keys=calculator.info_keys,
+            arrays_keys={**calculator.arrays_keys, calculator.charges_key: "charges"},
+            numbers=tuple(map(int, calculator.z_table.zs)),
+            cutoff=float(calculator.r_max),
+            heads=tuple(calculator.available_heads),
             head=calculator.head,
             dtype=calculator.default_dtype,
         )
@@ -248,13 +247,12 @@ class MACEBackend(Backend):
 
     def _inputs(self, data: Any, model: torch.nn.Module) -> dict[str, Tensor]:
         """Copies for one model: it turns the positions of its inputs into a leaf of its graph."""
-        calculator = self.calculator
-        inputs = calculator._clone_batch(data).to_dict() if calculator.use_compile else _cloned(data.to_dict())
+        inputs = {key: value.clone() for key, value in (data if isinstance(data, dict) else data.to_dict()).items()}
+        if self.calculator.use_compile:
+            for key in ("node_attrs", "positions"):
+                inputs[key].requires_grad_(True)  # as MACECalculator does
         dtype = next(model.parameters()).dtype
-        return {
-            key: value.to(dtype=dtype) if torch.is_tensor(value) and torch.is_floating_point(value) else value
-            for key, value in inputs.items()
-        }
+        return {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
 
     def _model_outputs(
         self, model: torch.nn.Module, data: dict[str, Tensor], forces: bool, keep_graph: bool = False
@@ -345,28 +343,6 @@ def wrap(calculator: BaseCalculator) -> MACEBackend:
     assert isinstance(calculator, MACECalculator)
     with preserved_process():
         return MACEBackend(calculator)
-
-
-def _graphs_of(
-    frames: Sequence[Atoms], *, keys: Any, z_table: Any, cutoff: float, heads: list[str], head: str, dtype: str
-) -> Any:
-    """The batch that mace builds from structures, on the CPU."""
-    with torch_tools.default_dtype(dtype):
-        graphs = [
-            mace_data.AtomicData.from_config(
-                mace_data.config_from_atoms(atoms, key_specification=keys, head_name=head),
-                z_table=z_table,
-                cutoff=cutoff,
-                heads=heads,
-            )
-            for atoms in frames
-        ]
-    return torch_geometric.Batch.from_data_list(graphs)
-
-
-def _cloned(inputs: dict[str, Any]) -> dict[str, Any]:
-    """As `Batch.clone`, which takes as long as a layer of a small potential: see `MACEBackend._placed`."""
-    return {key: value.clone() if torch.is_tensor(value) else value for key, value in inputs.items()}
 
 
 def voigt(stress: Tensor) -> Tensor:
