@@ -129,6 +129,11 @@ class Backend(ABC):
         return ()
 
     @property
+    def is_concurrent(self) -> bool:
+        """Whether several threads may call `forward` at a time, with the same results."""
+        return False
+
+    @property
     @abstractmethod
     def device(self) -> torch.device:
         """Device on which the potential runs."""

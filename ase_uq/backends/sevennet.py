@@ -118,6 +118,10 @@ class SevenNetBackend(Backend):
     def dtype(self) -> torch.dtype:
         return next(self.calculator.model.parameters()).dtype
 
+    @property
+    def is_concurrent(self) -> bool:
+        return True
+
     def _modules(self) -> Sequence[torch.nn.Module]:
         return [self.calculator.model]
 

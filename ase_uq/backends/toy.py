@@ -255,6 +255,10 @@ class ToyBackend(Backend):
     def dtype(self) -> torch.dtype:
         return self._potential.weights.dtype
 
+    @property
+    def is_concurrent(self) -> bool:
+        return True
+
     def _modules(self) -> Sequence[torch.nn.Module]:
         return [self._potential]
 
@@ -342,6 +346,10 @@ class StochasticToyBackend(ToyBackend):
 
     def _settings(self) -> dict[str, Any]:
         return {**super()._settings(), **self._blip.settings}
+
+    @property
+    def is_concurrent(self) -> bool:
+        return False  # draws of all members fill the memory, and the cores
 
     @property
     def _trained_settings(self) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ with any error, or gives numbers that are not finite, changes nothing for the ot
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from ase import Atoms
 
-from ase_uq.backends.base import Backend
+from ase_uq.backends.base import Backend, Batch
 from ase_uq.communicator import Communicator, Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError
@@ -29,6 +30,7 @@ from ase_uq.stream.failures import (
 )
 from ase_uq.stream.limits import BatchLimit, default_batch_atoms
 from ase_uq.stream.preparation import Preparation, Prepared, count_edges
+from ase_uq.stream.streams import Streams, default_streams
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,11 @@ def passes[T](
     Args:
         backend: The potential.
         source: Frames of all ranks.
-        use: Takes what is needed from a forward pass. It is called again for parts of a batch that did not fit, so
-            it must keep no state; it may raise `InputError` to refuse a frame. The forward pass is freed before the
-            next one.
+        use: Takes what is needed from a forward pass. It is called again for parts of a batch that did not fit, and
+            by several threads on a CPU, so it must keep no state; it may raise `InputError` to refuse a frame. The
+            forward pass is freed before the next one of its thread.
         batch_atoms: Largest number of atoms evaluated together; None for the default of the device. The limit for edges
-            is sixty times as high.
+            is sixty times as high. On a CPU several batches are evaluated at a time; a larger frame is alone.
         start: Number of the first frame to evaluate.
         forces: Whether forces and stress are needed.
         gradients: Whether `ForwardPass.gradients` are needed. A derivative of one structure runs through the graph of
@@ -113,8 +115,10 @@ def passes[T](
     # Which frames are whose is counted from the first one, wherever this rank begins.
     items = source.unparsed(start if communicator.size == 1 else 0)
     preparation = Preparation(items, limit, backend.cutoff, collator, n_workers, communicator, start)
+    streams = Streams(1 if gradients or not backend.is_concurrent else default_streams(backend.device.type))
     with (
         preparation,
+        streams,
         progress_bar(
             total=None if total is None else -(-total // communicator.size),
             desc=title,
@@ -123,8 +127,8 @@ def passes[T](
             leave=False,
         ) as bar,
     ):
-        for prepared in preparation:
-            for event in loop.evaluated(prepared):
+        for prepared, attempt in streams.in_order(preparation, loop.first_attempt):
+            for event in loop.evaluated(prepared, attempt):
                 yield event
                 bar.update(1 if isinstance(event, LeftOut) else len(event.frames))
 
@@ -186,15 +190,27 @@ class _Loop[T]:
     limit: BatchLimit
     keeps_not_finite: bool = False  # where it is alone, a structure whose results are not finite is not left out
 
-    def evaluated(self, prepared: Prepared) -> Iterator[Pass[T] | LeftOut]:
+    def first_attempt(self, prepared: Prepared) -> Callable[[], Pass[T] | str] | None:
+        """What another thread has to do for a batch; None if this one evaluates it, as `evaluated` then does."""
+        n_atoms = sum(map(len, prepared.frames))
+        if not prepared.frames or n_atoms > self.limit.n_atoms or self.limit.is_reduced:
+            return None
+        # Potentials' packages switch torch's default precision while they collate, which other threads would see.
+        numbers, frames = prepared.numbers, prepared.frames
+        batch = self._collated(numbers, frames, prepared.data)
+        return (lambda: batch) if isinstance(batch, str) else partial(self._evaluated, numbers, frames, batch)
+
+    def evaluated(self, prepared: Prepared, attempt: Pass[T] | str | None = None) -> Iterator[Pass[T] | LeftOut]:
+        """Evaluates a batch, or the rest of it after a first attempt in another thread."""
         left_out = [LeftOut(number, reason) for number, reason in prepared.unreadable]
         waiting = [(prepared.numbers, prepared.frames, prepared.data)] if prepared.frames else []
         while waiting:
             numbers, frames, data = waiting.pop()
-            if len(frames) > 1 and self.limit.is_reduced and not self.limit.fits(*self._size(frames)):
-                waiting += _halves(numbers, frames)  # it was made before the limit shrank
-                continue
-            attempt = self._attempt(numbers, frames, data)
+            if attempt is None:
+                if len(frames) > 1 and self.limit.is_reduced and not self.limit.fits(*self._size(frames)):
+                    waiting += _halves(numbers, frames)  # it was made before the limit shrank
+                    continue
+                attempt = self._attempt(numbers, frames, data)
             if isinstance(attempt, Pass):
                 self.limit.count_success()
                 before = [one for one in left_out if one.number < numbers[-1]]
@@ -205,18 +221,26 @@ class _Loop[T]:
                 left_out = sorted([*left_out, LeftOut(numbers[0], attempt, len(frames[0]))], key=lambda one: one.number)
             else:
                 waiting += _halves(numbers, frames)
+            attempt = None
         yield from left_out
 
     def _attempt(self, numbers: list[int], frames: list[Atoms], data: Any) -> Pass[T] | str:
-        """The batch, or why it cannot be evaluated as a whole.
+        batch = self._collated(numbers, frames, data)
+        return batch if isinstance(batch, str) else self._evaluated(numbers, frames, batch)
 
-        The error itself is not kept: its traceback would hold on to the tensors of the pass that failed.
-        """
+    def _collated(self, numbers: list[int], frames: list[Atoms], data: Any) -> Batch | str:
+        """The batch as the potential takes it, or why it cannot be made."""
+        try:
+            backend = self.backend
+            return backend.collate(frames, first=numbers[0]) if data is None else backend.received(frames, data)
+        except Exception as error:  # potentials' packages raise anything
+            reason = _reason_of(error, numbers, frames)
+        return reason or self._without_memory(numbers, frames)
+
+    def _evaluated(self, numbers: list[int], frames: list[Atoms], batch: Batch) -> Pass[T] | str:
+        """The batch's pass, or why it cannot be evaluated as a whole."""
         evaluated = False
         try:
-            batch = (
-                self.backend.collate(frames, first=numbers[0]) if data is None else self.backend.received(frames, data)
-            )
             forward_pass = self.backend.forward(batch, forces=self.forces, gradients=self.gradients)
             evaluated = True
             # One such structure may make the whole batch NaN, in the potential or in what is made of the pass.
@@ -224,16 +248,14 @@ class _Loop[T]:
             if not (alone and self.keeps_not_finite) and (name := not_finite(forward_pass)):
                 return reason_of_not_finite(name, frames[0]) if alone else f"its {name} are not finite"
             return Pass(numbers, frames, self.use(forward_pass))
-        except InputError as error:
-            return str(error)
-        except Exception as error:  # potentials' packages raise anything
-            if not is_out_of_memory(error):
-                if evaluated:
-                    raise
-                if is_fatal(error):
-                    error.add_note(f"It was raised at {named(frames, numbers[0])}. Start a new process to go on.")
-                    raise
-                return reason_of_error(error)
+        except Exception as error:
+            if evaluated and not isinstance(error, InputError) and not is_out_of_memory(error):
+                raise
+            reason = _reason_of(error, numbers, frames)
+        return reason or self._without_memory(numbers, frames)
+
+    def _without_memory(self, numbers: list[int], frames: list[Atoms]) -> str:
+        """Halves the limit. No error is kept by then: its traceback would hold on to the tensors of the failed pass."""
         if len(frames) == 1:
             raise InputError(
                 f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "
@@ -246,6 +268,21 @@ class _Loop[T]:
 
     def _size(self, frames: Sequence[Atoms]) -> tuple[int, float]:
         return sum(map(len, frames)), sum(count_edges(atoms, self.backend.cutoff) for atoms in frames)
+
+
+def _reason_of(error: Exception, numbers: list[int], frames: list[Atoms]) -> str:
+    """Why a batch cannot be evaluated as a whole; empty if the device has run out of memory.
+
+    Raises an error after which nothing else can be evaluated.
+    """
+    if isinstance(error, InputError):
+        return str(error)
+    if is_out_of_memory(error):
+        return ""
+    if is_fatal(error):
+        error.add_note(f"It was raised at {named(frames, numbers[0])}. Start a new process to go on.")
+        raise error
+    return reason_of_error(error)
 
 
 def _halves(numbers: list[int], frames: list[Atoms]) -> list[tuple[list[int], list[Atoms], Any]]:

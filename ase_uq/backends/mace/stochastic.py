@@ -117,6 +117,10 @@ class StochasticMACEBackend(MACEBackend):
         return {**super()._settings(), **self._blip.settings}
 
     @property
+    def is_concurrent(self) -> bool:
+        return False  # draws of all members fill the memory, and the cores
+
+    @property
     def _trained_settings(self) -> tuple[str, ...]:
         return (*super()._trained_settings, "blip_rates")
 
