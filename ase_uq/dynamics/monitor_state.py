@@ -25,8 +25,8 @@ class MonitorState(SavedRun):
             dynamics.run(1000)
             saved.save(dynamics, monitor, "ended")      # and the other program writes its file
 
-    The file has the state of the last step that was saved, and of the last two at which the other program writes a
-    file of its own while it runs. It goes on from the one at which that program stands.
+    The file has the states of the steps that the other program may begin with next: the last one that was saved, the
+    first one of this process, and the last two at which that program wrote a file of its own while it ran.
 
     Args:
         file: The file, JSON.
@@ -60,6 +60,7 @@ class MonitorState(SavedRun):
     ) -> None:
         super().__init__(Path(file), Path(file), command, append=append)
         self.last, self.n_calculated = -1, 0
+        self._begun, self._first = False, -1
         self._intervals = intervals
         self._states: list[dict[str, Any]] = [] if self._found is None else self._found["states"]
         if self._found is None:
@@ -76,6 +77,7 @@ class MonitorState(SavedRun):
         Raises:
             InputError: The file has no state of it.
         """
+        self._first = step
         if not self.goes_on:
             return
         states = [state for state in self._states if state["step"] <= step]
@@ -100,7 +102,7 @@ class MonitorState(SavedRun):
                 f"the run went back from step {self.last} to step {dynamics.nsteps}, and {self.file} knows steps by "
                 "their number. Count on (in LAMMPS, leave reset_timestep out), or make two runs of it."
             )
-        self.last = dynamics.nsteps
+        self.last, self._begun = dynamics.nsteps, monitor is not None
         super().save(dynamics, monitor, status)
         self._hold(self.file)  # which may be another one now, put in the place of the last
 
@@ -118,8 +120,9 @@ class MonitorState(SavedRun):
             "n_calculated": max(0, getattr(calculator, "n_calculated", 0) - 1),
             "monitor": None if monitor is None else monitor.state(),
         }
-        staying = [earlier for earlier in self._states if earlier["stays"] and earlier["step"] < state["step"]]
-        self._states = [*staying[-_N_STAY:], state]
+        earlier = [one for one in self._states if one["step"] < state["step"]]
+        staying = {self._first, *[one["step"] for one in earlier if one["stays"]][-_N_STAY:]}
+        self._states = [*(one for one in earlier if one["step"] in staying), state]
         return {"states": self._states}
 
     def _stays(self, step: int) -> bool:
@@ -139,7 +142,7 @@ class MonitorState(SavedRun):
         self._hold(self.file)
 
     def _was_begun(self) -> bool:
-        return bool(self._states) and self._states[-1]["monitor"] is not None
+        return self._begun
 
     def _remove(self) -> None:
         self.file.unlink(missing_ok=True)
