@@ -26,7 +26,8 @@ class MonitorState(SavedRun):
             saved.save(dynamics, monitor, "ended")      # and the other program writes its file
 
     The file has the states of the steps that the other program may begin with next: the last one that was saved, the
-    first one of this process, and the last two at which that program wrote a file of its own while it ran.
+    last two at which that program wrote a file of its own while it ran, and until the process ends the one that it
+    began with.
 
     Args:
         file: The file, JSON.
@@ -103,6 +104,8 @@ class MonitorState(SavedRun):
                 "their number. Count on (in LAMMPS, leave reset_timestep out), or make two runs of it."
             )
         self.last, self._begun = dynamics.nsteps, monitor is not None
+        if status != "running":
+            self._first = -1
         super().save(dynamics, monitor, status)
         self._hold(self.file)  # which may be another one now, put in the place of the last
 

@@ -240,23 +240,28 @@ class LammpsDynamics(MolecularDynamics):
             self._ids = ids.copy()
             # The same object, which whoever watches it may hold.
             atoms.arrays = Atoms(self._numbers[types], momenta=np.zeros((len(ids), 3))).arrays
-        elif self.lammps.is_running and len(lost := np.setdiff1d(self._ids, ids)):
-            raise InputError(
-                f"LAMMPS lost {len(lost)} of {len(self._ids)} atoms at step {self.nsteps}, the first with the ID "
-                f"{lost[0]}: it left a box that is not periodic, or moved too far in one step. Go back before it; give "
-                "LAMMPS a shorter time step, or a halt at a lower uncertainty."
-            )
         elif not np.array_equal(ids, self._ids):
-            raise InputError(
-                f"LAMMPS has other atoms than at the beginning: {len(ids)}, where there were {len(self._ids)}, or with "
-                "other IDs. Make another LammpsDynamics after atoms were added or removed."
-            )
+            raise self._other_atoms(ids)
         cell, low, atoms.pbc = box_of(self.lammps)
         atoms.cell.array[:] = cell
         atoms.numbers[:] = self._numbers[types]
         atoms.positions[:] = positions[order] - low
         self._masses = self.lammps.numpy.extract_atom("mass")[types]
         atoms.arrays["momenta"][:] = self._masses[:, None] * velocities[order] / _PS
+
+    def _other_atoms(self, ids: np.ndarray) -> InputError:
+        """The error for atoms that are not those of the beginning."""
+        if len(ids) < self.lammps.get_natoms():  # which knows of atoms that were deleted, not of those that are lost
+            lost = np.setdiff1d(self._ids, ids)
+            return InputError(
+                f"LAMMPS lost {len(lost)} of {len(self._ids)} atoms before step {self.nsteps}, the first with the ID "
+                f"{lost[0]}: it left a box that is not periodic, or moved too far in one step. Go back before it, and "
+                "give LAMMPS a shorter time step or --halt (halt) a lower level."
+            )
+        return InputError(
+            f"LAMMPS has other atoms than at the beginning: {len(ids)}, where there were {len(self._ids)}, or with "
+            "other IDs. Make another LammpsDynamics after atoms were added or removed."
+        )
 
     def _check_first(self, results: Mapping[str, Any]) -> None:
         """What can only be looked at once LAMMPS has everything that its run needs."""
