@@ -24,7 +24,7 @@ boundary p p p
 {begin}
 pair_style zero 3.0 nocoeff
 pair_coeff * *
-fix move all nve
+fix move all {fix}
 timestep 0.00025
 {more}
 run {steps}
@@ -49,8 +49,8 @@ def command(files, tmp_path, monkeypatch):
     atoms.pbc = True
     write_lammps_data("start.data", atoms, specorder=["C", "H", "O"], masses=True)
 
-    def command(*more, begin=BEGIN, steps=8, commands=""):
-        Path("in.test").write_text(SCRIPT.format(begin=begin, steps=steps, more=commands))
+    def command(*more, begin=BEGIN, steps=8, commands="", fix="nve"):
+        Path("in.test").write_text(SCRIPT.format(begin=begin, steps=steps, more=commands, fix=fix))
         words = ["lammps", "in.test", "--model", "toy:", "--uq", files.uq, "--elements", "C,H,O", *WORDS, *more]
         return [str(word) for word in words]
 
@@ -75,14 +75,14 @@ def uninterrupted(run, words) -> dict[str, bytes]:
     return whole
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_two_parts_are_one_run(command, run, every):
+@pytest.mark.parametrize(("every", "fix"), [(1, "nve"), (3, "nve"), (1, "nvt temp 3000 3000 0.02")])
+def test_two_parts_are_one_run(command, run, every, fix):
     more = ("--every", every, "--refractory", 0.6 * every, "--patience", 0.6)
-    whole = uninterrupted(run, command(*more, steps=20))
-    first = run(*command(*more, steps=10))
+    whole = uninterrupted(run, command(*more, steps=20, fix=fix))
+    first = run(*command(*more, steps=10, fix=fix))
     assert first.exit_code == 0, first.stderr
     assert "going on" not in first.stderr
-    again = run(*command(*more, begin=GO_ON.format("end.restart"), steps=10))
+    again = run(*command(*more, begin=GO_ON.format("end.restart"), steps=10, fix=fix))
     assert again.exit_code == 0, again.stderr
     assert "going on from step 10\n" in again.stderr
     assert "done: step 20, 5 fs; " in again.stdout
@@ -222,6 +222,7 @@ def test_a_script_that_counts_anew_is_refused(command, run):
 
 def test_what_cannot_begin_leaves_nothing(command, run):
     assert "calibration frames" in refused(run(*command("--halt", "q0.99999")))
+    assert "LAMMPS has 3 atom types" in refused(run(*command("--elements", "C")))
     assert not Path("heat.state").exists()
     assert not Path("run.csv").exists()
 

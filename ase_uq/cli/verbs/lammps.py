@@ -146,7 +146,7 @@ def lammps(
     info = info_of(calculator, {"charge": charge, "spin": spin})
     watches: list[UncertaintyMonitor] = []
     halted = False
-    with saved or nullcontext(), its_own_errors(), open_lammps("-screen", "none") as instance:
+    with its_own_errors(), open_lammps("-screen", "none") as instance:
         rest = make_box(instance, script)
         symbols = [symbol.strip() for symbol in elements.split(",")]
         dynamics = LammpsDynamics(instance, calculator, symbols, info=info)
@@ -167,7 +167,7 @@ def lammps(
                 typer.echo(line, err=True)
 
         dynamics.attach(watch)
-        with ends_with_its_step(dynamics) as interruption, bar:
+        with saved or nullcontext(), ends_with_its_step(dynamics) as interruption, bar:
             try:
                 with _going_on(saved, dynamics, watches):
                     execute_rest(dynamics.execute_file, rest)
