@@ -18,6 +18,7 @@ class MonitorState(SavedRun):
     """Writes the state of a run's monitor to a file of its own; a context manager that holds it.
 
         with MonitorState("heat.state", {"--halt": "0.5"}) as saved:
+            calculator.n_calculated = saved.n_calculated
             ...                                         # the other program reads its own file; the dynamics of it
             monitor = monitored(dynamics, saved, halt=0.5, log="log.csv", frames="flagged.xyz")
             dynamics.attach(monitor)
@@ -104,7 +105,7 @@ class MonitorState(SavedRun):
                 "their number. Count on (in LAMMPS, leave reset_timestep out), or make two runs of it."
             )
         self.last, self._begun = dynamics.nsteps, monitor is not None
-        if status != "running":
+        if status in ("halted", "ended"):  # the other program writes what the next process begins with
             self._first = -1
         super().save(dynamics, monitor, status)
         self._hold(self.file)  # which may be another one now, put in the place of the last

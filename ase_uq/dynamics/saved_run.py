@@ -24,7 +24,7 @@ from ase_uq.io.files import is_at, lock, write_whole
 # A killed process loses the work of at most so many seconds, and of the steps that are longer.
 SECONDS_AT_RISK = 5.0
 
-Status = Literal["running", "halted", "ended"]
+Status = Literal["running", "failed", "halted", "ended"]
 
 
 class SavedRun(ABC):

@@ -1,6 +1,7 @@
 """`ase-uq lammps --state`: the rules of a run go on in another process, as if it had never been ended."""
 
 import fcntl
+import json
 import os
 import re
 import signal
@@ -157,6 +158,7 @@ def test_an_error_of_the_script_behind_its_run_loses_nothing(command, run):
     whole = uninterrupted(run, command(steps=16))
     found = run(*command(commands="run 6\nwrite_restart six.restart\nnonsense", steps=10))
     assert "error: LAMMPS: ERROR: Unknown command: nonsense" in found.stderr
+    assert [state["step"] for state in json.loads(Path("heat.state").read_text())["states"]] == [0, 6]
     assert run(*command(begin=GO_ON.format("six.restart"), steps=10)).exit_code == 0
     assert outputs() == whole
 
@@ -244,8 +246,19 @@ def test_a_state_alone_needs_no_log_and_no_frames(command, run):
     assert Path("heat.state").stat().st_size
 
 
-def test_frames_tell_their_run(command, run):
+def test_frames_of_other_runs_in_the_same_file_stay(command, run):
+    """Of one by the same command as well; what was torn goes, and what is no frame stays."""
     assert run(*command()).exit_code == 0
-    names = {atoms.info["run"] for atoms in read_frames("flagged.xyz")}
-    assert len(names) == 1
-    assert names.pop().startswith("run-")
+    others = Path("flagged.xyz").read_bytes()
+    for name in ("run.csv", "heat.state"):
+        os.unlink(name)
+    assert run(*command()).exit_code == 0
+    whole = Path("flagged.xyz").read_bytes()
+    assert whole.startswith(others)
+    names = [atoms.info["run"] for atoms in read_frames("flagged.xyz")]
+    assert len(set(names)) == 2
+    assert all(name.startswith("run-") for name in names)
+    with open("flagged.xyz", "ab") as file:
+        file.write(b"\n9\nLattice=")
+    assert run(*command(begin=GO_ON.format("end.restart"), steps=0)).exit_code == 0
+    assert Path("flagged.xyz").read_bytes() == whole + b"\n"

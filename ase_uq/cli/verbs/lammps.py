@@ -226,9 +226,10 @@ def _going_on(
     saved.go_to(dynamics.nsteps)
     calculator: Any = dynamics.atoms.calc
     calculator.n_calculated = saved.n_calculated
-    status = "ended"
+    status = "failed"
     try:
         yield
+        status = "ended"
     except UncertaintyHalt:
         status = "halted"
         raise
