@@ -1,6 +1,7 @@
 """From the shared options to the calculator of a verb. Imports the heavy packages silently."""
 
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,3 +79,25 @@ def load_calculator(
 
         fitted = UncertaintyModel.load(embedded.path(f"{embedded_name.replace('-', '_')}.uq.safetensors"))
     return UncertainCalculator(backend, fitted, every=every, ensemble=ensemble, force_probes=force_probes)
+
+
+def info_of(calculator: "UncertainCalculator", given: Mapping[str, int | None]) -> dict[str, int]:
+    """Entries of `atoms.info` from options of the same names, for structures that cannot bring their own.
+
+    Args:
+        calculator: Calculator of the potential, which says what it reads.
+        given: Values by name; None for one that was not given.
+
+    Raises:
+        BadParameter: The potential does not read one that was given, or needs one that was not.
+    """
+    backend = calculator.predictor.backend
+    for name, value in given.items():
+        if value is not None and name not in backend.info_keys:
+            raise typer.BadParameter(f"this potential does not read a {name}. Leave it out.", param_hint=f"'--{name}'")
+    missing = [name for name, value in given.items() if value is None and name in backend.required_info_keys]
+    if missing:
+        read = " and ".join(name for name in given if name in backend.required_info_keys)
+        options = " and ".join(f"--{name}" for name in missing)
+        raise typer.BadParameter(f"this potential reads {read}. Give {options}.", param_hint=f"'--{missing[0]}'")
+    return {name: value for name, value in given.items() if value is not None}

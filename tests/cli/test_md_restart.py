@@ -19,7 +19,8 @@ from ase.md.langevin import Langevin
 
 import ase_uq.dynamics.run
 from ase_uq import UncertainCalculator, UncertaintyModel
-from ase_uq.dynamics import restart
+from ase_uq.dynamics import restart, saved_run
+from ase_uq.dynamics.outputs import drop_frames
 from ase_uq.dynamics.run import run_md
 from ase_uq.io.frames import write_frames
 
@@ -47,7 +48,7 @@ PRELOADED += [
 SCRIPT = """
 import os, signal, time
 from ase_uq.cli import main
-from ase_uq.dynamics import actions, restart
+from ase_uq.dynamics import actions, restart, saved_run
 from ase_uq.io import frames
 
 def die(*_):
@@ -67,12 +68,12 @@ def half(original, target, data):
     original(target, data[: len(data) // 2])
 
 os.chdir({folder!r})
-restart.SECONDS_AT_RISK = {risk}
+saved_run.SECONDS_AT_RISK = {risk}
 {more}
 main({words!r})
 """
 KILLS = {
-    "before anything is saved": "nth(1, restart, '_replace', lambda *a: None)",
+    "before anything is saved": "nth(1, saved_run, 'write_whole', lambda *a: None)",
     "before the first step": "nth(1, restart.Restart, 'restore', lambda *a: None)",
     "in the middle of the log's first line": "nth(1, actions.Log, '_write', half)",
     "in the middle of a row": "nth(9, actions.Log, '_write', half)",
@@ -80,9 +81,9 @@ KILLS = {
     "in the middle of a frame": "nth(6, frames, 'write_all', half)",
     "before the last byte of a frame": "nth(7, frames, 'write_all', lambda original, f, d: original(f, d[:-1]))",
     "after a frame": "nth(8, frames, 'write_all', lambda original, *a: original(*a))",
-    "before a step is saved": "nth(2, restart, '_replace', lambda *a: None)",
-    "while a step is saved": "nth(2, restart, '_replace', lambda o, p, d: open(str(p) + '.new', 'w').write('{'))",
-    "after a step is saved": "nth(2, restart, '_replace', lambda original, *a: original(*a))",
+    "before a step is saved": "nth(2, saved_run, 'write_whole', lambda *a: None)",
+    "while a step is saved": "nth(2, saved_run, 'write_whole', lambda o, p, d: open(str(p) + '.new', 'w').write('{'))",
+    "after a step is saved": "nth(2, saved_run, 'write_whole', lambda original, *a: original(*a))",
     "after the last frame": "nth(19, restart.Restart, 'save', lambda *a: None)",
 }
 
@@ -354,7 +355,7 @@ def test_another_model_under_the_same_name_is_refused(command, run, files, tmp_p
 
 
 def test_seconds_at_risk_are_few():
-    assert 1 <= restart.SECONDS_AT_RISK <= 10
+    assert 1 <= saved_run.SECONDS_AT_RISK <= 10
 
 
 # --- files that runs share -------------------------------------------------------------------------------
@@ -379,7 +380,7 @@ def test_runs_that_share_a_file_of_flagged_frames_lose_none_of_each_others(tmp_p
         process.start()
     while any(process.is_alive() for process in others):
         write_frames(path, [flagged("a", 7)], append=True)
-        restart._cut_frames(path, "a", 3)
+        drop_frames(path, "a", 3)
     for process in others:
         process.join()
         assert process.exitcode == 0
@@ -392,7 +393,7 @@ def test_runs_that_share_a_file_of_flagged_frames_lose_none_of_each_others(tmp_p
 def test_rows_of_an_earlier_run_in_the_same_log_stay(tmp_path, files, monkeypatch):
     """A run killed before it had as many steps as the one before."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(restart, "SECONDS_AT_RISK", 0.0)
+    monkeypatch.setattr(saved_run, "SECONDS_AT_RISK", 0.0)
 
     def go(trajectory: str, steps: int, until: int) -> None:
         with restart.Restart(trajectory, steps) as saved:
@@ -401,7 +402,7 @@ def test_rows_of_an_earlier_run_in_the_same_log_stay(tmp_path, files, monkeypatc
             dynamics = Langevin(
                 atoms, 0.5 * units.fs, temperature_K=300, friction=0.01, fixcm=False, rng=np.random.default_rng(steps)
             )
-            monitor = restart.monitored(dynamics, saved, log="log.csv")
+            monitor = saved_run.monitored(dynamics, saved, log="log.csv")
             with suppress(KeyboardInterrupt):
                 run_md(dynamics, monitor, steps, restart=saved, after_step=lambda: stop(dynamics.nsteps == until))
 

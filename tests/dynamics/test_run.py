@@ -11,11 +11,12 @@ from ase.md.langevin import Langevin
 from ase.md.nose_hoover_chain import NoseHooverChainNVT
 from ase.md.verlet import VelocityVerlet
 
-from ase_uq.dynamics import restart as restart_module
+from ase_uq.dynamics import saved_run
 from ase_uq.dynamics.monitor import UncertaintyMonitor
 from ase_uq.dynamics.policy import WatchPolicy
-from ase_uq.dynamics.restart import Restart, digest_of, monitored
+from ase_uq.dynamics.restart import Restart, digest_of
 from ase_uq.dynamics.run import ramp, run_md
+from ase_uq.dynamics.saved_run import monitored
 from ase_uq.errors import InputError
 from ase_uq.io.frames import read_frames
 from ase_uq.sampling.ensembles import check_restartable
@@ -128,10 +129,10 @@ def test_frames_from_before_an_alarm_cross_the_restart(tmp_path):
 
 def test_a_step_is_saved_every_few_seconds_only(tmp_path, monkeypatch):
     now, steps = [0.0], []
-    monkeypatch.setattr(restart_module.time, "monotonic", lambda: now[0])
-    real = restart_module._replace
+    monkeypatch.setattr(saved_run.time, "monotonic", lambda: now[0])
+    real = saved_run.write_whole
     monkeypatch.setattr(
-        restart_module, "_replace", lambda path, data: (steps.append(json.loads(data)["step"]), real(path, data))
+        saved_run, "write_whole", lambda path, data: (steps.append(json.loads(data)["step"]), real(path, data))
     )
     with Restart(tmp_path / "run.xyz", 20) as restart:
         dynamics = VelocityVerlet(crystal([0.1]), STEP * units.fs)

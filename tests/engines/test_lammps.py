@@ -339,6 +339,52 @@ def test_a_minimisation_shows_its_structures(lammps: Any, calculator: Any):
     assert monitor.last.step == dynamics.nsteps > 0
 
 
+def test_time_stands_still_in_a_minimisation(lammps: Any, calculator: Any):
+    """So that rules that wait for time do not find it set back when atoms move again."""
+    dynamics, monitor = watched(lammps, methanol(CUBIC, kelvin=300), calculator, halt=1e9)
+    times = []
+    dynamics.attach(lambda: times.append((dynamics.nsteps, monitor.time_fs)))
+    dynamics.execute("run 3\nminimize 0 0 4 50\nrun 2")
+    first = [time for step, time in times if step <= 3]
+    assert first[:4] == pytest.approx([0, FS, 2 * FS, 3 * FS])
+    assert [time for step, time in times if 3 < step <= 7] == pytest.approx([3 * FS] * (len(times) - len(first) - 2))
+    assert times[-2:] == [(8, pytest.approx(4 * FS)), (9, pytest.approx(5 * FS))]
+
+
+def test_a_minimisation_that_is_halted_shows_nothing_more(lammps: Any, calculator: Any):
+    """LAMMPS finishes its line search, which looks at further structures."""
+    atoms = methanol(CUBIC)
+    dynamics = LammpsDynamics(given(lammps, atoms, *NVE), calculator, TYPES)
+    steps: list[int] = []
+    dynamics.attach(lambda: steps.append(dynamics.nsteps))
+    dynamics.execute("minimize 0 0 8 50")
+    last = next(place for place in range(1, len(steps)) if steps[place] == steps[place + 1])
+
+    lammps.command("clear")
+    dynamics, shown = LammpsDynamics(given(lammps, atoms, *NVE), calculator, TYPES), []
+
+    def halt() -> None:
+        shown.append(dynamics.nsteps)
+        if len(shown) == last + 1:
+            raise UncertaintyHalt("of a monitor", step=dynamics.nsteps, reading=1, threshold=1)
+
+    dynamics.attach(halt)
+    with pytest.raises(UncertaintyHalt, match="of a monitor"):
+        dynamics.execute("minimize 0 0 8 50\nrun 2")
+    assert shown == steps[: last + 1]
+
+
+def test_atoms_that_are_lost_are_named(lammps: Any, calculator: Any):
+    atoms = methanol(np.diag([8.0, 9.0, 10.0]), pbc=False)
+    dynamics = LammpsDynamics(given(lammps, atoms, *NVE, boundary="f f f"), calculator, TYPES)
+    lammps.commands_list(["group one id 2", "velocity one set 0 0 500"])
+    with pytest.raises(
+        InputError, match=r"LAMMPS lost 1 of 6 atoms before step \d+, the first with the ID 2: it left a box"
+    ):
+        dynamics.run(100)
+    assert 1 < dynamics.nsteps < 100
+
+
 def test_what_observers_and_the_potential_raise_comes_out_of_the_run(
     lammps: Any, calculator: Any, monkeypatch: pytest.MonkeyPatch
 ):

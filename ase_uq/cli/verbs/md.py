@@ -184,8 +184,8 @@ def md(
     from ase_uq.cli.potential import load_calculator, seed_all
     from ase_uq.cli.start import give_calculator
     from ase_uq.display.progress import progress_bar
-    from ase_uq.dynamics.restart import monitored
     from ase_uq.dynamics.run import ramp, run_md
+    from ase_uq.dynamics.saved_run import monitored
     from ase_uq.sampling.ensembles import make_dynamics
     from ase_uq.sampling.momenta import set_thermal_momenta
 

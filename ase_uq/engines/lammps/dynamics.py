@@ -37,8 +37,9 @@ class LammpsDynamics(MolecularDynamics):
     """The potential of a calculator and its uncertainties in LAMMPS, which moves the atoms.
 
     What ASE attaches to its dynamics can be attached to this one: an `UncertaintyMonitor` with its rules, its flagged
-    frames and its halt, or any function. Observers are called once per step, when LAMMPS has its forces, also in a
-    `minimize`; `atoms` is the structure of that step, in the order of the atoms' IDs, with the calculator's results.
+    frames and its halt, or any function. Observers are called once per step, when LAMMPS has its forces, and in a
+    `minimize` for each structure that it tries, while time stands still; `atoms` is that structure, in the order of the
+    atoms' IDs, with the calculator's results.
 
         dynamics = LammpsDynamics(lammps, UncertainCalculator("mace:my.model", "my.uq.safetensors"), ["Si", "O"])
         dynamics.attach(UncertaintyMonitor(dynamics, halt=0.5, flag=0.3, frames="flagged.xyz"))
@@ -96,7 +97,7 @@ class LammpsDynamics(MolecularDynamics):
         # MolecularDynamics would ask for masses, which LAMMPS has.
         BaseDynamics.__init__(self, Atoms(info=dict(info or {}), calculator=calculator))
         self.max_steps = _NO_END
-        self._at(lammps.extract_global("ntimestep"))
+        self._at(lammps.extract_global("ntimestep"), takes_time=True)
         self._ids = np.empty(0, int)
         self._evaluated: int | None = None
         self._shown: tuple[int, np.ndarray] | None = None
@@ -174,7 +175,8 @@ class LammpsDynamics(MolecularDynamics):
             gathered = self._gathered((ids, types, positions, velocities))
             answer = self._by_first(lambda: self._evaluate(step, gathered))
             self._give(answer, ids, forces)
-            if self._by_first(self._observe):
+            # The line search of a minimisation ends with its iteration, which the observers are to see nothing more of.
+            if not self._stopped and self._by_first(self._observe):
                 self._stop()
         except BaseException as error:  # ctypes would print and forget it
             self._error = error
@@ -208,7 +210,7 @@ class LammpsDynamics(MolecularDynamics):
 
     def _evaluate(self, step: int, gathered: Sequence[np.ndarray]) -> Answer:
         """One call of the calculator, for the structure of a step."""
-        self._at(step)
+        self._at(step, takes_time=self.lammps.is_running)
         self._take(gathered)
         atoms = self.atoms
         forces = atoms.get_forces()
@@ -222,10 +224,12 @@ class LammpsDynamics(MolecularDynamics):
         self._evaluated = step
         return answer_of(self._ids, atoms, results)
 
-    def _at(self, step: int) -> None:
-        """Takes over the number and the time of a step."""
+    def _at(self, step: int, takes_time: bool) -> None:
+        """Takes over the number and the time of a step; those of a minimisation take none."""
         began, time, dt = map(self.lammps.extract_global, ("atimestep", "atime", "dt"))
-        self.nsteps, self.dt, self._time = int(step), dt * _PS, (time + (step - began) * dt) * _PS
+        self.nsteps, self.dt = int(step), dt * _PS
+        if takes_time:
+            self._time = (time + (step - began) * dt) * _PS
 
     def _take(self, gathered: Sequence[np.ndarray]) -> None:
         """Makes `atoms` the structure that LAMMPS has."""
@@ -237,16 +241,27 @@ class LammpsDynamics(MolecularDynamics):
             # The same object, which whoever watches it may hold.
             atoms.arrays = Atoms(self._numbers[types], momenta=np.zeros((len(ids), 3))).arrays
         elif not np.array_equal(ids, self._ids):
-            raise InputError(
-                f"LAMMPS has other atoms than at the beginning: {len(ids)}, where there were {len(self._ids)}, or with "
-                "other IDs. Make another LammpsDynamics after atoms were added or removed."
-            )
+            raise self._other_atoms(ids)
         cell, low, atoms.pbc = box_of(self.lammps)
         atoms.cell.array[:] = cell
         atoms.numbers[:] = self._numbers[types]
         atoms.positions[:] = positions[order] - low
         self._masses = self.lammps.numpy.extract_atom("mass")[types]
         atoms.arrays["momenta"][:] = self._masses[:, None] * velocities[order] / _PS
+
+    def _other_atoms(self, ids: np.ndarray) -> InputError:
+        """The error for atoms that are not those of the beginning."""
+        if len(ids) < self.lammps.get_natoms():  # which knows of atoms that were deleted, not of those that are lost
+            lost = np.setdiff1d(self._ids, ids)
+            return InputError(
+                f"LAMMPS lost {len(lost)} of {len(self._ids)} atoms before step {self.nsteps}, the first with the ID "
+                f"{lost[0]}: it left a box that is not periodic, or moved too far in one step. Go back before it, and "
+                "give LAMMPS a shorter time step or --halt (halt) a lower level."
+            )
+        return InputError(
+            f"LAMMPS has other atoms than at the beginning: {len(ids)}, where there were {len(self._ids)}, or with "
+            "other IDs. Make another LammpsDynamics after atoms were added or removed."
+        )
 
     def _check_first(self, results: Mapping[str, Any]) -> None:
         """What can only be looked at once LAMMPS has everything that its run needs."""

@@ -12,6 +12,8 @@ from ase_uq.errors import InputError
 
 # Before there is a box these would lead to lines that were given to LAMMPS already, or not yet.
 _LEAPS = re.compile(r"\s*(jump|label|next)\b")
+_RESET = re.compile(r"^\s*reset_timestep\b", re.MULTILINE)
+_RESTART = re.compile(r"^\s*restart\s+(\d+)\b", re.MULTILINE)
 _CLEAR = re.compile(r"^\s*clear\b", re.MULTILINE)
 
 
@@ -43,6 +45,24 @@ def make_box(lammps: Any, script: str | os.PathLike[str]) -> str:
         if lammps.extract_setting("box_exist"):
             return text[done:]
     raise InputError(f"{script} makes no box. It needs read_data, create_box or read_restart.")
+
+
+def steps_between_restarts(script: str | os.PathLike[str]) -> set[int]:
+    """The numbers N of the commands `restart N ...` of a script: LAMMPS writes restart files at their multiples."""
+    return {int(number) for number in _RESTART.findall(Path(script).read_text(encoding="utf-8"))} - {0}
+
+
+def check_steps_rise(script: str | os.PathLike[str]) -> None:
+    """Refuses a script that counts steps anew.
+
+    Raises:
+        InputError: It has the command `reset_timestep`.
+    """
+    if _RESET.search(Path(script).read_text(encoding="utf-8")):
+        raise InputError(
+            f"{script} has the command `reset_timestep`, and a saved run knows its steps by their number. Leave it "
+            "out, or give what comes before it a script of its own."
+        )
 
 
 @contextmanager
