@@ -1,5 +1,7 @@
 """The one loop over frames: every user of it survives a full device, learns what was left out, and can be sharded."""
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -51,6 +53,15 @@ def fitted() -> UncertaintyModel:
 def energies(frames: list[Atoms], **options) -> list[Pass | LeftOut]:
     options = {"batch_atoms": 40, "forces": False} | options
     return list(passes(load_backend("toy:"), Source(frames), lambda e: e.energy.tolist(), **options))
+
+
+@pytest.fixture(params=[1, 2], ids=["one batch at a time", "two"])
+def at_a_time(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many batches are evaluated at a time: as many as torch has threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -128,6 +139,7 @@ class TestAFullDevice:
             getattr(self, user)()
 
 
+@pytest.mark.usefixtures("at_a_time")
 class TestLeftOut:
     def test_a_bad_frame_stands_alone_and_before_what_reaches_beyond_it(self):
         frames = [atoms.copy() for atoms in TEST[:10]]
@@ -242,6 +254,7 @@ def bad(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], None]:
 class TestOneBadFrame:
     """It is named, and the others have the numbers that they have alone, whoever evaluates them."""
 
+    @pytest.mark.usefixtures("at_a_time")
     @pytest.mark.parametrize("error", [None, *ERRORS], ids=lambda error: type(error).__name__)
     def test_is_left_out_alone(self, error: Exception | None, bad: Callable[[Exception | None], None]):
         expected = [e for event in complete(iter(energies(TEST))) for e in event.value]
@@ -280,6 +293,7 @@ class TestOneBadFrame:
         with pytest.raises(InputError, match="labelled test frame 13 cannot be used: the potential"):
             evaluate("toy:", spoilt(TEST, 13), model, progress=False)
 
+    @pytest.mark.usefixtures("at_a_time")
     @pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=str)
     def test_memory_of_any_kind_makes_batches_smaller(self, error: Exception, monkeypatch: pytest.MonkeyPatch):
         expected = [e for event in complete(iter(energies(TEST))) for e in event.value]
@@ -294,6 +308,7 @@ class TestOneBadFrame:
         found = [e for event in complete(iter(energies(TEST, batch_atoms=1000))) for e in event.value]
         assert found == pytest.approx(expected, rel=1e-12)
 
+    @pytest.mark.usefixtures("at_a_time")
     def test_a_device_that_is_lost_ends_the_loop(self, bad: Callable[[Exception | None], None]):
         bad(RuntimeError("CUDA error: device-side assert triggered"))
         with pytest.raises(RuntimeError, match="device-side assert") as caught:
@@ -320,6 +335,65 @@ class TestOneBadFrame:
         assert not_finite(event.value) == ""
         stress[1, 2] = torch.inf
         assert not_finite(event.value) == "stress"
+
+
+class TestSeveralAtATime:
+    """Threads have a batch each, where the potential allows it."""
+
+    @pytest.fixture(autouse=True)
+    def two_threads(self) -> Iterator[None]:
+        before = torch.get_num_threads()
+        torch.set_num_threads(2)
+        yield
+        torch.set_num_threads(before)
+
+    def test_give_the_same_in_the_same_order(self):
+        frames = [TEST[0].copy() for _ in range(4)]
+        for number, atoms in enumerate(frames):
+            atoms.rattle(0.05, seed=number)
+        (alone,) = complete(iter(energies(frames, batch_atoms=1000)))
+        together = threading.Barrier(2, timeout=30)  # breaks unless two passes are used at a time
+
+        def use(forward_pass: ForwardPass) -> float:
+            together.wait()
+            return float(forward_pass.energy)
+
+        found = list(
+            complete(passes(load_backend("toy:"), Source(frames), use, batch_atoms=len(frames[0]), forces=False))
+        )
+        assert [event.numbers for event in found] == [[0], [1], [2], [3]]
+        assert [event.value for event in found] == pytest.approx(alone.value, rel=1e-12)
+
+    def test_frames_above_the_limit_are_alone(self):
+        """They would fill the memory, and are large enough for all threads to share."""
+        at_work = threading.Lock()
+
+        def use(forward_pass: ForwardPass) -> int:
+            assert at_work.acquire(blocking=False), "two at a time"
+            time.sleep(0.01)
+            at_work.release()
+            return torch.get_num_threads()
+
+        events = passes(load_backend("toy:"), Source(TEST[:4]), use, batch_atoms=2, forces=False)
+        assert [event.value for event in complete(events)] == [2] * 4
+
+    @pytest.mark.parametrize("why", ["the potential does not allow it", "gradients"])
+    def test_one_at_a_time(self, why: str, monkeypatch: pytest.MonkeyPatch):
+        if why != "gradients":
+            monkeypatch.setattr(ToyBackend, "is_concurrent", False)
+        events = passes(
+            load_backend("toy:"),
+            Source(TEST[:4]),
+            lambda _: threading.current_thread().name,
+            batch_atoms=1000,
+            gradients=why == "gradients",
+        )
+        assert {event.value for event in complete(events)} == {threading.current_thread().name}
+
+    def test_an_error_ends_all_and_restores_the_threads(self):
+        with pytest.raises(ZeroDivisionError):
+            list(passes(load_backend("toy:"), Source(TEST), lambda _: 1 // 0, batch_atoms=40))
+        assert torch.get_num_threads() == 2
 
 
 class TestShards:

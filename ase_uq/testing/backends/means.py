@@ -1,6 +1,7 @@
 """Laws of the predictions: they are the calculator's own mean, in any batch, from one forward pass."""
 
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -106,6 +107,21 @@ class MeanLaws(BackendUnderTest):
         second = dict(meaningful(forward(backend, frames), frames))
         for name, value in meaningful(evaluated, frames):
             assert torch.equal(value, second[name]), name
+
+    def test_threads_may_share_it(self, backend: Backend, evaluated: ForwardPass, frames: list[Atoms]):
+        if not backend.is_concurrent:
+            pytest.skip("one thread at a time may evaluate this potential")
+        batches = [frames, frames[:1]]
+        expected = [dict(meaningful(evaluated, frames)), dict(meaningful(forward(backend, frames[:1]), frames[:1]))]
+        data = [backend.collate(batch) for batch in batches]
+
+        def evaluate(number: int) -> dict[str, torch.Tensor]:
+            return dict(meaningful(backend.forward(data[number % 2]), batches[number % 2]))
+
+        with ThreadPoolExecutor(2) as pool:
+            for number, found in enumerate(pool.map(evaluate, range(8))):
+                for name, value in expected[number % 2].items():
+                    assert torch.equal(value, found[name]), name
 
     def test_one_forward_a_call(self, backend: Backend, frames: list[Atoms]):
         modules = self.forward_modules(backend)
