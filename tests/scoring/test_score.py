@@ -22,7 +22,7 @@ from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 from ase.io import read, write
 
-from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, fit
+from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, embedded, fit
 from ase_uq.backends import load_backend
 from ase_uq.backends.base import Backend
 from ase_uq.backends.toy import ToyCalculator
@@ -450,6 +450,22 @@ def test_batches_made_before_the_device_was_full_cost_one_failure(
     assert found == list(range(96))
     assert sum(size > n_atoms // 2 + 1 for size in tried) == 1
     assert limit.n_atoms == n_atoms / 2
+
+
+def test_batches_in_threads_of_their_own_change_no_bit(tmp_path: Path):
+    """With an embedded MACE and all its methods; each thread has one of torch's two threads."""
+    predictor = Predictor("embedded:mace", embedded.path("mace.uq.safetensors"))
+    before, texts = torch.get_num_threads(), []
+    for n_threads in (1, 2):
+        torch.set_num_threads(n_threads)
+        try:
+            out = tmp_path / f"{n_threads}.xyz"
+            source = f"{embedded.path('test_300K.xyz')}@:8"
+            score(source, predictor, out=out, batch_atoms=20, progress=False)
+        finally:
+            torch.set_num_threads(before)
+        texts.append(out.read_text())
+    assert texts[0] == texts[1]
 
 
 def test_worker_processes_change_nothing(predictor: Predictor, out: Path):

@@ -106,7 +106,8 @@ class Graphs:
                 )
                 for atoms in frames
             ]
-        return torch_geometric.Batch.from_data_list(graphs).to_dict()
+        made: dict[str, Any] = torch_geometric.Batch.from_data_list(graphs).to_dict()
+        return made
 
     @property
     def _constants(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
