@@ -350,14 +350,14 @@ def _samples(
     for number, of_frame in enumerate(results):
         for quantity, key in _STORED.items():
             label = getattr(labels[number], key)
-            if label is None or key not in of_frame:
+            wanted = {of: result for of, result in keys.items() if of[1] == quantity}
+            if label is None or not of_frame.keys() >= {key, *wanted.values()}:
                 continue
             n_atoms = len(frames[number])
             residuals[quantity].append(_rows(quantity, label - of_frame[key], n_atoms))
             owners[quantity].append(number)
-            for of, result in keys.items():
-                if of[1] == quantity:
-                    std[of].append(_rows(quantity, of_frame[result], n_atoms))
+            for of, result in wanted.items():
+                std[of].append(_rows(quantity, of_frame[result], n_atoms))
     samples = {}
     for of in keys:
         quantity = of[1]

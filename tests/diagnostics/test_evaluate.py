@@ -516,8 +516,8 @@ class TestScored:
         assert model.name in model.summary(details=True)
         with pytest.raises(
             InputError,
-            match=rf"test frame 0 was scored with another uncertainty model \({model.name}\) than the one that is given "
-            rf"\({other.name}\)\. Give the one",
+            match=rf"test frame 0 was scored with another uncertainty model \({model.name}\) than the one that is "
+            rf"given \({other.name}\)\. Give the one",
         ):
             evaluate_scored(out, other, **OPTIONS)
         # Reference runs do not change what is scored.
