@@ -87,10 +87,11 @@ def ranks(device: str) -> Iterator[tuple["Communicator | None", str]]:
         raise _not_found(error) from error
     try:
         device = own_device(device)
-        on_accelerator = check_devices(store, rank, size, device)
         try:
-            backend = "nccl" if on_accelerator else "gloo"
+            backend = "nccl" if check_devices(store, rank, size, device) else "gloo"
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        except InputError:
+            raise
         except (RuntimeError, ValueError) as error:
             raise _not_found(error) from error
         with warnings.catch_warnings():

@@ -104,7 +104,10 @@ class TestDevices:
 
         def rank_one(device, other="", *, n_gpus=0, local_rank="1", init=init):
             store = dist.HashStore()
-            store.set("device of 0", other)
+            if other is None:
+                store.set_timeout(timedelta(seconds=0.2))
+            else:
+                store.set("device of 0", other)
             monkeypatch.setenv("WORLD_SIZE", "2")
             monkeypatch.setenv("RANK", "1")
             if local_rank is None:
@@ -208,6 +211,10 @@ class TestDevices:
             InputError, match=r"the 2 processes of .* did not find each other \(connectFullMesh failed\)"
         ):
             rank_one("cpu", init=fail)
+
+    def test_one_that_was_killed_before_it_could_tell_its_device(self, rank_one):
+        with pytest.raises(InputError, match="did not find each other"):
+            rank_one("cpu", None)
 
     def test_where_the_keeper_of_the_store_was_killed_a_rank_says_what_it_knows(self):
         def gone(*_):
