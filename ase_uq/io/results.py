@@ -213,10 +213,17 @@ def scored_results(atoms: Atoms, keys: Iterable[str], scored_with: str, name: st
             f"{name} has no {lacking[0]}, which frames have that `score` wrote with this uncertainty model, unless "
             "they were changed since. Score them, or name the potential as well."
         )
-    if (noted := str(atoms.info.get(SCORED_KEY, scored_with))) != scored_with:
-        raise InputError(
-            f"{name} was scored with another uncertainty model ({noted}) than the one that is given ({scored_with}). "
-            "Give the one it was scored with (`ase-uq info --details` tells the name of each), score the frames again, "
-            "or name the potential as well."
-        )
+    if other := told_of_another_model(atoms, scored_with, name):
+        raise InputError(f"{other}, or name the potential as well.")
     return results
+
+
+def told_of_another_model(atoms: Atoms, scored_with: str, name: str) -> str:
+    """What there is to say, but for the full stop, if a frame tells that it was scored with another model than this."""
+    noted = str(atoms.info.get(SCORED_KEY, scored_with))
+    if noted == scored_with:
+        return ""
+    return (
+        f"{name} was scored with another uncertainty model ({noted}) than the one that is given ({scored_with}). Give "
+        "the one it was scored with (`ase-uq info --details` tells the name of each), score the frames again"
+    )
