@@ -41,7 +41,7 @@ class Distributed:
 
     Raises:
         RuntimeError: No process group was initialised.
-        InputError: In `sum`: another rank has ended.
+        InputError: In `sum`: another rank has ended, or answers no more.
     """
 
     def __init__(self) -> None:
@@ -61,8 +61,8 @@ class Distributed:
             dist.all_reduce(flat)
         except RuntimeError as error:  # of gloo, or of NCCL
             raise InputError(
-                "another rank has ended, so nothing can be summed over all of them. Its message says why; if there is "
-                "none, it was killed: by a limit of time or memory, for example."
+                "another rank has ended, or answers no more, so nothing can be summed over all of them. Its message "
+                "says why; if there is none, it was killed: by a limit of time or memory, for example."
             ) from error
         flat = flat.to(home)
         summed, start = {}, 0

@@ -179,8 +179,8 @@ class ForwardPass:
         edges: The potential's neighbour list.
         forces: (n_atoms, 3) eV/Å, or None if they were not asked for.
         stress: (n_frames, 6) eV/Å³ in Voigt order, or None; NaN for a frame that has none, as without a cell.
-        volumes: (n_frames,) volumes of the cells, Å³, where there is a stress; 0 without a cell. `Backend.forward`
-            gives them.
+        volumes: (n_frames,) volumes of the cells, Å³, where there is a stress; 0 without a cell, and where the stress
+            is not that of the cell. `Backend.forward` gives them.
         energies: (n_atoms,) eV, or None if the potential has none.
         force_layer: Last layer of a direct force head, or None for conservative forces.
         vectors: (n_atoms, 3, n_vectors) polar vectors among the channels of the first layer, components x, y, z;

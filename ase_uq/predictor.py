@@ -73,7 +73,7 @@ class Predictor:
 
     @property
     def results(self) -> tuple[str, ...]:
-        """Results keys that every prediction with uncertainties has."""
+        """Results keys that every prediction with uncertainties has, but for those of a stress that is of no cell."""
         interval = () if self._intervals is None else ("forces_interval",)
         ensemble = () if self._ensemble is None else self._ensemble.results
         return (*self.backend.results, *self.uncertainty_model.results, *interval, *ensemble)
@@ -226,6 +226,7 @@ def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> li
     values = {key: value for key, value in (means | dict(uncertainties)).items() if value is not None}
     arrays = {key: value.cpu().numpy() for key, value in (values | forward_pass.extras).items()}
     ends = np.cumsum(forward_pass.n_atoms_of_frame.cpu().numpy())
+    has_cell = np.ones(len(ends), bool) if forward_pass.volumes is None else (forward_pass.volumes > 0).cpu().numpy()
     starts = ends - forward_pass.n_atoms_of_frame.cpu().numpy()
     predictions = []
     for frame, (start, end) in enumerate(zip(starts, ends, strict=True)):
@@ -233,9 +234,9 @@ def _split(forward_pass: ForwardPass, uncertainties: Mapping[str, Tensor]) -> li
         # With an energy but no stress at all, it is one that the potential does not give for this structure.
         finite = bool(np.isfinite(arrays["energy"][frame]))
         no_stress = finite and "stress" in arrays and np.isnan(arrays["stress"][frame]).all()
-        without = {"stress", "stress_uncertainty", "stress_ensemble"} if no_stress else set()
-        if finite and "stress_ensemble" in arrays and np.isnan(arrays["stress_ensemble"][frame]).all():
-            without.add("stress_ensemble")  # there is no cell
+        without = {"stress"} if no_stress else set()
+        if no_stress or not has_cell[frame]:  # what a stress of another cell is worth is not known
+            without |= {"stress_uncertainty", "stress_ensemble"}
         for key, array in arrays.items():
             entry = find_property(key)
             if entry is not None and entry.name in without:

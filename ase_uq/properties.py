@@ -36,7 +36,13 @@ _TABLE = (
     Property("energies_uncertainty", True, (), "eV", "standard deviation of each atom's energy"),
     Property("forces_uncertainty", True, (3,), "eV/Å", "standard deviation of each force component"),
     Property("forces_interval", True, (), "eV/Å", "bound of the norm of each atom's force error"),
-    Property("stress_uncertainty", False, (6,), "eV/Å³", "standard deviation of each stress component, in Voigt order"),
+    Property(
+        "stress_uncertainty",
+        False,
+        (6,),
+        "eV/Å³",
+        "standard deviation of each stress component, in Voigt order, where the stress is that of the cell",
+    ),
     Property("energy_ensemble", False, (-1,), "eV", "samples of the total energy, the same draws for all structures"),
     Property(
         "forces_ensemble",

@@ -15,6 +15,7 @@ The folder --out (default: scored) receives the shards, scored.xyz and scored.cs
 
 # %% Frames, a potential and its uncertainty model: here those of the package
 import argparse
+from contextlib import suppress
 from pathlib import Path
 
 from ase.io import read, write
@@ -29,7 +30,7 @@ MODEL, UQ = "embedded:mace", embedded.path("mace.uq.safetensors")
 # %% What a worker does: one shard, which another worker may have begun
 def scored(frames: Path, shard: Shard, folder: Path) -> Path:
     out = folder / f"part_{shard.number}.xyz"
-    if not out.exists():  # it appears when it is complete
+    with suppress(FileExistsError):  # it is there, and complete
         score(frames, MODEL, UQ, out=out, shard=shard, progress=False)
     return out
 

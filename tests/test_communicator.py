@@ -3,14 +3,17 @@
 import itertools
 import os
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
 from ase_uq.communicator import Communicator, Distributed, Serial, gather, shard
+from ase_uq.errors import InputError
 from ase_uq.methods.bll import BLL
 from ase_uq.testing.methods import ELEMENTS, RAW_FIELDS, fit_head, forward_pass_of, labelled_frames, on_ranks
 
@@ -111,3 +114,28 @@ def test_rows_of_all_ranks_stand_one_rank_after_the_other():
 
 def test_no_rank_has_rows():
     assert on_ranks(2, lambda ranks: gather(None, ranks)) == [None, None]
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_statistics_keep_their_shapes_and_devices(group: None):
+    statistics = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.ones(())}
+    summed = Distributed().sum(statistics)
+    assert summed.keys() == statistics.keys()
+    for name, value in statistics.items():
+        assert torch.equal(summed[name], value)
+
+
+def test_a_rank_that_answers_no_more_is_told(group: None, monkeypatch: pytest.MonkeyPatch):
+    def fail(_: torch.Tensor) -> None:
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(dist, "all_reduce", fail)
+    with pytest.raises(InputError, match=r"another rank has ended, or answers no more.* it was killed: by a limit of"):
+        Distributed().sum({"a": torch.ones(2)})

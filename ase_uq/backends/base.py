@@ -118,6 +118,10 @@ class Backend(ABC):
         """The data that `_build` made, moved to the device of the potential."""
         raise NotImplementedError("a backend that has _build says in _placed how its data gets to the device")
 
+    def _volume(self, atoms: Atoms) -> float:
+        """Volume of the cell, Å³, if the stress of a structure is that of its cell; else 0."""
+        return abs(float(np.linalg.det(atoms.cell.array)))
+
     @property
     def _exact_settings(self) -> tuple[str, ...]:
         """Settings of exact additions to the potential, which an uncertainty model of the potential alone may lack."""
@@ -199,7 +203,7 @@ class Backend(ABC):
             forward_pass = self._forward(batch, forces, gradients)
         if forward_pass.stress is None:
             return forward_pass
-        volumes = torch.tensor([abs(np.linalg.det(atoms.cell.array)) for atoms in batch.frames], dtype=torch.float64)
+        volumes = torch.tensor([self._volume(atoms) for atoms in batch.frames], dtype=torch.float64)
         return replace(forward_pass, volumes=volumes.to(forward_pass.stress.device))
 
     def stochastic(self) -> "StochasticModel":

@@ -1,15 +1,19 @@
 """The processes that a launcher started for one command: those of torchrun, or of SLURM's srun."""
 
+import atexit
 import os
 import re
+import socket
+import time
 import warnings
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 import typer
 
+from ase_uq.cli.console import silence
 from ase_uq.errors import InputError, UQWarning
 
 if TYPE_CHECKING:
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 # What a rank waits for the others to start, and then for their results: one part of the frames may take much longer
 # than another.
 _START, _PATIENCE = timedelta(minutes=10), timedelta(hours=2)
+_FAREWELL = 2.0  # seconds that rank 0 waits for the others to learn who failed first
+_FAILED = "failed"
 _FIRST_PORT, _N_PORTS = 20_000, 40_000
 
 
@@ -64,47 +70,141 @@ def ranks(device: str) -> Iterator[tuple["Communicator | None", str]]:
 
     Args:
         device: As the user gave it; with an accelerator each rank of a machine takes one of its own.
+
+    Raises:
+        InputError: The ranks do not find each other, or there is not one accelerator for each of them.
     """
     if not is_launched():
         yield None, device
         return
-    import torch
     import torch.distributed as dist
 
     from ase_uq.communicator import Distributed
 
-    if device.startswith("cuda:"):
-        raise InputError(f"--device {device} would put all ranks on one device. Give --device cuda; each takes one.")
-    if on_accelerator := (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda":
-        # A launcher may show each rank one device alone.
-        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
-        torch.cuda.set_device(device)
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=_START))
-        backend = "nccl" if on_accelerator else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the {os.environ['WORLD_SIZE']} processes of this command did not find each other "
-            f"({str(error).splitlines()[0]}). Start all of them with one torchrun or srun; in a shell inside a SLURM "
-            "step, unset SLURM_STEP_NUM_TASKS to use one process."
-        ) from error
+        raise _not_found(error) from error
     try:
+        device = own_device(device)
+        try:
+            backend = "nccl" if check_devices(store, rank, size, device) else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        except InputError:
+            raise
+        except (RuntimeError, ValueError) as error:
+            raise _not_found(error) from error
         with warnings.catch_warnings():
             if rank:
                 warnings.simplefilter("ignore", UQWarning)
             yield Distributed(), device
     except Exception:
+        if rank == 0:
+            atexit.register(_linger, store, size)
         if not _is_first(store, rank):
             raise typer.Exit(1) from None
         raise
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def own_device(device: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The device of this rank: one of the machine's accelerators for each, or what the user gave where there are none.
+
+    Args:
+        device: As the user gave it.
+        environment: Variables of the process.
+
+    Raises:
+        InputError: It would be the same one for all ranks, or there is none.
+    """
+    import torch
+
+    if device.startswith("cuda:"):
+        raise InputError(f"--device {device} would put all ranks on one device. Give --device cuda; each takes one.")
+    if (device or ("cuda" if torch.cuda.is_available() else "cpu")) != "cuda":
+        return device
+    if not (count := torch.cuda.device_count()):
+        raise InputError(
+            f"--device cuda, but rank {environment.get('RANK')} sees no GPU. Ask the launcher for one a rank "
+            "(srun --gpus-per-task 1), or leave --device out to compute on CPUs."
+        )
+    if "LOCAL_RANK" not in environment:
+        raise InputError(
+            "LOCAL_RANK is not set, which says which GPU of its machine a rank takes. Start with torchrun or srun, or "
+            "set it to the number of the rank on its machine, from 0."
+        )
+    # A launcher may show each rank one device alone.
+    device = f"cuda:{int(environment['LOCAL_RANK']) % count}"
+    torch.cuda.set_device(device)
+    return device
+
+
+def check_devices(store: "Store", rank: int, size: int, device: str) -> bool:
+    """Whether the ranks compute on accelerators: each on one of its own then, as NCCL sums over no others.
+
+    Args:
+        store: What the ranks tell each other by.
+        rank: This one.
+        size: How many there are.
+        device: Device of this one.
+
+    Raises:
+        InputError: Two ranks have one accelerator, some have none, or one has failed before.
+    """
+    store.set(f"device of {rank}", _name_of(device))
+    rank_of: dict[str, int] = {}
+    names: list[str] = []
+    for other in range(size):
+        names.append(name := store.get(f"device of {other}").decode())
+        if name == _FAILED:
+            raise InputError(f"rank {other} has failed.")
+        if bool(name) != bool(names[0]):
+            with_one, without = (other, 0) if name else (0, other)
+            raise InputError(
+                f"rank {with_one} has a GPU and rank {without} has none. Give each rank one, or --device cpu."
+            )
+        if name and (first := rank_of.setdefault(name, other)) != other:
+            raise InputError(
+                f"ranks {first} and {other} have one GPU ({name}). Start as many ranks on a machine as it has GPUs, "
+                "or give --device cpu."
+            )
+    return bool(names[0])
+
+
+def _name_of(device: str) -> str:
+    """A name that no other accelerator has, whatever its number is for this rank; empty for a CPU."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return ""
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name} {properties.uuid} of {socket.gethostname()}"
+
+
+def _not_found(error: Exception) -> InputError:
+    return InputError(
+        f"the {os.environ['WORLD_SIZE']} processes of this command did not find each other "
+        f"({str(error).splitlines()[0]}). Start all of them with one torchrun or srun; in a shell inside a SLURM "
+        "step, unset SLURM_STEP_NUM_TASKS to use one process."
+    )
 
 
 def _is_first(store: "Store", rank: int) -> bool:
-    """Whether no other rank has failed before."""
+    """Whether no other rank has said why it failed, as far as can be known."""
     try:
-        return store.compare_set("failed", "", str(rank)) == str(rank).encode()
-    except RuntimeError:  # the process that keeps the store has ended
-        return False
+        with silence():  # torch prints a stack of its own
+            first = store.compare_set("failed", "", str(rank))
+            store.set(f"device of {rank}", _FAILED)  # or others would wait for it
+            store.add("heard", 1)
+        return first == str(rank).encode()
+    except RuntimeError:  # rank 0, which keeps the store, was killed
+        return True
+
+
+def _linger(store: "Store", size: int) -> None:
+    """Rank 0 takes the store with it, so the others ask first; those that are busy, or killed, are not waited for."""
+    end = time.monotonic() + _FAREWELL
+    while store.add("heard", 0) < size and time.monotonic() < end:
+        time.sleep(0.02)

@@ -20,7 +20,7 @@ from ase_uq.display.progress import progress_bar
 from ase_uq.errors import LabelError, UQWarning
 from ase_uq.io.frames import Frames, read_frames
 from ase_uq.io.labels import LABEL_KEYS, Labels, check_labels, labels_of, refuse_other_heads, refuse_own_forces
-from ase_uq.io.results import check_scored, current_results
+from ase_uq.io.results import scored_results
 from ase_uq.io.source import Source
 from ase_uq.predictor import Predictor, as_predictor
 from ase_uq.properties import find_property
@@ -120,7 +120,7 @@ def evaluate_scored(
 
     Raises:
         LabelError: No frame has labels, or one is not finite or does not fit its frame.
-        InputError: A frame has not the results of this uncertainty model.
+        InputError: A frame has not the results of this uncertainty model, or was scored with another one.
         ValueError: The tolerance is not positive, `block` is below 1, or `n_bootstrap` is negative.
     """
     options = _options(tolerance, block, n_bootstrap, seed, progress)
@@ -128,9 +128,8 @@ def evaluate_scored(
     model = model if isinstance(model, UncertaintyModel) else UncertaintyModel.load(model)
     labelled, labels = _labelled(read_frames(frames, name="test frames"), label_keys or LABEL_KEYS[0])
     keys = [key for (_, quantity), key in _keys(model).items() if quantity != "stress"]  # not in vacuum
-    for number, results in enumerate(map(current_results, labelled)):
-        check_scored(results, keys, f"labelled test frame {number}")
-    return _assessed(model, labelled, labels, map(current_results, labelled), options)
+    results = [scored_results(atoms, keys, model.name, f"labelled test frame {i}") for i, atoms in enumerate(labelled)]
+    return _assessed(model, labelled, labels, results, options)
 
 
 def _options(tolerance: float, block: int, n_bootstrap: int, seed: int, progress: bool) -> dict[str, Any]:
@@ -351,14 +350,14 @@ def _samples(
     for number, of_frame in enumerate(results):
         for quantity, key in _STORED.items():
             label = getattr(labels[number], key)
-            if label is None or key not in of_frame:
+            wanted = {of: result for of, result in keys.items() if of[1] == quantity}
+            if label is None or not of_frame.keys() >= {key, *wanted.values()}:
                 continue
             n_atoms = len(frames[number])
             residuals[quantity].append(_rows(quantity, label - of_frame[key], n_atoms))
             owners[quantity].append(number)
-            for of, result in keys.items():
-                if of[1] == quantity:
-                    std[of].append(_rows(quantity, of_frame[result], n_atoms))
+            for of, result in wanted.items():
+                std[of].append(_rows(quantity, of_frame[result], n_atoms))
     samples = {}
     for of in keys:
         quantity = of[1]

@@ -18,6 +18,8 @@ from ase_uq.properties import PROPERTIES, STANDARD, UNCERTAINTIES, find_property
 BELONG_KEY = "uncertainty_of"
 # Entry of info: which uncertainty model drew the members that a frame has.
 ENSEMBLE_KEY = "ensemble_of"
+# Entry of info: the uncertainty model that `score` took. A file of another one has the same keys.
+SCORED_KEY = "scored_with"
 LOST_KEY = "lost_constraints"  # entry of info that names the constraints which a frame had and its file has not
 
 
@@ -48,10 +50,12 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
         files hold one value under a name.
     """
     stale = results is None and _is_stale(atoms)
+    notes: dict[str, Any] = {}
     if results is None:
         results = current_results(atoms)
+        if isinstance(atoms.calc, StoredResults) and not stale:
+            notes = {key: atoms.info[key] for key in (ENSEMBLE_KEY, SCORED_KEY) if key in atoms.info}
     copy = atoms.copy()
-    drew = atoms.info.get(ENSEMBLE_KEY) if isinstance(atoms.calc, StoredResults) and not stale else None
     # Copies: some calculators write the next results into the same arrays.
     known = {key: deepcopy(value) for key, value in results.items() if find_property(key) is not None}
     uncertain = any(key not in STANDARD for key in known)
@@ -60,8 +64,7 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
         drop_uncertainties(copy)
     if uncertain:
         copy.info[BELONG_KEY] = check_sums(copy)
-    if drew is not None and "energy_ensemble" in known:
-        copy.info[ENSEMBLE_KEY] = drew
+        copy.info |= {key: note for key, note in notes.items() if key == SCORED_KEY or "energy_ensemble" in known}
     for key in _hidden(copy, known):
         del _store(copy, key)[key]
     if known:
@@ -116,8 +119,8 @@ def drop_uncertainties(atoms: Atoms) -> None:
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
         for key in [key for key in store if _is_uncertainty(key, per_atom)]:
             del store[key]
-    atoms.info.pop(BELONG_KEY, None)
-    atoms.info.pop(ENSEMBLE_KEY, None)
+    for key in (BELONG_KEY, ENSEMBLE_KEY, SCORED_KEY):
+        atoms.info.pop(key, None)
 
 
 def _is_uncertainty(key: Any, per_atom: bool) -> bool:
@@ -191,19 +194,36 @@ def current_results(atoms: Atoms) -> Mapping[str, Any]:
     return atoms.calc.results if isinstance(atoms.calc, Calculator) and not _is_stale(atoms) else {}
 
 
-def check_scored(results: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
-    """Refuses a frame without results that an uncertainty model gives.
+def scored_results(atoms: Atoms, keys: Iterable[str], scored_with: str, name: str) -> Mapping[str, Any]:
+    """The results of a frame that `score` wrote.
 
     Args:
-        results: Current results of the frame.
-        keys: Those of the uncertainty model.
-        name: What the message calls the frame.
+        atoms: The frame.
+        keys: Results that the uncertainty model gives.
+        scored_with: Name of the uncertainty model, as in `UncertaintyModel.name`. Frames that do not tell theirs, as of
+            other tools, are taken for its own.
+        name: What messages call the frame.
 
     Raises:
-        InputError: One is missing.
+        InputError: A result is missing, or the frame was scored with another uncertainty model.
     """
+    results = current_results(atoms)
     if lacking := [key for key in keys if key not in results]:
         raise InputError(
             f"{name} has no {lacking[0]}, which frames have that `score` wrote with this uncertainty model, unless "
             "they were changed since. Score them, or name the potential as well."
         )
+    if other := told_of_another_model(atoms, scored_with, name):
+        raise InputError(f"{other}, or name the potential as well.")
+    return results
+
+
+def told_of_another_model(atoms: Atoms, scored_with: str, name: str) -> str:
+    """What there is to say, but for the full stop, if a frame tells that it was scored with another model than this."""
+    noted = str(atoms.info.get(SCORED_KEY, scored_with))
+    if noted == scored_with:
+        return ""
+    return (
+        f"{name} was scored with another uncertainty model ({noted}) than the one that is given ({scored_with}). Give "
+        "the one it was scored with (`ase-uq info --details` tells the name of each), score the frames again"
+    )

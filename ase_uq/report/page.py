@@ -99,8 +99,8 @@ def write_report(
         batch_atoms: Largest number of atoms evaluated together, for the latent map; None for the default of the device.
 
     Raises:
-        InputError: No frame has uncertainties, uncertainties have another shape than their frame, or the potential
-            cannot evaluate a frame.
+        InputError: No frame has uncertainties, uncertainties have another shape than their frame or are of another
+            uncertainty model, or the potential cannot evaluate a frame.
         LabelError: The labels are the potential's own, or training or calibration frames cannot be read.
         ArtefactError: A file cannot be written; the files that were there before remain.
         FileExistsError: The folder of the pictures is a file, or contains a file that is not ours and that a picture
@@ -120,7 +120,13 @@ def write_report(
     reduction = reduction or Reduction()
     flag, halt = _levels(uncertainty_model, flag, halt, reduction)
     shift = uncertainty_model.energy_shift
-    surveyed = survey(frames, reduction=reduction, label_keys=label_keys, energy_shift=shift)
+    surveyed = survey(
+        frames,
+        reduction=reduction,
+        label_keys=label_keys,
+        energy_shift=shift,
+        scored_with=uncertainty_model.name,
+    )
     plane = None
     if backend is not None:
         plane = _plane(backend, surveyed, {"training": train, "calibration": calibration}, batch_atoms)

@@ -15,6 +15,7 @@ from ase_uq.display.representation import Brief
 from ase_uq.errors import InputError
 from ase_uq.io.frames import Frames
 from ase_uq.io.labels import LABEL_KEYS, refuse_own_forces
+from ase_uq.io.results import told_of_another_model
 from ase_uq.io.source import Source, Unreadable
 from ase_uq.report.frame_values import Warned, flag_reason, label, result, source_frame, structure, temperature
 from ase_uq.thresholds.reduction import Reduction, atom_norms
@@ -148,6 +149,7 @@ def survey(
     reduction: Reduction | None = None,
     label_keys: tuple[str, str, str] | None = None,
     energy_shift: EnergyShift | None = None,
+    scored_with: str = "",
     keep: int = 500,
 ) -> Survey:
     """Reads scored frames once, one by one; only numbers and at most 2 · `keep` structures stay in memory.
@@ -160,14 +162,18 @@ def survey(
         label_keys: Names of energy, forces and stress of the reference; by default `REF_energy`, `REF_forces` and
             `REF_stress`, since `energy` and `forces` of scored frames are the potential's.
         energy_shift: The offset of the calibration frames, which is taken out of the reference energies.
+        scored_with: Name of the uncertainty model that the frames are reported on with (`UncertaintyModel.name`); empty
+            to take those of any.
         keep: Number of structures to keep for pictures.
 
     Raises:
         InputError: There are no frames, none has uncertainties, uncertainties have another shape than their frame, or
-            a frame has no atoms.
+            a frame has no atoms or was scored with another uncertainty model.
         LabelError: The labels are the potential's own forces.
     """
-    gathered = _Gathered(reduction or Reduction(), label_keys or LABEL_KEYS[0], energy_shift, _Stretches(keep))
+    gathered = _Gathered(
+        reduction or Reduction(), label_keys or LABEL_KEYS[0], energy_shift, _Stretches(keep), scored_with
+    )
     for place, atoms in _numbered(frames, gathered.warn):
         gathered.add(place, atoms)
     if not gathered.n_read:
@@ -221,6 +227,7 @@ class _Gathered:
     keys: tuple[str, str, str]
     shift: EnergyShift | None
     stretches: _Stretches
+    scored_with: str
     warn: Warned = field(default_factory=Warned)
     place: list[int] = field(default_factory=list)
     source: list[int | None] = field(default_factory=list)  # number in the trajectory that was scored
@@ -255,6 +262,8 @@ class _Gathered:
             )
         if not len(atoms):
             raise InputError(f"{which} has no atoms.")
+        if self.scored_with and (other := told_of_another_model(atoms, self.scored_with, which)):
+            raise InputError(f"{other}.")
         norms = atom_norms(std)
         gamma = self.warn.checked(which, "gamma", result(atoms, "gamma"), (len(atoms),), finite=False)
         self.place.append(place)

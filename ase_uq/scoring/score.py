@@ -22,7 +22,7 @@ from ase_uq.errors import InputError
 from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
 from ase_uq.io.files import check_distinct, paths_of
 from ase_uq.io.frames import Frames
-from ase_uq.io.results import ENSEMBLE_KEY
+from ase_uq.io.results import ENSEMBLE_KEY, SCORED_KEY
 from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
@@ -57,9 +57,9 @@ def score(
 
     Memory does not grow with the trajectory. After a kill at any instant, the same call resumes after the last frame
     that was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out,
-    with a warning that names them. `source_frame` in a frame's info is its number among those given, from 0. Labels
-    under ASE's names, whose place the results take, are written as `REF_energy`, `REF_forces` and `REF_stress`, unless
-    they are the potential's own.
+    with a warning that names them. `source_frame` in a frame's info is its number among those given, from 0, and
+    `scored_with` the name of the uncertainty model. Labels under ASE's names, whose place the results take, are written
+    as `REF_energy`, `REF_forces` and `REF_stress`, unless they are the potential's own.
 
     Args:
         frames: A path in any format that ASE reads, with `@` and an index or a query of a database as ASE takes them
@@ -160,7 +160,8 @@ def _score_rest(
     ):
         behind: Future[None] | None = None
         named: set[str] = set()
-        notes = {ENSEMBLE_KEY: predictor.uncertainty_model.digest[:12]} if predictor.n_members else {}
+        model = predictor.uncertainty_model
+        notes = {SCORED_KEY: model.name} | ({ENSEMBLE_KEY: model.digest[:12]} if predictor.n_members else {})
         left_out: list[FrameScore] = []
 
         def write(batch: Pass[list[Prediction]]) -> Future[None]:

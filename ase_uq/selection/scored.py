@@ -10,7 +10,7 @@ from ase import Atoms
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError, UQWarning
 from ase_uq.io.frames import Frames
-from ase_uq.io.results import check_scored, current_results, with_results
+from ase_uq.io.results import scored_results, with_results
 from ase_uq.io.several import source_of
 from ase_uq.io.source import Unreadable, warn_of_left_out
 from ase_uq.properties import find_property
@@ -66,8 +66,8 @@ def select_scored(
 
     Raises:
         ValueError: The strategy compares features, or an option is out of range.
-        InputError: A file is missing, no frame can be read, or one lacks results that this uncertainty model gives.
-            Numbers of another uncertainty model under the same keys are not recognised.
+        InputError: A file is missing, no frame can be read, or one lacks results that this uncertainty model gives, or
+            was scored with another one.
     """
     check_options(n, strategy, flag, halt)
     if strategy not in BY_READINGS:
@@ -116,7 +116,7 @@ def _readings(
             warn_of_left_out(number, atoms.reason, len(left_out))
             left_out[number] = atoms.reason
             continue
-        readings.append(_reading(number, atoms, keys, reduction))
+        readings.append(_reading(number, atoms, keys, model.name, reduction))
     if not readings:
         raise InputError(
             f"none of the {len(left_out)} frames of {source.name} can be read. Frame {next(iter(left_out))}: "
@@ -127,7 +127,6 @@ def _readings(
     return np.array(readings), left_out
 
 
-def _reading(number: int, atoms: Atoms, keys: Sequence[str], reduction: Reduction) -> float:
-    results = current_results(with_results(atoms))
-    check_scored(results, keys, f"frame {number} of the pool")
+def _reading(number: int, atoms: Atoms, keys: Sequence[str], scored_with: str, reduction: Reduction) -> float:
+    results = scored_results(with_results(atoms), keys, scored_with, f"frame {number} of the pool")
     return reduction(atom_norms(results["forces_uncertainty"]), atoms.numbers)

@@ -119,6 +119,11 @@ class UncertaintyModel:
         return hashlib.sha256(np.ascontiguousarray(self.record.uncertainty).tobytes()).hexdigest()
 
     @property
+    def name(self) -> str:
+        """Tells it from others, in `scored_with` of the frames that were scored with it."""
+        return f"uq-{self.digest[:8]}"  # digits alone would be read as a number
+
+    @property
     def gradients(self) -> bool:
         """Whether a head needs `ForwardPass.gradients`, which cost passes in addition to that of the potential."""
         return any(fitted.head.gradients for fitted in self.methods.values())
@@ -227,7 +232,7 @@ class UncertaintyModel:
         """Text that says what the model was fitted on, how good it is, how far it reaches and what to do next.
 
         Args:
-            details: Whether to add the formula of each calibrator and the versions.
+            details: Whether to add its name, the formula of each calibrator and the versions.
         """
         return summary_of(self, details=details)
 

@@ -31,7 +31,7 @@ def summary_of(model: "UncertaintyModel", *, details: bool = False) -> str:
 
     Args:
         model: The model.
-        details: Whether to add the formula of each calibrator and the versions.
+        details: Whether to add its name, the formula of each calibrator and the versions.
     """
     provenance = model.provenance
     lines = [
@@ -97,6 +97,7 @@ def numbers_of(model: "UncertaintyModel") -> dict[str, Any]:
     known = [q for q in _CHANCES if Quantile(q).needed <= np.isfinite(readings).sum()]
     rank = metrics.spearman(record.error, record.uncertainty)
     return {
+        "name": model.name,
         "package": model.identity.settings["package"],
         "fingerprint": model.identity.fingerprint,
         "methods": list(model.methods),
@@ -134,7 +135,10 @@ def _refit(provenance: dict[str, Any]) -> list[str]:
 
 
 def _formulas(model: "UncertaintyModel") -> list[str]:
-    lines = [f"  versions       {', '.join(f'{k} {v}' for k, v in model.provenance['versions'].items())}"]
+    lines = [
+        f"  name           {model.name}, as in scored_with of frames",
+        f"  versions       {', '.join(f'{k} {v}' for k, v in model.provenance['versions'].items())}",
+    ]
     for name, fitted in model.methods.items():
         lines.append(f"  method {name}{' (primary)' if name == model.primary else ''}")
         lines += [_describe(quantity, fitted) for quantity in fitted.calibrators]

@@ -7,6 +7,7 @@ regime of the tangent kernel). A frame has an equation for its energy and one fo
 forces; the gradients are sketched. After one pass over all frames a training costs a fraction of a second.
 """
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ase_uq.backends.base import Backend
+from ase_uq.fitting.provenance import digest_of
 from ase_uq.methods.ntk import directions, energy_rows, force_rows
 from ase_uq.numerics.sketch import Sketch
 
@@ -48,9 +50,10 @@ class Equations:
 
 
 def equations(backend: Backend, frames: Sequence[Atoms], path: Path) -> Equations:
-    """Those of frames; what the file has is not computed again."""
-    if path.exists():
-        return Equations(*torch.load(path).values())
+    """Those of frames; what the file has of the same potential, frames and options is not computed again."""
+    origin = origin_of(backend, frames)
+    if path.exists() and (kept := torch.load(path)).pop("origin", None) == origin:
+        return Equations(**kept)
     rows, values, common = [], [], []
     sketch = None
     for number, atoms in enumerate(tqdm(frames, desc=path.stem, unit="frame"), 1):
@@ -67,8 +70,18 @@ def equations(backend: Backend, frames: Sequence[Atoms], path: Path) -> Equation
         values[-1][1:] /= (3 * len(atoms)) ** 0.5
         common.append(torch.cat([energy[0], force_rows(found, sketch, 1, 0)[0, 0]]).detach())
     parts = {"rows": torch.stack(rows), "values": torch.stack(values), "common": torch.stack(common)}
-    torch.save(parts, path)
+    torch.save(parts | {"origin": origin}, path)
     return Equations(**parts)
+
+
+def origin_of(backend: Backend, frames: Sequence[Atoms]) -> str:
+    """Digest of everything that equations follow from."""
+    digest = hashlib.sha256(f"{backend.identity.fingerprint} {SIZE} {TANGENTS} {ENERGY_WEIGHT}".encode())
+    for atoms in frames:
+        digest.update(digest_of(atoms).encode())
+        for label in (atoms.info["REF_energy"], atoms.arrays["REF_forces"]):
+            digest.update(np.asarray(label, float).tobytes())
+    return digest.hexdigest()
 
 
 def trained(new: Equations, old: Equations, ridge: float | None = None) -> tuple[Tensor, float]:

@@ -119,6 +119,32 @@ def evaluate(backend: Backend, *frames: Atoms) -> ForwardPass:
     return backend.forward(backend.collate(frames))
 
 
+def test_a_stress_is_that_of_the_cell_in_crystals_alone():
+    """Elsewhere it is the virial over the volume of a cell of MACE's own; the calculator gives it as well."""
+    calculator = calculator_of()
+    backend = load_backend(calculator)
+    crystal = standard_frames()[1]
+    slab, molecule = crystal.copy(), crystal.copy()
+    slab.pbc, molecule.pbc = (True, True, False), False
+    forward_pass = evaluate(backend, crystal, slab, molecule)
+    assert forward_pass.volumes is not None
+    assert forward_pass.volumes.tolist() == [pytest.approx(crystal.get_volume()), 0, 0]
+    step, energies = 1e-4, []
+    for sign in (1, -1):
+        moved = slab.copy()
+        moved.set_cell(slab.cell.array * [1 + sign * step, 1, 1], scale_atoms=True)
+        energies.append(float(evaluate(backend, moved).energy[0]))
+    virial = (energies[0] - energies[1]) / (2 * step)
+    for atoms in (crystal, slab, molecule):
+        bare = atoms.copy()
+        bare.calc = calculator
+        stress = evaluate(backend, atoms).stress
+        assert stress is not None
+        np.testing.assert_array_equal(stress[0], bare.get_stress())
+        if atoms is slab:
+            assert abs(float(stress[0, 0])) < 0.5 * abs(virial) / slab.get_volume()
+
+
 class TestTrained:
     """A trained model, scripted as MACE saves it."""
 

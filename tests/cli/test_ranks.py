@@ -4,19 +4,23 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
+import typer
 from ase.io import read, write
 
 import ase_uq
 from ase_uq import UncertaintyModel
 from ase_uq.backends import load_backend
 from ase_uq.backends.toy import ToyCalculator
-from ase_uq.cli.ranks import first_host, is_launched, ranks
+from ase_uq.cli.ranks import _is_first, _linger, check_devices, first_host, is_launched, ranks
 from ase_uq.errors import InputError
 from ase_uq.testing.methods import forward_pass_of
 
@@ -80,15 +84,153 @@ class TestRefusals:
             free.bind(("127.0.0.1", 0))
             monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
 
-    def test_one_device_for_all(self, two):
-        with pytest.raises(InputError, match="--device cuda:1 would put all ranks on one device"), ranks("cuda:1"):
-            pass
-
     def test_others_that_never_come(self, two, monkeypatch):
         monkeypatch.setattr("ase_uq.cli.ranks._START", timedelta(seconds=0.5))
         message = r"the 2 processes of this command did not find each other \(.*unset SLURM_STEP_NUM_TASKS"
         with pytest.raises(InputError, match=message), ranks("cpu"):
             pass
+
+
+class TestDevices:
+    """A machine with GPUs, stood in for: what torch says of them, and what the other ranks have told."""
+
+    @pytest.fixture
+    def rank_one(self, monkeypatch):
+        """Starts rank 1 where rank 0 has told its device; what the group is made with, and what the rank sees."""
+        made = {}
+
+        def init(backend, *, store, rank, world_size, timeout):
+            made.update(backend=backend, rank=rank, size=world_size)
+
+        def rank_one(device, other="", *, n_gpus=0, local_rank="1", init=init):
+            store = dist.HashStore()
+            if other is None:
+                store.set_timeout(timedelta(seconds=0.2))
+            else:
+                store.set("device of 0", other)
+            monkeypatch.setenv("WORLD_SIZE", "2")
+            monkeypatch.setenv("RANK", "1")
+            if local_rank is None:
+                monkeypatch.delenv("LOCAL_RANK", raising=False)
+            else:
+                monkeypatch.setenv("LOCAL_RANK", local_rank)
+            monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 1, 2)]))
+            monkeypatch.setattr(dist, "init_process_group", init)
+            monkeypatch.setattr(dist, "is_initialized", lambda: bool(made))
+            monkeypatch.setattr(dist, "destroy_process_group", made.clear)
+            monkeypatch.setattr(dist, "get_rank", lambda: made["rank"])
+            monkeypatch.setattr(dist, "get_world_size", lambda: made["size"])
+            monkeypatch.setattr(dist, "get_backend", lambda: made["backend"])
+            monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
+            monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
+            monkeypatch.setattr(torch.cuda, "set_device", lambda device: made.update(current=device))
+            monkeypatch.setattr(
+                torch.cuda,
+                "get_device_properties",
+                lambda device: SimpleNamespace(name="GPU", uuid=f"uuid-{device.partition(':')[2]}"),
+            )
+            monkeypatch.setattr("ase_uq.cli.ranks.socket.gethostname", lambda: "node")
+            try:
+                with ranks(device) as (communicator, own):
+                    assert communicator is not None
+                    return {**made, "device": own, "sums_on": str(communicator._device)}
+            finally:
+                assert not made.get("backend"), "the group was left"
+
+        return rank_one
+
+    # With one GPU to see, the launcher gives each rank its own, and calls it 0.
+    @pytest.mark.parametrize(
+        ("device", "n_gpus", "local_rank", "own"),
+        [("cuda", 2, "1", "cuda:1"), ("", 4, "3", "cuda:3"), ("cuda", 1, "1", "cuda:0")],
+    )
+    def test_with_gpus_each_rank_takes_one_and_nccl_sums_on_it(self, rank_one, device, n_gpus, local_rank, own):
+        found = rank_one(device, "GPU uuid-of-another of node", n_gpus=n_gpus, local_rank=local_rank)
+        assert (found["backend"], found["device"], found["current"], found["sums_on"]) == ("nccl", own, own, "cuda")
+
+    @pytest.mark.parametrize(("device", "n_gpus"), [("cpu", 2), ("", 0)])
+    def test_on_cpus_gloo_does(self, rank_one, device, n_gpus):
+        found = rank_one(device, "", n_gpus=n_gpus, local_rank=None)
+        assert (found["backend"], found["device"], found["sums_on"]) == ("gloo", device, "cpu")
+        assert "current" not in found
+
+    @pytest.mark.parametrize(
+        ("words", "message"),
+        [
+            (("cuda:1",), "--device cuda:1 would put all ranks on one device. Give --device cuda"),
+            (("cuda",), r"--device cuda, but rank 1 sees no GPU. Ask the launcher for one a rank \(srun"),
+        ],
+    )
+    def test_a_device_that_no_rank_can_have(self, rank_one, words, message):
+        with pytest.raises(InputError, match=message):
+            rank_one(*words)
+
+    def test_a_launcher_that_does_not_number_the_ranks_of_a_machine(self, rank_one):
+        with pytest.raises(InputError, match="LOCAL_RANK is not set, which says which GPU of its machine a rank takes"):
+            rank_one("cuda", n_gpus=2, local_rank=None)
+
+    def test_more_ranks_than_gpus(self, rank_one):
+        message = r"ranks 0 and 1 have one GPU \(GPU uuid-0 of node\). Start as many ranks on a machine as it has GPUs"
+        with pytest.raises(InputError, match=message):
+            rank_one("cuda", "GPU uuid-0 of node", n_gpus=2, local_rank="2")
+
+    @pytest.mark.parametrize(
+        ("n_gpus", "other", "message"),
+        [
+            (2, "", "rank 1 has a GPU and rank 0 has none. Give each rank one, or --device cpu"),
+            (0, "GPU uuid-0 of node", "rank 0 has a GPU and rank 1 has none"),
+        ],
+    )
+    def test_a_rank_without_one_among_others(self, rank_one, n_gpus, other, message):
+        with pytest.raises(InputError, match=message):
+            rank_one("", other, n_gpus=n_gpus)
+
+    def test_one_that_failed_before_it_could_tell_is_not_waited_for(self):
+        """Rank 0 without a GPU, say: it says so, and rank 1 ends without a word."""
+        store = dist.HashStore()
+        assert _is_first(store, 0)
+        with pytest.raises(InputError, match="rank 0 has failed"):
+            check_devices(store, 1, 2, "cpu")
+        assert not _is_first(store, 1)
+
+    def test_who_fails_second_says_nothing_and_rank_0_waits_until_others_know(self, monkeypatch):
+        store, at_exit = dist.HashStore(), []
+        _is_first(store, 1)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+        monkeypatch.setattr("ase_uq.cli.ranks.atexit.register", lambda *call: at_exit.append(call))
+        with pytest.raises(typer.Exit), ranks("cuda:1"):
+            pass
+        assert at_exit == [(_linger, store, 2)]
+
+    def test_a_group_that_cannot_be_made(self, rank_one):
+        def fail(*_, **__):
+            raise RuntimeError("connectFullMesh failed\nand a stack")
+
+        with pytest.raises(
+            InputError, match=r"the 2 processes of .* did not find each other \(connectFullMesh failed\)"
+        ):
+            rank_one("cpu", init=fail)
+
+    def test_one_that_was_killed_before_it_could_tell_its_device(self, rank_one):
+        with pytest.raises(InputError, match="did not find each other"):
+            rank_one("cpu", None)
+
+    def test_where_the_keeper_of_the_store_was_killed_a_rank_says_what_it_knows(self):
+        def gone(*_):
+            raise RuntimeError("Broken pipe")
+
+        assert _is_first(SimpleNamespace(compare_set=gone), 1)
+
+    def test_the_keeper_of_the_store_waits_for_all_but_not_for_ever(self, monkeypatch):
+        store = dist.HashStore()
+        monkeypatch.setattr("ase_uq.cli.ranks._FAREWELL", 0.05)
+        for rank in (1, 0):
+            _is_first(store, rank)
+        for size, waits in ((2, False), (3, True)):
+            start = time.monotonic()
+            _linger(store, size)
+            assert (time.monotonic() - start >= 0.05) == waits
 
 
 @pytest.fixture
@@ -196,16 +338,29 @@ def test_what_one_finds_ends_all_with_one_message(launched, words, tmp_path, cha
 
 
 DYING = """
-import os, signal
-from ase_uq.cli.ranks import ranks
-with ranks("cpu"):
-    os.kill(os.getpid(), signal.SIGKILL)
+import os, signal, sys
+from ase_uq import cli
+from ase_uq.communicator import Distributed
+sums, calls = Distributed.sum, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 6:  # the frames were checked, and the first statistics are there
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sums(*arguments)
+Distributed.sum = killed
+cli.main(sys.argv[1:])
 """
 
 
-def test_a_rank_that_is_killed_ends_the_others_with_a_message(launched, words, tmp_path):
-    command = ["ase-uq", "fit", *words, "--out", "two.uq.safetensors"]
-    (code, _, said), _ = launched(command, ["python", "-c", DYING])
-    assert code == 1
-    assert said.startswith("error: another rank has ended, so nothing can be summed over all of them. Its message")
-    assert not (tmp_path / "two.uq.safetensors").exists()
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_rank_that_is_killed_in_the_midst_ends_the_others_with_a_message(launched, words, tmp_path, killed):
+    """Also the one that keeps what the ranks tell each other by."""
+    words = ["fit", *words, "--out", "two.uq.safetensors"]
+    commands = [["ase-uq", *words], ["python", "-c", DYING, *words]]
+    done = launched(*(commands if killed else commands[::-1]))
+    code, said, told = done[1 - killed]
+    assert (code, said) == (1, "")
+    assert told.startswith("error: another rank has ended, or answers no more, so nothing can be summed over all of")
+    assert len(told.splitlines()) == 1
+    assert done[killed][1:] == ("", "the process died\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration.xyz", "train.xyz"]

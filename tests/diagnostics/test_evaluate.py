@@ -17,6 +17,7 @@ from ase_uq.backends.toy import ToyCalculator
 from ase_uq.diagnostics.assessment import Assessment
 from ase_uq.diagnostics.evaluate import evaluate_scored
 from ase_uq.errors import ArtefactError, InputError, LabelError, UQWarning
+from ase_uq.io.frames import read_frames
 from ase_uq.io.labels import labels_of
 from ase_uq.scoring.score import score as score_frames
 from ase_uq.scoring.shards import Shard
@@ -505,6 +506,27 @@ class TestScored:
         score_frames(frames, predictor.backend, one, out=out, progress=False)
         with pytest.raises(InputError, match="frame 0 has no forces_uncertainty_"):
             evaluate_scored(out, model, **OPTIONS)
+
+    def test_refuses_frames_of_another_model(self, predictor, model, frames, tmp_path: Path):
+        record = dataclasses.replace(model.record, uncertainty=model.record.uncertainty * 1.1)
+        other = dataclasses.replace(model, record=record)
+        out = tmp_path / "scored.xyz"
+        score_frames(frames, predictor, out=out, progress=False)
+        assert {atoms.info["scored_with"] for atoms in read_frames(out)} == {model.name}
+        assert model.name in model.summary(details=True)
+        with pytest.raises(
+            InputError,
+            match=rf"test frame 0 was scored with another uncertainty model \({model.name}\) than the one that is "
+            rf"given \({other.name}\)\. Give the one",
+        ):
+            evaluate_scored(out, other, **OPTIONS)
+        # Reference runs do not change what is scored.
+        evaluate_scored(out, dataclasses.replace(model, reference=None), **OPTIONS)
+        # Files of older versions and of other tools do not tell.
+        untold = read_frames(out)
+        for atoms in untold:
+            del atoms.info["scored_with"]
+        assert evaluate_scored(untold, other, **OPTIONS).n_frames == len(untold)
 
     def test_does_not_take_the_results_for_labels(self, predictor, model, frames, tmp_path: Path):
         for atoms in frames:

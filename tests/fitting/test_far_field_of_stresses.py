@@ -9,10 +9,11 @@ import pytest
 import torch
 from ase import Atoms
 from ase.build import molecule
+from ase.calculators.calculator import PropertyNotImplementedError
 
-from ase_uq import Predictor, UncertaintyModel, fit
+from ase_uq import Predictor, UncertainCalculator, UncertaintyModel, evaluate, fit
 from ase_uq.backends import load_backend
-from ase_uq.backends.toy import ToyCalculator
+from ase_uq.backends.toy import ToyBackend, ToyCalculator
 from ase_uq.calibration import FarFieldCalibrator, Residuals, fit_far_field
 from ase_uq.methods.bll.head import BLLHead
 from ase_uq.testing.methods import ELEMENTS, forward_pass_of, labelled_frames
@@ -102,10 +103,46 @@ def test_a_file_keeps_it(calculator, model: UncertaintyModel, tmp_path: Path):
             np.testing.assert_array_equal(after[key], before[key])
 
 
-def test_of_a_molecule_without_a_cell_it_is_a_number_as_before(calculator, model: UncertaintyModel):
-    found = Predictor(calculator, model).predict([molecule("CH3OH")])[0]["stress_uncertainty"]
-    assert np.isfinite(found).all()
-    assert (found > 0).all()
+def slab() -> Atoms:
+    atoms = frames(1, 7)[0]
+    atoms.pbc = (True, True, False)
+    return atoms
+
+
+def test_there_is_none_where_the_stress_is_not_that_of_the_cell(
+    calculator, model: UncertaintyModel, monkeypatch: pytest.MonkeyPatch
+):
+    """In a slab the toy's is; MACE's is not."""
+    crystal, free = frames(1, 6)[0], molecule("CH3OH")
+    predictor = Predictor(calculator, model)
+    before = predictor.predict([crystal, slab(), free])
+    assert ["stress_uncertainty" in each.results for each in before] == [True, True, False]
+    monkeypatch.setattr(ToyBackend, "_volume", lambda _, atoms: atoms.cell.volume * atoms.pbc.all())
+    after = predictor.predict([crystal, slab(), free])
+    assert ["stress_uncertainty" in each.results for each in after] == [True, False, False]
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one["stress"], other["stress"])
+        np.testing.assert_array_equal(one["forces_uncertainty"], other["forces_uncertainty"])
+    np.testing.assert_array_equal(before[0]["stress_uncertainty"], after[0]["stress_uncertainty"])
+    # Of a slab alone, as in molecular dynamics, and by name.
+    calc = UncertainCalculator(calculator, model)
+    with pytest.raises(PropertyNotImplementedError):
+        calc.get_property("stress_uncertainty", slab())
+
+
+def test_labels_of_such_stresses_are_neither_calibrated_on_nor_judged(
+    calculator, model: UncertaintyModel, monkeypatch: pytest.MonkeyPatch
+):
+    held_out = frames(20, 2)
+    for atoms in held_out[10:]:
+        atoms.pbc = (True, True, False)
+    options = {"n_bootstrap": 0, "progress": False}
+    assert len(evaluate(Predictor(calculator, model), held_out, **options).samples["bll", "stress"].frame) == 20
+    monkeypatch.setattr(ToyBackend, "_volume", lambda _, atoms: atoms.cell.volume * atoms.pbc.all())
+    assert len(evaluate(Predictor(calculator, model), held_out, **options).samples["bll", "stress"].frame) == 10
+    held_out[0].pbc = (True, True, False)  # nine crystals are too few
+    again = fit(calculator, frames(20, 1), held_out, methods=["bll"], progress=False)
+    assert "stress_uncertainty" not in again.results
 
 
 def test_labels_of_frames_without_a_volume_do_not_count(calculator):

@@ -113,6 +113,17 @@ def test_of_the_structure_itself_they_stay(file: Path, tmp_path: Path):
     assert survey(tmp_path / "last.xyz").n_frames == 1
 
 
+def test_what_they_were_made_with_stays_with_them(file: Path, tmp_path: Path):
+    """And goes with them: where there are others, it is not known."""
+    write_frames(tmp_path / "scored.xyz", [annotated(crystal(), RESULTS, scored_with="uq-1")])
+    write_frames(tmp_path / "again.xyz", read_frames(tmp_path / "scored.xyz"))
+    (atoms,) = read_frames(tmp_path / "again.xyz")
+    assert atoms.info["scored_with"] == "uq-1"
+    assert "scored_with" not in annotated(atoms, RESULTS).info
+    drop_uncertainties(atoms)
+    assert "scored_with" not in atoms.info
+
+
 @given(
     n_atoms=st.integers(1, 60),
     size=st.sampled_from([1.0, 30.0, 1e4]),

@@ -384,6 +384,16 @@ def test_frames_have_the_number_they_had_in_the_trajectory_that_was_scored(told,
     assert "Frames within" not in said
 
 
+def test_frames_of_another_model_are_refused(told, scored, model):
+    frames = [annotated(atoms, scored_with=model.name) for atoms in read_frames(scored)[:3]]
+    told(frames)
+    frames[1].info["scored_with"] = "uq-another"
+    with pytest.raises(
+        InputError, match=rf"frame 1.* another uncertainty model \(uq-another\) .* \({model.name}\)\. Giv"
+    ):
+        told(frames)
+
+
 def test_what_is_left_out_beside_a_worse_frame_is_said_in_whole_frames(told, scored):
     frames = read_frames(scored)
     said = Elements(told([frames[i % 60] for i in range(600)])[1]).visible

@@ -132,6 +132,14 @@ def test_frames_without_results_of_this_model_are_refused(scored, model, pool):
         chosen_from(scored, two)
 
 
+def test_frames_of_another_model_are_refused(scored, model, predictor, pool, tmp_path: Path):
+    """Also of one pool, in whose other frames the name is right."""
+    other = dataclasses.replace(model, record=dataclasses.replace(model.record, uncertainty=2 * model.record.error))
+    score(pool, Predictor(predictor.backend, other), out=tmp_path / "other.xyz", progress=False)
+    with pytest.raises(InputError, match=rf"frame {N} of the pool was scored with another .* \({other.name}\) than"):
+        chosen_from([scored, tmp_path / "other.xyz"], model)
+
+
 def test_damaged_frames_are_named_and_left_out(scored, model, tmp_path: Path):
     lines = scored.read_text().splitlines(keepends=True)
     second = 2 + int(lines[0])

@@ -149,6 +149,10 @@ class MACEBackend(Backend):
             dtype=calculator.default_dtype,
         )
 
+    def _volume(self, atoms: Atoms) -> float:
+        # MACE gives directions that are not periodic a length of its own, and divides by the volume of that cell.
+        return super()._volume(atoms) if atoms.pbc.all() else 0.0
+
     def _forward(self, batch: Batch, forces: bool, gradients: bool) -> ForwardPass:
         n_frames = len(batch.frames)
         n_atoms = sum(len(atoms) for atoms in batch.frames)

@@ -12,7 +12,7 @@ from ase_uq.cli.options import JSON
 def info(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="Uncertainty model that `ase-uq fit` wrote.")],
     details: Annotated[
-        bool, typer.Option("--details", help="Also print the formula of each calibrator, and the versions.")
+        bool, typer.Option("--details", help="Also print its name, the formula of each calibrator, and the versions.")
     ] = False,
     as_json: JSON = False,
 ) -> None:

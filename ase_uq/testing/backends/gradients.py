@@ -48,23 +48,20 @@ class GradientLaws(BackendUnderTest):
     def test_stress_is_the_derivative_by_strain(self, backend: Backend, frames: list[Atoms]):
         if not self.conservative or "stress" not in backend.results:
             pytest.skip("there is no stress that must be a derivative of the energy")
-        step, tolerance = DIFFERENCES[backend.dtype]
-        atoms = periodic(frames)
-        strains, moved = [], []
-        for x, y in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
-            for sign in (1, -1):
-                strain = np.zeros((3, 3))
-                strain[x, y] += sign * step / 2
-                strain[y, x] += sign * step / 2
-                moved.append(atoms.copy())
-                moved[-1].set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
-                strains.append(strain)
-        energies = forward(backend, moved).energy.cpu().double().numpy().reshape(6, 2)
-        # d/dε of ε (e_x e_yᵀ + e_y e_xᵀ) / 2 is the stress component itself.
-        differences = (energies[:, 0] - energies[:, 1]) / (2 * step * atoms.get_volume())
-        stress = array(forward(backend, [atoms]).stress)[0]
-        atol = tolerance * scale(stress) + rounding(energies, backend) / (step * atoms.get_volume())
-        np.testing.assert_allclose(differences, stress, rtol=0, atol=atol)
+        assert_slope_by_strain(backend, periodic(frames))
+
+    def test_stress_of_a_slab_is_that_of_its_cell_or_of_none(self, backend: Backend, frames: list[Atoms]):
+        if not self.conservative or "stress" not in backend.results:
+            pytest.skip("there is no stress that must be a derivative of the energy")
+        slab = periodic(frames)
+        slab.pbc = (True, True, False)
+        try:
+            volumes = forward(backend, [slab]).volumes
+        except NotImplementedError:
+            pytest.skip("the potential takes no structure that is periodic in some directions only")
+        assert volumes is not None
+        if float(volumes[0]):
+            assert_slope_by_strain(backend, slab)
 
     def test_gradients_are_of_the_same_pass(self, backend: Backend, frames: list[Atoms]):
         module = backend._modules()[0]
@@ -219,6 +216,25 @@ def _check_by_parameters(
     expected = rows @ torch.cat([direction.flatten() for direction in directions]).cpu().numpy()
     atol = tolerance * scale(expected) + 10 * rounding(both[0], backend) / step
     np.testing.assert_allclose(differences, expected, rtol=0, atol=atol)
+
+
+def assert_slope_by_strain(backend: Backend, atoms: Atoms) -> None:
+    """Asserts that the stress is the derivative of the energy by strain, over the volume of the cell."""
+    step, tolerance = DIFFERENCES[backend.dtype]
+    moved = []
+    for x, y in ((0, 0), (1, 1), (2, 2), (1, 2), (0, 2), (0, 1)):
+        for sign in (1, -1):
+            strain = np.zeros((3, 3))
+            strain[x, y] += sign * step / 2
+            strain[y, x] += sign * step / 2
+            moved.append(atoms.copy())
+            moved[-1].set_cell(atoms.cell.array @ (np.eye(3) + strain), scale_atoms=True)
+    energies = forward(backend, moved).energy.cpu().double().numpy().reshape(6, 2)
+    # d/dε of ε (e_x e_yᵀ + e_y e_xᵀ) / 2 is the stress component itself.
+    differences = (energies[:, 0] - energies[:, 1]) / (2 * step * atoms.get_volume())
+    stress = array(forward(backend, [atoms]).stress)[0]
+    atol = tolerance * scale(stress) + rounding(energies, backend) / (step * atoms.get_volume())
+    np.testing.assert_allclose(differences, stress, rtol=0, atol=atol)
 
 
 def _parameters(backend: Backend) -> list[dict[str, Any]]:
