@@ -6,7 +6,7 @@ from pathlib import Path
 import typer
 
 from ase_uq.io.files import check_writable
-from ase_uq.io.h5md import SUFFIXES, h5py, is_h5md_name
+from ase_uq.io.hdf5 import SUFFIXES, h5py, is_h5md_name
 
 
 def check_inputs(*files: Path | None) -> None:

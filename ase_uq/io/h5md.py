@@ -8,47 +8,19 @@ entry. `parameters/ase_uq` has what H5MD has no place for: the number of atoms o
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ase_uq.errors import InputError, MissingDependency
+from ase_uq.errors import InputError
 from ase_uq.io.contents import CONSTRAINTS, EDGES, ENTRY, PBC, PER_ATOM, SPECIES, Contents
+from ase_uq.io.hdf5 import h5py, is_h5md_name, is_hdf5
 
-SUFFIXES = (".h5", ".h5md")
 LAYOUT = 1  # of what stands in `OWN`
 OWN = "parameters/ase_uq"
 N_ATOMS = f"{OWN}/n_atoms"
 # Frames that are written and read at once, and atoms with the empty rows among them.
 BLOCK_FRAMES, BLOCK_ATOMS = 1024, 16384
-_MAGIC = b"\x89HDF\r\n\x1a\n"
-
-
-def is_h5md_name(path: str | os.PathLike[str]) -> bool:
-    """Whether the name is that of an H5MD file."""
-    return Path(path).suffix in SUFFIXES
-
-
-def is_hdf5(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as HDF5 does."""
-    with open(path, "rb") as file:
-        return file.read(len(_MAGIC)) == _MAGIC
-
-
-def h5py() -> Any:
-    """The package that reads and writes HDF5.
-
-    Raises:
-        MissingDependency: It is not installed.
-    """
-    try:
-        import h5py
-    except ImportError as error:
-        raise MissingDependency(
-            'files in HDF5 (.h5) need h5py, which is not installed. Run: pip install "ase-uq[hdf5]"'
-        ) from error
-    return h5py
 
 
 def opened(path: str | os.PathLike[str]) -> Any:

@@ -14,7 +14,8 @@ import numpy as np
 
 from ase_uq.io.contents import CONSTRAINTS, EDGES, ENTRY, PBC, PER_ATOM, POSITION, SPECIES, as_text, key_at
 from ase_uq.io.files import write_all
-from ase_uq.io.h5md import BLOCK_ATOMS, BLOCK_FRAMES, LAYOUT, N_ATOMS, OWN, h5py, place_of
+from ase_uq.io.h5md import BLOCK_ATOMS, BLOCK_FRAMES, LAYOUT, N_ATOMS, OWN, place_of
+from ase_uq.io.hdf5 import h5py
 from ase_uq.io.records import Layout, Record
 from ase_uq.properties import find_property
 

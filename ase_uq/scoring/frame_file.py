@@ -16,8 +16,9 @@ from ase.io.extxyz import key_val_str_to_dict
 
 from ase_uq.io.contents import ENTRY, contents_of
 from ase_uq.io.extxyz import check_xyz_name, extxyz_text, unwritable, without_unwritable
-from ase_uq.io.h5md import SUFFIXES, h5py, is_h5md_name, is_hdf5, read_h5md
+from ase_uq.io.h5md import read_h5md
 from ase_uq.io.h5md_writer import write_h5md
+from ase_uq.io.hdf5 import SUFFIXES, h5py, is_h5md_name, is_hdf5
 from ase_uq.io.records import record_of, records_in
 from ase_uq.io.results import stored
 from ase_uq.scoring.frame_score import NUMBER_KEY
