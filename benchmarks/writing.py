@@ -1,14 +1,14 @@
 """What writing a scored frame takes, in each format that could hold it, and which results come back from each.
 
-    python benchmarks/writing.py [--rounds 5] [--frames 1000] [--out NAME]
+    python benchmarks/writing.py [--rounds 3] [--frames 2000] [--out NAME]
 
 extxyz and HDF5 are what `score` writes, made here as it makes them: the bytes of each frame, of HDF5 the records and
 then the file. Beside them are ASE's own binary format .traj, and, where their packages are installed, .aselmdb, the
 database of ase-db-backends, and the writer of znh5md, whose layout of HDF5 ours is. In turns, in one process; each
 figure is the smallest of the rounds, in ms of processor time a frame. The frames are those of the embedded MACE: its
 molecule, and a box of 24 of them. "Mixed" has both, nine molecules for each box, since HDF5 fills up frames that are
-smaller than others. The results that come back are those of `ase.io.read`, which needs znh5md for HDF5, and of
-`read_frames`. Prints a table; with --out also writes NAME.md.
+smaller than others; thirty frames show what a file takes by itself. The results that come back are those of
+`ase.io.read`, which needs znh5md for HDF5, and of `read_frames`. Prints a table; with --out also writes NAME.md.
 """
 
 import argparse
@@ -98,7 +98,7 @@ def kinds(n_frames: int) -> dict[str, list[Atoms]]:
     many = [small[i % len(small)].copy() for i in range(n_frames)]
     large = [box(seed) for seed in range(max(n_frames // 10, 2))]
     mixed = [frame for i, one in enumerate(large) for frame in (one, *many[9 * i : 9 * i + 9])]
-    return {"molecule": many, "box of 24 molecules": large, "mixed": mixed}
+    return {"molecule": many, "molecule, 30 frames": many[:30], "box of 24 molecules": large, "mixed": mixed}
 
 
 def found(path: Path, back: Callable[[Path], list[Atoms]], wanted: Sequence[str]) -> str:
@@ -110,8 +110,8 @@ def found(path: Path, back: Callable[[Path], list[Atoms]], wanted: Sequence[str]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--frames", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--frames", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=None)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

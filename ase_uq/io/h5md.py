@@ -8,6 +8,7 @@ entry. `parameters/ase_uq` has what H5MD has no place for: the number of atoms o
 
 import os
 from collections.abc import Iterator, Mapping
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,7 @@ from ase_uq.io.hdf5 import h5py, is_h5md_name, is_hdf5
 LAYOUT = 1  # of what stands in `OWN`
 OWN = "parameters/ase_uq"
 N_ATOMS = f"{OWN}/n_atoms"
-# Frames that are written and read at once, and atoms with the empty rows among them.
-BLOCK_FRAMES, BLOCK_ATOMS = 1024, 16384
+BLOCK_FRAMES, BLOCK_BYTES = 1024, 1 << 24  # that are written and read at once, or a single frame
 
 
 def opened(path: str | os.PathLike[str]) -> Any:
@@ -61,9 +61,14 @@ def read_h5md(path: str | os.PathLike[str], start: int = 0) -> Iterator[Contents
     with opened(path) as file:
         n_atoms = file[N_ATOMS][:]
         elements = dict(_elements(file))
+        of_an_atom = sum(
+            group["value"].dtype.itemsize * prod(group["value"].shape[2:])
+            for path, group in elements.items()
+            if path.startswith(PER_ATOM)
+        )
         while start < len(n_atoms):
             most = np.maximum.accumulate(n_atoms[start : start + BLOCK_FRAMES])
-            fit = np.arange(1, len(most) + 1) * most <= BLOCK_ATOMS
+            fit = np.arange(1, len(most) + 1) * most * of_an_atom <= BLOCK_BYTES
             stop = start + max(int(np.argmin(fit)) if not fit.all() else len(fit), 1)
             yield from _read(elements, start, stop, n_atoms[start:stop])
             start = stop

@@ -14,7 +14,7 @@ import numpy as np
 
 from ase_uq.io.contents import CONSTRAINTS, EDGES, ENTRY, PBC, PER_ATOM, POSITION, SPECIES, as_text, key_at
 from ase_uq.io.files import write_all
-from ase_uq.io.h5md import BLOCK_ATOMS, BLOCK_FRAMES, LAYOUT, N_ATOMS, OWN, place_of
+from ase_uq.io.h5md import BLOCK_BYTES, BLOCK_FRAMES, LAYOUT, N_ATOMS, OWN, place_of
 from ase_uq.io.hdf5 import h5py
 from ase_uq.io.records import Layout, Record
 from ase_uq.properties import find_property
@@ -188,12 +188,12 @@ class _Block:
 
 def _blocks(records: Iterable[Record]) -> Iterator[_Block]:
     block: list[Record] = []
-    most = 0
+    largest = 0
     for record in records:
-        most = max(most, record.layout.n_atoms)
-        if block and (len(block) == BLOCK_FRAMES or (len(block) + 1) * most > BLOCK_ATOMS):
+        largest = max(largest, len(record.data))
+        if block and (len(block) == BLOCK_FRAMES or (len(block) + 1) * largest > BLOCK_BYTES):
             yield _Block(block)
-            block, most = [], record.layout.n_atoms
+            block, largest = [], len(record.data)
         block.append(record)
     if block:
         yield _Block(block)

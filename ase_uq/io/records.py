@@ -16,9 +16,9 @@ import numpy as np
 from ase_uq.io.contents import SPECIES, Contents
 
 _MAGIC = b"aUQ1"
-# Check sum of all that follows it, number of the frame, and bytes of layout, numbers and texts.
-_HEAD = struct.Struct("<4sIQIQI")
-_SUMMED = len(_MAGIC) + 4
+_SUM = struct.Struct("<I")  # of all that follows it
+_LENGTHS = struct.Struct("<QIQI")  # number of the frame, and bytes of layout, numbers and texts
+_HEAD = len(_MAGIC) + _SUM.size + _LENGTHS.size
 
 
 class Layout(NamedTuple):
@@ -51,7 +51,7 @@ class Record(NamedTuple):
     @property
     def layout(self) -> Layout:
         """What it has; the same object for records alike."""
-        return _layout(self.data[_HEAD.size : self.ends[0]])
+        return _layout(self.data[_HEAD : self.ends[0]])
 
     @property
     def numbers(self) -> bytes:
@@ -67,46 +67,43 @@ class Record(NamedTuple):
 
 def record_of(number: int, contents: Contents) -> bytes:
     """The record of a frame."""
-    arrays, texts, names = [], [], []
-    shapes = []
-    for path in _in_order(tuple(contents)):
-        value = contents[path]
-        if isinstance(value, str):
-            names.append(path)
-            texts.append(value)
-        else:
-            shapes.append((path, value.dtype.str, value.shape))
-            arrays.append(value.tobytes())
-    layout, numbers, text = _encoded(tuple(shapes), tuple(names)), b"".join(arrays), "\n".join(texts).encode()
-    head = _HEAD.pack(_MAGIC, 0, number, len(layout), len(numbers), len(text))[_SUMMED:]
-    rest = b"".join((head, layout, numbers, text))
-    return _MAGIC + struct.pack("<I", crc32(rest)) + rest
+    paths = _in_order(tuple(contents))
+    values = [contents[path] for path in paths]
+    layout = _encoded(paths, tuple([None if isinstance(one, str) else (one.dtype, one.shape) for one in values]))
+    numbers = b"".join([one.tobytes() for one in values if not isinstance(one, str)])
+    text = "\n".join([one for one in values if isinstance(one, str)]).encode()
+    rest = _LENGTHS.pack(number, len(layout), len(numbers), len(text)) + layout + numbers + text
+    return _MAGIC + _SUM.pack(crc32(rest)) + rest
 
 
 def records_in(path: Path) -> Iterator[Record]:
     """The records of a file, up to the first that is not whole."""
+    summed = len(_MAGIC) + _SUM.size
     with open(path, "rb") as file:
         left = path.stat().st_size
-        while len(head := file.read(_HEAD.size)) == _HEAD.size:
-            magic, sum_of_rest, number, *lengths = _HEAD.unpack(head)
-            left -= len(head) + sum(lengths)
-            if magic != _MAGIC or left < 0:
+        while len(head := file.read(_HEAD)) == _HEAD:
+            number, *lengths = _LENGTHS.unpack_from(head, summed)
+            left -= _HEAD + sum(lengths)
+            if not head.startswith(_MAGIC) or left < 0:
                 return
             data = head + file.read(sum(lengths))
-            if crc32(memoryview(data)[_SUMMED:]) != sum_of_rest:
+            if _SUM.unpack_from(data, len(_MAGIC)) != (crc32(memoryview(data)[summed:]),):
                 return
-            end = _HEAD.size + lengths[0]
+            end = _HEAD + lengths[0]
             yield Record(number, data, (end, end + lengths[1]))
 
 
 @lru_cache(maxsize=1024)
-def _in_order(paths: tuple[str, ...]) -> list[str]:
-    return sorted(paths)
+def _in_order(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(paths))
 
 
 @lru_cache(maxsize=1024)
-def _encoded(arrays: tuple[tuple[str, str, tuple[int, ...]], ...], texts: tuple[str, ...]) -> bytes:
-    return json.dumps([arrays, texts]).encode()
+def _encoded(paths: tuple[str, ...], kinds: tuple[tuple[np.dtype, tuple[int, ...]] | None, ...]) -> bytes:
+    """The layout of a record: names, types and shapes of numbers, and names of texts, whose kind is None."""
+    each = list(zip(paths, kinds, strict=True))
+    numbers = [(path, kind[0].str, kind[1]) for path, kind in each if kind is not None]
+    return json.dumps([numbers, [path for path, kind in each if kind is None]]).encode()
 
 
 @lru_cache(maxsize=1024)

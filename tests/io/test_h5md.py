@@ -98,12 +98,12 @@ def ragged() -> list[Atoms]:
 
 
 @pytest.mark.parametrize("make", [equal, ragged])
-@pytest.mark.parametrize("block", [(1024, 16384), (3, 16384), (1024, 6), (1, 1)])
+@pytest.mark.parametrize("block", [(1024, 1 << 24), (3, 1 << 24), (1024, 6000), (1, 1)])
 def test_frames_come_back_to_the_last_bit(written, monkeypatch: pytest.MonkeyPatch, make, block):
     wanted = contents(make())
     for module in (h5md, h5md_writer):
         monkeypatch.setattr(module, "BLOCK_FRAMES", block[0])
-        monkeypatch.setattr(module, "BLOCK_ATOMS", block[1])
+        monkeypatch.setattr(module, "BLOCK_BYTES", block[1])
     path = written(wanted)
     assert is_h5md(path)
     assert count_h5md(path) == len(wanted)

@@ -20,7 +20,9 @@ def score(
         ),
     ],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="File to write: .xyz, or .h5, smaller and faster.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="OUT", help="File to write: extended XYZ (.xyz) or HDF5 (.h5).")
+    ],
     uq: UQ = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers, one row per frame.")
