@@ -42,8 +42,9 @@ from overhead import machine
 
 from ase_uq import UncertaintyModel, fit, score
 from ase_uq.backends.toy import ToyCalculator
+from ase_uq.scoring.frame_file import frame_file
 from ase_uq.scoring.frame_score import rows_in
-from ase_uq.scoring.journal import Journal, frames_in
+from ase_uq.scoring.journal import Journal
 from ase_uq.scoring.shards import merge_shards
 
 LABELLED = 60
@@ -117,13 +118,13 @@ def journal_of(folder: Path, count: int) -> dict[str, float]:
     model = UncertaintyModel.load(folder / "toy.uq.safetensors")
     some = {kind: folder / f"some.{kind}" for kind in ("xyz", "csv")}
     score(list(frames_of(100, 3)), ToyCalculator(), model, out=some["xyz"], csv=some["csv"], progress=False)
-    rows, texts = list(rows_in(some["csv"])), [text.decode() for _, text in frames_in(some["xyz"])]
+    rows, texts = list(rows_in(some["csv"])), [text for _, text in frame_file(some["xyz"]).finished(some["xyz"])]
     times: list[tuple[int, float]] = []
     seconds = 0.0
     with Journal(folder / "out.xyz", None, {}) as journal:
         for first in range(0, count, len(rows)):
             numbered = [replace(row, frame=first + row.frame) for row in rows]
-            told = [re.sub(r"source_frame=\d+", f"source_frame={first + i}", text) for i, text in enumerate(texts)]
+            told = [re.sub(rb"source_frame=\d+", b"source_frame=%d" % (first + i), t) for i, t in enumerate(texts)]
             begin = time.process_time()
             journal.append(numbered, told)
             seconds += time.process_time() - begin

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from ase_uq.io.files import check_writable
+from ase_uq.io.hdf5 import SUFFIXES, h5py, is_h5md_name
 
 
 def check_inputs(*files: Path | None) -> None:
@@ -57,6 +58,23 @@ def check_xyz_names(files: Mapping[str, Path | None]) -> None:
                 f"{file} is written as extended XYZ: give a name that ends in .xyz or .extxyz.",
                 param_hint=f"'{option}'",
             )
+
+
+def check_scored_name(out: Path) -> None:
+    """Refuses a name for scored frames that stands for no format in which they can be written.
+
+    Raises:
+        BadParameter: It ends otherwise.
+        MissingDependency: The package that writes the format is not installed.
+    """
+    if is_h5md_name(out):
+        h5py()
+    elif out.suffix not in (".xyz", ".extxyz"):
+        raise typer.BadParameter(
+            f"{out} is in no format that scored frames are written in: give a name that ends in .xyz or .extxyz for "
+            f"extended XYZ, or in {' or '.join(SUFFIXES)} for HDF5 (H5MD).",
+            param_hint="'--out'",
+        )
 
 
 def leave_list(file: Path | None) -> None:

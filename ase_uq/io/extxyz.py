@@ -27,18 +27,8 @@ from ase.io.formats import UnknownFileTypeError, filetype, ioformats
 from ase.stress import voigt_6_to_full_3x3_stress
 
 from ase_uq.errors import UQWarning
-from ase_uq.io.results import (
-    BELONG_KEY,
-    ENSEMBLE_KEY,
-    LOST_KEY,
-    StoredResults,
-    annotated,
-    check_sums,
-    columns_of,
-    hidden_labels,
-    lost_constraints,
-)
-from ase_uq.properties import PROPERTIES, STANDARD, find_property
+from ase_uq.io.results import LOST_KEY, StoredResults, annotated, hidden_labels, lost_constraints, stored
+from ase_uq.properties import PROPERTIES, STANDARD
 
 # Names that extended XYZ uses itself, and names of columns that it can tell from their types and widths.
 _RESERVED = ("Lattice", "Properties", "pbc", "pos", "species", "symbols")
@@ -51,8 +41,12 @@ _INT32 = np.iinfo(np.int32)
 _COLUMN = re.compile(r"[^\s:\"'=\\]+")
 
 
-def check_xyz_name(path: str | os.PathLike[str]) -> None:
+def check_xyz_name(path: str | os.PathLike[str], endings: str = ".xyz or .extxyz") -> None:
     """Refuses the name of another format for a file of frames, which are written as extended XYZ.
+
+    Args:
+        path: Name of the file.
+        endings: What names may end in, for the message.
 
     Raises:
         ValueError: ASE, and with it `read_frames`, would take the file for another format, or for compressed.
@@ -65,7 +59,7 @@ def check_xyz_name(path: str | os.PathLike[str]) -> None:
     if not taken_for or (taken_for in ioformats and taken_for not in ("xyz", "extxyz")):
         raise ValueError(
             f"{path} would be written as extended XYZ, but its name is that of {taken_for or 'a compressed file'}: "
-            "give a name that ends in .xyz or .extxyz."
+            f"give a name that ends in {endings}."
         )
 
 
@@ -78,12 +72,11 @@ def unwritable(atoms: Atoms) -> list[str]:
     ]
 
 
-def warn_of_unwritable(names: Collection[str]) -> None:
-    """Warns which entries are left out of a file."""
+def warn_of_unwritable(names: Collection[str], format: str = "extended XYZ") -> None:
+    """Warns which entries are left out of a file of a format."""
     if names:
         warnings.warn(
-            f"{', '.join(sorted(names))} cannot be kept in extended XYZ and {'is' if len(names) == 1 else 'are'} left "
-            "out.",
+            f"{', '.join(sorted(names))} cannot be kept in {format} and {'is' if len(names) == 1 else 'are'} left out.",
             UQWarning,
             stacklevel=3,
         )
@@ -116,48 +109,36 @@ def frame_text(atoms: Atoms) -> str:
     results, frame.calc = frame.calc.results if isinstance(frame.calc, StoredResults) else {}, None
     for key in [key for key in results if key in STANDARD]:
         (frame.arrays if PROPERTIES[key].per_atom else frame.info)[key] = results[key]
-    return _text(frame)
+    return _text(frame, frame.info, frame.arrays)
 
 
 def extxyz_text(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> str:
     """Text of a structure with `results`, which must belong to it, and further entries of info."""
-    frame = atoms.copy()
-    for store in (frame.info, frame.arrays):
-        for key in [key for key in store if _property(key) is not None]:
-            del store[key]  # left by an earlier calculation
-    for key, value in results.items():
-        entry = _property(key)
-        if entry is not None:
-            (frame.arrays if entry.per_atom else frame.info)[key] = columns_of(value) if entry.per_atom else value
-    frame.info.pop(ENSEMBLE_KEY, None)
-    frame.info.update({BELONG_KEY: check_sums(frame), **info})
-    return _text(frame)
+    return _text(atoms, *stored(atoms, results, **info))
 
 
-_property = cache(find_property)  # called for every key of every frame
-
-
-def _text(frame: Atoms) -> str:
-    """Text of a structure whose results are in info and arrays: the bytes that ASE writes, in a third of the time.
+def _text(atoms: Atoms, info: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> str:
+    """Text of a structure with this info and these arrays: the bytes that ASE writes, in a third of the time.
 
     ASE formats one number at a time; here one format string covers a whole frame.
     """
-    if np.shape(frame.info.get("stress", ())) == (6,):
-        frame.info["stress"] = voigt_6_to_full_3x3_stress(frame.info["stress"])
-    if frame.constraints:  # ASE knows how to write them
+    if np.shape(info.get("stress", ())) == (6,):
+        info = {**info, "stress": voigt_6_to_full_3x3_stress(info["stress"])}
+    if atoms.constraints:  # ASE knows how to write them
+        frame = atoms.copy()
+        frame.info, frame.arrays = dict(info), dict(arrays)
         if unkept := _unkept_constraints(frame):  # a run that goes on from this frame can then say so
             frame.info[LOST_KEY] = " ".join([*unkept, *lost_constraints(frame)])
         buffer = io.StringIO()
         write(buffer, frame, format="extxyz")
         return buffer.getvalue()
-    names = [name for name in frame.arrays if name not in ("numbers", "positions")]
-    columns = {"symbols": np.array(list(frame.symbols)), "positions": frame.positions}
-    columns |= {name: frame.arrays[name] for name in names}
+    columns = {"symbols": np.array(list(atoms.symbols)), "positions": atoms.positions}
+    columns |= {name: column for name, column in arrays.items() if name not in ("numbers", "positions")}
     properties, widths, row_format = _layout(tuple((name, c.dtype.str, c.shape[1:]) for name, c in columns.items()))
-    comment = _comment(frame, properties)
-    cells = [c.reshape(len(frame), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
+    comment = _comment(atoms, info, properties)
+    cells = [c.reshape(len(atoms), width).tolist() for c, width in zip(columns.values(), widths, strict=True)]
     flat = [cell for rows in zip(*cells, strict=True) for row in rows for cell in row]
-    return f"{len(frame)}\n{comment}\n" + row_format * len(frame) % tuple(flat)
+    return f"{len(atoms)}\n{comment}\n" + row_format * len(atoms) % tuple(flat)
 
 
 @lru_cache(maxsize=64)
@@ -168,12 +149,12 @@ def _layout(columns: tuple[tuple[str, str, tuple[int, ...]], ...]) -> tuple[str,
     return comment.removesuffix(' pbc="F F F"'), widths, row_format
 
 
-def _comment(frame: Atoms, properties: str) -> str:
+def _comment(atoms: Atoms, info: Mapping[str, Any], properties: str) -> str:
     """The second line of a frame."""
-    cell = frame.cell.array
+    cell = atoms.cell.array
     lattice = [f'Lattice="{" ".join(map(str, cell.ravel().tolist()))}"'] if cell.any() else []
-    entries = [text for key, value in frame.info.items() if (text := _entry(key, value))]
-    return " ".join([*lattice, properties, *entries, key_val_dict_to_str({"pbc": frame.pbc})])
+    entries = [text for key, value in info.items() if (text := _entry(key, value))]
+    return " ".join([*lattice, properties, *entries, key_val_dict_to_str({"pbc": atoms.pbc})])
 
 
 def _entry(key: Any, value: Any) -> str:

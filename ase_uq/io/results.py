@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
@@ -80,6 +80,30 @@ def annotated(atoms: Atoms, results: Mapping[str, Any] | None = None, **info: An
             copy.info[key] = np.asarray(value, float) if entry.shape else float(value)
     copy.info.update(info)
     return copy
+
+
+def stored(atoms: Atoms, results: Mapping[str, Any], **info: Any) -> tuple[dict[Any, Any], dict[Any, np.ndarray]]:
+    """What info and arrays of a structure are in a file that keeps `results`, which must belong to it.
+
+    Args:
+        atoms: Structure. Results of an earlier calculation in its info and arrays are left out.
+        results: Results; those without a known key are left out.
+        info: Further entries of info.
+    """
+    entries, arrays = ({key: store[key] for key in store if not _is_known(key)} for store in (atoms.info, atoms.arrays))
+    for key, value in results.items():
+        known = _property(key)
+        if known is not None:
+            (arrays if known.per_atom else entries)[key] = columns_of(value) if known.per_atom else value
+    entries.pop(ENSEMBLE_KEY, None)
+    return entries | {BELONG_KEY: check_sums(atoms), **info}, arrays
+
+
+def _is_known(key: Any) -> bool:
+    return isinstance(key, str) and _property(key) is not None
+
+
+_property = cache(find_property)  # called for every key of every frame
 
 
 def columns_of(value: Any) -> np.ndarray:
@@ -169,14 +193,15 @@ def with_results(atoms: Atoms) -> Atoms:
     results = dict(atoms.calc.results) if isinstance(atoms.calc, Calculator) else {}
     known = len(results)
     for store, per_atom in ((atoms.info, False), (atoms.arrays, True)):
-        results |= {key: _shaped(key, value) for key, value in store.items() if _is_uncertainty(key, per_atom)}
+        results |= {key: shaped(key, value) for key, value in store.items() if _is_uncertainty(key, per_atom)}
     if len(results) > known:
         atoms.calc = StoredResults(atoms, results)
     return atoms
 
 
-def _shaped(key: str, value: Any) -> Any:
-    entry = find_property(key)
+def shaped(key: str, value: Any) -> Any:
+    """A result of each atom from the columns in which files have it; anything else as it is."""
+    entry = _property(key)
     if entry is None or not entry.per_atom or len(entry.shape) < 2:
         return value
     array = np.asarray(value)

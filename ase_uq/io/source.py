@@ -24,9 +24,12 @@ from ase.io.formats import filetype, get_ioformat, open_with_compression
 from ase.io.trajectory import TrajectoryReader
 
 from ase_uq.errors import InputError, UQWarning
+from ase_uq.io.contents import atoms_of
 from ase_uq.io.formats import CUTTERS, ipi_header
+from ase_uq.io.h5md import count_h5md, is_h5md, read_h5md
 
 Frames = str | os.PathLike[str] | Sequence[Atoms]
+_H5MD = "h5md"  # no name of ASE's: what others wrote as H5MD is left to it
 _NAMED = 10  # number of left-out frames with a warning each
 
 
@@ -98,6 +101,7 @@ class Source:
 
     Raises:
         InputError: There is no such file, it is empty, or ASE does not know its format.
+        MissingDependency: It is in HDF5, and h5py is not installed.
     """
 
     def __init__(self, frames: Frames) -> None:
@@ -111,6 +115,9 @@ class Source:
             raise InputError(f"there is no file {path}.")
         if path.stat().st_size == 0:
             raise InputError(f"the file {path} is empty.")
+        if is_h5md(path):
+            self._format = _H5MD
+            return
         try:
             self._format = _format_of(str(path))
             get_ioformat(self._format)
@@ -148,6 +155,8 @@ class Source:
             if self._format in CUTTERS:
                 with self._opened() as file:
                     return sum(1 for _ in CUTTERS[self._format](file))
+            if self._format == _H5MD:
+                return count_h5md(self.name)
             if self._format == "traj":
                 with TrajectoryReader(self.name) as trajectory:
                     return len(trajectory)
@@ -189,6 +198,8 @@ class Source:
     def _reader(self, start: int) -> Iterator[Item]:
         if self._format in CUTTERS:
             return self._from_pieces(start)
+        if self._format == _H5MD:
+            return (_attempt(atoms_of, contents) for contents in read_h5md(self.name, start))
         if self._format == "traj":
             return self._from_trajectory(start)
         if self._format == "db":

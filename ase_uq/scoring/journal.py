@@ -3,13 +3,13 @@
 While the work goes on, `OUT.part` has the frames, `OUT.part.csv` one row per frame, `OUT.part.sums` a check sum of the
 rows up to each of them, and `OUT.part.json` what they were made from. The rows of a batch are written before its
 frames, so the frames decide: resuming cuts off a torn last frame, every row after the last whole frame, and everything
-from the first row that was altered. `OUT` appears, complete, when everything is there.
+from the first row that was altered. `OUT` appears, complete, when everything is there; until then, frames that are to
+be HDF5 are records, since a kill can leave a file of HDF5 unreadable.
 """
 
 import errno
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +19,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from zlib import crc32
 
-from ase.io.extxyz import key_val_str_to_dict
-
 from ase_uq.errors import ArtefactError
-from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_replaceable, lock, write_all
-from ase_uq.scoring.frame_score import HEADER, NUMBER_KEY, FrameScore, lines_of, rows_in
+from ase_uq.scoring.frame_file import frame_file
+from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
 
-_NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
 SUM_OF_FRAMES, SUM_OF_ROWS = "sum_of_frames", "sum_of_rows"  # in what stands beside a shard
 _SUM_BYTES = 9  # eight hexadecimal digits and the end of the line
 # A killed process loses nothing that was written. A power cut may lose what was written in this many seconds.
@@ -37,19 +34,21 @@ class Journal:
     """Writes frames and rows; a context manager that leaves them to the next run unless they are finished.
 
     Args:
-        out: Extended XYZ file to create.
+        out: File to create; its name says in which format, as `frame_file` knows them.
         csv_file: CSV file to create; None for none.
         origin: Everything that determines the results, as JSON values; a run resumes only work of the same origin.
         overwrite: Whether to replace existing files, and to discard unfinished work of another origin.
         is_shard: Whether the rows and the origin stay beside `out` when it is finished, for `merge`; see `Beside`.
 
     Attributes:
+        file: The kind of file that `out` is.
         next_frame: Number of the first frame of the source that is not written yet.
         n_resumed: Number of frames that were there when the journal was opened.
         is_complete: Whether all frames were there already, and only the renaming of files was left to do.
 
     Raises:
         ValueError: The name of `out` is that of another format.
+        MissingDependency: The package that writes this format is not installed.
         FileExistsError: `out` or `csv_file` exists.
         ArtefactError: The files cannot be written, are of another origin, another process is writing them, or the rows
             of a finished work were altered before they got their name.
@@ -64,7 +63,7 @@ class Journal:
         overwrite: bool = False,
         is_shard: bool = False,
     ) -> None:
-        check_xyz_name(out)
+        self.file = frame_file(out)
         self._beside = Beside.of(out) if is_shard else None
         self.part = out.with_name(out.name + ".part")
         self._rows_part = self.part.with_name(self.part.name + ".csv")
@@ -74,14 +73,16 @@ class Journal:
         self.next_frame = self.n_resumed = 0
         self.is_complete = self._origin_file.exists() and out.exists() and not self.part.exists()
         known = self._known(origin, overwrite)
+        if known and self.file.is_finished(self.part):  # and had not got its name
+            self._check_replaceable(overwrite)
+            os.replace(self.part, out)
+            self.is_complete = True
         self.is_complete = self.is_complete and known
         if self.is_complete and self._rows_altered(overwrite):
             known = self.is_complete = False
         if self.is_complete:
             return
-        for path in (out, csv_file):
-            if path is not None:
-                check_replaceable(path, overwrite)
+        self._check_replaceable(overwrite)
         self._open = ExitStack()
         try:
             self._frames = self._open.enter_context(_appended(self.part))
@@ -99,6 +100,11 @@ class Journal:
         except BaseException:
             self._open.close()
             raise
+
+    def _check_replaceable(self, overwrite: bool) -> None:
+        for path in (self._out, self._csv):
+            if path is not None:
+                check_replaceable(path, overwrite)
 
     def _known(self, origin: Mapping[str, Any], overwrite: bool) -> bool:
         """Whether there is work of this origin to resume.
@@ -136,10 +142,10 @@ class Journal:
 
     def _take_up(self) -> None:
         """Cuts both files after the last frame that is whole in both."""
-        n_frames, last, end = _whole_frames(self.part)
+        n_frames, last, end = self._whole_frames()
         rows = _rows_up_to(self._rows_part, self._sums_part, last)
         if rows.last < last:  # the rows were tampered with, or a power cut took them
-            n_frames, last, end = _whole_frames(self.part, upto=rows.last)
+            n_frames, last, end = self._whole_frames(upto=rows.last)
             rows = _rows_up_to(self._rows_part, self._sums_part, last)
         self._frames.truncate(end)
         self._rows.truncate(rows.end)
@@ -148,6 +154,23 @@ class Journal:
         if not rows.end:
             write_all(self._rows, HEADER)
         self.next_frame, self.n_resumed = last + 1, n_frames
+
+    def _whole_frames(self, upto: int | None = None) -> tuple[int, int, int]:
+        """Reads the frames up to the last one that is complete.
+
+        Args:
+            upto: Largest frame number to accept; None for no limit.
+
+        Returns:
+            Number of complete frames, frame number of the last one, -1 for none, and position in the file where it
+            ends.
+        """
+        count, last, end = 0, -1, 0
+        for number, data in self.file.growing(self.part):
+            if upto is not None and number > upto:
+                break
+            count, last, end = count + 1, number, end + len(data)
+        return count, last, end
 
     def _rows_altered(self, overwrite: bool) -> bool:
         """Whether the rows of a finished work are others than were written, and are to be made anew.
@@ -173,8 +196,8 @@ class Journal:
             return
         yield from rows_in(path)
 
-    def append(self, rows: Sequence[FrameScore], frames: Sequence[str]) -> None:
-        """Writes the rows of a batch, then the text of its frames.
+    def append(self, rows: Sequence[FrameScore], frames: Sequence[bytes]) -> None:
+        """Writes the rows of a batch, then its frames, as `file` encodes them.
 
         Raises:
             ArtefactError: They cannot be written; what was written before them is kept.
@@ -187,7 +210,7 @@ class Journal:
         try:
             write_all(self._sums, b"".join(sums))
             write_all(self._rows, b"".join(encoded))
-            write_all(self._frames, "".join(frames).encode())
+            write_all(self._frames, b"".join(frames))
             if time.monotonic() - self._synced > _SECONDS_AT_RISK:
                 self._sync()
         except OSError as error:
@@ -202,6 +225,7 @@ class Journal:
         try:
             if not self.is_complete:
                 self._sync()
+                self.file.finish(self.part)
                 self._open.close()
                 os.replace(self.part, self._out)
             if self._csv is not None and self._rows_part.exists():
@@ -221,7 +245,7 @@ class Journal:
         """Leaves the rows and the origin of a shard, with check sums, to who merges it."""
         if self._rows_part.exists():
             os.replace(self._rows_part, beside.rows)
-        sums = {SUM_OF_FRAMES: _sum_of(self._out), SUM_OF_ROWS: _sum_of(beside.rows)}
+        sums = {SUM_OF_FRAMES: sum_of(self._out), SUM_OF_ROWS: sum_of(beside.rows)}
         _write_origin(beside.origin, json.loads(self._origin_file.read_text(encoding="utf-8")) | sums)
 
     def discard(self) -> None:
@@ -264,7 +288,8 @@ def _write_origin(path: Path, origin: Mapping[str, Any]) -> None:
     os.replace(temporary, path)
 
 
-def _sum_of(path: Path) -> int:
+def sum_of(path: Path) -> int:
+    """Check sum of a file."""
     total = 0
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -310,49 +335,6 @@ def _copy(path: Path, target: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(near, target)
-
-
-def frames_in(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The number and the text of each frame of a file that a journal wrote, up to the first that is not whole."""
-    with open(path, "rb") as file:
-        while head := file.readline():
-            comment = file.readline()
-            number = _number_in(comment)
-            if not head.strip().isdigit() or number is None:
-                return
-            lines = [head, comment, *(file.readline() for _ in range(int(head)))]
-            # A power cut leaves zeros in a block that was allocated but not written.
-            if not lines[-1].endswith(b"\n") or any(b"\0" in line for line in lines):
-                return
-            yield number, b"".join(lines)
-
-
-def _whole_frames(path: Path, upto: int | None = None) -> tuple[int, int, int]:
-    """Reads our extended XYZ up to the last frame that is complete.
-
-    Args:
-        path: File to read.
-        upto: Largest frame number to accept; None for no limit.
-
-    Returns:
-        Number of complete frames, frame number of the last one, -1 for none, and position in the file where it ends.
-    """
-    count, last, end = 0, -1, 0
-    for number, text in frames_in(path):
-        if upto is not None and number > upto:
-            break
-        count, last, end = count + 1, number, end + len(text)
-    return count, last, end
-
-
-def _number_in(comment: bytes) -> int | None:
-    numbers = _NUMBER.findall(comment)
-    if len(numbers) > 1:  # the text of another entry has such a number, too
-        try:
-            numbers = [key_val_str_to_dict(comment.decode())[NUMBER_KEY]]
-        except (ValueError, KeyError):
-            return None
-    return int(numbers[0]) if numbers else None
 
 
 class _Rows(NamedTuple):

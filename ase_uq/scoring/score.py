@@ -19,7 +19,7 @@ from loky import cpu_count
 from ase_uq.backends.base import Backend
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import InputError
-from ase_uq.io.extxyz import extxyz_text, unwritable, warn_of_unwritable, without_unwritable
+from ase_uq.io.extxyz import warn_of_unwritable
 from ase_uq.io.files import check_distinct, paths_of
 from ase_uq.io.frames import Frames
 from ase_uq.io.results import ENSEMBLE_KEY, SCORED_KEY
@@ -27,7 +27,7 @@ from ase_uq.io.several import source_of
 from ase_uq.io.source import Source, warn_of_left_out
 from ase_uq.prediction import Prediction
 from ase_uq.predictor import Predictor, as_predictor
-from ase_uq.scoring.frame_score import NUMBER_KEY, FrameScore
+from ase_uq.scoring.frame_score import FrameScore
 from ase_uq.scoring.journal import Journal
 from ase_uq.scoring.labels import with_labels
 from ase_uq.scoring.scored import ScoredTrajectory
@@ -53,7 +53,7 @@ def score(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ScoredTrajectory:
-    """Scores every frame of a trajectory and writes it, with results and uncertainties, as extended XYZ.
+    """Scores every frame of a trajectory and writes it, with results and uncertainties.
 
     Memory does not grow with the trajectory. After a kill at any instant, the same call resumes after the last frame
     that was written; `out` appears when all frames are there. Frames that cannot be read or evaluated are left out,
@@ -67,7 +67,9 @@ def score(
         calculator: An `UncertainCalculator` or `Predictor`; or, with an uncertainty model, a bare potential: an ASE
             calculator of MACE, orb or SevenNet, a SPEC, or the path of a `.model` file.
         uncertainty_model: What `fit` made for a bare potential: a model or the path of its file.
-        out: Extended XYZ file to write.
+        out: File to write: extended XYZ (`.xyz`, `.extxyz`), or HDF5 in the layout of H5MD (`.h5`, `.h5md`), which is
+            smaller, written and read faster, and rounds nothing. HDF5 takes twice its room on the disk while it is
+            finished.
         csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.
         batch_atoms: Largest number of atoms evaluated together, by default 300 on a CPU and 8000 elsewhere; the limit
             for edges is sixty times as high. If the device runs out of memory, batches become smaller, and later
@@ -86,7 +88,9 @@ def score(
         ArtefactError: They cannot be written, for example because the disk is full; or an interrupted run to the same
             `out` was made from another trajectory, potential or uncertainty model.
         TypeError: A bare potential has no uncertainty model, or one is given for a calculator that already has one.
-        ValueError: Two of the trajectory, `out` and `csv` are the same file, or an option is out of range.
+        MissingDependency: `out` is to be HDF5, and h5py is not installed.
+        ValueError: Two of the trajectory, `out` and `csv` are the same file, `out` has the name of another format, or
+            an option is out of range.
     """
     check_distinct(paths_of(frames), out, csv)
     if batch_atoms is not None and batch_atoms < 1:
@@ -222,14 +226,11 @@ def _write(
     notes: Mapping[str, str],
 ) -> None:
     predicted = [(n, with_labels(n, atoms, p, backend, named), p) for n, atoms, p in predicted]
-    odd = {name for _, atoms, _ in predicted for name in unwritable(atoms)}
-    warn_of_unwritable(odd - named)
+    encoded = [journal.file.encode(n, atoms, p.results, notes) for n, atoms, p in predicted]
+    odd = {name for _, names in encoded for name in names}
+    warn_of_unwritable(odd - named, journal.file.name)
     named |= odd
-    texts = [
-        extxyz_text(without_unwritable(atoms) if odd else atoms, p.results, **{NUMBER_KEY: n}, **notes)
-        for n, atoms, p in predicted
-    ]
-    journal.append(rows, texts)
+    journal.append(rows, [data for data, _ in encoded])
 
 
 def _origin(source: Source, predictor: Predictor) -> dict[str, Any]:

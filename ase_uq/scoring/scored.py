@@ -13,7 +13,7 @@ class ScoredTrajectory:
     """Summary of a scored trajectory, without its frames.
 
     Attributes:
-        out: Extended XYZ file with the frames.
+        out: File with the frames.
         n_frames: Number of scored frames, including those of interrupted runs.
         n_atoms: Number of their atoms.
         n_beyond: Number of scored frames with an atom beyond the calibration data: gamma above 1, or not a number.

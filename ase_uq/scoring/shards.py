@@ -15,10 +15,10 @@ from zlib import crc32
 from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import ArtefactError, InputError
-from ase_uq.io.extxyz import check_xyz_name
 from ase_uq.io.files import check_distinct, check_replaceable, refused_write, write_all
+from ase_uq.scoring.frame_file import FrameFile, XYZFile, frame_file
 from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
-from ase_uq.scoring.journal import SUM_OF_FRAMES, SUM_OF_ROWS, Beside, frames_in
+from ase_uq.scoring.journal import SUM_OF_FRAMES, SUM_OF_ROWS, Beside, sum_of
 from ase_uq.scoring.scored import ScoredTrajectory
 
 SHARD = "shard"  # in what a shard was made from: which one it is
@@ -95,13 +95,14 @@ def merge_shards(
     Args:
         shards: What `score(..., shard=...)` wrote, in any order, each with its `.shard.json` and `.shard.csv` beside
             it.
-        out: Extended XYZ file to write.
+        out: File to write, with the ending of the shards.
         csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.
         overwrite: Whether existing files are replaced.
         progress: Whether to show a progress bar.
 
     Raises:
-        InputError: A shard is missing, not complete, given twice, or not as it was written; or there are no frames.
+        InputError: A shard is missing, not complete, given twice, of another format than `out`, or not as it was
+            written; or there are no frames.
         ArtefactError: A shard was scored with another trajectory, potential, uncertainty model or options; or the
             output cannot be written.
         FileExistsError: `out` or `csv` exists.
@@ -109,15 +110,15 @@ def merge_shards(
     """
     start = time.perf_counter()
     outputs = [Path(out), *([] if csv is None else [Path(csv)])]
-    check_xyz_name(outputs[0])
+    file = frame_file(outputs[0])
     every = [Path(path) for path in shards]
     check_distinct([*every, *(path for shard in every for path in Beside.of(shard))], *outputs)
-    parts = _checked([_part(path) for path in every])
+    parts = _checked([_part(path, file) for path in every])
     for path in outputs:
         check_replaceable(path, overwrite)
     new = [path.with_name(path.name + ".merging") for path in outputs]
     try:
-        scored = _written(parts, new, progress)
+        scored = _written(parts, new, file, progress)
         for path, target in zip(new, outputs, strict=True):
             os.replace(path, target)
     except OSError as error:
@@ -129,35 +130,40 @@ def merge_shards(
     return scored
 
 
-def _written(parts: Sequence[_Part], outputs: Sequence[Path], progress: bool) -> ScoredTrajectory:
+def _written(parts: Sequence[_Part], outputs: Sequence[Path], file: FrameFile, progress: bool) -> ScoredTrajectory:
     """Writes all frames to the first of the files, and their rows to the second one if there is one."""
     scored = ScoredTrajectory(outputs[0])
     with ExitStack() as opened, progress_bar(desc="merge", unit="frame", show=progress) as bar:
         frames, *tables = (opened.enter_context(FileIO(path, "w")) for path in outputs)
         for table in tables:
             write_all(table, HEADER)
-        for number, (row, text) in enumerate(_in_order(parts)):
+        for number, (row, data) in enumerate(_in_order(parts, file)):
             if row.frame != number:
                 wrong = "stands twice" if row.frame < number else "is in none of them"
                 raise InputError(f"frame {min(row.frame, number)} {wrong}: score the shards again with --overwrite.")
             scored.add(row)
-            write_all(frames, text)
+            write_all(frames, data)
             for table in tables:
                 write_all(table, "".join(lines_of([row])).encode())
             bar.update()
-        for file in (frames, *tables):
-            os.fsync(file.fileno())
+        for written in (frames, *tables):
+            os.fsync(written.fileno())
     if not scored.n_frames:
         raise InputError(f"none of the {scored.n_left_out} frames of these shards could be scored.")
+    file.finish(outputs[0])
     return scored
 
 
-def _part(path: Path) -> _Part:
+def _part(path: Path, file: FrameFile) -> _Part:
     beside = Beside.of(path)
     if path.with_name(f"{path.name}.part.json").exists():
         raise InputError(f"{path} is not complete. The command that began it goes on when it is given again.")
     if not path.is_file():
         raise InputError(f"there is no file {path}.")
+    if (kind := frame_file(path)).name != file.name:
+        raise InputError(
+            f"{path} is in {kind.name}, and {file.name} is to be written: give it the ending of the shards."
+        )
     try:
         origin = json.loads(beside.origin.read_text(encoding="utf-8"))
         shard = Shard.parse(origin.pop(SHARD))
@@ -199,19 +205,23 @@ def _checked(parts: Sequence[_Part]) -> Sequence[_Part]:
     return parts
 
 
-def _in_order(parts: Sequence[_Part]) -> Iterator[tuple[FrameScore, bytes]]:
-    """Row and text of every frame, by number; the text of one that was left out is empty."""
-    return heapq.merge(*map(_frames_of, parts), key=lambda each: each[0].frame)
+def _in_order(parts: Sequence[_Part], file: FrameFile) -> Iterator[tuple[FrameScore, bytes]]:
+    """Row and bytes of every frame, by number; one that was left out has none."""
+    return heapq.merge(*(_frames_of(part, file) for part in parts), key=lambda each: each[0].frame)
 
 
-def _frames_of(part: _Part) -> Iterator[tuple[FrameScore, bytes]]:
-    frames, sums = frames_in(part.path), [0, crc32(HEADER)]
+def _frames_of(part: _Part, file: FrameFile) -> Iterator[tuple[FrameScore, bytes]]:
+    is_text = isinstance(file, XYZFile)  # whose frames are its bytes
+    sums = [0 if is_text else sum_of(part.path), crc32(HEADER)]
+    if not is_text and sums[0] != part.sums[0]:  # an altered one may end in an error anywhere
+        raise InputError(f"{part.path} is not as it was written: {_again(part.path)}")
+    frames = file.finished(part.path)
     for row in _rows_of(part):
-        number, text = (row.frame, b"") if row.problem else next(frames, (-1, b""))
+        number, data = (row.frame, b"") if row.problem else next(frames, (-1, b""))
         if number != row.frame:
             raise InputError(f"{part.path} is cut off or altered at frame {row.frame}: {_again(part.path)}")
-        sums = [crc32(text, sums[0]), crc32("".join(lines_of([row])).encode(), sums[1])]
-        yield row, text
+        sums = [crc32(data, sums[0]) if is_text else sums[0], crc32("".join(lines_of([row])).encode(), sums[1])]
+        yield row, data
     if tuple(sums) != part.sums or next(frames, None) is not None:
         raise InputError(f"{part.path} or {part.beside.rows.name} is not as it was written: {_again(part.path)}")
 

@@ -24,21 +24,23 @@ def score(run, files):
     return score
 
 
-def test_shards_and_the_file_that_is_made_of_them(run, score):
-    assert score(None, "whole.xyz", "--csv", "whole.csv").exit_code == 0
+@pytest.mark.parametrize("ending", ["xyz", "h5"])
+def test_shards_and_the_file_that_is_made_of_them(run, score, ending):
+    assert score(None, f"whole.{ending}", "--csv", "whole.csv").exit_code == 0
     for number in (1, 2, 3):
-        assert score(f"{number}/3", f"part_{number}.xyz").exit_code == 0
-    result = run("merge", "part_3.xyz", "part_1.xyz", "part_2.xyz", "--out", "scored.xyz", "--csv", "scored.csv")
+        assert score(f"{number}/3", f"part_{number}.{ending}").exit_code == 0
+    one, two, three = (f"part_{number}.{ending}" for number in (1, 2, 3))
+    result = run("merge", three, one, two, "--out", f"scored.{ending}", "--csv", "scored.csv")
     assert result.exit_code == 0
     assert result.stdout.startswith("25 frames, 225 atoms in ")
-    for kind in ("xyz", "csv"):
+    for kind in (ending, "csv"):
         assert Path(f"scored.{kind}").read_bytes() == Path(f"whole.{kind}").read_bytes()
-    again = run("merge", "part_3.xyz", "part_1.xyz", "part_2.xyz", "--out", "scored.xyz")
+    again = run("merge", three, one, two, "--out", f"scored.{ending}")
     assert (again.exit_code, again.stderr) == (
         1,
-        "error: scored.xyz exists. Give another name, or --overwrite to replace it.\n",
+        f"error: scored.{ending} exists. Give another name, or --overwrite to replace it.\n",
     )
-    part = run("merge", "part_3.xyz", "part_1.xyz", "--out", "other.xyz")
+    part = run("merge", three, one, "--out", f"other.{ending}")
     assert (part.exit_code, part.stderr) == (1, "error: shard 2 of 3 is missing. Give all of them.\n")
 
 

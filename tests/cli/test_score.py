@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from ase.io import read, write
@@ -40,6 +42,29 @@ def test_any_format_of_ase_is_read(score, files):
     write("in.traj", read(files.test, ":3"))
     assert score(frames="in.traj").exit_code == 0
     assert len(read("out.xyz", ":")) == 3
+
+
+def test_hdf5_by_the_ending_of_the_name(score, files, run):
+    assert score("--batch-atoms", 20).exit_code == 0
+    result = score("--batch-atoms", 20, out="out.h5")
+    assert result.exit_code == 0
+    assert "written to out.h5" in result.stdout
+    for ours, text in zip(read_frames("out.h5"), read_frames("out.xyz"), strict=True):
+        assert ours.info["energy_uncertainty"] == text.info["energy_uncertainty"]
+        np.testing.assert_allclose(ours.get_forces(), text.get_forces(), rtol=0, atol=1e-8)
+    chosen = run("select", "out.h5", "--n", 2, "--uq", files.uq, "--out", "chosen.xyz")
+    assert chosen.exit_code == 0
+    assert len(read("chosen.xyz", ":")) == 2
+
+
+def test_hdf5_needs_h5py(score, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    result = score(out="out.h5")
+    assert result.exit_code == 1
+    assert (
+        'error: files in HDF5 (.h5) need h5py, which is not installed. Run: pip install "ase-uq[hdf5]"' in result.stderr
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_existing_file_is_kept_unless_told(score, tmp_path):
@@ -138,14 +163,14 @@ def test_an_element_that_was_not_fitted_is_one_warning(score, files):
         ({"frames": "no.xyz"}, 1, "error: there is no file no.xyz."),
         ({"frames": "empty.xyz"}, 1, "empty.xyz"),
         ({"out": "no/out.xyz"}, 1, "error: cannot write no/out.xyz"),
-        ({"out": "out.traj"}, 2, "ends in .xyz"),
+        ({"out": "out.traj"}, 2, "ends in .xyz or .extxyz for extended XYZ, or in .h5 or .h5md for HDF5"),
     ],
 )
 def test_bad_files(score, tmp_path, words, code, part):
     (tmp_path / "empty.xyz").touch()
     result = score(**words)
     assert result.exit_code == code
-    assert part in " ".join(result.stderr.split())
+    assert part in " ".join(result.stderr.replace("│", "").split())
     assert {path.name for path in tmp_path.iterdir()} == {"empty.xyz"}
 
 

@@ -37,7 +37,7 @@ def run(journal: Journal, upto: int = N_FRAMES, batch: int = 3) -> None:
     """What a run appends from where the journal stands."""
     for first in range(journal.next_frame, upto, batch):
         numbers = range(first, min(first + batch, upto))
-        journal.append([row(n) for n in numbers], [text(n) for n in numbers if n not in LEFT_OUT])
+        journal.append([row(n) for n in numbers], [text(n).encode() for n in numbers if n not in LEFT_OUT])
 
 
 WHOLE = "".join(text(n) for n in range(N_FRAMES) if n not in LEFT_OUT)
@@ -76,7 +76,7 @@ def test_without_a_csv_file_none_is_left(out: Path):
 def test_numbers_survive_the_file_to_the_last_digit(out: Path):
     rows = [row(1), row(2), FrameScore(3, 7, 0.1 + 0.2, 1e-300, math.pi, -0.0, 6, "Og", 1 / 3)]
     with Journal(out, None, ORIGIN) as journal:
-        journal.append(rows, [text(1)])
+        journal.append(rows, [text(1).encode()])
         assert repr(list(journal.rows())) == repr(rows)
 
 
@@ -167,7 +167,7 @@ def test_a_full_disk_keeps_what_was_written(out: Path, table: Path, monkeypatch:
         with pytest.raises(
             ArtefactError, match=r"cannot write .*out\.xyz: No space left on device\. What was scored"
         ) as e:
-            journal.append([row(3)], [text(3)])
+            journal.append([row(3)], [text(3).encode()])
         assert f"is kept in {part(out)}, and the same run goes on from there" in str(e.value)
         monkeypatch.undo()
     finished(out, table)
@@ -246,7 +246,9 @@ def test_two_runs_do_not_write_into_one_file(out: Path):
 
 def test_a_problem_of_several_lines_is_a_row_all_the_same(out: Path, table: Path):
     with Journal(out, table, ORIGIN) as journal:
-        journal.append([row(0), FrameScore(1, problem="first\nsecond\r\n  third"), row(3)], [text(0), text(3)])
+        journal.append(
+            [row(0), FrameScore(1, problem="first\nsecond\r\n  third"), row(3)], [text(0).encode(), text(3).encode()]
+        )
     with Journal(out, table, ORIGIN) as journal:
         assert journal.next_frame == 4
         assert [one.problem for one in journal.rows()] == ["", "first second third", ""]

@@ -284,6 +284,27 @@ def test_after_sigkill_at_the_end_nothing_is_scored_again(
     assert sorted(path.name for path in out.parent.iterdir()) == ["in.xyz", "out.csv", "out.xyz"]
 
 
+@pytest.mark.parametrize(
+    ("kill", "more"),
+    [
+        (KILLS["in the middle of a frame"], ""),
+        ("pass", "from ase_uq.io import h5md_writer; h5md_writer._Writer.write = die"),
+        ("pass", "real = os.replace; os.replace = lambda a, b: die() if str(b).endswith('.part') else real(a, b)"),
+        ("pass", "real = os.replace; os.replace = lambda a, b: die() if str(b).endswith('.h5') else real(a, b)"),
+    ],
+    ids=["in the middle of a frame", "while the file is made", "before it takes the place", "before its name"],
+)
+def test_after_sigkill_a_file_of_hdf5_has_lost_nothing(source: Path, uq: Path, tmp_path: Path, kill: str, more: str):
+    out, table = tmp_path / "out.h5", tmp_path / "out.csv"
+    killed(source, uq, out, kill, more)
+    assert not out.exists()
+    scored = score(source, "toy:", uq, out=out, csv=table, batch_atoms=20, progress=False)
+    assert_scored(out, source, uq)
+    assert scored.n_frames == 20
+    assert [int(line.split(",")[0]) for line in table.read_text().splitlines()[1:]] == list(range(20))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.xyz", "out.csv", "out.h5"]
+
+
 def test_a_process_killed_from_outside_again_and_again_arrives(source: Path, uq: Path, out: Path):
     """At whatever instant: every frame takes a while, and the kills fall where they fall."""
     more = "import time\nfrom ase_uq import Predictor\nslow = Predictor.predictions\ndef predict(*a, **k):\n"

@@ -5,14 +5,14 @@ from typing import Annotated
 
 import typer
 
-from ase_uq.cli.outputs import check_outputs, check_xyz_names
+from ase_uq.cli.outputs import check_outputs, check_scored_name
 
 
 def merge(
     shards: Annotated[
         list[Path], typer.Argument(metavar="SHARD...", help="What `ase-uq score --shard I/N` wrote, in any order.")
     ],
-    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
+    out: Annotated[Path, typer.Option("--out", metavar="OUT", help="File to write, with the ending of the shards.")],
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers, one row per frame.")
     ] = None,
@@ -25,7 +25,7 @@ def merge(
 
     [dim]ase-uq merge scored_*.xyz --out scored.xyz --csv scored.csv[/]
     """
-    check_xyz_names({"--out": out})
+    check_scored_name(out)
     check_outputs(out, csv, may_exist=overwrite)
     from ase_uq.scoring.shards import merge_shards
 

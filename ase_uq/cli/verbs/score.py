@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ase_uq.cli.options import UQ, BatchAtoms, Device, DType, ForceProbes, Model, Seed
-from ase_uq.cli.outputs import check_inputs, check_outputs, check_xyz_names
+from ase_uq.cli.outputs import check_inputs, check_outputs, check_scored_name
 from ase_uq.io.files import check_distinct, file_of
 
 
@@ -20,7 +20,9 @@ def score(
         ),
     ],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", metavar="OUT.xyz", help="Extended XYZ file to write.")],
+    out: Annotated[
+        Path, typer.Option("--out", metavar="OUT", help="File to write: extended XYZ (.xyz) or HDF5 (.h5).")
+    ],
     uq: UQ = None,
     csv: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Also write the numbers, one row per frame.")
@@ -74,7 +76,7 @@ def score(
         from ase_uq.scoring.shards import Shard
 
         one_of_several = Shard.parse(shard)
-    check_xyz_names({"--out": out})
+    check_scored_name(out)
     check_inputs(*map(file_of, frames))
     check_distinct(frames, out, csv)
     # A run that was killed while it finished has files of both kinds.
