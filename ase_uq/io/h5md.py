@@ -56,8 +56,16 @@ def count_h5md(path: str | os.PathLike[str]) -> int:
         return len(file[N_ATOMS])
 
 
-def read_h5md(path: str | os.PathLike[str], start: int = 0) -> Iterator[Contents]:
-    """What the file has of each frame, from frame `start` on; `atoms_of` makes structures of it."""
+def read_h5md(path: str | os.PathLike[str], start: int = 0, at_once: int | None = None) -> Iterator[Contents]:
+    """What the file has of each frame; `atoms_of` makes structures of it.
+
+    Args:
+        path: The file.
+        start: First frame wanted.
+        at_once: Bytes of the frames that are read together, by default those of a block; fewer where many files are
+            read in turns.
+    """
+    at_once = BLOCK_BYTES if at_once is None else at_once
     with opened(path) as file:
         n_atoms = file[N_ATOMS][:]
         elements = dict(_elements(file))
@@ -68,7 +76,7 @@ def read_h5md(path: str | os.PathLike[str], start: int = 0) -> Iterator[Contents
         )
         while start < len(n_atoms):
             most = np.maximum.accumulate(n_atoms[start : start + BLOCK_FRAMES])
-            fit = np.arange(1, len(most) + 1) * most * of_an_atom <= BLOCK_BYTES
+            fit = np.arange(1, len(most) + 1) * most * of_an_atom <= at_once
             stop = start + max(int(np.argmin(fit)) if not fit.all() else len(fit), 1)
             yield from _read(elements, start, stop, n_atoms[start:stop])
             start = stop

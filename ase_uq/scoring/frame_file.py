@@ -23,6 +23,7 @@ from ase_uq.io.records import record_of, records_in
 from ase_uq.io.results import stored
 from ase_uq.scoring.frame_score import NUMBER_KEY
 
+_MERGED_AT_ONCE = 1 << 20  # bytes of each of many shards
 _NUMBER = re.compile(rb"\b" + NUMBER_KEY.encode() + rb"=(\d+)\b")
 
 
@@ -131,7 +132,7 @@ class H5MDFile(FrameFile):
         return path.exists() and is_hdf5(path)
 
     def finished(self, path: Path) -> Iterator[tuple[int, bytes]]:
-        for contents in read_h5md(path):
+        for contents in read_h5md(path, at_once=_MERGED_AT_ONCE):
             number = int(contents[ENTRY + NUMBER_KEY])
             yield number, record_of(number, contents)
 

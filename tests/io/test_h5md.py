@@ -109,6 +109,7 @@ def test_frames_come_back_to_the_last_bit(written, monkeypatch: pytest.MonkeyPat
     assert count_h5md(path) == len(wanted)
     for start in (0, 2, len(wanted)):
         assert_same(list(read_h5md(path, start)), wanted[start:])
+        assert_same(list(read_h5md(path, start, at_once=3000)), wanted[start:])
 
 
 @pytest.mark.parametrize("make", [equal, ragged])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ase_uq.errors import ArtefactError
 from ase_uq.scoring import journal as module
+from ase_uq.scoring.frame_file import XYZFile
 from ase_uq.scoring.frame_score import FrameScore
 from ase_uq.scoring.journal import Journal
 
@@ -182,6 +183,13 @@ def test_a_full_device(tmp_path: Path):
         Journal(out, None, ORIGIN) as j,
     ):
         run(j)
+
+
+def test_a_frame_whose_number_cannot_be_told_is_not_whole(out: Path):
+    """Another entry speaks of a number as well, and the line is none that can be read."""
+    torn = text(1).replace(" x=1", ' note="source_frame=7" \xff').encode("latin-1")
+    out.write_bytes(text(0).encode() + torn)
+    assert list(XYZFile().growing(out)) == [(0, text(0).encode())]
 
 
 def test_what_wrote_nothing_leaves_nothing(out: Path):
