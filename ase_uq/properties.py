@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ase.outputs import Properties, all_outputs
@@ -62,6 +63,7 @@ STANDARD = ("energy", "free_energy", "energies", "forces", "stress")
 UNCERTAINTIES = tuple(entry.name for entry in _TABLE if entry.name not in STANDARD)
 
 
+@lru_cache(maxsize=1024)  # it is asked for each key of each frame
 def find_property(key: str) -> Property | None:
     """The entry of a key; for `<key>_<method>`, the quantity from one method alone, that of `<key>`. Else None."""
     if key in PROPERTIES:

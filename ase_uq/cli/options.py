@@ -54,7 +54,7 @@ BatchAtoms = Annotated[
     typer.Option(
         "--batch-atoms",
         min=1,
-        show_default="300 on a CPU, else 8000",
+        show_default="150 on a CPU, else 8000",
         help="Largest number of atoms evaluated together; reduced if memory runs out.",
     ),
 ]

@@ -71,7 +71,7 @@ def score(
             smaller, written and read faster, and rounds nothing. HDF5 takes twice its room on the disk while it is
             finished.
         csv: CSV file with the numbers of each frame, including those left out; None for none. See `FrameScore`.
-        batch_atoms: Largest number of atoms evaluated together, by default 300 on a CPU and 8000 elsewhere; the limit
+        batch_atoms: Largest number of atoms evaluated together, by default 150 on a CPU and 8000 elsewhere; the limit
             for edges is sixty times as high. If the device runs out of memory, batches become smaller, and later
             larger again.
         workers: Number of processes that parse frames and make neighbour lists while the device evaluates; 0 for none.
@@ -165,7 +165,7 @@ def _score_rest(
         behind: Future[None] | None = None
         named: set[str] = set()
         model = predictor.uncertainty_model
-        notes = {SCORED_KEY: model.name} | ({ENSEMBLE_KEY: model.digest[:12]} if predictor.n_members else {})
+        notes = {SCORED_KEY: model.name} | ({ENSEMBLE_KEY: model.name} if predictor.n_members else {})
         left_out: list[FrameScore] = []
 
         def write(batch: Pass[list[Prediction]]) -> Future[None]:

@@ -28,7 +28,7 @@ from ase_uq.stream.failures import (
     reason_of_error,
     reason_of_not_finite,
 )
-from ase_uq.stream.limits import BatchLimit, default_batch_atoms
+from ase_uq.stream.limits import FILLS_A_CPU, BatchLimit, default_batch_atoms
 from ase_uq.stream.preparation import Preparation, Prepared, count_edges
 from ase_uq.stream.streams import Streams, default_streams
 
@@ -90,7 +90,7 @@ def passes[T](
             by several threads on a CPU, so it must keep no state; it may raise `InputError` to refuse a frame. The
             forward pass is freed before the next one of its thread.
         batch_atoms: Largest number of atoms evaluated together; None for the default of the device. The limit for edges
-            is sixty times as high. On a CPU several batches are evaluated at a time; a larger frame is alone.
+            is sixty times as high. On a CPU several batches are evaluated at a time, unless a frame fills it.
         start: Number of the first frame to evaluate.
         forces: Whether forces and stress are needed.
         gradients: Whether `ForwardPass.gradients` are needed. A derivative of one structure runs through the graph of
@@ -193,7 +193,7 @@ class _Loop[T]:
     def first_attempt(self, prepared: Prepared) -> Callable[[], Pass[T] | str] | None:
         """What another thread has to do for a batch; None if this one evaluates it, as `evaluated` then does."""
         n_atoms = sum(map(len, prepared.frames))
-        if not prepared.frames or n_atoms > self.limit.n_atoms or self.limit.is_reduced:
+        if not prepared.frames or n_atoms > max(self.limit.n_atoms, FILLS_A_CPU) or self.limit.is_reduced:
             return None
         # Potentials' packages switch torch's default precision while they collate, which other threads would see.
         numbers, frames = prepared.numbers, prepared.frames

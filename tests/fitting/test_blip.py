@@ -74,6 +74,7 @@ class TestLoss:
         """With weights n/2σ², as MACE averages over the labels of a batch; up to what predictions do not change."""
         own = load_backend("embedded:mace", device="cpu", dtype="float64")
         from mace.modules.loss import WeightedEnergyForcesLoss
+        from mace.tools.torch_geometric import Batch
 
         frames = read_frames(embedded.path("train_300K.xyz"))[:3]
         batch = own.collate(frames)
@@ -90,8 +91,8 @@ class TestLoss:
         constant = n_forces * math.log(0.05 * math.sqrt(2 * math.pi))
         constant += n_energies * math.log(0.002 * math.sqrt(2 * math.pi))
         oracle = WeightedEnergyForcesLoss(n_energies / (2 * 0.002**2), n_forces / (2 * 0.05**2)).double()
-        reference = batch.data.clone()
-        reference["energy"], reference["forces"] = targets.energy, targets.forces
+        labels = {"energy": targets.energy, "forces": targets.forces}
+        reference = Batch.from_dict(batch.data | labels)
         predicted = {"energy": drawn.energy[0].detach(), "forces": drawn.forces[0].detach()}
         assert found - constant == pytest.approx(float(oracle(reference, predicted)), rel=1e-6)
 

@@ -364,8 +364,9 @@ class TestSeveralAtATime:
         assert [event.numbers for event in found] == [[0], [1], [2], [3]]
         assert [event.value for event in found] == pytest.approx(alone.value, rel=1e-12)
 
-    def test_frames_above_the_limit_are_alone(self):
+    def test_large_frames_are_alone(self, monkeypatch: pytest.MonkeyPatch):
         """They would fill the memory, and are large enough for all threads to share."""
+        monkeypatch.setattr("ase_uq.stream.passes.FILLS_A_CPU", 2)
         at_work = threading.Lock()
 
         def use(forward_pass: ForwardPass) -> int:
