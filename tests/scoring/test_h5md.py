@@ -239,8 +239,8 @@ class TestShards:
         one, two = shards(2)
         with pytest.raises(
             InputError,
-            match=r"part_1.h5 is in HDF5, and extended XYZ is to be written. All shards must be in one format; give the "
-            "output their ending",
+            match=r"part_1.h5 is in HDF5, and extended XYZ is to be written. All shards must be in one format; give "
+            "the output their ending",
         ):
             merge_shards([one, two], out="merged.xyz")
         text = scored("part_2.xyz", shard="2/2")
