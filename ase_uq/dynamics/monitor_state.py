@@ -44,12 +44,12 @@ class MonitorState(SavedRun):
         n_calculated: Number of calculations before that step, of which `every` of a calculator counts on.
 
     Raises:
-        InputError: The run was halted, or was begun with another command.
+        InputError: The run was halted, or was begun with another command; in `begin`, with other atoms.
         ArtefactError: The file was altered, or another process is writing it.
     """
 
     _prefix = "run"
-    _keys = frozenset(("states",))
+    _keys = frozenset(("states", "formula"))
     _another = "another file"
 
     def __init__(
@@ -127,7 +127,7 @@ class MonitorState(SavedRun):
         earlier = [one for one in self._states if one["step"] < state["step"]]
         staying = {self._first, *[one["step"] for one in earlier if one["stays"]][-_N_STAY:]}
         self._states = [*(one for one in earlier if one["step"] in staying), state]
-        return {"states": self._states}
+        return {"states": self._states, "formula": dynamics.atoms.get_chemical_formula()}
 
     def _stays(self, step: int) -> bool:
         """Whether the other program writes a file of its own at a step."""
@@ -138,6 +138,13 @@ class MonitorState(SavedRun):
 
     def _check_dynamics(self, dynamics: MolecularDynamics) -> None:
         self.go_to(dynamics.nsteps)
+        now = dynamics.atoms.get_chemical_formula()
+        before = now if self._found is None else self._found["formula"]
+        if now and before and now != before:  # another program may not have given its atoms yet
+            raise InputError(
+                f"{self.file} has the rules of a run of {before}, and this one is of {now}. Give the state of this "
+                "run, or another file to begin the rules anew."
+            )
 
     def _go_to_saved_step(self, dynamics: MolecularDynamics) -> None:
         """It stands there: the other program has made the structure of that step."""

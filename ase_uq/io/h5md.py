@@ -37,10 +37,11 @@ def is_h5md(path: str | os.PathLike[str]) -> bool:
     """
     if not is_h5md_name(path) or not is_hdf5(path):
         return False
+    h5py()
     try:
         with opened(path) as file:
-            layout = file[OWN].attrs["layout"] if OWN in file else 0
-    except OSError as error:
+            layout = int(file[OWN].attrs["layout"]) if OWN in file else 0
+    except Exception as error:  # of a damaged file h5py raises anything from OSError to KeyError
         raise InputError(f"{path} is cut off or damaged, and cannot be read as HDF5: {error}.") from error
     if layout > LAYOUT:
         raise InputError(

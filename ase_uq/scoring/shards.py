@@ -162,7 +162,8 @@ def _part(path: Path, file: FrameFile) -> _Part:
         raise InputError(f"there is no file {path}.")
     if (kind := frame_file(path)).name != file.name:
         raise InputError(
-            f"{path} is in {kind.name}, and {file.name} is to be written: give it the ending of the shards."
+            f"{path} is in {kind.name}, and {file.name} is to be written. All shards must be in one format; give the "
+            "output their ending."
         )
     try:
         origin = json.loads(beside.origin.read_text(encoding="utf-8"))

@@ -49,6 +49,7 @@ def command(files, tmp_path, monkeypatch):
     atoms.center()
     atoms.pbc = True
     write_lammps_data("start.data", atoms, specorder=["C", "H", "O"], masses=True)
+    write_lammps_data("two.data", atoms.repeat((2, 1, 1)), specorder=["C", "H", "O"], masses=True)
 
     def command(*more, begin=BEGIN, steps=8, commands="", fix="nve"):
         Path("in.test").write_text(SCRIPT.format(begin=begin, steps=steps, more=commands, fix=fix))
@@ -88,6 +89,19 @@ def test_two_parts_are_one_run(command, run, every, fix):
     assert "going on from step 10\n" in again.stderr
     assert "done: step 20, 5 fs; " in again.stdout
     assert outputs() == whole
+
+
+@pytest.mark.parametrize("more", [(), ("--append",)])
+def test_the_state_of_other_atoms_is_refused(command, run, more):
+    """Also where they stand at the same step, and nothing of the other run is touched."""
+    assert run(*command()).exit_code == 0
+    before = {name: Path(name).read_bytes() for name in (*OUTPUTS, "heat.state")}
+    found = run(*command("--state", "two.state", "--log", "two.csv", begin=BEGIN.replace("start", "two")))
+    assert found.exit_code == 0, found.stderr
+    Path("flagged.xyz").write_bytes(before["flagged.xyz"])
+    message = refused(run(*command(*more, begin=GO_ON.format("end.restart"))))
+    assert "heat.state has the rules of a run of C2H6O, and this one is of C4H12O2. Give the state of this" in message
+    assert {name: Path(name).read_bytes() for name in before} == before
 
 
 def test_a_run_halts_at_the_same_step_and_goes_on_on_request_only(command, run):

@@ -237,6 +237,14 @@ class TestRefusals:
         with pytest.raises(InputError, match=r"run.h5 is cut off or damaged, and cannot be read as HDF5: .*truncated"):
             Source(path)
 
+    @pytest.mark.parametrize("signature", [b"HEAP", b"SNOD"])
+    def test_a_file_that_is_damaged_inside(self, written, signature: bytes):
+        """Its size is right, so h5py opens it, and raises a RuntimeError or a KeyError once it looks into it."""
+        path = written(contents(equal()))
+        path.write_bytes(path.read_bytes().replace(signature, bytes(4)))
+        with pytest.raises(InputError, match=r"run.h5 is cut off or damaged, and cannot be read as HDF5: .+"):
+            Source(path)
+
     def test_a_newer_layout(self, written):
         path = written(contents(equal()))
         with h5py.File(path, "a") as file:

@@ -238,7 +238,9 @@ class TestShards:
     def test_of_other_formats_are_refused(self, scored, shards):
         one, two = shards(2)
         with pytest.raises(
-            InputError, match=r"part_1.h5 is in HDF5, and extended XYZ is to be written: give it the ending"
+            InputError,
+            match=r"part_1.h5 is in HDF5, and extended XYZ is to be written. All shards must be in one format; give "
+            "the output their ending",
         ):
             merge_shards([one, two], out="merged.xyz")
         text = scored("part_2.xyz", shard="2/2")
