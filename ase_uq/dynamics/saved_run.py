@@ -235,6 +235,7 @@ class SavedRun(ABC):
             found = json.loads(self.file.read_bytes())
             assert isinstance(found, dict)
             assert found.keys() == self._keys | {"command", "run", "status", "log_start"}
+            assert found.get("states") != []
         except (ValueError, AssertionError):
             remove = "it" if self.file == self._known_by else f"it and {self._known_by}"
             raise ArtefactError(

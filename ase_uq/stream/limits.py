@@ -2,8 +2,8 @@
 
 import math
 
-# Largest number of atoms evaluated together where nobody says otherwise: a core of a CPU is fastest with what its caches
-# hold, a GPU when it is full. Batches shrink if memory runs out.
+# Largest number of atoms evaluated together where nobody says otherwise: a core of a CPU is fastest with what its
+# caches hold, a GPU when it is full. Batches shrink if memory runs out.
 _BATCH_ATOMS = {"cpu": 150}
 _BATCH_ATOMS_ELSEWHERE = 8000
 # A structure with more atoms is evaluated alone on a CPU: it keeps its cores busy, and several would take much memory.

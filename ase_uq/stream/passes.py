@@ -195,7 +195,8 @@ class _Loop[T]:
         n_atoms = sum(map(len, prepared.frames))
         if not prepared.frames or n_atoms > max(self.limit.n_atoms, FILLS_A_CPU) or self.limit.is_reduced:
             return None
-        # Potentials' packages switch torch's default precision while they collate, which other threads would see.
+        # Not in that thread: potentials' packages switch torch's default precision while they collate, and two of them
+        # would leave it switched.
         numbers, frames = prepared.numbers, prepared.frames
         batch = self._collated(numbers, frames, prepared.data)
         return (lambda: batch) if isinstance(batch, str) else partial(self._evaluated, numbers, frames, batch)

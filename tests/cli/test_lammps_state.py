@@ -220,7 +220,8 @@ def test_another_command_or_model_is_refused(command, run, files):
 def test_a_file_that_is_no_state_is_refused(command, run):
     assert run(*command()).exit_code == 0
     whole = Path("heat.state").read_bytes()
-    for other in (whole[:-9], b"{}", b"[]", b"units metal\n", b"\x00\xff"):
+    empty = json.dumps({**json.loads(whole), "states": []}).encode()
+    for other in (whole[:-9], b"{}", b"[]", b"units metal\n", b"\x00\xff", empty):
         Path("heat.state").write_bytes(other)
         told = refused(run(*command(begin=GO_ON.format("end.restart"))))
         assert "heat.state was not written by this version of ase_uq, or altered. Remove it to begin anew" in told

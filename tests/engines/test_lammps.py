@@ -634,6 +634,16 @@ def test_a_script_is_cut_behind_its_box(lammps: Any, tmp_path: Path):
     assert lammps.extract_global("units") == "metal"
 
 
+def test_copies_of_a_box_are_made_before_the_cut(lammps: Any, calculator: Any, tmp_path: Path):
+    """LAMMPS copies no atoms that have uncertainties."""
+    box = "1 atoms\n1 atom types\n0 5 xlo xhi\n0 5 ylo yhi\n0 5 zlo zhi\n"
+    (tmp_path / "data").write_text(f"a box\n\n{box}\nMasses\n\n1 12.011\n\nAtoms\n\n1 1 1 1 1\n")
+    (tmp_path / "in").write_text(f"units metal\nread_data {tmp_path / 'data'}\n\n# twice\nreplicate 2 1 1\nrun 0\n")
+    assert make_box(lammps, tmp_path / "in") == "run 0\n"
+    assert lammps.get_natoms() == 2
+    LammpsDynamics(lammps, calculator, ["C"])
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -12,13 +12,15 @@ from ase_uq.errors import InputError
 
 # Before there is a box these would lead to lines that were given to LAMMPS already, or not yet.
 _LEAPS = re.compile(r"\s*(jump|label|next)\b")
+# Atoms are not copied any more once they have uncertainties.
+_COPIES = re.compile(r"\s*(replicate\b|#|$)")
 _RESET = re.compile(r"^\s*reset_timestep\b", re.MULTILINE)
 _RESTART = re.compile(r"^\s*restart\s+(\d+)\b", re.MULTILINE)
 _CLEAR = re.compile(r"^\s*clear\b", re.MULTILINE)
 
 
 def make_box(lammps: Any, script: str | os.PathLike[str]) -> str:
-    """Gives LAMMPS the commands of a script up to the one that makes the box.
+    """Gives LAMMPS the commands of a script up to the one that makes the box, and copies of it that follow at once.
 
     Args:
         lammps: An instance of LAMMPS.
@@ -33,8 +35,10 @@ def make_box(lammps: Any, script: str | os.PathLike[str]) -> str:
     text = Path(script).read_text(encoding="utf-8")
     if _CLEAR.search(text):
         raise InputError(f"{script} has the command `clear`, after which LAMMPS has no potential. Use two scripts.")
-    done = 0
+    done, has_box = 0, False
     for command in _commands(text):
+        if has_box and not _COPIES.match(command):
+            return text[done:]
         if leap := _LEAPS.match(command):
             raise InputError(
                 f"{script} has the command `{leap[1]}` before the one that makes the box. Put it after read_data, "
@@ -42,8 +46,9 @@ def make_box(lammps: Any, script: str | os.PathLike[str]) -> str:
             )
         lammps.commands_string(command)
         done += len(command)
-        if lammps.extract_setting("box_exist"):
-            return text[done:]
+        has_box = has_box or bool(lammps.extract_setting("box_exist"))
+    if has_box:
+        return ""
     raise InputError(f"{script} makes no box. It needs read_data, create_box or read_restart.")
 
 
