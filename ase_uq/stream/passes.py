@@ -8,7 +8,6 @@ with any error, or gives numbers that are not finite, changes nothing for the ot
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -190,8 +189,11 @@ class _Loop[T]:
     limit: BatchLimit
     keeps_not_finite: bool = False  # where it is alone, a structure whose results are not finite is not left out
 
-    def first_attempt(self, prepared: Prepared) -> Callable[[], Pass[T] | str] | None:
-        """What another thread has to do for a batch; None if this one evaluates it, as `evaluated` then does."""
+    def first_attempt(self, prepared: Prepared) -> Callable[[], Pass[T] | str | None] | None:
+        """What another thread has to do for a batch; None if this one evaluates it, as `evaluated` then does.
+
+        Without memory, which batches of the other threads may hold, the batch is left to this one as well.
+        """
         n_atoms = sum(map(len, prepared.frames))
         if not prepared.frames or n_atoms > max(self.limit.n_atoms, FILLS_A_CPU) or self.limit.is_reduced:
             return None
@@ -199,7 +201,9 @@ class _Loop[T]:
         # would leave it switched.
         numbers, frames = prepared.numbers, prepared.frames
         batch = self._collated(numbers, frames, prepared.data)
-        return (lambda: batch) if isinstance(batch, str) else partial(self._evaluated, numbers, frames, batch)
+        if isinstance(batch, str):
+            return lambda: batch or None
+        return lambda: self._evaluated(numbers, frames, batch) or None
 
     def evaluated(self, prepared: Prepared, attempt: Pass[T] | str | None = None) -> Iterator[Pass[T] | LeftOut]:
         """Evaluates a batch, or the rest of it after a first attempt in another thread."""
@@ -226,20 +230,22 @@ class _Loop[T]:
         yield from left_out
 
     def _attempt(self, numbers: list[int], frames: list[Atoms], data: Any) -> Pass[T] | str:
+        """The batch's pass, or why it cannot be evaluated as a whole."""
         batch = self._collated(numbers, frames, data)
-        return batch if isinstance(batch, str) else self._evaluated(numbers, frames, batch)
+        found = batch if isinstance(batch, str) else self._evaluated(numbers, frames, batch)
+        # No error is kept by now: its traceback would hold on to the tensors of the failed pass.
+        return found or self._without_memory(numbers, frames)
 
     def _collated(self, numbers: list[int], frames: list[Atoms], data: Any) -> Batch | str:
-        """The batch as the potential takes it, or why it cannot be made."""
+        """The batch as the potential takes it, or why it cannot be made; empty if there is no memory for it."""
         try:
             backend = self.backend
             return backend.collate(frames, first=numbers[0]) if data is None else backend.received(frames, data)
         except Exception as error:  # potentials' packages raise anything
-            reason = _reason_of(error, numbers, frames)
-        return reason or self._without_memory(numbers, frames)
+            return _reason_of(error, numbers, frames)
 
     def _evaluated(self, numbers: list[int], frames: list[Atoms], batch: Batch) -> Pass[T] | str:
-        """The batch's pass, or why it cannot be evaluated as a whole."""
+        """The batch's pass, or why there is none; empty if there is no memory for it."""
         evaluated = False
         try:
             forward_pass = self.backend.forward(batch, forces=self.forces, gradients=self.gradients)
@@ -252,11 +258,10 @@ class _Loop[T]:
         except Exception as error:
             if evaluated and not isinstance(error, InputError) and not is_out_of_memory(error):
                 raise
-            reason = _reason_of(error, numbers, frames)
-        return reason or self._without_memory(numbers, frames)
+            return _reason_of(error, numbers, frames)
 
     def _without_memory(self, numbers: list[int], frames: list[Atoms]) -> str:
-        """Halves the limit. No error is kept by then: its traceback would hold on to the tensors of the failed pass."""
+        """Halves the limit."""
         if len(frames) == 1:
             raise InputError(
                 f"frame {numbers[0]} with its {len(frames[0])} atoms alone does not fit into the memory of "

@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import torch
@@ -37,29 +37,38 @@ class Streams:
             self._open.callback(self._pool.shutdown, wait=True, cancel_futures=True)
 
     def in_order[A, B](
-        self, items: Iterable[A], job: Callable[[A], Callable[[], B] | None]
+        self, items: Iterable[A], job: Callable[[A], Callable[[], B | None] | None]
     ) -> Iterator[tuple[A, B | None]]:
         """The items in their order, each with what its job returned.
 
         Args:
             items: Items; as many as there are threads, and one more, are taken ahead.
             job: Called with an item, returns what a thread has to do; None for an item without a job, which is handed
-                over when no thread is at work, and with all of torch's threads.
+                over when no thread is at work, and with all of torch's threads. So is one whose job returned None.
         """
-        waiting: deque[tuple[A, Future[B]]] = deque()
-        for item in items:
-            work = job(item) if self._n > 1 else None
-            if work is not None:
-                waiting.append((item, self._pool.submit(self._run, work)))
-            while len(waiting) > (0 if work is None else self._n):
-                before, future = waiting.popleft()
-                yield before, future.result()
-            if work is None:
-                if self._n > 1:
+        if self._n == 1:
+            yield from ((item, None) for item in items)
+            return
+        waiting: deque[tuple[A, Future[B | None]]] = deque()
+
+        def down_to(most: int) -> Iterator[tuple[A, B | None]]:
+            while len(waiting) > most:
+                item, future = waiting.popleft()
+                outcome = future.result()
+                if outcome is None:
+                    wait([future for _, future in waiting])
                     torch.set_num_threads(self._all)
+                yield item, outcome
+
+        for item in items:
+            if (work := job(item)) is not None:
+                waiting.append((item, self._pool.submit(self._run, work)))
+                yield from down_to(self._n)
+            else:
+                yield from down_to(0)
+                torch.set_num_threads(self._all)
                 yield item, None
-        for item, future in waiting:
-            yield item, future.result()
+        yield from down_to(0)
 
     def _run[B](self, work: Callable[[], B]) -> B:
         torch.set_num_threads(self._share)

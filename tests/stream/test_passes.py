@@ -378,6 +378,20 @@ class TestSeveralAtATime:
         events = passes(load_backend("toy:"), Source(TEST[:4]), use, batch_atoms=2, forces=False)
         assert [event.value for event in complete(events)] == [2] * 4
 
+    def test_memory_that_other_batches_hold_ends_nothing(self):
+        """A frame that does not fit beside another one is evaluated again, alone."""
+        at_work = threading.Lock()
+
+        def use(forward_pass: ForwardPass) -> int:
+            if not at_work.acquire(blocking=False):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+            time.sleep(0.02)
+            at_work.release()
+            return forward_pass.n_frames
+
+        events = passes(load_backend("toy:"), Source(TEST[:6]), use, batch_atoms=1, forces=False)
+        assert [event.value for event in complete(events)] == [1] * 6
+
     @pytest.mark.parametrize("why", ["the potential does not allow it", "gradients"])
     def test_one_at_a_time(self, why: str, monkeypatch: pytest.MonkeyPatch):
         if why != "gradients":

@@ -1,6 +1,7 @@
 """Streams evaluate several items at a time, and hand them over in their order."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -73,6 +74,26 @@ def test_an_item_without_a_job_comes_when_no_thread_is_at_work():
             assert outcome == (None if item == 2 else item)
             if item == 2:
                 assert sorted(begun) == sorted(done) == [0, 1]
+                assert torch.get_num_threads() == 4
+
+
+def test_an_item_whose_job_gives_up_comes_when_no_thread_is_at_work():
+    at_work = set()
+
+    def job(item: int):
+        def work() -> int | None:
+            at_work.add(item)
+            time.sleep(0.001 if item == 1 else 0.05)
+            at_work.remove(item)
+            return None if item == 1 else item
+
+        return work
+
+    with Streams(2) as streams:
+        for item, outcome in streams.in_order(range(5), job):
+            assert outcome == (None if item == 1 else item)
+            if item == 1:
+                assert not at_work
                 assert torch.get_num_threads() == 4
 
 
