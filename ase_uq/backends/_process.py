@@ -1,4 +1,4 @@
-"""Keeps the process unchanged while a potential's package is imported or builds a model."""
+"""Keeps the process unchanged, though potentials' packages change it while they are imported, build models or run."""
 
 import os
 import warnings
@@ -41,3 +41,14 @@ def preserved_process(silenced: str = "", *, loading: bool = True) -> Iterator[N
             os.environ.pop(_SWITCH, None)
             if switch is not None:
                 os.environ[_SWITCH] = switch
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Sets torch's default dtype within the context, for the whole process."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -158,5 +158,8 @@ class MonitorState(SavedRun):
     def _remove(self) -> None:
         self.file.unlink(missing_ok=True)
 
+    def _is_whole(self, found: Mapping[str, Any]) -> bool:
+        return bool(found["states"])
+
     def _is_there(self) -> bool:
         return self.file.exists() and self.file.stat().st_size > 0  # an empty one is of a run that was killed before

@@ -32,9 +32,11 @@ class FrameFile(ABC):
 
     Attributes:
         name: Name of the format, in messages.
+        finishes_as_it_grew: Whether a finished file has the bytes of its frames, one after the other, and no others.
     """
 
     name: str
+    finishes_as_it_grew: bool
 
     @abstractmethod
     def encode(
@@ -74,6 +76,7 @@ class XYZFile(FrameFile):
     """Extended XYZ."""
 
     name = "extended XYZ"
+    finishes_as_it_grew = True
 
     def encode(
         self, number: int, atoms: Atoms, results: Mapping[str, Any], notes: Mapping[str, Any]
@@ -109,6 +112,7 @@ class H5MDFile(FrameFile):
     """H5MD: every number to the last bit."""
 
     name = "HDF5"
+    finishes_as_it_grew = False
 
     def encode(
         self, number: int, atoms: Atoms, results: Mapping[str, Any], notes: Mapping[str, Any]

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from zlib import crc32
 
 from ase_uq.errors import ArtefactError
-from ase_uq.io.files import check_replaceable, lock, write_all
+from ase_uq.io.files import check_replaceable, lock, write_all, write_whole
 from ase_uq.scoring.frame_file import frame_file
 from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
 
@@ -138,7 +138,7 @@ class Journal:
         self._sums.truncate(0)
         write_all(self._rows, HEADER)
         self._sum = crc32(HEADER)
-        _write_origin(self._origin_file, origin)
+        write_whole(self._origin_file, json.dumps(dict(origin)).encode())
 
     def _take_up(self) -> None:
         """Cuts both files after the last frame that is whole in both."""
@@ -246,7 +246,8 @@ class Journal:
         if self._rows_part.exists():
             os.replace(self._rows_part, beside.rows)
         sums = {SUM_OF_FRAMES: sum_of(self._out), SUM_OF_ROWS: sum_of(beside.rows)}
-        _write_origin(beside.origin, json.loads(self._origin_file.read_text(encoding="utf-8")) | sums)
+        origin = json.loads(self._origin_file.read_text(encoding="utf-8")) | sums
+        write_whole(beside.origin, json.dumps(origin).encode())
 
     def discard(self) -> None:
         """Removes the files written so far."""
@@ -280,12 +281,6 @@ class Journal:
             else ""
         )
         return ArtefactError(f"cannot write {self._out}: {error.strerror or error}.{kept}")
-
-
-def _write_origin(path: Path, origin: Mapping[str, Any]) -> None:
-    temporary = path.with_name(path.name + ".new")
-    temporary.write_text(json.dumps(dict(origin)), encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def sum_of(path: Path) -> int:

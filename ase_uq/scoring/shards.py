@@ -16,7 +16,7 @@ from ase_uq.communicator import Serial
 from ase_uq.display.progress import progress_bar
 from ase_uq.errors import ArtefactError, InputError
 from ase_uq.io.files import check_distinct, check_replaceable, refused_write, write_all
-from ase_uq.scoring.frame_file import FrameFile, XYZFile, frame_file
+from ase_uq.scoring.frame_file import FrameFile, frame_file
 from ase_uq.scoring.frame_score import HEADER, FrameScore, lines_of, rows_in
 from ase_uq.scoring.journal import SUM_OF_FRAMES, SUM_OF_ROWS, Beside, sum_of
 from ase_uq.scoring.scored import ScoredTrajectory
@@ -212,16 +212,16 @@ def _in_order(parts: Sequence[_Part], file: FrameFile) -> Iterator[tuple[FrameSc
 
 
 def _frames_of(part: _Part, file: FrameFile) -> Iterator[tuple[FrameScore, bytes]]:
-    is_text = isinstance(file, XYZFile)  # whose frames are its bytes
-    sums = [0 if is_text else sum_of(part.path), crc32(HEADER)]
-    if not is_text and sums[0] != part.sums[0]:  # an altered one may end in an error anywhere
+    by_frames = file.finishes_as_it_grew
+    sums = [0 if by_frames else sum_of(part.path), crc32(HEADER)]
+    if not by_frames and sums[0] != part.sums[0]:  # an altered one may end in an error anywhere
         raise InputError(f"{part.path} is not as it was written: {_again(part.path)}")
     frames = file.finished(part.path)
     for row in _rows_of(part):
         number, data = (row.frame, b"") if row.problem else next(frames, (-1, b""))
         if number != row.frame:
             raise InputError(f"{part.path} is cut off or altered at frame {row.frame}: {_again(part.path)}")
-        sums = [crc32(data, sums[0]) if is_text else sums[0], crc32("".join(lines_of([row])).encode(), sums[1])]
+        sums = [crc32(data, sums[0]) if by_frames else sums[0], crc32("".join(lines_of([row])).encode(), sums[1])]
         yield row, data
     if tuple(sums) != part.sums or next(frames, None) is not None:
         raise InputError(f"{part.path} or {part.beside.rows.name} is not as it was written: {_again(part.path)}")

@@ -11,6 +11,7 @@ import torch
 from ase import Atoms
 from ase.build import molecule
 
+from ase_uq.backends._process import default_dtype
 from ase_uq.backends.mace import loading  # before e3nn, which the mace package patches
 from ase_uq.testing.backends import standard_frames
 
@@ -183,15 +184,3 @@ def water() -> Atoms:
     atoms = molecule("H2O")
     atoms.rattle(0.05, seed=3)
     return atoms
-
-
-class default_dtype:
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-
-    def __enter__(self) -> None:
-        self.before = torch.get_default_dtype()
-        torch.set_default_dtype(self.dtype)
-
-    def __exit__(self, *error: object) -> None:
-        torch.set_default_dtype(self.before)

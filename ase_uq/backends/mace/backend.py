@@ -140,8 +140,8 @@ class MACEBackend(Backend):
     def _graphs(self) -> Graphs:
         calculator = self.calculator
         return Graphs(
-            info_keys=calculator.info_keys,
-            arrays_keys={**calculator.arrays_keys, calculator.charges_key: "charges"},
+            info_keys=tuple(calculator.info_keys.items()),
+            arrays_keys=tuple({**calculator.arrays_keys, calculator.charges_key: "charges"}.items()),
             numbers=tuple(map(int, calculator.z_table.zs)),
             cutoff=float(calculator.r_max),
             heads=tuple(calculator.available_heads),

@@ -1,7 +1,7 @@
 """Inputs of a MACE model from structures: as mace builds them, for a whole batch at once."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -29,7 +29,7 @@ class Graphs:
     taken from mace once. A batch with a structure that has a further entry for the potential is left to mace.
 
     Args:
-        info_keys: Entries of `atoms.info` that the potential may read, by mace's names.
+        info_keys: mace's names of what the potential may read of `atoms.info`, and the names that it has there.
         arrays_keys: The same for `atoms.arrays`.
         numbers: Atomic numbers that the potential knows, in its order.
         cutoff: Cutoff in the potential's own unit of length.
@@ -38,8 +38,8 @@ class Graphs:
         dtype: Name of its precision, `"float32"` or `"float64"`.
     """
 
-    info_keys: Mapping[str, str]
-    arrays_keys: Mapping[str, str]
+    info_keys: tuple[tuple[str, str], ...]
+    arrays_keys: tuple[tuple[str, str], ...]
     numbers: tuple[int, ...]
     cutoff: float
     heads: tuple[str, ...]
@@ -52,8 +52,8 @@ class Graphs:
         return self._joined(frames)
 
     def _has_entries(self, atoms: Atoms) -> bool:
-        return any(key in atoms.info for key in self.info_keys.values()) or any(
-            key in atoms.arrays for key in self.arrays_keys.values()
+        return any(key in atoms.info for _, key in self.info_keys) or any(
+            key in atoms.arrays for _, key in self.arrays_keys
         )
 
     def _joined(self, frames: Sequence[Atoms]) -> dict[str, Tensor]:
@@ -90,7 +90,7 @@ class Graphs:
             "batch": torch.as_tensor(np.repeat(np.arange(len(frames)), counts)),
             "ptr": torch.as_tensor(starts),
         }
-        of_atom, of_frame = self._constants
+        of_atom, of_frame = _constants(self)
         made |= {key: _repeated(value, int(starts[-1])) for key, value in of_atom.items()}
         return made | {key: _repeated(value, len(frames)) for key, value in of_frame.items()}
 
@@ -109,17 +109,10 @@ class Graphs:
         made: dict[str, Any] = torch_geometric.Batch.from_data_list(graphs).to_dict()
         return made
 
-    @property
-    def _constants(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _constants(*(tuple(keys.items()) for keys in (self.info_keys, self.arrays_keys)), *astuple(self)[2:])
-
 
 @lru_cache(maxsize=16)
-def _constants(
-    info_keys: tuple[tuple[str, str], ...], arrays_keys: tuple[tuple[str, str], ...], *others: Any
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _constants(graphs: Graphs) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """(1, ...) rows that are the same for all atoms, and for all structures without entries for the potential."""
-    graphs = Graphs(dict(info_keys), dict(arrays_keys), *others)
     number = graphs.numbers[0]
     # Of three atoms and two structures, so that each tensor's length says what its rows are of.
     made = graphs._left_to_mace([Atoms([number]), Atoms([number] * 2, [[0.0, 0, 0], [0, 0, 1]])])

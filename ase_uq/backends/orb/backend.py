@@ -30,6 +30,7 @@ from orb_models.forcefield.models.forcefield_utils import maybe_remove_net_force
 from torch import Tensor
 
 from ase_uq.backends._autograd import GraphGradients, in_the_graph
+from ase_uq.backends._process import default_dtype
 from ase_uq.backends.base import Backend, Batch
 from ase_uq.backends.identity import probe_structure
 from ase_uq.errors import InputError, PotentialMismatch
@@ -361,13 +362,8 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
     The whole process has one, so orb models are evaluated by one thread at a time.
     """
-    with _DEFAULT_DTYPE:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            yield
-        finally:
-            torch.set_default_dtype(before)
+    with _DEFAULT_DTYPE, default_dtype(dtype):
+        yield
 
 
 def accepts(calculator: BaseCalculator) -> bool:

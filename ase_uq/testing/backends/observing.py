@@ -64,14 +64,3 @@ def changed(weights: Sequence[Tensor], values: Sequence[Tensor]) -> Iterator[Non
         yield
     finally:
         write(before)
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Sets torch's default dtype within the context."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)

@@ -10,11 +10,12 @@ from ase import Atoms
 from ase.calculators.calculator import BaseCalculator
 
 from ase_uq.backends import load_backend
+from ase_uq.backends._process import default_dtype
 from ase_uq.backends.base import Backend
 from ase_uq.errors import InputError
 from ase_uq.forward_pass import ForwardPass
 from ase_uq.testing.backends.comparing import assert_close, forward, meaningful
-from ase_uq.testing.backends.observing import default_dtype, process_state
+from ase_uq.testing.backends.observing import process_state
 from ase_uq.testing.backends.structures import periodic
 from ase_uq.testing.backends.under_test import BackendUnderTest
 
